@@ -1,0 +1,42 @@
+"""The server of the MNIST example: start it, then two clients or more."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from examples.mnist import task
+from mlx_fed import serve
+from mlx_fed.cli import errors_as_messages, find_strategy
+
+
+def main(
+    rounds: Annotated[int | None, typer.Option(min=1, help="[default: the dataset's]")] = None,
+    dataset: Annotated[str, typer.Option(help="digits, mnist, or a folder of parquet.")] = "digits",
+    min_clients: Annotated[int, typer.Option(min=1, help="Clients that a round needs.")] = 2,
+    strategy: Annotated[str, typer.Option(help="One of Flower's strategies.")] = "FedAvg",
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
+    insecure: Annotated[bool, typer.Option("--insecure")] = False,
+    seed: int = 0,
+    name: Annotated[str | None, typer.Option(help="The run's name. [default: the time]")] = None,
+    runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+) -> None:
+    """Serve the MNIST example to clients, and save the model that they train."""
+    with errors_as_messages():
+        serve(
+            task,
+            find_strategy(strategy, min_clients, {}),
+            rounds,
+            host=host,
+            port=port,
+            insecure=insecure,
+            seed=seed,
+            name=name,
+            runs=runs,
+            config={"dataset": dataset},
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)

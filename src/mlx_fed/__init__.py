@@ -1,0 +1,56 @@
+"""Federated learning for MLX models, on Flower's engine.
+
+Import it before ``mlx.core`` on Linux: it brings a fast BLAS. Everything else is imported when
+it is first used, so that ``import mlx_fed`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import devices
+from .errors import FedError
+from .task import Data, Task
+
+if TYPE_CHECKING:
+    from .clientapp import client_app
+    from .fleet.node import join
+    from .fleet.server import serve
+    from .rounds import Result
+    from .serverapp import server_app
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Data",
+    "FedError",
+    "Result",
+    "Task",
+    "client_app",
+    "join",
+    "serve",
+    "server_app",
+]
+
+_LATE = {
+    "Result": "rounds",
+    "client_app": "clientapp",
+    "join": "fleet.node",
+    "serve": "fleet.server",
+    "server_app": "serverapp",
+}
+
+devices.load_fast_blas()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_LATE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,79 @@
+"""Between a model's dtypes and what strategies compute in: float32 masters, by name, in order.
+
+Strategies do their arithmetic in NumPy and many of them pair arrays by position, so they get
+float32 arrays in the order of the server's model, and what they return is cast back to each
+parameter's dtype when it is sent. The masters stay float32 from round to round: updates smaller
+than a bfloat16 step add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import mlx.core as mx
+import numpy as np
+from flwr.app import Array, ArrayRecord
+
+from .weights import Arrays, Spec, WeightsError, check, spec
+
+
+def to_masters(arrays: Arrays) -> ArrayRecord:
+    """Arrays as float32 NumPy arrays, by name and in the same order."""
+    return ArrayRecord(
+        {name: Array(np.array(array.astype(mx.float32))) for name, array in arrays.items()}
+    )
+
+
+def from_strategy(record: ArrayRecord, expected: Spec) -> ArrayRecord:
+    """What a strategy returned, checked and as float32 in the server's order.
+
+    FedAdam and QFedAvg return float64.
+
+    Raises:
+        WeightsError: If a parameter is missing, unknown, of another shape or not finite.
+    """
+    arrays = {name: array.numpy() for name, array in record.items()}
+    got = {name: (array.shape, "float32") for name, array in arrays.items()}
+    check({name: (shape, "float32") for name, (shape, _) in expected.items()}, got)
+    masters = {}
+    for name in expected:
+        master = np.asarray(arrays[name], dtype=np.float32)
+        if not np.isfinite(master).all():
+            raise WeightsError(f"parameter {name!r} is not finite after aggregation")
+        masters[name] = Array(master)
+    return ArrayRecord(masters)
+
+
+def cast(arrays: Arrays, expected: Spec) -> Arrays:
+    """Arrays in the model's order and dtypes; float32 masters are rounded to them.
+
+    Raises:
+        WeightsError: If a name, a shape, or a dtype other than float32 differs.
+    """
+    got = {
+        name: (shape, expected[name][1] if dtype == "float32" and name in expected else dtype)
+        for name, (shape, dtype) in spec(arrays).items()
+    }
+    check(expected, got)
+    return {name: arrays[name].astype(getattr(mx, dtype)) for name, (_, dtype) in expected.items()}
+
+
+def masters_to_arrays(record: ArrayRecord, expected: Spec) -> Arrays:
+    """A strategy's masters as MLX arrays of the model's dtypes."""
+    return cast({name: mx.array(array.numpy()) for name, array in record.items()}, expected)
+
+
+def mean_statistics(statistics: Iterable[tuple[Mapping[str, mx.array], float]]) -> Arrays:
+    """Running statistics averaged by examples, in float32 and cast back.
+
+    Args:
+        statistics (iterable): Pairs of a client's statistics by name and its examples.
+    """
+    pairs = list(statistics)
+    total = sum(examples for _, examples in pairs)
+    mean = {}
+    for name, first in pairs[0][0].items():
+        parts = [s[name].astype(mx.float32) * (examples / total) for s, examples in pairs]
+        mean[name] = sum(parts[1:], parts[0]).astype(first.dtype)
+    mx.eval(mean)
+    return mean

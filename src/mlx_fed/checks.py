@@ -1,0 +1,97 @@
+"""Is this reply fit to count? A reply that is not is refused, with the reason."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+from flwr.app import Message, MetricRecord
+
+from . import aggregate, messages
+from .errors import FedError
+from .weights import Arrays, Spec
+
+
+class Refused(FedError):
+    """Why a reply does not count."""
+
+
+class Reply(NamedTuple):
+    """A reply that counts.
+
+    ``statistics`` is empty where the model has none or they stay with the clients.
+    """
+
+    name: str
+    parameters: Arrays
+    statistics: Arrays
+    metrics: MetricRecord
+
+
+def check_answer(message: Message) -> None:
+    """Raises :class:`Refused` if the node reports an error instead of a result."""
+    if message.has_error():
+        raise Refused(message.error.reason or f"error code {message.error.code}")
+    if not message.has_content():
+        raise Refused("the reply is empty")
+
+
+def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_by: str) -> Reply:
+    """Checks a reply to a training message.
+
+    Args:
+        message (Message): The reply.
+        parameters (dict): The shape and dtype that each parameter must have, by name.
+        statistics (dict): The same of the running statistics.
+        weighted_by (str): The metric that weighs the reply, ``"num-examples"``.
+
+    Raises:
+        Refused: If a name, shape or dtype differs, a value is not finite, or the number of
+            examples is not a positive number.
+    """
+    check_answer(message)
+    metrics = check_metrics(message, weighted_by)
+    try:
+        name, record = messages.parameters_of(message.content)
+        plain = not messages.is_packed(record)
+        arrays = messages.unpack(record)
+        if plain:  # mods have worked on float32 masters: no dtype to compare
+            aggregate.cast(arrays, parameters)
+            arrays = {key: arrays[key] for key in parameters}
+        else:
+            arrays = aggregate.cast(arrays, parameters)
+        running: Arrays = {}
+        if messages.STATISTICS in message.content:
+            record = message.content.array_records[messages.STATISTICS]
+            running = aggregate.cast(messages.unpack(record), statistics)
+    except FedError as error:
+        raise Refused(str(error)) from error
+    except Exception as error:  # whatever else a stranger's bytes can bring about
+        raise Refused(f"unreadable reply: {type(error).__name__}: {error}") from error
+    for array_name, array in (*arrays.items(), *running.items()):
+        if not mx.isfinite(array).all().item():
+            raise Refused(f"parameter {array_name!r} has values that are not finite")
+    return Reply(name, arrays, running, metrics)
+
+
+def check_metrics(message: Message, weighted_by: str) -> MetricRecord:
+    """Checks the metrics of a reply.
+
+    Raises:
+        Refused: If there is not one record of metrics, a value is not finite, or the weight is
+            not a positive number.
+    """
+    check_answer(message)
+    records = list(message.content.metric_records.values())
+    if len(records) != 1:
+        raise Refused(f"expected one record of metrics, got {len(records)}")
+    (metrics,) = records
+    weight = metrics.get(weighted_by)
+    if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
+        raise Refused(f"{weighted_by} must be a positive number, not {weight!r}")
+    for key, value in metrics.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(math.isfinite(v) for v in values):
+            raise Refused(f"metric {key!r} is not finite")
+    return metrics

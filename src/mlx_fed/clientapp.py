@@ -1,0 +1,186 @@
+"""A task as a Flower ClientApp: each message is answered by some local training or evaluation.
+
+The same app answers on a resident node, on a stock SuperNode and in Flower's simulation. In a
+process that stays, the model, its compiled programs and the data stay too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from . import aggregate, messages
+from .errors import FedError
+from .task import Data, TaskSource, make_task
+from .training import Trainer
+
+if TYPE_CHECKING:
+    from flwr.clientapp.typing import Mod
+
+
+class ClientError(FedError):
+    """A node that is not set up for what it was asked."""
+
+
+def client_app(task: TaskSource, mods: Sequence[Mod] | None = None) -> ClientApp:
+    """The task as a Flower ClientApp.
+
+    Args:
+        task (Task or callable): What is trained, or a function that makes it from the run's
+            settings (``context.run_config``).
+        mods (list, optional): Flower mods around training, such as ``fixedclipping_mod``. They
+            see one record of float32 arrays, whatever the model's dtypes are.
+
+    Returns:
+        flwr.clientapp.ClientApp: Answers ``train``, ``evaluate`` and the server's roll call.
+        The node's configuration needs ``partition-id``, and ``num-partitions`` where the data
+        is partitioned.
+    """
+    app = ClientApp()
+    client = _Client(task)
+
+    @app.query("roll_call")
+    def roll_call(message: Message, context: Context) -> Message:
+        return client.answer_roll_call(message, context)
+
+    @app.query("leave")
+    def leave(message: Message, context: Context) -> Message:
+        return Message(RecordDict(), reply_to=message)
+
+    @app.train(mods=[_plain_for_mods, *mods] if mods else None)
+    def train(message: Message, context: Context) -> Message:
+        return client.train(message, context)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return client.evaluate(message, context)
+
+    return app
+
+
+class _Client:
+    """What stays between messages: the trainer, and the data of the partitions last used."""
+
+    def __init__(self, source: TaskSource):
+        self.source = source
+        self.trainer = lru_cache(maxsize=1)(self._make_trainer)
+        self.data = lru_cache(maxsize=2)(self._load_data)
+
+    def _make_trainer(self, seed: int, run_config: tuple[tuple[str, Any], ...]) -> Trainer:
+        return Trainer(make_task(self.source, dict(run_config)), seed)
+
+    def _load_data(self, trainer: Trainer, partition: int, num_partitions: int | None) -> Data:
+        return trainer.task.data(partition, num_partitions)
+
+    def setting_out(self, message: Message, context: Context) -> tuple[Trainer, ConfigRecord]:
+        _, config = messages.config_of(message.content)
+        run_config = tuple(sorted(context.run_config.items()))
+        return self.trainer(int(config.get("seed", 0)), run_config), config
+
+    def data_of(self, trainer: Trainer, context: Context) -> tuple[Data, int]:
+        partition, num_partitions = partition_of(context)
+        return self.data(trainer, partition, num_partitions), partition
+
+    def answer_roll_call(self, message: Message, context: Context) -> Message:
+        trainer, config = self.setting_out(message, context)
+        partition, _ = partition_of(context)
+        if config.get("prepare"):
+            data, _ = self.data_of(trainer, context)
+            trainer.warm_up(data, config)
+        answer = {
+            "name": str(context.node_config.get("name") or f"node-{partition}"),
+            "partition-id": partition,
+            "parameters": json.dumps(trainer.spec),
+            "statistics": json.dumps(trainer.statistics_spec),
+        }
+        return Message(RecordDict({"node": ConfigRecord(answer)}), reply_to=message)
+
+    def train(self, message: Message, context: Context) -> Message:
+        trainer, config = self.setting_out(message, context)
+        data, partition = self.data_of(trainer, context)
+        name, record = messages.parameters_of(message.content)
+        parameters = aggregate.cast(messages.unpack(record), trainer.spec)
+        statistics = self._statistics(trainer, message, context)
+        update = trainer.train(parameters, statistics, data, config, client=partition)
+        metrics = update.metrics
+        if loss_key := config.get("train-loss-key"):
+            start = trainer.evaluate(parameters, statistics, data.train)
+            metrics = {**metrics, loss_key: start["loss"]}
+        packed = messages.is_packed(record)
+        arrays = messages.pack if packed else aggregate.to_masters
+        content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})
+        if update.statistics:
+            record = messages.pack(update.statistics)
+            if trainer.task.statistics == "local" or not packed:
+                context.state[messages.STATISTICS] = record
+            else:
+                content[messages.STATISTICS] = record
+        return Message(content, reply_to=message)
+
+    def evaluate(self, message: Message, context: Context) -> Message:
+        trainer, _ = self.setting_out(message, context)
+        data, partition = self.data_of(trainer, context)
+        if data.test is None:
+            raise ClientError(f"Partition {partition} has no test examples: Data.test is None.")
+        _, record = messages.parameters_of(message.content)
+        parameters = aggregate.cast(messages.unpack(record), trainer.spec)
+        statistics = self._statistics(trainer, message, context)
+        metrics = trainer.evaluate(parameters, statistics, data.test)
+        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+    def _statistics(self, trainer: Trainer, message: Message, context: Context) -> dict:
+        """Running statistics: from the message, this client's own, or the model's first ones."""
+        for source in (context.state, message.content):
+            if messages.STATISTICS in source:
+                return messages.unpack(source[messages.STATISTICS])
+        return trainer.statistics()
+
+
+def partition_of(context: Context) -> tuple[int, int | None]:
+    """The partition that a node holds, and the number of partitions if it was told one.
+
+    Raises:
+        ClientError: If the node has no partition, or one outside the partitions.
+    """
+    partition = context.node_config.get("partition-id")
+    if partition is None:
+        raise ClientError(
+            "The node has no partition-id. A stock SuperNode gets one with "
+            "--node-config 'partition-id=0 num-partitions=2'."
+        )
+    num_partitions = context.node_config.get("num-partitions")
+    check_partition(int(partition), num_partitions)
+    return int(partition), None if num_partitions is None else int(num_partitions)
+
+
+def check_partition(partition: int, num_partitions: Any) -> None:
+    """Raises :class:`ClientError` unless the partition is one of the partitions."""
+    if partition < 0 or (num_partitions is not None and partition >= int(num_partitions)):
+        last = "" if num_partitions is None else f" to {int(num_partitions) - 1}"
+        raise ClientError(
+            f"Node id {partition} is outside the partitions of the data, which are 0{last}. "
+            "Choose another --node-id, or raise --num-partitions on every node."
+        )
+
+
+def _plain_for_mods(message: Message, context: Context, call_next: Any) -> Message:
+    """Gives Flower's mods what they can work on: one record, of named float32 arrays.
+
+    Statistics are kept out of their sight in the context, which mods and app share.
+    """
+    name, record = messages.parameters_of(message.content)
+    message.content[name] = aggregate.to_masters(messages.unpack(record))
+    if messages.STATISTICS in message.content:
+        context.state[messages.STATISTICS] = message.content[messages.STATISTICS]
+        del message.content[messages.STATISTICS]
+        reply = call_next(message, context)
+        if reply.has_content():
+            reply.content[messages.STATISTICS] = context.state[messages.STATISTICS]
+        del context.state[messages.STATISTICS]
+        return reply
+    return call_next(message, context)

@@ -1,0 +1,1 @@
+"""A federation of machines: one server process, and resident nodes."""

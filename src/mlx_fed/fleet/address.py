@@ -1,0 +1,48 @@
+"""Where a server is: host and port as people write them, and what stays on this machine."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from ..errors import FedError
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8080
+
+
+class AddressError(FedError):
+    """An address that cannot be used."""
+
+
+def parse(address: str) -> tuple[str, int]:
+    """``("127.0.0.1", 8080)`` of ``"127.0.0.1:8080"``, ``"127.0.0.1"`` or ``"[::1]:8080"``.
+
+    Raises:
+        AddressError: If it is not a host with a port between 1 and 65535.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or address.endswith("]") or (":" in host and not host.startswith("[")):
+        host, port = address, str(DEFAULT_PORT)
+    host = host.strip("[]")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise AddressError(f"{address!r} is not HOST:PORT, such as 192.168.1.20:8080.")
+    return host, int(port)
+
+
+def require_loopback(host: str, insecure: bool) -> None:
+    """Refuses plaintext beyond this machine unless it was asked for by name.
+
+    Raises:
+        AddressError: If the host is not on the loopback and ``insecure`` is not set.
+    """
+    if host == "localhost" or insecure:
+        return
+    try:
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    except ValueError:
+        pass
+    raise AddressError(
+        f"{host} is not this machine, and connections are not encrypted: anyone on the way could "
+        "read and change the model. On a network that you trust, say --insecure."
+    )

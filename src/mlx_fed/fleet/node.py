@@ -1,0 +1,233 @@
+"""A resident node: joins a server, answers its messages, and ends when the run is over.
+
+The model is built, its programs compiled and the data loaded once. No code travels: the node
+runs the task that it was given here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+
+from .. import clientapp, devices, messages
+from ..errors import FedError
+from ..flower.client import FleetClient, Refused, Unreachable, error_reply
+from ..progress import node_progress
+from ..task import Data, Task, TaskSource, make_task
+from . import address
+from .server import quiet_flower
+
+_BEAT = 2.0
+_MAX_PAUSE = 1.0
+
+
+class JoinError(FedError):
+    """A node that could not join, or had to leave before the run was over."""
+
+
+def join(
+    task: TaskSource,
+    server: str = f"{address.DEFAULT_HOST}:{address.DEFAULT_PORT}",
+    *,
+    partition_id: int = 0,
+    num_partitions: int | None = None,
+    name: str | None = None,
+    device: str | None = None,
+    config: dict[str, Any] | None = None,
+    mods: Sequence[Any] | None = None,
+    insecure: bool = False,
+    wait: float = 600.0,
+    notify: Callable[..., None] | None = None,
+) -> None:
+    """Takes part in a run with this machine's data, and returns when the run is over.
+
+    The server may be one of ours (:func:`mlx_fed.serve`) or a stock Flower SuperLink. Until it
+    is up, and when the connection is lost, the node tries again.
+
+    Args:
+        task (Task or callable): What is trained, or a function of ``config`` that makes it.
+        server (str): ``HOST:PORT``. Default: ``"127.0.0.1:8080"``.
+        partition_id (int): Which part of the data this node holds; each node of a run has its
+            own.
+        num_partitions (int, optional): Of how many parts, where the data is partitioned.
+        name (str, optional): How the server calls this node. Default: ``"node-0"`` and so on.
+        device (str, optional): ``"gpu"`` or ``"cpu"``. Default: MLX's own choice.
+        config (dict, optional): What ``task`` is made from, if it is a function.
+        mods (list, optional): Flower mods around training.
+        insecure (bool): Allow plaintext beyond the loopback.
+        wait (float): Seconds to keep trying to reach the server. Default: ``600``.
+        notify (callable, optional): Told what happens, in place of the lines on the terminal.
+
+    Raises:
+        JoinError: If the server is not reached in time, or sends this node away.
+        FedError: If the data, the device or the task is not usable.
+
+    Example:
+        >>> join(task, partition_id=0)
+    """
+    notify = notify or node_progress()
+    host, port = address.parse(server)
+    address.require_loopback(host, insecure)
+    clientapp.check_partition(partition_id, num_partitions)
+    quiet_flower()
+    where = devices.use(device)
+    made = make_task(task, config)
+    data = made.data(partition_id, num_partitions)
+    notify("ready", device=where, partition=partition_id)
+    node_config: dict[str, Any] = {"partition-id": partition_id}
+    if num_partitions is not None:
+        node_config["num-partitions"] = num_partitions
+    if name is not None:
+        node_config["name"] = name
+    app = clientapp.client_app(_with_data(made, data), mods)
+    _Node(FleetClient(host, port), app, node_config, server, wait, notify).run()
+
+
+def _with_data(task: Task, data: Data) -> Task:
+    return replace(task, data=lambda partition_id, num_partitions: data)
+
+
+class _Node:
+    """The state of a node that lives from message to message."""
+
+    def __init__(
+        self,
+        client: FleetClient,
+        app: Callable[[Message, Context], Message],
+        node_config: dict[str, Any],
+        server: str,
+        wait: float,
+        notify: Callable[..., None],
+    ):
+        self.client, self.app, self.node_config = client, app, node_config
+        self.server, self.wait, self.notify = server, wait, notify
+        self.contexts: dict[int, Context] = {}
+
+    def run(self) -> None:
+        self._register()
+        try:
+            with self._heartbeat():
+                self._answer_messages()
+        finally:
+            self.client.leave()
+        self.notify("finished")
+
+    def _answer_messages(self) -> None:
+        pause = 0.0
+        while not self.client.run_is_over:
+            message = self._persist(self.client.receive)
+            if message is not None:
+                pause = 0.0
+                self._answer(message)
+            elif not self.client.run_is_over:
+                # A stock SuperLink answers at once, with nothing: ask more and more seldom.
+                if self._persist(self.client.run_has_ended):
+                    return
+                pause = min(2 * pause + 0.05, _MAX_PAUSE)
+                time.sleep(pause)
+
+    def _answer(self, message: Message) -> None:
+        kind, run_id = message.metadata.message_type, message.metadata.run_id
+        if kind == messages.LEAVE:
+            _, config = messages.config_of(message.content)
+            raise JoinError(f"The server at {self.server} sent this node away: {config['reason']}")
+        context = self.contexts.setdefault(
+            run_id, Context(run_id, self.client.node_id, self.node_config, RecordDict(), {})
+        )
+        self.notify("working", kind=kind, round=message.metadata.group_id)
+        started = time.monotonic()
+        try:
+            reply = self.app(message, context)
+        except Exception as error:
+            # The node stays: it may be the data of one round, or one bad message.
+            reason = f"{type(error).__name__}: {error}"
+            self.notify("failed", kind=kind, round=message.metadata.group_id, reason=reason)
+            reply = error_reply(message, reason)
+        seconds = time.monotonic() - started
+        self._persist(lambda: self.client.send(reply, seconds))
+        records = reply.content.metric_records if reply.has_content() else {}
+        self.notify(
+            "answered",
+            kind=kind,
+            round=message.metadata.group_id,
+            seconds=seconds,
+            metrics=dict(next(iter(records.values()), {})),
+        )
+
+    # -- the connection --------------------------------------------------------------------
+
+    def _register(self) -> None:
+        deadline = time.monotonic() + self.wait
+        pause = 0.1
+        told = False
+        while True:
+            try:
+                self.client.register()
+            except Unreachable as error:
+                if time.monotonic() + pause > deadline:
+                    raise JoinError(
+                        f"No server at {self.server} within {self.wait:.0f} seconds "
+                        f"({error}). Start it, or name another with --server HOST:PORT."
+                    ) from error
+                if not told:
+                    self.notify("waiting", server=self.server, wait=self.wait, reason=str(error))
+                    told = True
+                time.sleep(pause)
+                pause = min(2 * pause, _MAX_PAUSE)
+            except Refused as error:
+                raise JoinError(
+                    f"The server at {self.server} refused this node: {error}"
+                ) from error
+            else:
+                self.notify("joined", server=self.server)
+                return
+
+    def _persist(self, request: Callable[[], Any]) -> Any:
+        """Makes a request, again and again while the server cannot be reached."""
+        deadline = None
+        pause = 0.1
+        while True:
+            try:
+                return request()
+            except Unreachable as error:
+                if deadline is None:
+                    deadline = time.monotonic() + self.wait
+                    self.notify("lost", server=self.server, reason=str(error))
+                if time.monotonic() > deadline:
+                    raise JoinError(
+                        f"The server at {self.server} has been gone for {self.wait:.0f} seconds "
+                        f"({error})."
+                    ) from error
+                time.sleep(pause)
+                pause = min(2 * pause, _MAX_PAUSE)
+            except Refused as error:
+                if error.status == 403:  # the run ended while this node was at work
+                    return None
+                if error.status == 401:  # a server that was started again knows no node
+                    self._register()
+                    return None
+                raise JoinError(f"The server at {self.server} said: {error}") from error
+
+    @contextmanager
+    def _heartbeat(self) -> Any:
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(_BEAT):
+                try:
+                    self.client.beat()
+                except (Unreachable, Refused):
+                    pass  # what the main thread does about it is what counts
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()

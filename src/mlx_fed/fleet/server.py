@@ -1,0 +1,178 @@
+"""The server of a federation: Flower's Fleet routes on one port, the round loop beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from .. import devices, rounds
+from ..errors import FedError
+from ..flower.grid import LinkGrid
+from ..flower.link import Link
+from ..flower.routes import FleetRoutes
+from ..history import History, Listener, new_run_folder
+from ..progress import ServerProgress
+from ..task import TaskSource, make_task
+from ..training import Trainer
+from . import address
+
+_FAREWELL = 5.0
+"""Seconds that nodes have to leave after the run."""
+
+
+class ServeError(FedError):
+    """A server that cannot start."""
+
+
+def serve(
+    task: TaskSource,
+    strategy: Strategy | None = None,
+    num_rounds: int | None = None,
+    *,
+    host: str = address.DEFAULT_HOST,
+    port: int = address.DEFAULT_PORT,
+    insecure: bool = False,
+    name: str | None = None,
+    runs: Path | str = "runs",
+    device: str | None = "cpu",
+    listeners: tuple[Listener, ...] | None = None,
+    **settings: Any,
+) -> rounds.Result:
+    """Leads a federation of machines through a run, and returns when it is over.
+
+    Nodes (:func:`mlx_fed.join`) may come before the server, after it and between rounds; when
+    the run is over they are told and end.
+
+    Args:
+        task (Task or callable): What is trained, or a function of ``config`` that makes it.
+        strategy (flwr.serverapp.strategy.Strategy): Any Flower strategy. Default: ``FedAvg()``.
+        num_rounds (int, optional): Rounds to train. Default: the task's ``num-rounds``, or 3.
+        host (str): The address to listen on. Default: ``"127.0.0.1"``.
+        port (int): The port; 0 takes a free one. Default: ``8080``.
+        insecure (bool): Allow plaintext on other addresses than the loopback.
+        name (str, optional): The run's name, of the folder below ``runs``. Default: the time.
+        runs (Path): Where runs are kept. Default: ``"runs"``.
+        device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
+        listeners (tuple, optional): Who is told what happens (see
+            :class:`~mlx_fed.history.History`), in place of the progress display.
+        settings: ``config``, ``seed``, ``min_nodes``, ``wait``, ``round_timeout`` and
+            ``evaluate_fn``, as :class:`~mlx_fed.rounds.Settings` has them.
+
+    Returns:
+        Result: The final model, and a record of each round.
+
+    Raises:
+        FedError: If the server cannot start or the run cannot go on. What was reached is kept
+            in the run's folder.
+
+    Example:
+        >>> result = serve(task, FedAvg(), num_rounds=3)
+    """
+    address.require_loopback(host, insecure)
+    strategy = strategy or FedAvg()
+    leading = rounds.Settings(**settings)
+    made = make_task(task, leading.config)
+    leading.num_rounds = num_rounds or int(made.config.get("num-rounds", leading.num_rounds))
+    quiet_flower()
+    with _socket(host, port) as listening:
+        port = listening.getsockname()[1]
+        devices.use(device)
+        trainer = Trainer(made, leading.seed)
+        shown = ServerProgress()
+        history = History(
+            new_run_folder(runs, name), (shown,) if listeners is None else tuple(listeners)
+        )
+        history.write_settings(
+            {
+                **asdict(leading),
+                "config": {**made.config, **leading.config},
+                "strategy": describe(strategy),
+                "address": f"{host}:{port}",
+                "evaluate_fn": leading.evaluate_fn is not None,
+            }
+        )
+        with _serving(listening) as link:
+            history.notify("serving", address=f"{host}:{port}", insecure=insecure)
+            try:
+                return rounds.run(LinkGrid(link), strategy, trainer, leading, history)
+            finally:
+                shown.close()
+                _say_goodbye(link)
+
+
+def _socket(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            why = f"Port {port} is in use on {host}: end the other server or choose a --port."
+            raise ServeError(why) from error
+        raise ServeError(f"Cannot listen on {host}:{port}: {error}") from error
+    return listening
+
+
+@contextlib.contextmanager
+def _serving(listening: socket.socket) -> Iterator[Link]:
+    """Serves the Fleet routes from a thread for as long as the context lasts."""
+    link = Link()
+    config = uvicorn.Config(
+        FleetRoutes(link),
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        timeout_keep_alive=120,
+        timeout_graceful_shutdown=1,
+        ws="none",
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            if not thread.is_alive():
+                raise ServeError("The server's HTTP thread ended at its start.")
+            time.sleep(0.01)
+        yield link
+    finally:
+        server.should_exit = True
+        thread.join()
+        link.close()
+
+
+def _say_goodbye(link: Link) -> None:
+    """Tells the nodes that the run is over and waits for them to leave."""
+    link.finish()
+    deadline = time.monotonic() + _FAREWELL
+    while link.state.get_nodes(link.run_id) and time.monotonic() < deadline:
+        seen = link.news()
+        if link.state.get_nodes(link.run_id):
+            link.wait_for_news(seen, 0.2)
+
+
+def describe(strategy: Strategy) -> dict[str, Any]:
+    """A strategy's name and its plain settings, for the record of a run."""
+    plain = {k: v for k, v in vars(strategy).items() if isinstance(v, (int, float, str, bool))}
+    inner = getattr(strategy, "strategy", None)
+    wrapped = {"strategy": describe(inner)} if inner is not None else {}
+    return {"name": type(strategy).__name__, **plain, **wrapped}
+
+
+def quiet_flower() -> None:
+    """Keeps Flower's log lines out of ours: only its errors are shown."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)

@@ -1,0 +1,287 @@
+"""A node's end of the Fleet API: Flower's requests over one kept-alive connection a thread."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import threading
+import time
+from base64 import b64encode
+from typing import Any
+
+from flwr.app import Message
+from flwr.app.error import Error
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2, run_pb2
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.error import FlowerError
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.primitives.asymmetric import (
+    generate_key_pairs,
+    public_key_to_bytes,
+    sign_message,
+)
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
+from flwr.supernode.fleet_http_client import FleetHttpClient
+
+from .routes import OUR_HEARTBEAT_INTERVAL, RUN_HEADER, WAIT_HEADER
+
+_POLL = 20.0
+_SIGNATURE_AGE = 5.0
+_TIMEOUT = 60.0
+
+
+class Unreachable(ConnectionError):
+    """The server did not answer, or not as a server of ours or a SuperLink does."""
+
+
+class Refused(Exception):
+    """The server answered and said no.
+
+    Attributes:
+        status (int): HTTP's status code.
+        code (int): Flower's error code, 0 where there is none.
+    """
+
+    def __init__(self, status: int, body: bytes):
+        error = FlowerError.from_json(body.decode("utf-8", "replace"))
+        self.status = status
+        self.code = error.code if error else 0
+        super().__init__(error.message if error else f"HTTP status {status}")
+
+
+class _Transport(FleetHttpClient):
+    """Flower's client of the Fleet API, over the standard library's HTTP.
+
+    It has Flower's methods, one a route; only how a request is sent is ours.
+    """
+
+    def __init__(self, host: str, port: int, context: ssl.SSLContext | None):
+        self._place = (host, port)
+        self._context = context
+        self._private_key, public_key = generate_key_pairs()
+        self.public_key = public_key_to_bytes(public_key)
+        self._headers = {
+            "content-type": PROTOBUF_MEDIA_TYPE,
+            "accept": PROTOBUF_MEDIA_TYPE,
+            **dict(RuntimeVersionMetadata.from_local_component("SuperNode").as_metadata()),
+        }
+        self._signed_at = 0.0
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self.run_is_over = False
+
+    def _unary_unary(
+        self,
+        *,
+        path: str,
+        rpc_method: str,
+        request: Any,
+        response_type: Any,
+        timeout: float | None = None,
+    ) -> Any:
+        headers = self._signed_headers()
+        if path.endswith("/pull-messages"):
+            headers[WAIT_HEADER] = str(_POLL)
+        status, body = self._post(path, request.SerializeToString(), headers)
+        if status != 200:
+            raise Refused(status, body)
+        return response_type.FromString(body)
+
+    def _post(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+        connection = getattr(self._local, "connection", None)
+        fresh = connection is None
+        if fresh:
+            connection = self._local.connection = self._connect()
+        try:
+            connection.request("POST", path, body, headers)
+            response = connection.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            self._local.connection = None
+            # A server may have closed a connection that was idle: that is worth one more try.
+            if not fresh and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
+                return self._post(path, body, headers)
+            raise Unreachable(str(error) or type(error).__name__) from error
+        if response.getheader(RUN_HEADER) == "finished":
+            self.run_is_over = True
+        return response.status, content
+
+    def _connect(self) -> http.client.HTTPConnection:
+        host, port = self._place
+        if self._context is None:
+            return http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
+        return http.client.HTTPSConnection(host, port, timeout=_TIMEOUT, context=self._context)
+
+    def _signed_headers(self) -> dict[str, str]:
+        # The signature covers only the time, so one serves for a few seconds.
+        with self._lock:
+            if time.monotonic() - self._signed_at > _SIGNATURE_AGE:
+                timestamp = now().isoformat()
+                signature = sign_message(self._private_key, timestamp.encode("ascii"))
+                self._headers |= {
+                    FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(self.public_key).decode(),
+                    TIMESTAMP_HEADER: timestamp,
+                    FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode(),
+                }
+                self._signed_at = time.monotonic()
+            return dict(self._headers)
+
+    def close(self) -> None:
+        connection = getattr(self._local, "connection", None)
+        if connection is not None:
+            connection.close()
+
+
+class FleetClient:
+    """A node's connection to a server of ours or to a stock SuperLink.
+
+    It holds the objects of the last message: what the node evaluates at the end of a round it
+    trains from in the next, and it comes over the wire once.
+
+    Args:
+        host (str): The server's host.
+        port (int): Its port.
+        context (ssl.SSLContext, optional): TLS; plaintext without.
+
+    Attributes:
+        node_id (int): The id that the server gave.
+        run_is_over (bool): The server has said that the run is finished.
+    """
+
+    def __init__(self, host: str, port: int, context: ssl.SSLContext | None = None):
+        self._transport = _Transport(host, port, context)
+        self._held: dict[str, bytes] = {}
+        self._run_id: int | None = None
+        self.node_id = 0
+
+    @property
+    def run_is_over(self) -> bool:
+        return self._transport.run_is_over
+
+    @property
+    def _node(self) -> node_pb2.Node:
+        return node_pb2.Node(node_id=self.node_id)
+
+    def register(self) -> None:
+        """Makes this node known to the server.
+
+        Raises:
+            Unreachable: If there is no answer.
+            Refused: If the server does not take it.
+        """
+        key = self._transport.public_key
+        self._transport.RegisterNode(fleet_pb2.RegisterNodeFleetRequest(public_key=key))
+        request = fleet_pb2.ActivateNodeRequest(
+            public_key=key, heartbeat_interval=OUR_HEARTBEAT_INTERVAL
+        )
+        self.node_id = self._transport.ActivateNode(request).node_id
+
+    def beat(self) -> None:
+        """Tells the server that this node is there."""
+        request = heartbeat_pb2.SendNodeHeartbeatRequest(
+            node=self._node, heartbeat_interval=OUR_HEARTBEAT_INTERVAL
+        )
+        self._transport.SendNodeHeartbeat(request)
+
+    def leave(self) -> None:
+        """Takes this node off the server's list."""
+        try:
+            request = fleet_pb2.DeactivateNodeRequest(node_id=self.node_id)
+            self._transport.DeactivateNode(request)
+            self._transport.UnregisterNode(
+                fleet_pb2.UnregisterNodeFleetRequest(node_id=self.node_id)
+            )
+        except (Unreachable, Refused):
+            pass
+        self._transport.close()
+
+    def receive(self) -> Message | None:
+        """The next message for this node, with its content; ``None`` if there is none yet.
+
+        A server of ours holds the request until there is one, for up to 20 seconds.
+        """
+        response = self._transport.PullMessages(fleet_pb2.PullMessagesRequest(node=self._node))
+        if not response.messages_list:
+            return None
+        envelope = message_from_proto(response.messages_list[0])
+        message_id, run_id = envelope.metadata.message_id, envelope.metadata.run_id
+        contents: dict[str, bytes] = {}
+        for tree in iterate_object_tree(response.message_object_trees[0]):
+            if tree.object_id not in contents:
+                held = self._held.get(tree.object_id)
+                contents[tree.object_id] = held or self._pull_object(run_id, tree.object_id)
+        self._transport.ConfirmMessageReceived(
+            message_pb2.ConfirmMessageReceivedRequest(
+                node=self._node, run_id=run_id, message_object_id=message_id
+            )
+        )
+        message = inflate_object_from_contents(message_id, contents, keep_object_contents=True)
+        message.metadata.__dict__["_message_id"] = message_id
+        self._held, self._run_id = contents, run_id
+        return message
+
+    def send(self, reply: Message, seconds: float) -> None:
+        """Sends a reply, with the seconds that it took to make."""
+        with no_object_id_recompute():
+            message_id = reply.object_id
+            reply.metadata.__dict__["_message_id"] = message_id
+            request = fleet_pb2.PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[get_object_tree(reply)],
+                clientapp_runtime_list=[seconds],
+            )
+            response = self._transport.PushMessages(request)
+            wanted = set(response.objects_to_push)
+            # The message itself comes last in this order: a server may take it as complete.
+            for object_id, item in get_all_nested_objects(reply).items():
+                if object_id not in wanted:
+                    continue
+                self._transport.PushObject(
+                    message_pb2.PushObjectRequest(
+                        node=self._node,
+                        run_id=reply.metadata.run_id,
+                        object_id=object_id,
+                        object_content=item.deflate(),
+                        session_id=response.session_id,
+                    )
+                )
+
+    def run_has_ended(self) -> bool:
+        """Whether the run of the last message is over, as a stock SuperLink lets one find out."""
+        if self._run_id is None:
+            return False
+        try:
+            self._transport.GetRun(run_pb2.GetRunRequest(node=self._node, run_id=self._run_id))
+        except Refused as refusal:
+            return refusal.status == http.client.FORBIDDEN
+        return False
+
+    def _pull_object(self, run_id: int, object_id: str) -> bytes:
+        request = message_pb2.PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
+        pause = 0.01
+        while True:
+            response = self._transport.PullObject(request)
+            if response.object_available:
+                return response.object_content
+            if not response.object_found:
+                raise Unreachable("a part of the message is gone from the server")
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+
+def error_reply(message: Message, reason: str) -> Message:
+    """A reply that says why there is no result."""
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)

@@ -1,0 +1,133 @@
+"""Messages between the round loop and Flower's state, in one process: no request, no polling."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+from .link import Link
+
+
+class LinkGrid(Grid):
+    """A Flower Grid straight on a :class:`Link`."""
+
+    def __init__(self, link: Link):
+        self._link = link
+        self._seen = 0
+
+    def set_run(self, run: Any) -> None:
+        raise RuntimeError("This grid has its run already.")
+
+    @property
+    def run(self) -> Any:
+        """The run, as Flower describes it."""
+        (run,) = self._link.state.get_run_info(run_ids=[self._link.run_id])
+        return run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """The same as Flower's ``Message(...)``, which is the way to make one."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The ids of the nodes that are online."""
+        return self._link.state.get_nodes(self._link.run_id)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The nodes that are online."""
+        return self._link.state.get_node_info(node_ids=list(self.get_node_ids()))
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Hands messages to the nodes they are for; every one gets an id, in order.
+
+        A message for a node that has left is answered with an error when its reply is pulled.
+        """
+        state, store = self._link.state, self._link.state.object_store
+        messages = list(messages)
+        # Records that messages share are hashed and stored once. All are registered before any
+        # is stored, or the first receiver's confirmation could delete what the next one needs.
+        with no_object_id_recompute():
+            objects: dict[str, Any] = {}
+            missing: set[str] = set()
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = message.object_id
+                objects.update(get_all_nested_objects(message))
+                missing.update(store.preregister(self._link.run_id, get_object_tree(message)))
+            for object_id in missing:
+                store.put(object_id, objects[object_id].deflate())
+        for message in messages:
+            state.store_message_ins(remove_content_from_message(message))
+        self._link.wake_nodes([message.metadata.dst_node_id for message in messages])
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to these messages that are complete, or that will never come."""
+        self._seen = self._link.news()
+        state = self._link.state
+        online = state.get_nodes(self._link.run_id)
+        ready = {
+            message_id
+            for message_id in message_ids
+            if message_id in self._link.complete or self._receiver(message_id) not in online
+        }
+        if not ready:
+            return []
+        self._link.complete -= ready
+        replies = state.get_message_res(set(ready), self._link.run_id)
+        received = [self._inflate(r) if not r.has_error() else r for r in replies]
+        state.delete_messages({r.metadata.reply_to_message_id for r in replies})
+        return received
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Sends messages and waits for their replies, at most ``timeout`` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pending = set(self.push_messages(messages))
+        replies: list[Message] = []
+        while pending and (deadline is None or time.monotonic() < deadline):
+            arrived = list(self.pull_messages(pending))
+            pending -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies += arrived
+            if not arrived:
+                self.wait(0.5)
+        return replies
+
+    def wait(self, timeout: float) -> None:
+        """Waits for news since replies were last pulled, at most ``timeout`` seconds."""
+        self._link.wait_for_news(self._seen, timeout)
+
+    def _receiver(self, message_id: str) -> int | None:
+        message = self._link.state.message_ins_store.get(message_id)
+        return message.metadata.dst_node_id if message else None
+
+    def _inflate(self, reply: Message) -> Message:
+        """The reply with its content, whose objects leave the store."""
+        store = self._link.state.object_store
+        message_id = reply.metadata.message_id
+        contents = {
+            tree.object_id: store.get(tree.object_id)
+            for tree in iterate_object_tree(store.get_object_tree(message_id))
+        }
+        message = inflate_object_from_contents(message_id, contents)
+        store.delete(message_id)
+        return message

@@ -1,0 +1,94 @@
+"""A run's folder: its settings, one line of history a round, and the model.
+
+The record is append-only JSON lines, readable while the run goes on. Whoever wants to watch (a
+progress display, a tracker) listens here and keeps no books of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .errors import FedError
+from .weights import Arrays
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+class HistoryError(FedError):
+    """A run's folder that cannot be made or written."""
+
+
+class History:
+    """The record of one run.
+
+    Args:
+        folder (Path): Where the run is kept, from :func:`new_run_folder`.
+        listeners (tuple): Each is called ``listener(event, fields)`` for what happens, with
+            the events ``joined``, ``left``, ``refused``, ``waiting``, ``phase``, ``reply``,
+            ``failed``, ``round`` and ``finished``. Only rounds are written down.
+    """
+
+    def __init__(self, folder: Path, listeners: tuple[Listener, ...] = ()):
+        self.folder = folder
+        self.listeners = listeners
+        self.rounds: list[dict[str, Any]] = []
+
+    def notify(self, event: str, **fields: Any) -> None:
+        """Tells the listeners."""
+        for listener in self.listeners:
+            listener(event, fields)
+
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """Writes ``settings.json``."""
+        _write(self.folder / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
+
+    def add_round(self, record: dict[str, Any]) -> None:
+        """Appends a round to ``history.jsonl``."""
+        self.rounds.append(record)
+        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.notify("round", **record)
+
+    def save_model(self, arrays: Arrays) -> Path:
+        """Writes ``model.safetensors``: the whole model, which ``load_weights`` reads."""
+        path = self.folder / "model.safetensors"
+        half_written = self.folder / "model.part.safetensors"
+        mx.save_safetensors(str(half_written), arrays, {"format": "mlx"})
+        os.replace(half_written, path)
+        return path
+
+
+def new_run_folder(runs: Path | str = "runs", name: str | None = None) -> Path:
+    """Makes a new folder for a run, named by the time unless it has a name.
+
+    Raises:
+        HistoryError: If the name is not a plain one, is in use, or the folder cannot be made.
+    """
+    if name is not None and not re.fullmatch(r"[\w][\w.-]*", name):
+        raise HistoryError(f"A run's name has letters, digits, '.', '_' and '-': not {name!r}.")
+    base = name or time.strftime("%Y-%m-%d-%H%M%S")
+    candidates = [base] if name else [base, *(f"{base}-{number}" for number in range(2, 100))]
+    for candidate in candidates:
+        folder = Path(runs) / candidate
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise HistoryError(f"Cannot make the run's folder {folder}: {error}") from error
+        return folder
+    raise HistoryError(f"There is a run named {base!r} in {runs}/ already: choose another name.")
+
+
+def _write(path: Path, text: str) -> None:
+    half_written = path.with_suffix(".part")
+    half_written.write_text(text, encoding="utf-8")
+    os.replace(half_written, path)

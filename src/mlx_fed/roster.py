@@ -1,0 +1,169 @@
+"""Who takes part: node ids, their names and partitions, and who is left out.
+
+Flower knows nodes by random ids. The roll call asks each one for its name, its partition and
+its model, and strategies then see the nodes in one order, whatever order they came in.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from . import checks, messages, weights
+from .errors import FedError
+from .weights import Spec
+
+_PATIENCE = 60.0
+"""Seconds that a run's start is held up by a node that does not answer the roll call."""
+
+
+class Node(NamedTuple):
+    """A node that takes part."""
+
+    id: int
+    name: str
+    partition: int
+
+
+class Roster:
+    """The nodes of a run.
+
+    Args:
+        grid (Grid): Where the nodes are.
+        parameters (dict): The shape and dtype of each parameter of the server's model.
+        statistics (dict): The same of its running statistics.
+        config (dict): Sent with the roll call.
+        notify (callable): Told what happens: ``notify("joined", node="node-0")``.
+
+    Attributes:
+        nodes (dict): The nodes that take part and are online, by id, in order.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        parameters: Spec,
+        statistics: Spec,
+        config: dict[str, Any],
+        notify: Callable[..., None],
+    ):
+        self.grid = grid
+        self.specs = {"parameters": parameters, "statistics": statistics}
+        self.config = config
+        self.notify = notify
+        self.nodes: dict[int, Node] = {}
+        self.asked: dict[str, tuple[int, float]] = {}
+        self.left_out: dict[int, str] = {}
+
+    def update(self) -> None:
+        """Asks newcomers for their names, takes in answers, drops who has gone."""
+        online = set(self.grid.get_node_ids())
+        for node_id in self.nodes.keys() - online:
+            self.notify("left", node=self.nodes.pop(node_id).name)
+        self.left_out = {id: why for id, why in self.left_out.items() if id in online}
+        self._ask(online - self.nodes.keys() - self.left_out.keys())
+        if self.asked:
+            for answer in self.grid.pull_messages(list(self.asked)):
+                self._take_in(answer)
+
+    def is_waiting(self) -> bool:
+        """Whether a node that came lately has still to answer the roll call."""
+        now = time.monotonic()
+        return any(now - since < _PATIENCE for _, since in self.asked.values())
+
+    def _ask(self, node_ids: set[int]) -> None:
+        now = time.monotonic()
+        self.asked = {
+            message_id: (node_id, since)
+            for message_id, (node_id, since) in self.asked.items()
+            if node_id in node_ids
+        }
+        newcomers = node_ids - {node_id for node_id, _ in self.asked.values()}
+        for node_id in sorted(newcomers):
+            content = RecordDict({"config": ConfigRecord(self.config)})
+            message = Message(content, node_id, messages.ROLL_CALL)
+            for message_id in self.grid.push_messages([message]):
+                self.asked[message_id] = (node_id, now)
+
+    def _take_in(self, answer: Message) -> None:
+        node_id, _ = self.asked.pop(answer.metadata.reply_to_message_id)
+        name = f"node {node_id}"
+        try:
+            checks.check_answer(answer)
+            _, record = messages.config_of(answer.content)
+            node = Node(node_id, str(record["name"]), int(record["partition-id"]))
+            name = node.name
+            self._check_model(record)
+            self._check_free(node)
+        except (FedError, KeyError, TypeError, ValueError) as error:
+            why = str(error) if isinstance(error, FedError) else f"unreadable answer: {error!r}"
+            self._leave_out(node_id, name, why)
+            return
+        self.nodes[node_id] = node
+        by_place = sorted(self.nodes.values(), key=lambda node: (node.partition, node.name))
+        self.nodes = {node.id: node for node in by_place}
+        self.notify("joined", node=node.name, nodes=len(self.nodes))
+
+    def _check_model(self, record: ConfigRecord) -> None:
+        for kind, ours in self.specs.items():
+            theirs = {
+                name: (tuple(shape), dtype)
+                for name, (shape, dtype) in json.loads(str(record[kind])).items()
+            }
+            try:
+                weights.check(ours, theirs)
+            except weights.WeightsError as error:
+                raise checks.Refused(f"its model is not the server's: {error}") from error
+
+    def _check_free(self, node: Node) -> None:
+        for other in self.nodes.values():
+            if node.partition == other.partition:
+                raise checks.Refused(
+                    f"node id {node.partition} is taken by a node that is online: "
+                    "give each node its own --node-id"
+                )
+
+    def _leave_out(self, node_id: int, name: str, why: str) -> None:
+        """A node that cannot take part is told so and not asked again."""
+        self.left_out[node_id] = why
+        self.notify("refused", node=name, reason=why)
+        content = RecordDict({"config": ConfigRecord({"reason": why})})
+        if node_id in set(self.grid.get_node_ids()):
+            self.grid.push_messages([Message(content, node_id, messages.LEAVE)])
+
+
+class RosterGrid(Grid):
+    """The grid as strategies see it: only nodes that take part, in the roster's order."""
+
+    def __init__(self, grid: Grid, roster: Roster):
+        self._grid = grid
+        self._roster = roster
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._roster.nodes)
+
+    def set_run(self, run: Any) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self._grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        return self._grid.create_message(*args, **kwargs)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        return self._grid.send_and_receive(messages, timeout=timeout)

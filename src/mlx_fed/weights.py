@@ -1,0 +1,153 @@
+"""A module's arrays by name: which of them a federation trains, and how they go back in.
+
+Three kinds of arrays make up a module. *Parameters* are floating and trainable: they are what
+clients train and servers aggregate. *Statistics* are the running mean and variance of
+normalization layers, which training changes without a gradient. Everything else is *frozen*
+(a base model under LoRA, packed integers of a quantized layer) and stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import randomness
+from .errors import FedError
+
+Arrays = dict[str, mx.array]
+Spec = dict[str, tuple[tuple[int, ...], str]]
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+class WeightsError(FedError, ValueError):
+    """Arrays that do not fit the module they were meant for; the message names the first."""
+
+
+class Slot(NamedTuple):
+    """The one place where an array of a module is held: ``owner[key]``."""
+
+    owner: Any
+    key: Any
+
+    def get(self) -> mx.array:
+        return self.owner[self.key]
+
+
+class Slots(NamedTuple):
+    """Where a module's arrays are held, by kind and by name."""
+
+    parameters: dict[str, Slot]
+    statistics: dict[str, Slot]
+    frozen: dict[str, Slot]
+
+
+def build_model(model: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """The module, its random initial values drawn from ``seed`` and evaluated."""
+    randomness.seed_mlx(seed, "initial weights")
+    module = model()
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"Task.model must return an mlx.nn.Module, not a {type(module).__name__}.")
+    mx.eval(module.parameters())
+    return module
+
+
+def find_slots(module: nn.Module) -> Slots:
+    """Where each array of ``module`` is held.
+
+    Names are those of ``mlx.utils.tree_flatten(module.parameters())``. A module reached by
+    two paths (tied weights) is listed once, under the first. Frozen parameters, integers among
+    the trainable and running statistics that an ``unfreeze()`` made trainable are not listed
+    as parameters.
+
+    Raises:
+        WeightsError: If two arrays have one name (a dot in a dictionary's key).
+    """
+    slots = Slots({}, {}, {})
+    seen: set[tuple[int, Any]] = set()
+    names: set[str] = set()
+    for name, slot, trainable in _walk(module, "", True):
+        place = (id(slot.owner), slot.key)
+        if place in seen:
+            continue
+        seen.add(place)
+        if name in names:
+            raise WeightsError(f"Two arrays of the model have the name {name!r}: rename one.")
+        names.add(name)
+        if isinstance(slot.owner, nn.Module) and slot.key in _STATISTICS:
+            slots.statistics[name] = slot
+        elif trainable and mx.issubdtype(slot.get().dtype, mx.inexact):
+            slots.parameters[name] = slot
+        else:
+            slots.frozen[name] = slot
+    return slots
+
+
+def _walk(value: Any, name: str, trainable: bool) -> Iterator[tuple[str, Slot, bool]]:
+    """Yields every array below ``value`` in the order of ``tree_flatten``."""
+    is_module = isinstance(value, nn.Module)
+    items = enumerate(value) if isinstance(value, list) else value.items()
+    for key, child in items:
+        if is_module and not nn.Module.valid_parameter_filter(value, key, child):
+            continue
+        child_name = f"{name}.{key}" if name else str(key)
+        # Like MLX's own filter: a frozen key freezes the arrays in its lists and
+        # dictionaries, while modules below it answer for themselves.
+        child_trainable = key not in value._no_grad if is_module else trainable
+        if isinstance(child, mx.array):
+            yield child_name, Slot(value, key), child_trainable
+        elif isinstance(child, (dict, list)):
+            yield from _walk(child, child_name, child_trainable)
+
+
+def get(slots: Mapping[str, Slot]) -> Arrays:
+    """The arrays in their slots, by name."""
+    return {name: slot.get() for name, slot in slots.items()}
+
+
+def put(slots: Mapping[str, Slot], arrays: Mapping[str, mx.array]) -> None:
+    """Puts arrays into their slots, unchecked: see :func:`load` for arrays from elsewhere."""
+    for name, array in arrays.items():
+        slot = slots[name]
+        slot.owner[slot.key] = array
+
+
+def load(slots: Mapping[str, Slot], arrays: Mapping[str, mx.array]) -> None:
+    """Puts arrays into their slots after checking that every one fits.
+
+    Raises:
+        WeightsError: If a name is missing or unknown, or a shape or dtype differs.
+    """
+    check(spec(get(slots)), spec(arrays))
+    put(slots, arrays)
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """``"float32"`` for ``mx.float32``."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def spec(arrays: Mapping[str, mx.array]) -> Spec:
+    """The shape and dtype of each array, by name."""
+    return {name: (tuple(a.shape), dtype_name(a.dtype)) for name, a in arrays.items()}
+
+
+def check(expected: Spec, got: Spec) -> None:
+    """Checks that ``got`` has the names, shapes and dtypes of ``expected``, in any order.
+
+    Raises:
+        WeightsError: Naming the first parameter that differs, and both shapes or dtypes.
+    """
+    for name in expected.keys() - got.keys():
+        raise WeightsError(f"parameter {name!r} is missing")
+    for name in got.keys() - expected.keys():
+        raise WeightsError(f"parameter {name!r} is not one of the model's")
+    for name, (shape, dtype) in expected.items():
+        got_shape, got_dtype = got[name]
+        if got_shape != shape:
+            raise WeightsError(f"parameter {name!r} has shape {got_shape}, expected {shape}")
+        if got_dtype != dtype:
+            raise WeightsError(f"parameter {name!r} has dtype {got_dtype}, expected {dtype}")
