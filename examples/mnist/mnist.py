@@ -3,12 +3,12 @@
 The data is ``digits`` (5,000 of MNIST's images, from a PyPI package) unless another is named.
 """
 
+import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-
-import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
 from mlx_fed import data
 
 

@@ -63,7 +63,7 @@ class Task:
         optimizer (callable): ``optimizer(config)`` returns a new ``mlx.optimizers`` optimizer.
             Its state is fresh in every round.
         data (callable): ``data(partition_id, num_partitions)`` returns the client's
-            :class:`Data`.
+            :class:`Data`; the number is ``None`` on a node that was not told one.
         metrics (dict): Names to ``metric(model, *batch)``, each a mean or a vector, computed
             on the held-out examples. ``{"accuracy": accuracy}``
         config (dict): Settings that the server sends with every message, its own over these.
@@ -92,7 +92,7 @@ class Task:
     model: Callable[[], nn.Module]
     loss: Callable[..., Any]
     optimizer: Callable[[Config], optim.Optimizer]
-    data: Callable[[int, int], Data]
+    data: Callable[[int, int | None], Data]
     metrics: Mapping[str, Callable[..., mx.array]] = field(default_factory=dict)
     config: Config = field(default_factory=dict)
     batch_size: int = 32
