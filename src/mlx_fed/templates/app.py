@@ -1,11 +1,11 @@
 """A federated task. Put your own model, data and loss where these are."""
 
+import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-
-import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
 
 
 def load(partition_id: int, num_partitions: int | None) -> fed.Data:
