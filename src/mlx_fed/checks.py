@@ -27,6 +27,7 @@ class Reply(NamedTuple):
     parameters: Arrays
     statistics: Arrays
     metrics: MetricRecord
+    weight: float
 
 
 def check_answer(message: Message) -> None:
@@ -72,7 +73,7 @@ def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_
     for array_name, array in (*arrays.items(), *running.items()):
         if not mx.isfinite(array).all().item():
             raise Refused(f"parameter {array_name!r} has values that are not finite")
-    return Reply(name, arrays, running, metrics)
+    return Reply(name, arrays, running, metrics, float(str(metrics[weighted_by])))
 
 
 def check_metrics(message: Message, weighted_by: str) -> MetricRecord:

@@ -180,7 +180,9 @@ def find_strategy(name: str, min_nodes: int, options: dict[str, Any]) -> Strateg
         made = getattr(flower, name, None)
         if not (isinstance(made, type) and issubclass(made, flower.Strategy)):
             known = ", ".join(
-                n for n in flower.__all__ if n.startswith(("Fed", "QFed", "K", "M", "B"))
+                name
+                for name in flower.__all__
+                if name.startswith(("Bulyan", "Fed", "Krum", "Multi", "QFed")) and "Xgb" not in name
             )
             raise FedError(f"Flower has no strategy {name!r}. It has {known}.")
         least = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
@@ -233,7 +235,7 @@ def _find(name: str, what: str, example: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and module_name.startswith(error.name):
             raise FedError(
-                f"There is no module {module_name!r} here ({Path.cwd()}) or among what is installed."
+                f"There is no module {module_name!r}, neither in {Path.cwd()} nor installed."
             ) from error
         raise
     if not hasattr(module, attribute):

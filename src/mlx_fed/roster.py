@@ -96,7 +96,7 @@ class Roster:
         try:
             checks.check_answer(answer)
             _, record = messages.config_of(answer.content)
-            node = Node(node_id, str(record["name"]), int(record["partition-id"]))
+            node = Node(node_id, str(record["name"]), int(str(record["partition-id"])))
             name = node.name
             self._check_model(record)
             self._check_free(node)

@@ -211,7 +211,7 @@ class _Run:
                 )
                 accepted.append((name, reply))
                 if update.statistics:
-                    statistics.append((update.statistics, float(update.metrics[self.weighted_by])))
+                    statistics.append((update.statistics, update.weight))
             self._require(accepted, outgoing, "train", number)
             metrics = self._aggregate_train(number, [reply for _, reply in accepted])
             if statistics:
@@ -272,10 +272,10 @@ class _Run:
                 arrays = aggregate.masters_to_arrays(record, self.trainer.spec)
                 packed[id(record)] = messages.pack(arrays)
             content[name] = packed[id(record)]
-            name, record = messages.config_of(message.content)
-            if id(record) not in configs:
-                configs[id(record)] = ConfigRecord({**config, **record})
-            content[name] = configs[id(record)]
+            name, own = messages.config_of(message.content)
+            if id(own) not in configs:
+                configs[id(own)] = ConfigRecord({**config, **own})
+            content[name] = configs[id(own)]
             if statistics is not None:
                 content[messages.STATISTICS] = statistics
             message.content = RecordDict(content)

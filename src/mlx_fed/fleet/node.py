@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from . import address
 from .server import quiet_flower
 
 _BEAT = 2.0
+"""Seconds between heartbeats."""
 _MAX_PAUSE = 1.0
 
 
@@ -136,7 +137,9 @@ class _Node:
         kind, run_id = message.metadata.message_type, message.metadata.run_id
         if kind == messages.LEAVE:
             _, config = messages.config_of(message.content)
-            raise JoinError(f"The server at {self.server} sent this node away: {config['reason']}")
+            raise JoinError(
+                f"The server at {self.server} sent this node away: {config['reason']!s}"
+            )
         context = self.contexts.setdefault(
             run_id, Context(run_id, self.client.node_id, self.node_config, RecordDict(), {})
         )
@@ -219,11 +222,14 @@ class _Node:
         stop = threading.Event()
 
         def beat() -> None:
-            while not stop.wait(_BEAT):
-                try:
+            pause = 0.0
+            while not stop.wait(pause):
+                started = time.monotonic()
+                # What is wrong with the connection is for the main thread to act on.
+                with suppress(Unreachable, Refused):
                     self.client.beat()
-                except (Unreachable, Refused):
-                    pass  # what the main thread does about it is what counts
+                # A server of ours has held the beat for longer than the pause.
+                pause = max(0.0, _BEAT - (time.monotonic() - started))
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()

@@ -7,7 +7,7 @@ import ssl
 import threading
 import time
 from base64 import b64encode
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import Message
 from flwr.app.error import Error
@@ -34,9 +34,15 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from .routes import OUR_HEARTBEAT_INTERVAL, RUN_HEADER, WAIT_HEADER
+from .routes import RUN_HEADER, WAIT_HEADER
 
-_POLL = 20.0
+_HELD = {"/v1/fleet/pull-messages": 20.0, "/v1/fleet/send-node-heartbeat": 5.0}
+"""Seconds that a server of ours may hold a request, by path."""
+
+_HEARTBEAT = 10.0
+"""Seconds, as announced to the server: the least that Flower accepts. Twice that without a beat
+and the node counts as gone."""
+
 _SIGNATURE_AGE = 5.0
 _TIMEOUT = 60.0
 
@@ -91,18 +97,16 @@ class _Transport(FleetHttpClient):
         timeout: float | None = None,
     ) -> Any:
         headers = self._signed_headers()
-        if path.endswith("/pull-messages"):
-            headers[WAIT_HEADER] = str(_POLL)
+        if path in _HELD:
+            headers[WAIT_HEADER] = str(_HELD[path])
         status, body = self._post(path, request.SerializeToString(), headers)
         if status != 200:
             raise Refused(status, body)
         return response_type.FromString(body)
 
     def _post(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
-        connection = getattr(self._local, "connection", None)
-        fresh = connection is None
-        if fresh:
-            connection = self._local.connection = self._connect()
+        held: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
+        connection = held or self._connect()
         try:
             connection.request("POST", path, body, headers)
             response = connection.getresponse()
@@ -111,9 +115,10 @@ class _Transport(FleetHttpClient):
             connection.close()
             self._local.connection = None
             # A server may have closed a connection that was idle: that is worth one more try.
-            if not fresh and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
+            if held and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
                 return self._post(path, body, headers)
             raise Unreachable(str(error) or type(error).__name__) from error
+        self._local.connection = connection
         if response.getheader(RUN_HEADER) == "finished":
             self.run_is_over = True
         return response.status, content
@@ -183,15 +188,16 @@ class FleetClient:
         """
         key = self._transport.public_key
         self._transport.RegisterNode(fleet_pb2.RegisterNodeFleetRequest(public_key=key))
-        request = fleet_pb2.ActivateNodeRequest(
-            public_key=key, heartbeat_interval=OUR_HEARTBEAT_INTERVAL
-        )
+        request = fleet_pb2.ActivateNodeRequest(public_key=key, heartbeat_interval=_HEARTBEAT)
         self.node_id = self._transport.ActivateNode(request).node_id
 
     def beat(self) -> None:
-        """Tells the server that this node is there."""
+        """Tells the server that this node is there; one of ours holds the request for seconds.
+
+        It sees the connection break when this process ends, and need not miss a beat first.
+        """
         request = heartbeat_pb2.SendNodeHeartbeatRequest(
-            node=self._node, heartbeat_interval=OUR_HEARTBEAT_INTERVAL
+            node=self._node, heartbeat_interval=_HEARTBEAT
         )
         self._transport.SendNodeHeartbeat(request)
 
@@ -227,7 +233,9 @@ class FleetClient:
                 node=self._node, run_id=run_id, message_object_id=message_id
             )
         )
-        message = inflate_object_from_contents(message_id, contents, keep_object_contents=True)
+        message = cast(
+            Message, inflate_object_from_contents(message_id, contents, keep_object_contents=True)
+        )
         message.metadata.__dict__["_message_id"] = message_id
         self._held, self._run_id = contents, run_id
         return message

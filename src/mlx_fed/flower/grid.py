@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
@@ -27,6 +27,7 @@ class LinkGrid(Grid):
     def __init__(self, link: Link):
         self._link = link
         self._seen = 0
+        self._receivers: dict[str, int] = {}
 
     def set_run(self, run: Any) -> None:
         raise RuntimeError("This grid has its run already.")
@@ -75,27 +76,31 @@ class LinkGrid(Grid):
             for object_id in missing:
                 store.put(object_id, objects[object_id].deflate())
         for message in messages:
+            self._receivers[message.metadata.message_id] = message.metadata.dst_node_id
             state.store_message_ins(remove_content_from_message(message))
         self._link.wake_nodes([message.metadata.dst_node_id for message in messages])
         return [message.metadata.message_id for message in messages]
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies to these messages that are complete, or that will never come."""
         self._seen = self._link.news()
+        message_ids = set(message_ids)
         state = self._link.state
         online = state.get_nodes(self._link.run_id)
-        ready = {
-            message_id
-            for message_id in message_ids
-            if message_id in self._link.complete or self._receiver(message_id) not in online
-        }
-        if not ready:
-            return []
-        self._link.complete -= ready
-        replies = state.get_message_res(set(ready), self._link.run_id)
-        received = [self._inflate(r) if not r.has_error() else r for r in replies]
-        state.delete_messages({r.metadata.reply_to_message_id for r in replies})
-        return received
+        complete = self._link.complete.intersection(message_ids)
+        lost = {i for i in message_ids if self._receivers.get(i) not in online} - complete
+        # Flower would give a node's last reply away for an error once the node has left.
+        replies = [
+            self._inflate(state.message_res_store[state.message_ins_id_to_message_res_id[i]])
+            for i in complete
+        ]
+        if lost:
+            replies += state.get_message_res(set(lost), self._link.run_id)
+        self._link.complete -= complete
+        state.delete_messages(complete | lost)
+        for message_id in complete | lost:
+            self._receivers.pop(message_id, None)
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -105,7 +110,7 @@ class LinkGrid(Grid):
         pending = set(self.push_messages(messages))
         replies: list[Message] = []
         while pending and (deadline is None or time.monotonic() < deadline):
-            arrived = list(self.pull_messages(pending))
+            arrived = self.pull_messages(pending)
             pending -= {reply.metadata.reply_to_message_id for reply in arrived}
             replies += arrived
             if not arrived:
@@ -116,18 +121,15 @@ class LinkGrid(Grid):
         """Waits for news since replies were last pulled, at most ``timeout`` seconds."""
         self._link.wait_for_news(self._seen, timeout)
 
-    def _receiver(self, message_id: str) -> int | None:
-        message = self._link.state.message_ins_store.get(message_id)
-        return message.metadata.dst_node_id if message else None
-
     def _inflate(self, reply: Message) -> Message:
-        """The reply with its content, whose objects leave the store."""
+        """The reply with its content or error, whose objects leave the store."""
         store = self._link.state.object_store
         message_id = reply.metadata.message_id
         contents = {
-            tree.object_id: store.get(tree.object_id)
+            tree.object_id: store.get(tree.object_id) or b""
             for tree in iterate_object_tree(store.get_object_tree(message_id))
         }
-        message = inflate_object_from_contents(message_id, contents)
+        message = cast(Message, inflate_object_from_contents(message_id, contents))
+        message.metadata.__dict__["_message_id"] = message_id
         store.delete(message_id)
         return message

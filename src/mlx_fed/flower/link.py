@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
+from typing import cast
 
 from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID, SubStatus
 from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.task_identity import TaskIdentity
@@ -21,17 +23,19 @@ class Link:
     """Flower's state with one run, and the events that routes and grid wake each other with.
 
     Attributes:
-        state (LinkState): Flower's own.
+        state (InMemoryLinkState): Flower's own.
         run_id (int): The run.
         finished (bool): The run is over: nodes that ask for work are told so.
         loop (asyncio.AbstractEventLoop): Where the routes run, once they do.
+        complete (set): Ids of messages whose replies have all their objects.
+        over (asyncio.Event): Set when the run is, to let held requests go.
     """
 
     def __init__(self) -> None:
         self.factory = LinkStateFactory(
             FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory()
         )
-        self.state = self.factory.state()
+        self.state = cast(InMemoryLinkState, self.factory.state())
         self.run_id = self.state.create_run(
             fab_id=None,
             fab_version=None,
@@ -55,6 +59,7 @@ class Link:
         self.finished = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self.complete: set[str] = set()
+        self.over = asyncio.Event()
         self._work: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self._news = threading.Condition()
         self._count = 0
@@ -69,6 +74,8 @@ class Link:
         """Tells nodes, as they ask for work, that there is no more."""
         self.finished = True
         self.wake_nodes(list(self._work))
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self.over.set)
 
     def close(self) -> None:
         """Ends the run in Flower's state."""

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastapi import HTTPException
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto import fleet_pb2, message_pb2
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.error import ApiErrorCode, FlowerError
@@ -30,17 +31,15 @@ from google.protobuf.message import DecodeError
 from .link import Link
 
 WAIT_HEADER = "mlx-fed-wait"
-"""Seconds that a node is ready to wait for work."""
+"""Seconds that a node lets the server hold its request: until there is work, or for life."""
 RUN_HEADER = "mlx-fed-run"
 """``finished`` on a response after the run's end."""
 
+_SIGNED = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
 _PREFIX = "/v1/fleet/"
 _MAX_BODY = 16 * 2**20
 _INLINE_BODY = 64 * 2**10
 _MAX_WAIT = 25.0
-_HEARTBEAT = 5.0
-"""Seconds. A node of ours beats every 2; twice this without one and it counts as gone."""
-
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -104,6 +103,11 @@ class FleetRoutes:
         self._authenticate(headers, request)
         if path.endswith("/pull-messages"):
             return await self._pull(request, handler, headers, receive)
+        if path.endswith("/send-node-heartbeat"):
+            response = handler(request)
+            if wait := _seconds_to_wait(headers):
+                await self._stays(request.node.node_id, receive, self.link.over, wait)
+            return response
         if len(body) > _INLINE_BODY:
             loop = asyncio.get_running_loop()
             response = await loop.run_in_executor(None, handler, request)
@@ -117,10 +121,7 @@ class FleetRoutes:
 
         Its age and the node it may speak for are checked on every request.
         """
-        signed = tuple(
-            headers.get(name, "")
-            for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
-        ) + (headers.get("flwr-timestamp", ""),)
+        signed = tuple(headers.get(name, "") for name in _SIGNED)
         node_id = getattr(getattr(request, "node", None), "node_id", None)
         if node_id is not None and self._verified.get(signed) == node_id:
             return
@@ -144,27 +145,36 @@ class FleetRoutes:
     ) -> Any:
         """Messages for a node, waited for where the node is ready to wait."""
         node_id = request.node.node_id
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + min(float(headers.get(WAIT_HEADER, 0)), _MAX_WAIT)
+        now = asyncio.get_running_loop().time
+        deadline = now() + _seconds_to_wait(headers)
         work = self.link.work_for(node_id)
+        while True:
+            work.clear()
+            response = handler(request)
+            left = deadline - now()
+            if response.messages_list or self.link.finished or left <= 0:
+                return response
+            if not await self._stays(node_id, receive, work, left):
+                return response
+
+    async def _stays(
+        self, node_id: int, receive: Receive, news: asyncio.Event, seconds: float
+    ) -> bool:
+        """Waits for news, and returns whether the node is still there.
+
+        A process that ends closes its connections, so that a node which was killed is noticed
+        at once, without waiting for a heartbeat that does not come.
+        """
         gone = asyncio.ensure_future(_disconnected(receive))
-        try:
-            while True:
-                work.clear()
-                response = handler(request)
-                left = deadline - loop.time()
-                if response.messages_list or self.link.finished or left <= 0:
-                    return response
-                waiting = asyncio.ensure_future(work.wait())
-                await asyncio.wait({waiting, gone}, timeout=left, return_when="FIRST_COMPLETED")
-                waiting.cancel()
-                if gone.done():
-                    # A process that ends closes its connections: no heartbeat has to be missed.
-                    self.link.state.deactivate_node(node_id)
-                    self.link.tell_grid()
-                    return response
-        finally:
-            gone.cancel()
+        waiting = asyncio.ensure_future(news.wait())
+        await asyncio.wait({gone, waiting}, timeout=seconds, return_when="FIRST_COMPLETED")
+        left = gone.done()
+        gone.cancel()
+        waiting.cancel()
+        if left:
+            self.link.state.deactivate_node(node_id)
+            self.link.tell_grid()
+        return not left
 
     def _take_note(self, request: Any, response: Any) -> None:
         """Keeps track of which replies have all their objects, and tells the grid."""
@@ -193,12 +203,6 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
     """Flower's handlers by path, with the state that each one asks for."""
     state, store = link.state, link.state.object_store
 
-    def heartbeat(request: Any) -> Any:
-        response = fleet_handlers.send_node_heartbeat(request, state)
-        if response.success and request.heartbeat_interval == OUR_HEARTBEAT_INTERVAL:
-            state.acknowledge_node_heartbeat(request.node.node_id, _HEARTBEAT)
-        return response
-
     def register(request: Any) -> Any:
         return fleet_handlers.register_node(request, state, enable_supernode_auth=False)
 
@@ -210,7 +214,7 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
         _PREFIX + "activate-node": lambda r: fleet_handlers.activate_node(r, state),
         _PREFIX + "deactivate-node": lambda r: fleet_handlers.deactivate_node(r, state),
         _PREFIX + "unregister-node": unregister,
-        _PREFIX + "send-node-heartbeat": heartbeat,
+        _PREFIX + "send-node-heartbeat": lambda r: fleet_handlers.send_node_heartbeat(r, state),
         _PREFIX + "pull-messages": lambda r: fleet_handlers.pull_messages(r, state, store),
         _PREFIX + "push-messages": lambda r: fleet_handlers.push_messages(r, state),
         _PREFIX + "get-run": lambda r: fleet_handlers.get_run(r, state),
@@ -223,8 +227,8 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
     }
 
 
-OUR_HEARTBEAT_INTERVAL = 10.0
-"""What a node of ours announces: the least that Flower accepts. It beats much more often."""
+def _seconds_to_wait(headers: dict[str, str]) -> float:
+    return min(float(headers.get(WAIT_HEADER, 0)), _MAX_WAIT)
 
 
 async def _read(receive: Receive, headers: dict[str, str]) -> bytes:

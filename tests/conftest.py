@@ -1,0 +1,85 @@
+"""Real processes for the tests: started with a fixture, and ended by it whatever happens."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MNIST = ROOT.parent / "shared" / "data" / "mnist"
+
+
+class Started:
+    """A process with its output in a file."""
+
+    def __init__(self, command: list[str], output: Path, cwd: Path, env: dict[str, str]):
+        self.output = output
+        with output.open("w") as file:
+            self.process = subprocess.Popen(
+                command, cwd=cwd, env=env, stdout=file, stderr=subprocess.STDOUT
+            )
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def line(self, pattern: str, timeout: float = 60) -> re.Match:
+        """Waits until the output has the pattern."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if found := re.search(pattern, self.text):
+                return found
+            if self.process.poll() is not None and not re.search(pattern, self.text):
+                break
+            time.sleep(0.02)
+        raise AssertionError(f"{pattern!r} is not in the output:\n{self.text}")
+
+    def ends(self, timeout: float = 60) -> int:
+        """The exit code, once the process has ended by itself."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout} s:\n{self.text}") from None
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    """Starts a Python command in the repository, such as ``start("server.py", "--port", "0")``."""
+    started: list[Started] = []
+
+    def start(*arguments: object, cwd: Path = ROOT, **env: str) -> Started:
+        command = [sys.executable, *map(str, arguments)]
+        output = tmp_path / f"output-{len(started)}.txt"
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "100", **env}
+        started.append(Started(command, output, cwd, environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.end()
+
+
+@pytest.fixture
+def mnist() -> Path:
+    """The folder with the full MNIST as parquet, where there is one."""
+    if not MNIST.is_dir():
+        pytest.skip("needs the full MNIST in ../shared/data/mnist")
+    return MNIST

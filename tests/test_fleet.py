@@ -1,0 +1,318 @@
+"""A federation of real processes over real sockets: one server, resident nodes."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import mlx_fed as fed  # noqa: F401  before mlx.core
+
+import mlx.core as mx
+import pytest
+
+TASK = "tests.tasks:moons"
+FED = ("-m", "mlx_fed")
+
+
+def serve(start, tmp_path: Path, *arguments, name="run", task=TASK):
+    """A server on a free port, and where it is."""
+    server = start(
+        *FED,
+        "serve",
+        task,
+        "--port",
+        0,
+        "--runs",
+        tmp_path,
+        "--name",
+        name,
+        "--wait",
+        60,
+        *arguments,
+    )
+    return server, server.line(r"Server ready on (\S+)").group(1)
+
+
+def join(start, address: str, node_id: int, *arguments, task=TASK, **env):
+    return start(
+        *FED,
+        "join",
+        task,
+        "--server",
+        address,
+        "--node-id",
+        node_id,
+        "--wait",
+        60,
+        *arguments,
+        **env,
+    )
+
+
+def history(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    a, b = (mx.load(str(folder / "model.safetensors")) for folder in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert mx.array_equal(a[name], b[name]), name
+
+
+def test_a_run_ends_by_itself_and_leaves_its_folder(start, tmp_path):
+    server, address = serve(start, tmp_path)
+    nodes = [join(start, address, number) for number in range(2)]
+    assert server.ends() == 0, server.text
+    assert [node.ends() for node in nodes] == [0, 0]
+    assert "The run is over." in nodes[0].text
+    folder = tmp_path / "run"
+    assert str(folder / "model.safetensors") in server.text
+    rounds = history(folder)
+    assert [record["round"] for record in rounds] == [1, 2, 3]
+    assert rounds[-1]["evaluate"]["accuracy"] > 0.8
+    assert rounds[-1]["train"]["nodes"] == ["node-0", "node-1"]
+    assert rounds[-1]["bytes"]["up"] > 0
+    assert rounds[-1]["refused"] == []
+    assert {"train", "aggregate", "evaluate"} == rounds[-1]["seconds"].keys()
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["num_rounds"] == 3
+    assert settings["config"]["learning-rate"] == 0.1
+    assert settings["strategy"]["name"] == "FedAvg"
+
+
+def test_the_order_of_starting_does_not_change_a_bit(start, tmp_path):
+    port = free_port()
+    late = [join(start, f"127.0.0.1:{port}", number) for number in (2, 0)]
+    late[0].line("No server at .* yet: trying again")
+    serve_on = (*FED, "serve", TASK, "--port", port, "--runs", tmp_path, "--min-nodes", 3)
+    server = start(*serve_on, "--name", "late")
+    late.append(join(start, f"127.0.0.1:{port}", 1, "--name", "a-name-that-sorts-first"))
+    assert server.ends() == 0, server.text
+    assert [node.ends() for node in late] == [0, 0, 0]
+
+    server, address = serve(start, tmp_path, "--min-nodes", 3, name="early")
+    early = [join(start, address, number) for number in range(3)]
+    assert server.ends() == 0
+    assert [node.ends() for node in early] == [0, 0, 0]
+    assert_same_bits(tmp_path / "late", tmp_path / "early")
+
+
+def test_the_seed_changes_the_run(start, tmp_path):
+    for seed in (0, 1):
+        server, address = serve(start, tmp_path, "--seed", seed, "--rounds", 1, name=f"seed{seed}")
+        nodes = [join(start, address, number) for number in range(2)]
+        assert server.ends() == 0
+        assert [node.ends() for node in nodes] == [0, 0]
+    with pytest.raises(AssertionError):
+        assert_same_bits(tmp_path / "seed0", tmp_path / "seed1")
+
+
+def test_two_nodes_with_one_node_id(start, tmp_path):
+    server, address = serve(start, tmp_path)
+    first = join(start, address, 0)
+    server.line("node-0 joined")
+    second = join(start, address, 0, "--name", "impostor")
+    assert second.ends() == 1
+    assert "sent this node away: node id 0 is taken by a node that is online" in second.text
+    assert "impostor refused" in server.text
+    third = join(start, address, 1)
+    assert server.ends() == 0
+    assert [first.ends(), third.ends()] == [0, 0]
+
+
+def test_a_node_with_another_model_is_sent_away(start, tmp_path):
+    server, address = serve(start, tmp_path)
+    other = join(start, address, 2, "-c", "hidden=8")
+    assert other.ends() == 1
+    assert "'layers.0.weight' has shape (8, 2), expected (16, 2)" in other.text
+    nodes = [join(start, address, number) for number in range(2)]
+    assert server.ends() == 0
+    assert "node-2 refused: its model is not the server's" in server.text
+    assert [node.ends() for node in nodes] == [0, 0]
+
+
+def test_a_node_that_raises_in_training_is_left_out_of_that_round(start, tmp_path):
+    server, address = serve(start, tmp_path, "--min-nodes", 3)
+    nodes = [join(start, address, number) for number in range(2)]
+    broken = join(start, address, 2, "-c", "raise-in=2")
+    assert server.ends() == 0, server.text
+    assert [node.ends() for node in (*nodes, broken)] == [0, 0, 0]
+    reason = "RuntimeError: the disk of this node is full"
+    assert f"node-2 left out of train: {reason}" in server.text
+    assert f"round 2 train failed: {reason}" in broken.text
+    rounds = history(tmp_path / "run")
+    trained = [len(record["train"]["nodes"]) for record in rounds]
+    assert trained == [3, 2, 3]
+    assert rounds[1]["refused"] == [{"node": "node-2", "phase": "train", "reason": reason}]
+
+
+def test_when_every_node_fails_the_run_stops_and_what_was_reached_is_kept(start, tmp_path):
+    server, address = serve(start, tmp_path)
+    nodes = [join(start, address, number, "-c", "raise-in=2") for number in range(2)]
+    assert server.ends() == 1
+    assert "Round 2: none of 2 nodes gave a train reply that counts" in server.text
+    assert [node.ends() for node in nodes] == [0, 0]
+    assert len(history(tmp_path / "run")) == 1
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_nodes_come_and_go_between_rounds(start, tmp_path):
+    server, address = serve(start, tmp_path, "--rounds", 12, "--min-nodes", 2)
+    nodes = [join(start, address, number, "-c", "slow=0.4") for number in range(2)]
+    server.line("round 1 ")
+    third = join(start, address, 2, "-c", "slow=0.4")
+    server.line("node-2 joined")
+    third.line("round .* train")
+    third.interrupt()
+    assert third.ends() == 130
+    server.line("node-2 left")
+    assert server.ends(120) == 0, server.text
+    assert [node.ends() for node in nodes] == [0, 0]
+    took_part = [record["train"]["nodes"] for record in history(tmp_path / "run")]
+    assert took_part[0] == ["node-0", "node-1"]
+    assert ["node-0", "node-1", "node-2"] in took_part
+    assert took_part[-1] == ["node-0", "node-1"]
+
+
+def test_a_node_that_is_killed_does_not_hold_up_the_run(start, tmp_path):
+    server, address = serve(start, tmp_path, "--rounds", 4, "--min-nodes", 3)
+    nodes = [join(start, address, number, "-c", "slow=0.3") for number in range(2)]
+    victim = join(start, address, 2, "-c", "slow=0.3")
+    server.line("round 1 ")
+    victim.process.kill()
+    server.line("node-2 left", 60)
+    substitute = join(start, address, 2)  # the same node id, once the first is gone
+    assert server.ends(120) == 0, server.text
+    assert [node.ends() for node in (*nodes, substitute)] == [0, 0, 0]
+
+
+def test_ctrl_c_ends_the_server_and_its_nodes_and_keeps_the_model(start, tmp_path):
+    server, address = serve(start, tmp_path, "--rounds", 1000)
+    nodes = [join(start, address, number) for number in range(2)]
+    server.line("round 2 ")
+    server.interrupt()
+    assert server.ends() == 130
+    assert "Traceback" not in server.text
+    assert [node.ends() for node in nodes] == [0, 0]
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_ctrl_c_while_the_server_waits_for_nodes(start, tmp_path):
+    server, _ = serve(start, tmp_path)
+    server.line("Waiting for nodes: 0 of 2")
+    server.interrupt()
+    assert server.ends() == 130
+    assert "Traceback" not in server.text
+
+
+def test_ctrl_c_while_a_node_waits_for_its_server(start):
+    node = join(start, f"127.0.0.1:{free_port()}", 0)
+    node.line("trying again")
+    node.interrupt()
+    assert node.ends() == 130
+    assert "Traceback" not in node.text
+
+
+def test_the_server_gives_up_waiting_for_nodes(start, tmp_path):
+    server, address = serve(start, tmp_path, "--wait", 2)
+    node = join(start, address, 0)
+    assert server.ends() == 1
+    assert "of 2 nodes came within 2 seconds" in server.text
+    assert node.ends() in (0, 1)  # it may have come after the server was gone
+
+
+def test_a_node_gives_up_when_there_is_no_server(start):
+    port = free_port()
+    node = start(*FED, "join", TASK, "--server", f"127.0.0.1:{port}", "--wait", 1)
+    assert node.ends() == 1
+    assert f"No server at 127.0.0.1:{port} within 1 seconds" in node.text
+    assert "Traceback" not in node.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--node-id", 3, "--num-partitions", 3], "Node id 3 is outside the partitions"),
+        (["--node-id", 0, "-c", "missing=true"], "There is no folder '/data/patients'."),
+        (["--server", "127.0.0.1:http"], "is not HOST:PORT"),
+        (["--server", "192.0.2.1:8080"], "say --insecure"),
+        (["-c", "learning-rate"], "'learning-rate' is not KEY=VALUE"),
+    ],
+)
+def test_a_node_says_what_is_wrong_with_its_arguments(start, arguments, message):
+    node = start(*FED, "join", TASK, *arguments)
+    assert node.ends() == 1
+    assert message in node.text
+    assert "Traceback" not in node.text
+
+
+@pytest.mark.skipif(mx.is_available(mx.gpu), reason="there is a GPU here")
+def test_gpu_without_a_gpu(start):
+    node = start(*FED, "join", TASK, "--gpu")
+    assert node.ends() == 1
+    assert "MLX has no GPU here" in node.text
+
+
+def test_a_port_in_use(start, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = start(*FED, "serve", TASK, "--port", port, "--runs", tmp_path)
+        assert server.ends() == 1
+    assert f"Port {port} is in use on 127.0.0.1" in server.text
+    assert not any(tmp_path.glob("*/settings.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "say --insecure"),
+        (["--strategy", "FedBest"], "Flower has no strategy 'FedBest'. It has Bulyan"),
+        (["--strategy", "FedAdam", "-s", "speed=9"], "Cannot make the strategy 'FedAdam'"),
+        (["--name", "../outside"], "A run's name has letters"),
+    ],
+)
+def test_a_server_says_what_is_wrong_with_its_arguments(start, tmp_path, arguments, message):
+    server = start(*FED, "serve", TASK, "--port", 0, "--runs", tmp_path, *arguments)
+    assert server.ends() == 1
+    assert message in server.text
+    assert "Traceback" not in server.text
+
+
+@pytest.mark.parametrize("task", ["tests.tasks", "tests.nothing:task", "tests.tasks:nothing"])
+def test_a_task_that_is_not_there(start, task):
+    server = start(*FED, "serve", task, "--port", 0)
+    assert server.ends() == 1
+    assert "Error: " in server.text
+    assert "Traceback" not in server.text
+
+
+def test_a_new_app_runs(start, tmp_path):
+    made = start(*FED, "init", "my_app", cwd=tmp_path)
+    assert made.ends() == 0, made.text
+    again = start(*FED, "init", "my_app", cwd=tmp_path)
+    assert again.ends() == 1
+    assert "File exists" in again.text
+    bad = start(*FED, "init", "my-app", cwd=tmp_path)
+    assert bad.ends() == 1
+    assert "cannot be imported" in bad.text
+    app = tmp_path / "my_app"
+    server = start(*FED, "serve", "my_app:task", "--port", 0, cwd=app)
+    address = server.line(r"Server ready on (\S+)").group(1)
+    nodes = [
+        start(*FED, "join", "my_app:task", "--server", address, "--node-id", number, cwd=app)
+        for number in range(2)
+    ]
+    assert server.ends() == 0, server.text
+    assert [node.ends() for node in nodes] == [0, 0]
+    (folder,) = (app / "runs").iterdir()
+    assert history(folder)[-1]["evaluate"]["accuracy"] > 0.9

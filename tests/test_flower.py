@@ -1,0 +1,326 @@
+"""What we lean on in Flower's private modules, one test an assumption.
+
+When a new Flower release breaks something, the test that fails here says what.
+"""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Iterator
+
+import mlx_fed as fed  # noqa: F401  before mlx.core
+
+import mlx.core as mx
+import pytest
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+
+from mlx_fed import messages
+from mlx_fed.fleet.server import _serving, _socket
+from mlx_fed.flower.client import FleetClient, Refused, Unreachable, error_reply
+from mlx_fed.flower.grid import LinkGrid
+from mlx_fed.flower.link import Link
+from mlx_fed.flower.routes import FleetRoutes
+
+ARRAYS = {
+    "small": mx.array([1.0, float("nan"), -0.0], dtype=mx.bfloat16),
+    "large": mx.random.normal((1200, 1201), key=mx.random.key(0)),  # more than one 5 MiB chunk
+}
+
+
+class Fleet:
+    """A server's routes on a port of the loopback, and the grid beside them."""
+
+    def __init__(self, link: Link, port: int):
+        self.link, self.port, self.grid = link, port, LinkGrid(link)
+        self.clients: list[FleetClient] = []
+
+    def node(self) -> FleetClient:
+        client = FleetClient("127.0.0.1", self.port)
+        client.register()
+        self.clients.append(client)
+        return client
+
+    def message(self, node: FleetClient, content: RecordDict | None = None) -> str:
+        content = content or RecordDict({"arrays": messages.pack(ARRAYS)})
+        (message_id,) = self.grid.push_messages([Message(content, node.node_id, MessageType.TRAIN)])
+        return message_id
+
+    def post(self, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection.request("POST", path, body, {"content-type": PROTOBUF_MEDIA_TYPE, **headers})
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
+    with _socket("127.0.0.1", 0) as listening, _serving(listening) as link:
+        fleet = Fleet(link, listening.getsockname()[1])
+        yield fleet
+        link.finish()
+        for client in fleet.clients:
+            client.leave()
+
+
+def reply_to(message: Message, **metrics: float) -> Message:
+    content = RecordDict(
+        {"arrays": messages.pack(ARRAYS), "metrics": MetricRecord({"num-examples": 1, **metrics})}
+    )
+    return Message(content, reply_to=message)
+
+
+def assert_carried(content: RecordDict) -> None:
+    got = messages.unpack(messages.parameters_of(content)[1])
+    for name, array in ARRAYS.items():
+        assert got[name].dtype == array.dtype
+        assert mx.array_equal(got[name].view(mx.uint16), array.view(mx.uint16)), name
+
+
+def test_a_run_made_in_memory_is_running_and_can_be_kept_alive():
+    link = Link()
+    status = link.state.get_run_status({link.run_id})[link.run_id].status
+    assert status == "running"
+    assert link.state.acknowledge_task_heartbeat(link._task_id)
+    link.close()
+    assert link.state.get_run_status({link.run_id})[link.run_id].status == "finished"
+
+
+def test_messages_can_be_made_where_the_link_is():
+    link = Link()
+    message = Message(RecordDict(), 7, MessageType.TRAIN)
+    assert message.metadata.run_id == link.run_id
+    link.close()
+
+
+def test_a_message_and_its_reply_come_through_unchanged(fleet):
+    node = fleet.node()
+    assert list(fleet.grid.get_node_ids()) == [node.node_id]
+    message_id = fleet.message(node)
+    message = node.receive()
+    assert message.metadata.message_id == message_id
+    assert_carried(message.content)
+    node.send(reply_to(message, loss=0.5), 0.1)
+    (reply,) = fleet.grid.pull_messages([message_id])
+    assert reply.metadata.reply_to_message_id == message_id
+    assert reply.metadata.src_node_id == node.node_id
+    assert_carried(reply.content)
+    assert reply.content["metrics"]["loss"] == 0.5
+    assert len(fleet.link.state.object_store) == 0, "objects stay behind"
+    assert fleet.link.state.num_message_ins() == 0
+
+
+def test_an_error_comes_through_with_its_reason(fleet):
+    node = fleet.node()
+    message_id = fleet.message(node)
+    node.send(error_reply(node.receive(), "no data"), 0.1)
+    (reply,) = fleet.grid.pull_messages([message_id])
+    assert reply.has_error()
+    assert reply.error.reason == "no data"
+
+
+def test_nodes_that_share_arrays_do_not_take_them_from_each_other(fleet):
+    nodes = [fleet.node() for _ in range(3)]
+    record = messages.pack(ARRAYS)
+    ids = fleet.grid.push_messages(
+        [Message(RecordDict({"arrays": record}), n.node_id, MessageType.TRAIN) for n in nodes]
+    )
+    for node in nodes:
+        message = node.receive()  # and confirms it, which deletes what nobody else needs
+        assert_carried(message.content)
+        node.send(reply_to(message), 0.0)  # equal replies share their objects too
+    assert len(list(fleet.grid.pull_messages(ids))) == 3
+
+
+def test_a_node_pulls_what_it_holds_already_only_once(fleet, monkeypatch):
+    node = fleet.node()
+    pulled = []
+    pull = node._pull_object
+    monkeypatch.setattr(node, "_pull_object", lambda *a: pulled.append(a) or pull(*a))
+    record = messages.pack(ARRAYS)
+    sizes = []
+    for number in range(2):
+        content = RecordDict({"arrays": record, "config": ConfigRecord({"n": number})})
+        fleet.message(node, content)
+        assert_carried(node.receive().content)
+        sizes.append(len(pulled))
+    # message, record dict and config are new; array record, arrays and chunks are not
+    assert sizes[1] - sizes[0] == 3
+    assert sizes[0] > 6
+
+
+def test_a_reply_counts_only_when_all_its_objects_are_there(fleet, monkeypatch):
+    node = fleet.node()
+    message_id = fleet.message(node)
+    message = node.receive()
+    seen = []
+    push = node._transport.PushObject
+
+    def push_and_look(request):
+        seen.append(list(fleet.grid.pull_messages([message_id])))
+        return push(request)
+
+    monkeypatch.setattr(node._transport, "PushObject", push_and_look)
+    node.send(reply_to(message), 0.0)
+    assert len(seen) > 5
+    assert not any(seen)
+    assert len(list(fleet.grid.pull_messages([message_id]))) == 1
+
+
+def test_work_reaches_a_node_that_waits_in_the_request_that_waited(fleet):
+    node = fleet.node()
+    received = []
+    waiting = threading.Thread(target=lambda: received.append(node.receive()))
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive(), "the server answered at once, with nothing"
+    message_id = fleet.message(node)
+    waiting.join(10)
+    assert received[0].metadata.message_id == message_id
+
+
+def test_the_end_of_the_run_reaches_a_node_that_waits(fleet):
+    node = fleet.node()
+    received = []
+    waiting = threading.Thread(target=lambda: received.append(node.receive()))
+    waiting.start()
+    waiting.join(0.3)
+    fleet.link.finish()
+    waiting.join(10)
+    assert received == [None]
+    assert node.run_is_over
+
+
+def test_a_message_for_a_node_that_left_is_answered_with_an_error(fleet):
+    node, other = fleet.node(), fleet.node()
+    message_id = fleet.message(node)
+    assert list(fleet.grid.pull_messages([message_id])) == []
+    node.leave()
+    (reply,) = fleet.grid.pull_messages([message_id])
+    assert reply.has_error()
+    assert reply.metadata.reply_to_message_id == message_id
+    assert list(fleet.grid.get_node_ids()) == [other.node_id]
+    late = fleet.message(node)
+    (reply,) = fleet.grid.pull_messages([late])
+    assert reply.has_error()
+
+
+def test_flowers_own_client_speaks_with_our_routes(fleet):
+    from flwr.supercore.inflatable.inflatable_object import (
+        get_all_nested_objects,
+        get_object_tree,
+        iterate_object_tree,
+    )
+    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+    from flwr.supernode.fleet_http_connection import http_request_response
+
+    address = f"127.0.0.1:{fleet.port}"
+    with http_request_response(address, insecure=True) as connection:
+        _, receive, send, get_run, _, pull, push, confirm = connection
+        (node_id,) = fleet.grid.get_node_ids()
+        assert receive() is None
+        content = RecordDict({"arrays": messages.pack(ARRAYS)})
+        (message_id,) = fleet.grid.push_messages([Message(content, node_id, MessageType.TRAIN)])
+        envelope, tree = receive()
+        run_id = envelope.metadata.run_id
+        assert get_run(run_id).run_id == fleet.link.run_id
+        contents = {t.object_id: pull(run_id, t.object_id) for t in iterate_object_tree(tree)}
+        confirm(run_id, message_id)
+        message = inflate_object_from_contents(message_id, contents)
+        message.metadata.__dict__["_message_id"] = message_id
+        assert_carried(message.content)
+        reply = reply_to(message)
+        objects = get_all_nested_objects(reply)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        wanted, session = send(reply, get_object_tree(reply), 0.1)
+        for object_id, item in objects.items():
+            if object_id in wanted:
+                push(run_id, session, object_id, item.deflate())
+    (received,) = fleet.grid.pull_messages([message_id])
+    assert_carried(received.content)
+
+
+def test_only_fleet_routes_answer(fleet):
+    fleet_routes = {path for _, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/")}
+    assert set(FleetRoutes(fleet.link)._handlers) == fleet_routes
+    others = [path for _, path in PROTOBUF_REQUEST_TYPES if path not in fleet_routes]
+    assert len(others) > 50
+    for path in (*others, "/", "/docs", "/openapi.json", "/health", "/v1/fleet", "/v1/fleet/"):
+        assert fleet.post(path)[0] == 404, path
+
+
+def test_nothing_is_answered_without_a_signature(fleet):
+    for method, path in PROTOBUF_REQUEST_TYPES:
+        if path.startswith("/v1/fleet/"):
+            assert method == "POST"
+            assert fleet.post(path)[0] == 401, path
+
+
+def test_a_node_speaks_for_itself_only(fleet):
+    node, other = fleet.node(), fleet.node()
+    request = heartbeat_pb2.SendNodeHeartbeatRequest(
+        node=node_pb2.Node(node_id=other.node_id), heartbeat_interval=10
+    )
+    for _ in range(2):  # the second time from the cache of signatures
+        with pytest.raises(Refused) as refusal:
+            node._transport.SendNodeHeartbeat(request)
+        assert refusal.value.status == 401
+        node._transport.GetRun  # noqa: B018
+    again = fleet_pb2.RegisterNodeFleetRequest(public_key=other._transport.public_key)
+    with pytest.raises(Refused):
+        node._transport.RegisterNode(again)
+
+
+def test_an_old_signature_is_refused(fleet, monkeypatch):
+    import datetime
+
+    from mlx_fed.flower import client
+
+    node = fleet.node()
+    an_hour_ago = client.now() - datetime.timedelta(hours=1)
+    monkeypatch.setattr(client, "now", lambda: an_hour_ago)
+    node._transport._signed_at = 0.0
+    with pytest.raises(Refused) as refusal:
+        node.receive()
+    assert refusal.value.status == 401
+
+
+def test_requests_that_are_not_ones(fleet):
+    assert fleet.post("/v1/fleet/register-node", b"\xff\xff\xff")[0] == 400
+    assert fleet.post("/v1/fleet/register-node", b"", **{"content-type": "text/html"})[0] == 415
+    connection = http.client.HTTPConnection("127.0.0.1", fleet.port, timeout=20)
+    connection.putrequest("POST", "/v1/fleet/push-object")
+    connection.putheader("content-type", PROTOBUF_MEDIA_TYPE)
+    connection.putheader("content-length", str(2**40))
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+
+
+def test_an_object_that_nobody_announced_is_not_stored(fleet):
+    node = fleet.node()
+    response = node._transport.PushObject(
+        message_pb2.PushObjectRequest(
+            node=node._node, run_id=fleet.link.run_id, object_id="0" * 64, object_content=b"x"
+        )
+    )
+    assert not response.stored
+    assert len(fleet.link.state.object_store) == 0
+
+
+def test_after_its_end_a_run_is_forbidden_as_on_a_superlink(fleet):
+    node = fleet.node()
+    fleet.message(node)
+    node.receive()
+    assert not node.run_has_ended()
+    fleet.link.close()
+    assert node.run_has_ended()
+
+
+def test_a_server_that_is_not_there():
+    with _socket("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(Unreachable):
+        FleetClient("127.0.0.1", port).register()
