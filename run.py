@@ -13,10 +13,10 @@ HERE = Path(__file__).parent
 
 def main(
     clients: Annotated[int, typer.Option(min=1, help="Clients to start.")] = 2,
-    rounds: Annotated[int | None, typer.Option(min=1, help="[default: the dataset's]")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, show_default="the dataset's")] = None,
     dataset: Annotated[str, typer.Option(help="digits, mnist, or a folder of parquet.")] = "digits",
     num_partitions: Annotated[
-        int | None, typer.Option(min=1, help="Parts of the data. [default: 3, or --clients]")
+        int | None, typer.Option(min=1, help="Parts of the data.", show_default="3, or --clients")
     ] = None,
     partitioner: Annotated[str, typer.Option(help="iid or dirichlet.")] = "iid",
     strategy: Annotated[str, typer.Option(help="One of Flower's strategies.")] = "FedAvg",

@@ -11,7 +11,7 @@ from mlx_fed.cli import errors_as_messages, find_strategy
 
 
 def main(
-    rounds: Annotated[int | None, typer.Option(min=1, help="[default: the dataset's]")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, show_default="the dataset's")] = None,
     dataset: Annotated[str, typer.Option(help="digits, mnist, or a folder of parquet.")] = "digits",
     min_clients: Annotated[int, typer.Option(min=1, help="Clients that a round needs.")] = 2,
     strategy: Annotated[str, typer.Option(help="One of Flower's strategies.")] = "FedAvg",
@@ -19,7 +19,9 @@ def main(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
     insecure: Annotated[bool, typer.Option("--insecure")] = False,
     seed: int = 0,
-    name: Annotated[str | None, typer.Option(help="The run's name. [default: the time]")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The run's name.", show_default="the time")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
 ) -> None:
     """Serve the MNIST example to clients, and save the model that they train."""

@@ -57,7 +57,7 @@ def errors_as_messages() -> Iterator[None]:
 def serve(
     task: TaskName,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds to train. [default: the task's, or 3]")
+        int | None, typer.Option(min=1, help="Rounds to train.", show_default="the task's, or 3")
     ] = None,
     strategy: Annotated[
         str, typer.Option(help="A Flower strategy's name, or MODULE:STRATEGY of your own.")
@@ -73,7 +73,9 @@ def serve(
     wait: Wait = 600.0,
     round_timeout: Annotated[float, typer.Option(help="Seconds that a phase may take.")] = 3600.0,
     seed: int = 0,
-    name: Annotated[str | None, typer.Option(help="The run's name. [default: the time]")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The run's name.", show_default="the time")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
     gpu: Annotated[bool, typer.Option("--gpu", help="Aggregate on the GPU.")] = False,
     config: Settings = None,
