@@ -14,11 +14,23 @@ import mlx.core as mx
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from .weights import Arrays, Spec, WeightsError, check, spec
+from .weights import Arrays, Spec, WeightsError, check, dtype_name, spec
+
+_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
 def to_masters(arrays: Arrays) -> ArrayRecord:
-    """Arrays as float32 NumPy arrays, by name and in the same order."""
+    """Arrays as float32 NumPy arrays, by name and in the same order.
+
+    Raises:
+        WeightsError: If float32 does not hold what an array holds (complex64, float64).
+    """
+    for name, array in arrays.items():
+        if array.dtype not in _DTYPES:
+            raise WeightsError(
+                f"parameter {name!r} is {dtype_name(array.dtype)}, which strategies cannot "
+                "average: make it float32, or two arrays of real numbers, or freeze it"
+            )
     return ArrayRecord(
         {name: Array(np.array(array.astype(mx.float32))) for name, array in arrays.items()}
     )

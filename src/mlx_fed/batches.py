@@ -12,11 +12,11 @@ import numpy as np
 class Rows(NamedTuple):
     """The examples of one step.
 
-    ``index`` has shape (batch,) and dtype uint32. ``mask`` is float32 of the same shape, 1 for
+    ``indices`` has shape (batch,) and dtype uint32. ``mask`` is float32 of the same shape, 1 for
     an example and 0 for padding, or ``None`` where batches are not padded.
     """
 
-    index: mx.array
+    indices: mx.array
     mask: mx.array | None
 
 
@@ -37,12 +37,16 @@ def epoch(num_examples: int, batch_size: int, padded: bool, key: mx.array | None
             steps have one shape; otherwise the last batch is shorter.
         key (mx.array, optional): Shuffle with this random key. In order without.
     """
-    order = mx.arange(num_examples) if key is None else mx.random.permutation(num_examples, key=key)
-    index = np.array(order, dtype=np.uint32)
+    # NumPy's shuffle: MLX's would wait for the device, and is slower on the CPU.
+    order = np.arange(num_examples)
+    if key is not None:
+        order = np.random.default_rng(np.array(key)).permutation(num_examples)
+    order = order.astype(np.uint32)
+    full = mx.ones(batch_size) if padded else None
     for start in range(0, num_examples, batch_size):
-        rows = index[start : start + batch_size]
-        if not padded:
-            yield Rows(mx.array(rows), None)
+        rows = order[start : start + batch_size]
+        if not padded or len(rows) == batch_size:
+            yield Rows(mx.array(rows), full)
             continue
         mask = np.zeros(batch_size, np.float32)
         mask[: len(rows)] = 1.0

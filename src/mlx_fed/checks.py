@@ -12,6 +12,9 @@ from . import aggregate, messages
 from .errors import FedError
 from .weights import Arrays, Spec
 
+_LONGEST = 500
+"""Characters of a reason that quotes what a stranger sent."""
+
 
 class Refused(FedError):
     """Why a reply does not count."""
@@ -33,7 +36,7 @@ class Reply(NamedTuple):
 def check_answer(message: Message) -> None:
     """Raises :class:`Refused` if the node reports an error instead of a result."""
     if message.has_error():
-        raise Refused(message.error.reason or f"error code {message.error.code}")
+        raise Refused(message.error.reason[:_LONGEST] or f"error code {message.error.code}")
     if not message.has_content():
         raise Refused("the reply is empty")
 
@@ -67,9 +70,9 @@ def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_
             record = message.content.array_records[messages.STATISTICS]
             running = aggregate.cast(messages.unpack(record), statistics)
     except FedError as error:
-        raise Refused(str(error)) from error
+        raise Refused(str(error)[:_LONGEST]) from error
     except Exception as error:  # whatever else a stranger's bytes can bring about
-        raise Refused(f"unreadable reply: {type(error).__name__}: {error}") from error
+        raise Refused(f"unreadable reply: {type(error).__name__}: {error}"[:_LONGEST]) from error
     for array_name, array in (*arrays.items(), *running.items()):
         if not mx.isfinite(array).all().item():
             raise Refused(f"parameter {array_name!r} has values that are not finite")
@@ -96,3 +99,17 @@ def check_metrics(message: Message, weighted_by: str) -> MetricRecord:
         if not all(math.isfinite(v) for v in values):
             raise Refused(f"metric {key!r} is not finite")
     return metrics
+
+
+def names_in(message: Message) -> frozenset[str]:
+    """What a reply's records and metrics are called, to be compared with other replies."""
+    records = (*message.content.array_records, *message.content.metric_records)
+    metrics = {name for record in message.content.metric_records.values() for name in record}
+    return frozenset({f"record {n!r}" for n in records} | {f"metric {n!r}" for n in metrics})
+
+
+def check_names(message: Message, usual: frozenset[str]) -> None:
+    """Raises :class:`Refused` if names differ from those in most replies."""
+    for name in sorted(usual ^ names_in(message)):
+        kind = "is missing" if name in usual else "is not in the other replies"
+        raise Refused(f"{name} {kind}")

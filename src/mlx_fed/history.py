@@ -7,7 +7,6 @@ progress display, a tracker) listens here and keeps no books of its own.
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable
@@ -53,8 +52,8 @@ class History:
     def add_round(self, record: dict[str, Any]) -> None:
         """Appends a round to ``history.jsonl``."""
         self.rounds.append(record)
-        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, default=float) + "\n")
         self.notify("round", **record)
 
     def save_model(self, arrays: Arrays) -> Path:
@@ -62,7 +61,7 @@ class History:
         path = self.folder / "model.safetensors"
         half_written = self.folder / "model.part.safetensors"
         mx.save_safetensors(str(half_written), arrays, {"format": "mlx"})
-        os.replace(half_written, path)
+        half_written.replace(path)
         return path
 
 
@@ -91,4 +90,4 @@ def new_run_folder(runs: Path | str = "runs", name: str | None = None) -> Path:
 def _write(path: Path, text: str) -> None:
     half_written = path.with_suffix(".part")
     half_written.write_text(text, encoding="utf-8")
-    os.replace(half_written, path)
+    half_written.replace(path)

@@ -8,8 +8,10 @@ as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from io import BytesIO
+from typing import Any
 
 import mlx.core as mx
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -25,6 +27,7 @@ LEAVE = "query.leave"
 
 _SHARD_TYPE = "safetensors"
 _SHARD_BYTES = 4 * 2**20
+_MAX_DIMS = 64  # NumPy's
 
 
 class MessageError(FedError):
@@ -48,21 +51,30 @@ def unpack(record: ArrayRecord) -> Arrays:
     """The arrays in a record, by name, whether packed or plain.
 
     Raises:
-        MessageError: If a shard cannot be read, or an array occurs twice.
+        MessageError: If the bytes cannot be read, or an array occurs twice.
     """
     arrays: Arrays = {}
     for name, array in record.items():
-        if array.stype == _SHARD_TYPE:
-            try:
-                part = mx.load(BytesIO(array.data), format="safetensors")
-            except (RuntimeError, ValueError) as error:
-                raise MessageError(f"record {name!r} is not safetensors: {error}") from error
-        else:
-            part = {name: mx.array(array.numpy())}
+        try:
+            part = _read(name, array)
+        except Exception as error:  # a stranger's bytes can bring about any
+            raise MessageError(f"array {name!r} in the message is unreadable: {error}") from error
         if twice := arrays.keys() & part.keys():
             raise MessageError(f"parameter {min(twice)!r} occurs twice in the message")
         arrays.update(part)
     return arrays
+
+
+def _read(name: str, array: Array) -> Arrays:
+    if array.stype != _SHARD_TYPE:
+        return {name: mx.array(array.numpy())}
+    shard: Any = mx.load(BytesIO(array.data), format="safetensors")
+    for key, value in shard.items():
+        # MLX multiplies shapes modulo 2**64 and takes negative ones; using them ends the process.
+        size = math.prod(value.shape) * value.itemsize
+        if value.ndim > _MAX_DIMS or min(value.shape, default=0) < 0 or size != value.nbytes:
+            raise ValueError(f"parameter {key!r} has a shape that no array can have")
+    return shard
 
 
 def is_packed(record: ArrayRecord) -> bool:

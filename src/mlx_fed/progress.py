@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,11 @@ def node_progress(console: Console | None = None) -> Callable[..., None]:
             _print(console, line, _STYLES.get(event, ""))
 
     return show
+
+
+def quiet_flower() -> None:
+    """Keeps Flower's log lines out of ours."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
 
 def _print(console: Console, line: str, style: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from . import aggregate, checks, messages, randomness, weights
 from .errors import FedError
@@ -193,7 +194,7 @@ class _Run:
         with _timed(seconds, "train"):
             replies = self._exchange("train", number, outgoing, traffic)
         with _timed(seconds, "aggregate"):
-            accepted, statistics = [], []
+            accepted, updates = [], {}
             for name, reply in replies:
                 try:
                     update = checks.check_update(
@@ -210,11 +211,12 @@ class _Run:
                     }
                 )
                 accepted.append((name, reply))
-                if update.statistics:
-                    statistics.append((update.statistics, update.weight))
+                updates[name] = update
+            accepted = self._same_names("train", accepted, refused)
             self._require(accepted, outgoing, "train", number)
             metrics = self._aggregate_train(number, [reply for _, reply in accepted])
-            if statistics:
+            counted = [updates[name] for name, _ in accepted]
+            if statistics := [(u.statistics, u.weight) for u in counted if u.statistics]:
                 self.statistics = aggregate.mean_statistics(statistics)
         return {**metrics, "nodes": [name for name, _ in accepted]}
 
@@ -243,6 +245,7 @@ class _Run:
                 self._refuse("evaluate", name, str(error), refused)
             else:
                 accepted.append((name, reply))
+        accepted = self._same_names("evaluate", accepted, refused)
         metrics: MetricRecord | None = None
         if accepted:
             with self._seeded(number, "aggregate_evaluate"):
@@ -312,6 +315,21 @@ class _Run:
             self.history.notify("failed", node=names[node_id], phase=phase, reason=reason)
         replies.sort(key=lambda pair: order[pair[0]])
         return [(names[node_id], reply) for node_id, reply in replies]
+
+    def _same_names(self, phase: str, accepted: list, refused: list) -> list:
+        """Refuses replies with other names than most: FedAvg and its kin would end the run."""
+        if not accepted or not any(isinstance(s, FedAvg) for s in _inner(self.strategy)):
+            return accepted
+        ((usual, _),) = Counter(checks.names_in(reply) for _, reply in accepted).most_common(1)
+        same = []
+        for name, reply in accepted:
+            try:
+                checks.check_names(reply, usual)
+            except checks.Refused as error:
+                self._refuse(phase, name, str(error), refused)
+            else:
+                same.append((name, reply))
+        return same
 
     def _refuse(self, phase: str, name: str, reason: str, refused: list) -> None:
         refused.append({"node": name, "phase": phase, "reason": reason})

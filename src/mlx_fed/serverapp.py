@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from .history import History, new_run_folder
 from .progress import server_line
 from .task import Config, TaskSource, make_task
 from .training import Trainer
+
+_FLOWER = logging.getLogger("flwr")
+_SETTINGS = {"seed": int, "min-nodes": int, "wait": float, "round-timeout": float}
+_SERVERS_OWN = {*_SETTINGS, "runs", "name"}
 
 
 def server_app(
@@ -34,11 +39,12 @@ def server_app(
             settings (``context.run_config``).
         strategy (Strategy or callable): Any Flower strategy, or a function of the settings
             that makes one. Default: ``FedAvg()``.
-        runs (Path, optional): Where runs are kept. Default: the setting ``runs``, or ``runs``
-            below where the SuperLink was started.
+        runs (Path, optional): Where runs are kept. Default: the setting ``runs``, or ``runs``;
+            below the folder that the SuperLink was started in, unless it is a whole path.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
-        settings: As :class:`~mlx_fed.rounds.Settings` has them; ``num-rounds``, ``seed`` and
-            ``min-nodes`` in the run's settings stand over these.
+        settings: As :class:`~mlx_fed.rounds.Settings` has them. In the run's settings
+            ``num-rounds`` (unless it is 0), ``seed``, ``min-nodes``, ``wait`` and
+            ``round-timeout`` stand over these, and ``name`` names the run's folder.
 
     Returns:
         flwr.serverapp.ServerApp: Runs under ``flwr run``, on machines and in simulation.
@@ -49,21 +55,36 @@ def server_app(
     def main(grid: Grid, context: Context) -> None:
         config = dict(context.run_config)
         leading = rounds.Settings(**settings)
-        leading.seed = int(config.get("seed", leading.seed))
-        if "min-nodes" in config:
-            leading.min_nodes = int(config["min-nodes"])
-        leading.config = {**config, **leading.config}
+        for key, kind in _SETTINGS.items():
+            if key in config:
+                setattr(leading, key.replace("-", "_"), kind(config[key]))
+        sent = {key: value for key, value in config.items() if key not in _SERVERS_OWN}
+        leading.config = {**sent, **leading.config}
         devices.use(device)
         made = make_task(task, config)
         task_rounds = made.config.get("num-rounds", leading.num_rounds)
-        leading.num_rounds = int(config.get("num-rounds", task_rounds))
-        chosen = strategy(config) if callable(strategy) else strategy or FedAvg()
-        folder = new_run_folder(runs or str(config.get("runs", "runs")), _name(config))
-        history = History(folder, (_log,))
-        history.write_settings({**asdict(leading), "strategy": type(chosen).__name__})
-        rounds.run(grid, chosen, Trainer(made, leading.seed), leading, history)
+        leading.num_rounds = int(config.get("num-rounds") or task_rounds)
+        leading.config["num-rounds"] = leading.num_rounds
+        chosen = strategy(config) if callable(strategy) else strategy or _fed_avg(leading.min_nodes)
+        place = Path(runs or str(config.get("runs", "runs"))).expanduser().resolve()
+        history = History(new_run_folder(place, _name(config)), (_log,))
+        history.write_settings(
+            {
+                **asdict(leading),
+                "config": {**made.config, **leading.config},
+                "strategy": type(chosen).__name__,
+            }
+        )
+        _FLOWER.info("The run's folder: %s", history.folder)
+        with _own_lines_only():
+            rounds.run(grid, chosen, Trainer(made, leading.seed), leading, history)
 
     return app
+
+
+def _fed_avg(min_nodes: int | None) -> Strategy:
+    least = min_nodes or 2
+    return FedAvg(min_train_nodes=least, min_evaluate_nodes=least, min_available_nodes=least)
 
 
 def _name(config: Config) -> str | None:
@@ -75,4 +96,18 @@ def _log(event: str, fields: dict[str, Any]) -> None:
     """Flower gathers a ServerApp's log lines and shows them with ``flwr run --stream``."""
     line = server_line(event, fields)
     if line:
-        logging.getLogger("flwr").info(line)
+        _FLOWER.info("%s", line)
+
+
+@contextmanager
+def _own_lines_only() -> Iterator[None]:
+    """Keeps the strategy's four lines a round out of the log, where one of ours says more."""
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("configure_", "aggregate_"))
+
+    _FLOWER.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        _FLOWER.removeFilter(is_wanted)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -85,8 +86,8 @@ class Trainer:
             client (int): The client's partition, for its random keys.
 
         Returns:
-            Update: The metrics are ``num-examples``, the number of examples in a pass, and
-            ``loss``, the mean over all steps.
+            Update: The metrics are ``num-examples``, the number of examples in a pass (of a
+            stream: those that it gave), and ``loss``, the mean over all steps.
 
         Raises:
             WeightsError: If the arrays do not fit the model.
@@ -101,7 +102,7 @@ class Trainer:
         state = optimizer.state
         proximal_mu = float(config.get("proximal-mu", 0.0))
         anchor = (tree, mx.array(proximal_mu)) if proximal_mu else ()
-        step = self._training_step(optimizer, config, indexed=not callable(data.train))
+        step = self._training_step(optimizer, config)
 
         training_batches = self._training_batches(data, config, moment)
         randomness.seed_mlx(*moment, "layers")
@@ -138,19 +139,19 @@ class Trainer:
         """
         weights.check(self.spec, weights.spec(parameters))
         weights.check(self.statistics_spec, weights.spec(statistics))
-        step = self._evaluation_step(indexed=not callable(examples))
+        step = self._evaluation_step()
         tree = tree_unflatten(list(parameters.items()))
-        values, shares, num_examples = [], [], 0
+        results, num_examples = [], 0
         for batch, size in self._evaluation_batches(examples):
-            value = step(tree, statistics, batch)
-            mx.async_eval(value)
-            values.append(value)
-            shares.append(size)
+            result = step(tree, statistics, batch)
+            mx.async_eval(result)
+            results.append(result)
             num_examples += size
-        if not values:
+        if not results:
             raise ValueError("The client has no examples to evaluate on.")
-        rows = mx.stack(values).tolist()
-        means = [_weighted_mean(column, shares) for column in zip(*rows, strict=True)]
+        # Shape (functions, 2, steps): the mean over a step's batch, and its weight.
+        columns: Any = mx.stack(results, axis=-1).tolist()
+        means = [_weighted_mean(*column) for column in columns]
         names = ("loss", *self.task.metrics)
         return {"num-examples": num_examples, **dict(zip(names, means, strict=True))}
 
@@ -169,7 +170,9 @@ class Trainer:
         held = self._arrays.get(id(examples))
         if held is None or held[0] is not examples:
             self._arrays = dict(list(self._arrays.items())[-1:])
-            held = self._arrays[id(examples)] = (examples, batches.as_arrays(examples))
+            held = (examples, batches.as_arrays(examples))
+        self._arrays.pop(id(examples), None)
+        self._arrays[id(examples)] = held  # the last used is the last to go
         return held[1]
 
     def _training_batches(
@@ -182,7 +185,7 @@ class Trainer:
             one_pass = partial(_streamed, data.train)
         else:
             arrays = self._resident(data.train)
-            padded = self._can_pad(arrays, self.task.loss)
+            padded = self._can_pad(arrays, self.task.augment, self.task.loss)
             one_pass = partial(_indexed, arrays, batch_size, padded)
 
         def passes() -> Iterator[tuple[tuple, int]]:
@@ -205,20 +208,24 @@ class Trainer:
         if callable(examples):
             return _streamed(examples, randomness.key(0, "evaluate"))
         arrays = self._resident(examples)
-        padded = self._can_pad(arrays, self.task.loss, *self.task.metrics.values())
+        padded = self._can_pad(arrays, None, self.task.loss, *self.task.metrics.values())
         return _indexed(arrays, self.task.eval_batch_size, padded, None)
 
-    def _can_pad(self, arrays: tuple[mx.array, ...], *functions: Callable) -> bool:
+    def _can_pad(
+        self, arrays: tuple[mx.array, ...], augment: Callable | None, *functions: Callable
+    ) -> bool:
         """Whether padding can be masked out: each function gives one value an example.
 
         Running statistics are taken over the whole batch, so padding would count in them.
         """
         if self.slots.statistics or len(arrays[0]) == 0:
             return False
-        asked = (functions, tuple((a.shape[1:], a.dtype) for a in arrays))
+        asked = (augment, functions, tuple((a.shape[1:], a.dtype) for a in arrays))
         if asked not in self._paddable:
             probe = [mx.take(array, mx.array([0, 0, 0]), axis=0) for array in arrays]
             # Nothing is evaluated: the shapes of a lazy graph are known when it is built.
+            if augment:
+                probe = augment(randomness.key(0, "augment"), *probe)
             outputs = [function(self.model, *probe) for function in functions]
             fits = all(isinstance(out, mx.array) and out.shape == (3,) for out in outputs)
             self._paddable[asked] = fits
@@ -235,16 +242,12 @@ class Trainer:
             self._programs[kind] = held
         return held[1]
 
-    def _training_step(
-        self, optimizer: optim.Optimizer, config: Config, indexed: bool
-    ) -> Callable[..., tuple]:
+    def _training_step(self, optimizer: optim.Optimizer, config: Config) -> Callable[..., tuple]:
         max_norm = config.get("max-grad-norm", self.task.max_grad_norm)
-        key = (_signature(optimizer), max_norm, bool(config.get("proximal-mu")), indexed)
+        key = (_signature(optimizer), max_norm, bool(config.get("proximal-mu")))
 
         def objective(tree, statistics, key, batch):
-            arrays, index, mask = batch
-            if indexed:
-                arrays = tuple(mx.take(array, index, axis=0) for array in arrays)
+            arrays, mask = batch
             if self.task.augment:
                 arrays = tuple(self.task.augment(key, *arrays))
             with self._holding(tree, statistics, training=True):
@@ -265,19 +268,17 @@ class Trainer:
 
         return self._program("train", key, lambda: step)
 
-    def _evaluation_step(self, indexed: bool) -> Callable[..., mx.array]:
+    def _evaluation_step(self) -> Callable[..., mx.array]:
         def step(tree, statistics, batch):
-            arrays, index, mask = batch
-            if indexed:
-                arrays = tuple(mx.take(array, index, axis=0) for array in arrays)
+            arrays, mask = batch
             with self._holding(tree, statistics, training=False):
-                values = [
-                    _mean_and_weight(function(self.model, *arrays), arrays, mask)[0]
+                pairs = [
+                    _mean_and_weight(function(self.model, *arrays), arrays, mask)
                     for function in (self.task.loss, *self.task.metrics.values())
                 ]
-            return mx.stack([value.astype(mx.float32) for value in values])
+            return mx.stack([mx.stack(list(pair)) for pair in pairs])
 
-        return self._program("evaluate", indexed, lambda: step)
+        return self._program("evaluate", None, lambda: step)
 
     def _holding(self, tree: Any, statistics: Arrays, training: bool) -> _Holding:
         return _Holding(self.model, self.slots, dict(tree_flatten(tree)), statistics, training)
@@ -307,15 +308,17 @@ class _Holding:
 
 def _streamed(examples: Callable, key: mx.array) -> Iterator[tuple[tuple, int]]:
     for batch in examples(key):
-        yield (tuple(batch), None, None), len(batch[0])
+        yield (tuple(batch), None), len(batch[0])
 
 
 def _indexed(
     arrays: tuple[mx.array, ...], size: int, padded: bool, key: mx.array | None
 ) -> Iterator[tuple[tuple, int]]:
     total = len(arrays[0])
-    for number, rows in enumerate(batches.epoch(total, size, padded, key)):
-        yield (arrays, *rows), min(size, total - number * size)
+    for number, (index, mask) in enumerate(batches.epoch(total, size, padded, key)):
+        # Not in the compiled step, which would be traced anew for each number of examples.
+        batch = tuple(mx.take(array, index, axis=0) for array in arrays)
+        yield (batch, mask), min(size, total - number * size)
 
 
 def _mean_and_weight(
@@ -324,20 +327,20 @@ def _mean_and_weight(
     """The mean over a batch of what a loss or metric returned, and the batch's weight."""
     if isinstance(output, tuple):
         mean, weight = output
-        return mean, mx.array(weight, mx.float32)
-    if not mx.issubdtype(output.dtype, mx.inexact):
-        output = output.astype(mx.float32)
+        return mean.astype(mx.float32), mx.array(weight, mx.float32)
+    output = output.astype(mx.float32)  # a bfloat16 cannot count to 257
     if output.ndim == 0:
         return output, mx.array(len(arrays[0]), mx.float32)
     if mask is None:
         return output.mean(), mx.array(len(output), mx.float32)
     weight = mask.sum()
-    return (output * mask.astype(output.dtype)).sum() / weight.astype(output.dtype), weight
+    return (output * mask).sum() / weight, weight
 
 
 def _map(function: Callable, tree: Any, *others: Any) -> Any:
     rest = [dict(tree_flatten(other)) for other in others]
-    pairs = [(name, function(a, *(r[name] for r in rest))) for name, a in tree_flatten(tree)]
+    flat = dict(tree_flatten(tree))
+    pairs = [(name, function(array, *(r[name] for r in rest))) for name, array in flat.items()]
     return tree_unflatten(pairs)
 
 
@@ -349,7 +352,7 @@ def _signature(optimizer: optim.Optimizer) -> Any:
     """What a traced step has baked in of its optimizer: everything but its state.
 
     The learning rate is part of the state and may change from round to round without a new
-    trace; momentum or a schedule may not.
+    trace; momentum or another schedule may not.
     """
     settings = {k: v for k, v in vars(optimizer).items() if k not in ("_state", "_initialized")}
     return (type(optimizer), _comparable(settings))
@@ -362,4 +365,9 @@ def _comparable(value: Any) -> Any:
         return {key: _comparable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_comparable(item) for item in value]
-    return value.tolist() if isinstance(value, mx.array) else value
+    if isinstance(value, FunctionType):
+        # A task makes its schedules and filters anew each round: same code, same values.
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        defaults = (value.__defaults__, value.__kwdefaults__)
+        return (value.__code__, _comparable(defaults), _comparable(cells))
+    return value.tolist() if hasattr(value, "tolist") else value

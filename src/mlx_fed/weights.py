@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from . import randomness
 from .errors import FedError
@@ -69,7 +70,8 @@ def find_slots(module: nn.Module) -> Slots:
     slots = Slots({}, {}, {})
     seen: set[tuple[int, Any]] = set()
     names: set[str] = set()
-    for name, slot, trainable in _walk(module, "", True):
+    trainable = dict(tree_flatten(module.trainable_parameters()))
+    for name, slot in _walk(module, ""):
         place = (id(slot.owner), slot.key)
         if place in seen:
             continue
@@ -79,14 +81,14 @@ def find_slots(module: nn.Module) -> Slots:
         names.add(name)
         if isinstance(slot.owner, nn.Module) and slot.key in _STATISTICS:
             slots.statistics[name] = slot
-        elif trainable and mx.issubdtype(slot.get().dtype, mx.inexact):
+        elif name in trainable and mx.issubdtype(slot.get().dtype, mx.inexact):
             slots.parameters[name] = slot
         else:
             slots.frozen[name] = slot
     return slots
 
 
-def _walk(value: Any, name: str, trainable: bool) -> Iterator[tuple[str, Slot, bool]]:
+def _walk(value: Any, name: str) -> Iterator[tuple[str, Slot]]:
     """Yields every array below ``value`` in the order of ``tree_flatten``."""
     is_module = isinstance(value, nn.Module)
     items = enumerate(value) if isinstance(value, list) else value.items()
@@ -94,13 +96,10 @@ def _walk(value: Any, name: str, trainable: bool) -> Iterator[tuple[str, Slot, b
         if is_module and not nn.Module.valid_parameter_filter(value, key, child):
             continue
         child_name = f"{name}.{key}" if name else str(key)
-        # Like MLX's own filter: a frozen key freezes the arrays in its lists and
-        # dictionaries, while modules below it answer for themselves.
-        child_trainable = key not in value._no_grad if is_module else trainable
         if isinstance(child, mx.array):
-            yield child_name, Slot(value, key), child_trainable
+            yield child_name, Slot(value, key)
         elif isinstance(child, (dict, list)):
-            yield from _walk(child, child_name, child_trainable)
+            yield from _walk(child, child_name)
 
 
 def get(slots: Mapping[str, Slot]) -> Arrays:
@@ -141,10 +140,12 @@ def check(expected: Spec, got: Spec) -> None:
     Raises:
         WeightsError: Naming the first parameter that differs, and both shapes or dtypes.
     """
-    for name in expected.keys() - got.keys():
-        raise WeightsError(f"parameter {name!r} is missing")
-    for name in got.keys() - expected.keys():
-        raise WeightsError(f"parameter {name!r} is not one of the model's")
+    for name in expected:
+        if name not in got:
+            raise WeightsError(f"parameter {name!r} is missing")
+    for name in got:
+        if name not in expected:
+            raise WeightsError(f"parameter {name!r} is not one of the model's")
     for name, (shape, dtype) in expected.items():
         got_shape, got_dtype = got[name]
         if got_shape != shape:

@@ -18,10 +18,9 @@ from flwr.app import Context, Message, RecordDict
 from .. import clientapp, devices, messages
 from ..errors import FedError
 from ..flower.client import FleetClient, Refused, Unreachable, error_reply
-from ..progress import node_progress
+from ..progress import node_progress, quiet_flower
 from ..task import Data, Task, TaskSource, make_task
 from . import address
-from .server import quiet_flower
 
 _BEAT = 2.0
 """Seconds between heartbeats."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import socket
 import threading
 import time
@@ -22,7 +21,7 @@ from ..flower.grid import LinkGrid
 from ..flower.link import Link
 from ..flower.routes import FleetRoutes
 from ..history import History, Listener, new_run_folder
-from ..progress import ServerProgress
+from ..progress import ServerProgress, quiet_flower
 from ..task import TaskSource, make_task
 from ..training import Trainer
 from . import address
@@ -139,6 +138,9 @@ def _serving(listening: socket.socket) -> Iterator[Link]:
         timeout_keep_alive=120,
         timeout_graceful_shutdown=1,
         ws="none",
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
@@ -171,8 +173,3 @@ def describe(strategy: Strategy) -> dict[str, Any]:
     inner = getattr(strategy, "strategy", None)
     wrapped = {"strategy": describe(inner)} if inner is not None else {}
     return {"name": type(strategy).__name__, **plain, **wrapped}
-
-
-def quiet_flower() -> None:
-    """Keeps Flower's log lines out of ours: only its errors are shown."""
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)

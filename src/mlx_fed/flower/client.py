@@ -34,7 +34,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from .routes import RUN_HEADER, WAIT_HEADER
+from . import headers as ours
 
 _HELD = {"/v1/fleet/pull-messages": 20.0, "/v1/fleet/send-node-heartbeat": 5.0}
 """Seconds that a server of ours may hold a request, by path."""
@@ -98,7 +98,7 @@ class _Transport(FleetHttpClient):
     ) -> Any:
         headers = self._signed_headers()
         if path in _HELD:
-            headers[WAIT_HEADER] = str(_HELD[path])
+            headers[ours.WAIT] = str(_HELD[path])
         status, body = self._post(path, request.SerializeToString(), headers)
         if status != 200:
             raise Refused(status, body)
@@ -119,7 +119,7 @@ class _Transport(FleetHttpClient):
                 return self._post(path, body, headers)
             raise Unreachable(str(error) or type(error).__name__) from error
         self._local.connection = connection
-        if response.getheader(RUN_HEADER) == "finished":
+        if response.getheader(ours.RUN) == "finished":
             self.run_is_over = True
         return response.status, content
 

@@ -28,12 +28,8 @@ from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError
 
+from . import headers as ours
 from .link import Link
-
-WAIT_HEADER = "mlx-fed-wait"
-"""Seconds that a node lets the server hold its request: until there is work, or for life."""
-RUN_HEADER = "mlx-fed-run"
-"""``finished`` on a response after the run's end."""
 
 _SIGNED = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
 _PREFIX = "/v1/fleet/"
@@ -67,7 +63,7 @@ class FleetRoutes:
             (b"content-length", str(len(body)).encode()),
         ]
         if self.link.finished:
-            headers.append((RUN_HEADER.encode(), b"finished"))
+            headers.append((ours.RUN.encode(), b"finished"))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -228,7 +224,7 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
 
 
 def _seconds_to_wait(headers: dict[str, str]) -> float:
-    return min(float(headers.get(WAIT_HEADER, 0)), _MAX_WAIT)
+    return min(float(headers.get(ours.WAIT, 0)), _MAX_WAIT)
 
 
 async def _read(receive: Receive, headers: dict[str, str]) -> bytes:

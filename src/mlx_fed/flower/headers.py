@@ -1,0 +1,7 @@
+"""What our server and nodes say to each other beside Flower's protocol, unknown to stock ones."""
+
+WAIT = "mlx-fed-wait"
+"""Seconds that a node lets the server hold its request: until there is work, or for life."""
+
+RUN = "mlx-fed-run"
+"""``finished`` on a response after the run's end."""

@@ -1,0 +1,53 @@
+"""Random keys, each from what it is for."""
+
+from __future__ import annotations
+
+import itertools
+
+import mlx.core as mx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_fed import randomness
+
+parts = st.lists(st.integers(-(2**63), 2**63) | st.text(max_size=4), max_size=3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**63), parts, parts)
+def test_seeds_are_equal_only_for_the_same_purpose(seed, first, second):
+    one, other = randomness.derive(seed, *first), randomness.derive(seed, *second)
+    assert 0 <= one < 2**64
+    assert (one == other) == (first == second)
+
+
+def test_a_seed_is_the_same_on_every_machine():
+    assert randomness.derive(0, 1, 3, "shuffle") == 2790366819311727116
+
+
+def test_seed_round_client_and_purpose_each_count():
+    moments = itertools.product(range(3), range(3), range(3), ["shuffle", "augment"])
+    keys = {tuple(randomness.key(*moment).tolist()) for moment in moments}
+    assert len(keys) == 3 * 3 * 3 * 2
+
+
+def test_a_number_and_its_text_differ():
+    assert randomness.derive(0, 1) != randomness.derive(0, "1")
+
+
+def test_a_key_does_not_touch_the_global_state():
+    mx.random.seed(7)
+    expected = mx.random.uniform(shape=(3,)).tolist()
+    mx.random.seed(7)
+    key = randomness.key(1, 2, "shuffle")
+    assert (key.shape, key.dtype) == ((2,), mx.uint32)
+    assert mx.random.uniform(shape=(3,)).tolist() == expected
+
+
+def test_the_state_that_layers_draw_from_is_seeded():
+    def draw(*parts) -> list:
+        randomness.seed_mlx(*parts)
+        return mx.random.uniform(shape=(3,)).tolist()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    assert draw(1, 2, 3) != draw(1, 2, 4)

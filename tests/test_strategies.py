@@ -1,0 +1,775 @@
+"""The round loop leads every strategy of Flower to where Flower's own loop leads it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import (
+    Bulyan,
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+    Krum,
+    MultiKrum,
+    QFedAvg,
+    Result,
+    Strategy,
+)
+
+import mlx_fed as fed
+from mlx_fed import messages, rounds
+from mlx_fed.history import History
+from mlx_fed.training import Trainer
+
+from .loopback import App, LoopbackGrid
+
+SEED = 7
+SIZES = (24, 40, 31, 16, 50, 22, 35)
+WEIGHT = "layers.0.weight"
+
+
+def load(partition_id: int, num_partitions: int | None) -> fed.Data:
+    """Points of three classes; clients differ in how many they hold and where these lie."""
+    rng = np.random.default_rng(partition_id)
+    labels = rng.integers(0, 3, SIZES[partition_id] + 10).astype(np.int32)
+    points = rng.normal(0.1 * partition_id, 1.0, (len(labels), 5)) + np.eye(3, 5)[labels]
+    points = points.astype(np.float32)
+    return fed.Data((points[10:], labels[10:]), (points[:10], labels[:10]))
+
+
+def bfloat16_model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3))
+    model.set_dtype(mx.bfloat16)
+    return model
+
+
+TASK = fed.Task(
+    model=lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)),
+    loss=lambda model, x, y: nn.losses.cross_entropy(model(x), y),
+    metrics={"accuracy": lambda model, x, y: mx.argmax(model(x), axis=1) == y},
+    optimizer=lambda config: optim.SGD(config["learning-rate"]),
+    data=load,
+    batch_size=16,
+    config={"learning-rate": 0.2},
+)
+NORMALIZED = replace(
+    TASK,
+    model=lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm(8), nn.ReLU(), nn.Linear(8, 3)),
+)
+BFLOAT16 = replace(TASK, model=bfloat16_model)
+
+CLIENT = fed.client_app(TASK)
+FIXED, ADAPTIVE = (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyClientSideAdaptiveClipping,
+)
+MODS = {FIXED: fixedclipping_mod, ADAPTIVE: adaptiveclipping_mod}
+CLIPPING = [
+    DifferentialPrivacyServerSideFixedClipping,
+    FIXED,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    ADAPTIVE,
+]
+
+
+def clipped(kind: type[Strategy], noise: float = 0.0) -> Strategy:
+    """FedAvg with clipping at norms that some updates of this task are above."""
+    if "Fixed" in kind.__name__:
+        return kind(FedAvg(), noise, clipping_norm=0.3, num_sampled_clients=7)
+    return kind(FedAvg(), noise, 7, initial_clipping_norm=0.2, clipped_count_stddev=noise)
+
+
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "FedAvg": FedAvg,
+    "FedAvgM": partial(FedAvgM, server_learning_rate=0.7, server_momentum=0.9),
+    "FedProx": partial(FedProx, proximal_mu=0.5),
+    "FedAdam": FedAdam,
+    "FedAdagrad": FedAdagrad,
+    "FedYogi": FedYogi,
+    "QFedAvg": partial(QFedAvg, client_learning_rate=0.2, q=0.5),
+    "FedMedian": FedMedian,
+    "FedTrimmedAvg": FedTrimmedAvg,
+    "Krum": partial(Krum, num_malicious_nodes=1),
+    "MultiKrum": partial(MultiKrum, num_malicious_nodes=1, num_nodes_to_select=4),
+    "Bulyan": partial(Bulyan, num_malicious_nodes=1),
+    **{kind.__name__: partial(clipped, kind) for kind in CLIPPING},
+}
+
+
+# -- the two loops -------------------------------------------------------------------------
+
+
+def federate(
+    strategy: Strategy,
+    folder: Path,
+    apps: Sequence[App] = (CLIENT,) * 7,
+    *,
+    task: fed.Task = TASK,
+    num_rounds: int = 3,
+    seed: int = SEED,
+    node_ids: Sequence[int] | None = None,
+    listener: Callable[[str, dict], None] | None = None,
+    **settings: Any,
+) -> rounds.Result:
+    """Our loop. Its nodes are listed, and reply, in another order than that of partitions."""
+    folder.mkdir(exist_ok=True)
+    return rounds.run(
+        LoopbackGrid(apps, node_ids=node_ids, backwards=True),
+        strategy,
+        Trainer(task, seed),
+        rounds.Settings(num_rounds=num_rounds, seed=seed, **settings),
+        History(folder, (listener,) if listener else ()),
+    )
+
+
+def plain_app(task: fed.Task, mods: list | None, loss_key: str | None) -> ClientApp:
+    """The obvious client: float32 arrays come in and go out, by name, and nothing is checked."""
+    trainer = Trainer(task, SEED)
+    app = ClientApp()
+
+    def unpack(message: Message) -> dict[str, mx.array]:
+        arrays = message.content["arrays"]
+        return {
+            name: mx.array(arrays[name].numpy()).astype(array.dtype)
+            for name, array in trainer.parameters().items()
+        }
+
+    def data(context: Context) -> tuple[fed.Data, int]:
+        partition = context.node_config["partition-id"]
+        return task.data(partition, context.node_config["num-partitions"]), partition
+
+    @app.train(mods=mods)
+    def train(message: Message, context: Context) -> Message:
+        examples, partition = data(context)
+        config = message.content["config"]
+        start = unpack(message)
+        update = trainer.train(start, {}, examples, config, client=partition)
+        metrics = update.metrics
+        if loss_key:
+            metrics[loss_key] = trainer.evaluate(start, {}, examples.train)["loss"]
+        arrays = as_record(update.parameters)
+        content = RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
+        return Message(content, reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        metrics = trainer.evaluate(unpack(message), {}, data(context)[0].test)
+        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+    return app
+
+
+def as_record(arrays: dict[str, mx.array]) -> ArrayRecord:
+    return ArrayRecord({k: Array(np.array(a.astype(mx.float32))) for k, a in arrays.items()})
+
+
+def run_stock(strategy: Strategy, task: fed.Task = TASK, num_rounds: int = 3) -> Result:
+    """Flower's own loop."""
+    mods = [MODS[type(strategy)]] if type(strategy) in MODS else None
+    app = plain_app(task, mods, getattr(strategy, "train_loss_key", None))
+    config = {**task.config, "seed": SEED}
+    return strategy.start(
+        LoopbackGrid([app] * 7),
+        as_record(Trainer(task, SEED).parameters()),
+        num_rounds,
+        train_config=ConfigRecord(config),
+        evaluate_config=ConfigRecord(config),
+    )
+
+
+def run_ours(strategy: Strategy, folder: Path, task: fed.Task = TASK, **settings) -> rounds.Result:
+    mods = [MODS[type(strategy)]] if type(strategy) in MODS else None
+    app = fed.client_app(task, mods) if mods or task is not TASK else CLIENT
+    return federate(strategy, folder, [app] * 7, task=task, **settings)
+
+
+def watch(strategy: Strategy) -> list[dict[str, np.ndarray]]:
+    """The global arrays after each round, as either loop hands them out to be evaluated."""
+    seen: list[dict[str, np.ndarray]] = []
+    configure = strategy.configure_evaluate
+
+    def watched(server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid):
+        seen.append({name: array.numpy() for name, array in arrays.items()})
+        return configure(server_round, arrays, config, grid)
+
+    strategy.configure_evaluate = watched
+    return seen
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference between arrays in float32; 0 only if they are equal."""
+    assert one.keys() == other.keys()
+    return max(float(abs(float32(one[name]) - float32(other[name])).max()) for name in one)
+
+
+def float32(array: Any) -> np.ndarray:
+    if isinstance(array, mx.array):
+        return np.array(array.astype(mx.float32))
+    return np.asarray(array.numpy() if isinstance(array, Array) else array, dtype=np.float32)
+
+
+# -- every strategy, against Flower's loop -------------------------------------------------
+
+# FedAdam and QFedAvg compute in float64 and Flower's loop keeps what they return, so that they
+# subtract a float64 model from the replies; ours goes on from its float32 master. The first
+# round is the same to the bit, later ones differ by roundings.
+TOLERANCE = {"FedAdam": 1e-6, "QFedAvg": 1e-6}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategy_ends_where_flowers_loop_ends(name: str, tmp_path: Path):
+    ours, stock = STRATEGIES[name](), STRATEGIES[name]()
+    our_rounds, stock_rounds = watch(ours), watch(stock)
+    result, expected = run_ours(ours, tmp_path), run_stock(stock)
+
+    assert difference(our_rounds[0], stock_rounds[0]) == 0
+    tolerance = TOLERANCE.get(name, 0)
+    for our_arrays, stock_arrays in zip(our_rounds, stock_rounds, strict=True):
+        assert all(array.dtype == np.float32 for array in our_arrays.values())
+        assert difference(our_arrays, stock_arrays) <= tolerance
+    assert difference(result.parameters, expected.arrays) <= tolerance
+    for record in result.rounds:
+        number = record["round"]
+        for phase, theirs in (
+            ("train", expected.train_metrics_clientapp),
+            ("evaluate", expected.evaluate_metrics_clientapp),
+        ):
+            nodes = record[phase].pop("nodes")
+            assert nodes == [f"node-{partition}" for partition in range(7)]
+            assert record[phase] == pytest.approx(dict(theirs[number]), rel=tolerance, abs=0)
+
+
+def test_strategies_do_differ_on_this_task(tmp_path: Path):
+    """Or the test above would say nothing about what each strategy needs of the loop."""
+    ends = set()
+    for name, make in STRATEGIES.items():
+        result = run_ours(make(), tmp_path / name, num_rounds=2)
+        ends.add(tuple(float32(array).tobytes() for array in result.parameters.values()))
+    # Server and clients clip alike, at either kind of norm.
+    assert len(ends) == len(STRATEGIES) - 2
+
+
+@pytest.mark.parametrize("kind", CLIPPING)
+def test_noise_is_added_as_flowers_loop_adds_it(kind, tmp_path: Path, monkeypatch):
+    """One round with equal noise: the same secret for our loop, as NumPy's seed for Flower's."""
+    secret = bytes(range(64))
+    monkeypatch.setattr("secrets.token_bytes", lambda size: secret[:size])
+    result = run_ours(clipped(kind, noise=0.5), tmp_path, num_rounds=1)
+
+    state = np.random.get_state()
+    np.random.seed(np.frombuffer(secret, np.uint32))
+    expected = run_stock(clipped(kind, noise=0.5), num_rounds=1)
+    np.random.set_state(state)
+    assert difference(result.parameters, expected.arrays) == 0
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedAdam"])
+def test_bfloat16_models_have_float32_masters(name: str, tmp_path: Path):
+    ours, stock = STRATEGIES[name](), STRATEGIES[name]()
+    masters, expected = watch(ours), watch(stock)
+    result = run_ours(ours, tmp_path, BFLOAT16)
+    run_stock(stock, BFLOAT16)
+
+    for ours_after, stock_after in zip(masters, expected, strict=True):
+        assert difference(ours_after, stock_after) <= TOLERANCE.get(name, 0)
+        assert all(array.dtype == np.float32 for array in ours_after.values())
+        rounded = {k: mx.array(a).astype(mx.bfloat16) for k, a in ours_after.items()}
+        assert difference(ours_after, rounded) > 0
+    assert all(array.dtype == mx.bfloat16 for array in result.parameters.values())
+    assert difference(result.parameters, rounded) == 0
+
+
+# -- what strategies need of the loop and its clients --------------------------------------
+
+
+def on_train(change: Callable[[Message], None], app: App = CLIENT) -> App:
+    """A client whose replies to training messages are changed on their way."""
+
+    def changed(message: Message, context: Context) -> Message:
+        kind = message.metadata.message_type
+        reply = app(message, context)
+        if kind == "train":
+            change(reply)
+        return reply
+
+    return changed
+
+
+def test_optimizers_leave_statistics_alone(tmp_path: Path):
+    """FedAdam on a variance makes it negative; it is averaged by examples instead."""
+    replies: list[Message] = []
+    app = on_train(replies.append, fed.client_app(NORMALIZED))
+    strategy = FedAdam(eta=0.5)
+    seen = watch(strategy)
+    result = federate(strategy, tmp_path, [app] * 3, task=NORMALIZED)
+
+    trainer = Trainer(NORMALIZED, SEED)
+    assert list(seen[-1]) == list(trainer.spec)
+    assert list(result.statistics) == ["layers.1.running_mean", "layers.1.running_var"]
+    last = [messages.unpack(r.content["statistics"]) for r in replies[-3:]]
+    examples = [r.content["metrics"]["num-examples"] for r in replies[-3:]]
+    assert sorted(examples) == sorted(SIZES[:3])
+    for name, mean in result.statistics.items():
+        expected = np.average([float32(s[name]) for s in last], axis=0, weights=examples)
+        np.testing.assert_allclose(float32(mean), expected, rtol=1e-6, atol=1e-7)
+        assert difference({name: mean}, {name: trainer.statistics()[name]}) > 0
+    assert (float32(result.statistics["layers.1.running_var"]) > 0).all()
+
+
+def test_statistics_pass_by_the_mods(tmp_path: Path):
+    """A mod sees one record of float32 arrays, and the statistics are averaged nevertheless."""
+    with_mod = fed.client_app(NORMALIZED, [fixedclipping_mod])
+    strategy = DifferentialPrivacyClientSideFixedClipping(FedAvg(), 0.0, 1e6, 3)
+    clipped = federate(strategy, tmp_path / "clipped", [with_mod] * 3, task=NORMALIZED)
+    plain = fed.client_app(NORMALIZED)
+    free = federate(FedAvg(), tmp_path / "free", [plain] * 3, task=NORMALIZED)
+
+    # Far below the norm an update comes back as start + (end - start), rounded.
+    assert difference(clipped.parameters, free.parameters) < 1e-6
+    assert difference(clipped.statistics, free.statistics) < 1e-6
+
+
+def test_unfit_statistics_are_refused(tmp_path: Path):
+    def change(reply: Message) -> None:
+        statistics = messages.unpack(reply.content["statistics"])
+        statistics["layers.1.running_var"] *= mx.nan
+        reply.content["statistics"] = messages.pack(statistics)
+
+    app = fed.client_app(NORMALIZED)
+    apps = [app, on_train(change, app), app]
+    result = federate(FedAvg(), tmp_path, apps, task=NORMALIZED, num_rounds=1)
+    (refused,) = result.rounds[0]["refused"]
+    assert refused["node"] == "node-1"
+    assert "'layers.1.running_var' has values that are not finite" in refused["reason"]
+    assert all(np.isfinite(float32(array)).all() for array in result.statistics.values())
+
+
+def test_a_failed_client_with_mods_keeps_no_old_statistics(tmp_path: Path):
+    def optimizer(config: fed.task.Config) -> optim.Optimizer:
+        if config.get("server-round") == 1:
+            raise RuntimeError("the disk of this node is full")
+        return optim.SGD(0.1)
+
+    well = fed.client_app(NORMALIZED, [fixedclipping_mod])
+    ill = fed.client_app(replace(NORMALIZED, optimizer=optimizer), [fixedclipping_mod])
+    grid = LoopbackGrid([well, ill])
+    strategy = DifferentialPrivacyClientSideFixedClipping(FedAvg(), 0.0, 1.0, 2)
+    settings = rounds.Settings(num_rounds=1, seed=SEED)
+    result = rounds.run(grid, strategy, Trainer(NORMALIZED, SEED), settings, History(tmp_path))
+
+    assert "the disk of this node is full" in result.rounds[0]["refused"][0]["reason"]
+    # It would evaluate with them, in place of the round's.
+    assert messages.STATISTICS not in grid.contexts[2].state
+
+
+@pytest.mark.parametrize("key", ["train_loss", "loss-before"])
+def test_qfedavg_gets_the_loss_before_training(key: str, tmp_path: Path):
+    strategy = QFedAvg(client_learning_rate=0.2, q=0.5, train_loss_key=key)
+    result = federate(strategy, tmp_path, (CLIENT,) * 3, num_rounds=1)
+
+    trainer = Trainer(TASK, SEED)
+    losses = [
+        trainer.evaluate(trainer.parameters(), {}, load(partition, 3).train)["loss"]
+        for partition in range(3)
+    ]
+    train = result.rounds[0]["train"]
+    assert train[key] == pytest.approx(np.average(losses, weights=SIZES[:3]))
+    assert train[key] != pytest.approx(train["loss"])
+
+
+def backwards_in_shards(reply: Message) -> None:
+    arrays = messages.unpack(reply.content["arrays"])
+    shards = [messages.pack({name: arrays[name]}) for name in reversed(arrays)]
+    named = {f"shard-{n}": array for n, shard in enumerate(shards) for array in shard.values()}
+    reply.content["arrays"] = ArrayRecord(named)
+
+
+def backwards_in_numpy(reply: Message) -> None:
+    arrays = messages.unpack(reply.content["arrays"])
+    reply.content["arrays"] = as_record({name: arrays[name] for name in reversed(arrays)})
+
+
+@pytest.mark.parametrize("shuffle", [backwards_in_shards, backwards_in_numpy])
+@pytest.mark.parametrize(
+    "name", ["FedAvgM", "QFedAvg", "Krum", "DifferentialPrivacyServerSideFixedClipping"]
+)
+def test_order_of_arrays_in_a_reply_is_of_no_account(name: str, shuffle, tmp_path: Path):
+    """These strategies pair arrays by position."""
+    expected = federate(STRATEGIES[name](), tmp_path / "in order", num_rounds=2)
+    apps = [on_train(shuffle) if partition % 2 else CLIENT for partition in range(7)]
+    result = federate(STRATEGIES[name](), tmp_path / "shuffled", apps, num_rounds=2)
+    assert difference(result.parameters, expected.parameters) == 0
+    assert not any(record["refused"] for record in result.rounds)
+
+
+class OwnStrategy(Strategy):
+    """Trains the first and the last node, at rates of their own, under names of its own."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        first, *_, last = grid.get_node_ids()
+        for node_id, rate in ((first, 0.0), (last, 0.5)):
+            settings = ConfigRecord({"learning-rate": rate, "server-round": server_round})
+            yield Message(RecordDict({"model": arrays, "how": settings}), node_id, "train")
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        first, last = (reply.content["model"] for reply in replies)
+        half = {k: Array((first[k].numpy() + last[k].numpy()) / 2) for k in first}
+        return ArrayRecord(half), MetricRecord({"trained": 2})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> None:
+        raise AssertionError("nobody was asked to evaluate")
+
+    def summary(self) -> None: ...
+
+
+def test_a_strategy_of_ones_own(tmp_path: Path):
+    result = federate(OwnStrategy(), tmp_path, (CLIENT,) * 3, num_rounds=2)
+
+    trainer = Trainer(TASK, SEED)
+    expected = trainer.parameters()
+    for number in (1, 2):
+        config = {"seed": SEED, "server-round": number, "learning-rate": 0.5}
+        trained = trainer.train(expected, {}, load(2, 3), config, client=2).parameters
+        expected = {name: (expected[name] + trained[name]) / 2 for name in expected}
+    assert difference(result.parameters, expected) == 0
+    assert [record["train"] for record in result.rounds] == [
+        {"trained": 2, "nodes": ["node-0", "node-2"]}
+    ] * 2
+    assert [record["evaluate"] for record in result.rounds] == [{"nodes": []}] * 2
+
+
+# -- chance --------------------------------------------------------------------------------
+
+
+def sampled(folder: Path, seed: int, node_ids: Sequence[int]) -> list[list[str]]:
+    strategy = FedAvg(fraction_train=0.5, fraction_evaluate=0.5)
+    result = federate(strategy, folder, (CLIENT,) * 6, seed=seed, node_ids=node_ids)
+    return [record[phase]["nodes"] for record in result.rounds for phase in ("train", "evaluate")]
+
+
+def test_the_seed_decides_who_is_sampled(tmp_path: Path):
+    """Flower draws from node ids, which are random; names are what stays from run to run."""
+    one = sampled(tmp_path / "one", SEED, [501, 17, 93, 2**63, 8, 77])
+    two = sampled(tmp_path / "two", SEED, [4, 3000, 61, 5, 2**62, 12])
+    other = sampled(tmp_path / "other", SEED + 1, [501, 17, 93, 2**63, 8, 77])
+    assert one == two
+    assert one != other
+    assert all(len(nodes) == 3 for nodes in one)
+    assert len({tuple(nodes) for nodes in one}) > 1
+
+
+def test_global_random_states_are_put_back(tmp_path: Path):
+    before = random.getstate(), np.random.get_state()
+    federate(clipped(FIXED, noise=1.0), tmp_path, [fed.client_app(TASK, [fixedclipping_mod])] * 7)
+    assert random.getstate() == before[0]
+    np.testing.assert_equal(np.random.get_state(), before[1])
+
+
+@pytest.mark.parametrize("wrap", [lambda dp: dp, lambda dp: Wrapper(dp)], ids=["bare", "wrapped"])
+def test_noise_for_privacy_does_not_come_from_the_seed(wrap, tmp_path: Path):
+    """Nodes know the seed, and could take the noise off again."""
+
+    def run(name: str, noise: float) -> rounds.Result:
+        strategy = wrap(clipped(DifferentialPrivacyServerSideFixedClipping, noise))
+        return federate(strategy, tmp_path / name, num_rounds=1)
+
+    clean, again = run("clean", 0.0), run("again", 0.0)
+    one, two = run("one", 1.0), run("two", 1.0)
+    assert difference(clean.parameters, again.parameters) == 0
+    assert difference(one.parameters, two.parameters) > 0
+    assert difference(one.parameters, clean.parameters) > 0
+
+
+class Wrapper(Strategy):
+    """A strategy of one's own around another, in the manner of Flower's."""
+
+    def __init__(self, strategy: Strategy):
+        self.strategy = strategy
+
+    def configure_train(self, *arguments: Any) -> Iterable[Message]:
+        return self.strategy.configure_train(*arguments)
+
+    def aggregate_train(self, *arguments: Any) -> Any:
+        return self.strategy.aggregate_train(*arguments)
+
+    def configure_evaluate(self, *arguments: Any) -> Iterable[Message]:
+        return self.strategy.configure_evaluate(*arguments)
+
+    def aggregate_evaluate(self, *arguments: Any) -> Any:
+        return self.strategy.aggregate_evaluate(*arguments)
+
+    def summary(self) -> None: ...
+
+
+# -- replies that do not count -------------------------------------------------------------
+
+
+def with_arrays(change: Callable[[dict[str, mx.array]], Any]) -> Callable[[Message], None]:
+    def changed(reply: Message) -> None:
+        arrays = messages.unpack(reply.content["arrays"])
+        change(arrays)
+        reply.content["arrays"] = messages.pack(arrays)
+
+    return changed
+
+
+def with_weight(change: Callable[[mx.array], mx.array]) -> Callable[[Message], None]:
+    return with_arrays(lambda arrays: arrays.update({WEIGHT: change(arrays[WEIGHT])}))
+
+
+def with_metrics(**changed: Any) -> Callable[[Message], None]:
+    values = {name.replace("_", "-"): value for name, value in changed.items()}
+    return lambda reply: reply.content["metrics"].update(values)
+
+
+def in_numpy(reply: Message) -> None:
+    """NaN in a reply of plain arrays, as Flower's mods leave it."""
+    arrays = messages.unpack(reply.content["arrays"])
+    reply.content["arrays"] = as_record({**arrays, WEIGHT: arrays[WEIGHT] * mx.nan})
+
+
+def raises(reply: Message) -> None:
+    raise RuntimeError("the disk of this node is full")
+
+
+def not_safetensors(reply: Message) -> None:
+    garbage = Array("uint8", (8,), "safetensors", b"\xff" * 8)
+    reply.content["arrays"] = ArrayRecord({"shard-1": garbage})
+
+
+def renamed(reply: Message) -> None:
+    reply.content["weights"] = reply.content.pop("arrays")
+
+
+UNFIT = {
+    "NaN": (with_weight(lambda w: w * mx.nan), f"{WEIGHT!r} has values that are not finite"),
+    "infinite": (with_weight(lambda w: w / 0), f"{WEIGHT!r} has values that are not finite"),
+    "NaN in NumPy": (in_numpy, f"{WEIGHT!r} has values that are not finite"),
+    "shape": (with_weight(lambda w: w[:1]), f"{WEIGHT!r} has shape (1, 5), expected (8, 5)"),
+    "dtype": (
+        with_weight(lambda w: w.astype(mx.float16)),
+        f"{WEIGHT!r} has dtype float16, expected float32",
+    ),
+    "missing": (with_arrays(lambda arrays: arrays.pop(WEIGHT)), f"{WEIGHT!r} is missing"),
+    "unknown": (
+        with_arrays(lambda arrays: arrays.update(extra=mx.zeros(2))),
+        "'extra' is not one of the model's",
+    ),
+    "zero examples": (with_metrics(num_examples=0), "num-examples must be a positive number"),
+    "negative examples": (with_metrics(num_examples=-3), "num-examples must be a positive number"),
+    "NaN examples": (
+        with_metrics(num_examples=float("nan")),
+        "num-examples must be a positive number",
+    ),
+    "list of examples": (
+        with_metrics(num_examples=[1, 2]),
+        "num-examples must be a positive number",
+    ),
+    "no examples": (
+        lambda reply: reply.content["metrics"].pop("num-examples"),
+        "num-examples must be a positive number",
+    ),
+    "NaN loss": (with_metrics(loss=float("nan")), "metric 'loss' is not finite"),
+    "no metrics": (lambda reply: reply.content.pop("metrics"), "one record of metrics"),
+    "no arrays": (lambda reply: reply.content.pop("arrays"), "one record of parameters"),
+    "renamed": (renamed, "'arrays'"),
+    "other metrics": (with_metrics(mood=1.0), "'mood'"),
+    "not safetensors": (not_safetensors, "'shard-1'"),
+    "error": (raises, "the disk of this node is full"),
+}
+
+
+@pytest.fixture(scope="module")
+def without_node_0() -> dict[str, mx.array]:
+    """What node-1 and node-2 reach alone, averaged by examples."""
+    trainer = Trainer(TASK, SEED)
+    mean = trainer.parameters()
+    total = SIZES[1] + SIZES[2]
+    for number in (1, 2):
+        config = {**TASK.config, "seed": SEED, "server-round": number}
+        one, two = (
+            trainer.train(mean, {}, load(client, 3), config, client=client).parameters
+            for client in (1, 2)
+        )
+        mean = {k: one[k] * (SIZES[1] / total) + two[k] * (SIZES[2] / total) for k in mean}
+    return mean
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_an_unfit_reply_is_refused_and_the_run_goes_on(case: str, tmp_path: Path, without_node_0):
+    change, reason = UNFIT[case]
+    told: list[dict] = []
+
+    def listener(event: str, fields: dict) -> None:
+        if event == "failed":
+            told.append(fields)
+
+    # The first reply, whose names and metrics a strategy may take for everybody's.
+    apps = [on_train(change), CLIENT, CLIENT]
+    result = federate(FedAvg(), tmp_path, apps, num_rounds=2, listener=listener)
+
+    for record in result.rounds:
+        (refused,) = record["refused"]
+        assert (refused["node"], refused["phase"]) == ("node-0", "train")
+        assert reason in refused["reason"]
+        assert record["train"]["nodes"] == ["node-1", "node-2"]
+        assert record["evaluate"]["nodes"] == ["node-0", "node-1", "node-2"]
+    assert [fields["node"] for fields in told] == ["node-0", "node-0"]
+    assert reason in told[0]["reason"]
+    assert difference(result.parameters, without_node_0) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_metrics(loss=float("inf")), "metric 'loss' is not finite"),
+        (with_metrics(num_examples=0), "num-examples must be a positive number"),
+        (with_metrics(mood=1.0), "'mood'"),
+        (raises, "the disk of this node is full"),
+    ],
+    ids=["infinite loss", "zero examples", "other metrics", "error"],
+)
+def test_an_unfit_evaluation_is_refused(change, reason: str, tmp_path: Path):
+    def app(message: Message, context: Context) -> Message:
+        kind = message.metadata.message_type
+        reply = CLIENT(message, context)
+        if kind == "evaluate":
+            change(reply)
+        return reply
+
+    result = federate(FedAvg(), tmp_path, [app, CLIENT, CLIENT], num_rounds=1)
+    (record,) = result.rounds
+    (refused,) = record["refused"]
+    assert (refused["node"], refused["phase"]) == ("node-0", "evaluate")
+    assert reason in refused["reason"]
+    assert record["train"]["nodes"] == ["node-0", "node-1", "node-2"]
+    assert record["evaluate"]["nodes"] == ["node-1", "node-2"]
+    assert np.isfinite(record["evaluate"]["loss"])
+
+
+def test_a_round_without_a_reply_that_counts_ends_the_run(tmp_path: Path):
+    """What the rounds before it reached is kept."""
+
+    def from_round_2(reply: Message) -> None:
+        if reply.metadata.group_id == "2":
+            with_weight(lambda w: w * mx.nan)(reply)
+
+    expected = federate(FedAvg(), tmp_path / "one", (CLIENT,) * 3, num_rounds=1)
+    with pytest.raises(rounds.RunError, match="Round 2: none of 3 nodes gave a train reply"):
+        federate(FedAvg(), tmp_path / "three", [on_train(from_round_2)] * 3, num_rounds=3)
+    assert [record["round"] for record in read_history(tmp_path / "three")] == [1]
+    saved = mx.load(str(tmp_path / "three" / "model.safetensors"))
+    assert difference({k: saved[k] for k in expected.parameters}, expected.parameters) == 0
+
+
+def test_too_few_nodes_end_the_run(tmp_path: Path):
+    strategy = FedAvg(min_available_nodes=5)
+    with pytest.raises(rounds.RunError, match="3 of 5 nodes came within"):
+        federate(strategy, tmp_path, (CLIENT,) * 3, wait=0.2)
+
+
+def test_a_strategy_that_fails_is_named(tmp_path: Path):
+    class Failing(FedAvg):
+        def aggregate_train(self, server_round, replies):
+            raise ValueError("no quorum")
+
+    with pytest.raises(rounds.RunError, match=r"Round 1: Failing\.aggregate_train .* no quorum"):
+        federate(Failing(), tmp_path, (CLIENT,) * 3)
+
+
+# -- what a run leaves ---------------------------------------------------------------------
+
+
+def read_history(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_history_and_the_whole_model(tmp_path: Path):
+    app = fed.client_app(NORMALIZED)
+    measured: list[int] = []
+
+    def evaluate(number: int, parameters: dict, statistics: dict) -> dict[str, float]:
+        measured.append(number)
+        assert list(statistics) == ["layers.1.running_mean", "layers.1.running_var"]
+        return {"largest": max(float(abs(a).max()) for a in parameters.values())}
+
+    result = federate(
+        FedAvg(), tmp_path, [app] * 3, task=NORMALIZED, num_rounds=2, evaluate_fn=evaluate
+    )
+    history = read_history(tmp_path)
+    assert history == result.rounds
+    assert [record["round"] for record in history] == measured == [1, 2]
+    for record in history:
+        assert {"loss", "nodes"} <= record["train"].keys()
+        assert {"loss", "accuracy", "nodes"} <= record["evaluate"].keys()
+        assert record["central"]["largest"] > 0
+        assert record["bytes"]["down"] > record["bytes"]["up"] > 0
+        assert record["refused"] == []
+
+    assert result.model == tmp_path / "model.safetensors"
+    model = NORMALIZED.model()
+    model.load_weights(str(result.model))  # strict: every array of the model, and no other
+    arrays = dict(nn.utils.tree_flatten(model.parameters()))
+    assert arrays.keys() == result.parameters.keys() | result.statistics.keys()
+    expected = {**result.parameters, **result.statistics}
+    assert difference({name: arrays[name] for name in expected}, expected) == 0
+    trainer = Trainer(NORMALIZED, SEED)
+    measured_again = trainer.evaluate(result.parameters, result.statistics, load(0, 3).test)
+    assert np.isfinite(measured_again["loss"])
+
+
+def test_a_server_app_writes_its_settings(tmp_path: Path):
+    """The whole of ``flwr run`` but for Flower's grid."""
+    app = fed.server_app(TASK, FedAvg(), runs=tmp_path, num_rounds=5, config={"learning-rate": 0.1})
+    grid = LoopbackGrid([CLIENT] * 3)
+    run_config = {"num-rounds": 2, "seed": 3, "name": "trial"}
+    app(grid, Context(1, 0, {}, RecordDict(), run_config))
+
+    folder = tmp_path / "trial"
+    settings = json.loads((folder / "settings.json").read_text())
+    assert (settings["num_rounds"], settings["seed"]) == (2, 3)
+    assert settings["strategy"] == "FedAvg"
+    assert settings["config"]["learning-rate"] == 0.1
+    assert len(read_history(folder)) == 2
+    assert mx.load(str(folder / "model.safetensors")).keys() == Trainer(TASK, 3).spec.keys()
