@@ -16,8 +16,6 @@ Medians over the rounds after the first few. The targets: 80 ms at most (30 is t
 hundred times less than ``flwr run``.
 """
 
-
-
 import argparse
 import json
 import logging

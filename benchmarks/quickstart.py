@@ -17,8 +17,6 @@ The targets: ours within 1 s, and at least 6 times faster than the quickstart wi
 installed; a median accuracy of 0.855 and loss of 0.514, give or take 0.02.
 """
 
-
-
 import argparse
 import json
 import logging

@@ -11,8 +11,6 @@ medians are compared.
 The target is 95 % of the bare loop's speed.
 """
 
-
-
 import argparse
 import json
 import random

@@ -4,8 +4,6 @@ The app is what ``flwr run`` packs: a ClientApp and ``FedAvg.start``, arrays by 
 is our trainer's, so that all that differs between the peers is what carries the messages.
 """
 
-
-
 import itertools
 import json
 import time

@@ -36,7 +36,8 @@ class Reply(NamedTuple):
 def check_answer(message: Message) -> None:
     """Raises :class:`Refused` if the node reports an error instead of a result."""
     if message.has_error():
-        raise Refused(message.error.reason[:_LONGEST] or f"error code {message.error.code}")
+        reason = message.error.reason or f"error code {message.error.code}"
+        raise Refused(reason[:_LONGEST])
     if not message.has_content():
         raise Refused("the reply is empty")
 
