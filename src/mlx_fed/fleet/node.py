@@ -147,10 +147,11 @@ class _Node:
         try:
             reply = self.app(message, context)
         except Exception as error:
+            reply = error_reply(message, f"{type(error).__name__}: {error}")
+        if reply.has_error():
             # The node stays: it may be the data of one round, or one bad message.
-            reason = f"{type(error).__name__}: {error}"
+            reason = reply.error.reason
             self.notify("failed", kind=kind, round=message.metadata.group_id, reason=reason)
-            reply = error_reply(message, reason)
         seconds = time.monotonic() - started
         self._persist(lambda: self.client.send(reply, seconds))
         records = reply.content.metric_records if reply.has_content() else {}
