@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def write_app(name: str, parent: Path) -> Path:
     Raises:
         FedError: If the name is not a module's, or there is something of that name already.
     """
-    if not name.isidentifier() or keyword.iskeyword(name):
+    if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9_]{0,31}", name) or keyword.iskeyword(name):
         raise FedError(
             f"{name!r} cannot be imported by Python: use letters, digits and '_', such as my_app."
         )
@@ -29,5 +30,7 @@ def write_app(name: str, parent: Path) -> Path:
     for template, target in _TEMPLATES.items():
         text = files(__package__).joinpath("templates", template).read_text(encoding="utf-8")
         path = folder / target.format(name=name)
+        # Flower takes letters, digits and hyphens for an app's name, Python no hyphens.
+        text = text.replace("{{project}}", name.replace("_", "-"))
         path.write_text(text.replace("{{name}}", name), encoding="utf-8")
     return folder
