@@ -42,8 +42,8 @@ class Settings:
         num_rounds (int): Rounds to train.
         seed (int): Decides initial weights, sampling, shuffling and dropout.
         config (dict): Sent to clients with every message, over the task's own settings.
-        min_nodes (int, optional): Nodes to wait for before each round. The least that the
-            strategy can work with where not given.
+        min_nodes (int, optional): Nodes to wait for before each round; at least what the
+            strategy itself asks for.
         wait (float): Seconds to wait for them. Default: ``600``.
         round_timeout (float): Seconds a phase may take; later replies are dropped.
             Default: ``3600``.
@@ -124,7 +124,7 @@ class _Run:
         self.members = RosterGrid(grid, self.roster)
         self.weighted_by = _attribute(strategy, "weighted_by_key") or "num-examples"
         self.loss_key = _attribute(strategy, "train_loss_key")
-        self.min_nodes = settings.min_nodes or _least_nodes(strategy)
+        self.min_nodes = max(settings.min_nodes or 1, _least_nodes(strategy))
 
     def run(self) -> Result:
         started = time.monotonic()
