@@ -20,9 +20,10 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
 from mlx_fed import messages
 from mlx_fed.fleet.server import _serving, _socket
-from mlx_fed.flower.client import FleetClient, Refused, Unreachable, error_reply
+from mlx_fed.flower.client import FleetClient, Refused, Unreachable
 from mlx_fed.flower.grid import LinkGrid
 from mlx_fed.flower.link import Link
+from mlx_fed.flower.replies import error_reply
 from mlx_fed.flower.routes import FleetRoutes
 
 ARRAYS = {
@@ -116,10 +117,10 @@ def test_a_message_and_its_reply_come_through_unchanged(fleet):
 def test_an_error_comes_through_with_its_reason(fleet):
     node = fleet.node()
     message_id = fleet.message(node)
-    node.send(error_reply(node.receive(), "no data"), 0.1)
+    node.send(error_reply(node.receive(), OSError("no data")), 0.1)
     (reply,) = fleet.grid.pull_messages([message_id])
     assert reply.has_error()
-    assert reply.error.reason == "no data"
+    assert reply.error.reason == "OSError: no data"
 
 
 def test_nodes_that_share_arrays_do_not_take_them_from_each_other(fleet):

@@ -13,12 +13,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 
 from . import aggregate, messages
 from .errors import FedError
+from .flower.replies import error_reply
 from .task import Data, TaskSource, make_task
 from .training import Trainer
 
@@ -214,6 +214,6 @@ def _errors_as_replies(message: Message, context: Context, call_next: Any) -> Me
     try:
         return call_next(message, context)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        logging.getLogger("flwr").error("%s", reason, exc_info=error)
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        reply = error_reply(message, error)
+        logging.getLogger("flwr").error("%s", reply.error.reason, exc_info=error)
+        return reply

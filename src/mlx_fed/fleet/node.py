@@ -17,7 +17,8 @@ from flwr.app import Context, Message, RecordDict
 
 from .. import clientapp, devices, messages
 from ..errors import FedError
-from ..flower.client import FleetClient, Refused, Unreachable, error_reply
+from ..flower.client import FleetClient, Refused, Unreachable
+from ..flower.replies import error_reply
 from ..progress import node_progress, quiet_flower
 from ..task import Data, Task, TaskSource, make_task
 from . import address
@@ -147,7 +148,7 @@ class _Node:
         try:
             reply = self.app(message, context)
         except Exception as error:
-            reply = error_reply(message, f"{type(error).__name__}: {error}")
+            reply = error_reply(message, error)
         if reply.has_error():
             # The node stays: it may be the data of one round, or one bad message.
             reason = reply.error.reason

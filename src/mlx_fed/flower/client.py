@@ -10,9 +10,8 @@ from base64 import b64encode
 from typing import Any, cast
 
 from flwr.app import Message
-from flwr.app.error import Error
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2, run_pb2
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
@@ -288,8 +287,3 @@ class FleetClient:
                 raise Unreachable("a part of the message is gone from the server")
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
-
-
-def error_reply(message: Message, reason: str) -> Message:
-    """A reply that says why there is no result."""
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
