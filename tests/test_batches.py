@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_fed import batches, randomness
+from mlx_fed import batches
 
 examples = st.integers(0, 40)
 sizes = st.integers(1, 50)
@@ -16,31 +16,38 @@ sizes = st.integers(1, 50)
 @settings(max_examples=50, deadline=None)
 @given(examples, sizes, st.booleans(), st.none() | st.integers(0, 9))
 def test_an_epoch_has_every_example_once(num_examples, batch_size, padded, seed):
-    key = None if seed is None else randomness.key(seed)
-    steps = list(batches.epoch(num_examples, batch_size, padded, key))
+    steps = list(batches.epoch(num_examples, batch_size, padded, seed))
     seen = []
-    for number, (index, mask) in enumerate(steps):
-        left = num_examples - number * batch_size
-        real = min(batch_size, left)
-        assert index.dtype == mx.uint32
-        if padded:
-            assert index.shape == mask.shape == (batch_size,)
-            assert mask.tolist() == [1.0] * real + [0.0] * (batch_size - real)
-            assert max(index.tolist()) < num_examples  # padding is made of real examples
+    for number, rows in enumerate(steps):
+        real = min(batch_size, num_examples - number * batch_size)
+        size = len(rows.indices)
+        assert rows.indices.dtype == np.uint32
+        assert rows.count == real
+        assert real <= size <= batch_size
+        if size == real:
+            assert rows.mask() is None
         else:
-            assert mask is None
-            assert index.shape == (real,)
-        seen += index.tolist()[:real]
-    assert key is not None or seen == list(range(num_examples))
+            assert padded
+            assert rows.mask().tolist() == [1.0] * real + [0.0] * (size - real)
+            assert max(rows.indices) < num_examples  # padding is made of real examples
+        seen += rows.indices.tolist()[:real]
+    assert seed is not None or seen == list(range(num_examples))
     assert sorted(seen) == list(range(num_examples))
 
 
-def test_the_order_comes_from_the_key():
-    def order(key: mx.array) -> list:
-        return [i for rows in batches.epoch(20, 4, False, key) for i in rows.indices.tolist()]
+@given(st.integers(1, 300))
+def test_padded_batches_have_eight_sizes_at_most(batch_size):
+    sizes = {batches.padded_size(count, batch_size) for count in range(1, batch_size + 1)}
+    assert len(sizes) <= 8
+    assert max(sizes) == batch_size
 
-    assert order(randomness.key(1)) == order(randomness.key(1))
-    assert order(randomness.key(1)) != order(randomness.key(2))
+
+def test_the_order_comes_from_the_seed():
+    def order(seed: int) -> list:
+        return [i for rows in batches.epoch(20, 4, False, seed) for i in rows.indices.tolist()]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
 
 
 def test_arrays_of_mlx_are_not_copied():

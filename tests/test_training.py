@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import mlx_fed as fed
 from mlx_fed import randomness, weights
+from mlx_fed.randomness import Keys, drawing_from
 from mlx_fed.training import Trainer, Update
 from mlx_fed.weights import WeightsError
 
@@ -96,8 +97,8 @@ def plain_train(of: Trainer, data: fed.Data, *, client: int = 0, **config) -> Up
 
     def steps():
         for epoch in count() if task.local_steps else range(task.local_epochs):
-            key = randomness.key(*moment, "shuffle", epoch)
-            order = np.random.default_rng(np.array(key)).permutation(len(arrays[0]))
+            order = np.arange(len(arrays[0]))
+            np.random.default_rng(randomness.derive(*moment, "shuffle", epoch)).shuffle(order)
             order = mx.array(order)
             for at in range(0, len(order), size):
                 yield [array[order[at : at + size]] for array in arrays]
@@ -109,12 +110,13 @@ def plain_train(of: Trainer, data: fed.Data, *, client: int = 0, **config) -> Up
         return output.mean(), mx.array(len(batch[0]))
 
     losses, shares = [], []
-    randomness.seed_mlx(*moment, "layers")
+    keys = Keys(randomness.key(*moment, "layers"))
     model.train()
-    for number, batch in enumerate(islice(steps(), task.local_steps)):
+    for batch in islice(steps(), task.local_steps):
         if task.augment:
-            batch = task.augment(randomness.key(*moment, "augment", number), *batch)
-        (loss, weight), grads = nn.value_and_grad(model, objective)(batch)
+            batch = task.augment(keys.next(), *batch)
+        with drawing_from(keys):
+            (loss, weight), grads = nn.value_and_grad(model, objective)(batch)
         if mu := config.get("proximal-mu"):
             now = model.trainable_parameters()
             grads = tree_map(lambda g, w, w0: g + mu * (w - w0), grads, now, start)

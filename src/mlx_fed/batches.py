@@ -1,4 +1,4 @@
-"""Which examples make up each step: shuffled, and the last batch padded and masked or short."""
+"""Which examples make up each step: shuffled, and the last batch of a pass padded or short."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+_TAIL_SIZES = 8
+"""How many sizes a padded last batch may have: each is one more trace of a program."""
+
 
 class Rows(NamedTuple):
     """The examples of one step.
 
-    ``indices`` has shape (batch,) and dtype uint32. ``mask`` is float32 of the same shape, 1 for
-    an example and 0 for padding, or ``None`` where batches are not padded.
+    ``indices`` is a NumPy array of shape (batch,) and dtype uint32; the first ``count`` are
+    examples, what follows is padding, to be masked out.
     """
 
-    indices: mx.array
-    mask: mx.array | None
+    indices: np.ndarray
+    count: int
+
+    def mask(self) -> np.ndarray | None:
+        """float32 of shape (batch,): 1 for an example, 0 for padding; ``None`` if all are 1."""
+        if self.count == len(self.indices):
+            return None
+        return (np.arange(len(self.indices)) < self.count).astype(np.float32)
 
 
 def as_arrays(arrays: Sequence[Any]) -> tuple[mx.array, ...]:
@@ -27,27 +36,29 @@ def as_arrays(arrays: Sequence[Any]) -> tuple[mx.array, ...]:
     return converted
 
 
-def epoch(num_examples: int, batch_size: int, padded: bool, key: mx.array | None) -> Iterator[Rows]:
+def epoch(num_examples: int, batch_size: int, padded: bool, seed: int | None) -> Iterator[Rows]:
     """The steps of one pass over ``num_examples`` examples.
 
     Args:
         num_examples (int): How many examples there are.
         batch_size (int): Examples a step.
-        padded (bool): Pad the last batch to ``batch_size`` and mask the padding, so that all
-            steps have one shape; otherwise the last batch is shorter.
-        key (mx.array, optional): Shuffle with this random key. In order without.
+        padded (bool): Pad the last batch to a multiple of an eighth of ``batch_size``, so that
+            clients of any number of examples share a few programs.
+        seed (int, optional): Shuffle by this seed. In order without.
     """
     # NumPy's shuffle: MLX's would wait for the device, and is slower on the CPU.
-    order = np.arange(num_examples)
-    if key is not None:
-        order = np.random.default_rng(np.array(key)).permutation(num_examples)
-    order = order.astype(np.uint32)
-    full = mx.ones(batch_size) if padded else None
+    order = np.arange(num_examples, dtype=np.uint32)
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(order)
     for start in range(0, num_examples, batch_size):
         rows = order[start : start + batch_size]
-        if not padded or len(rows) == batch_size:
-            yield Rows(mx.array(rows), full)
-            continue
-        mask = np.zeros(batch_size, np.float32)
-        mask[: len(rows)] = 1.0
-        yield Rows(mx.array(np.resize(rows, batch_size)), mx.array(mask))
+        count = len(rows)
+        if padded and count < batch_size:
+            rows = np.resize(rows, padded_size(count, batch_size))
+        yield Rows(rows, count)
+
+
+def padded_size(count: int, batch_size: int) -> int:
+    """The size that a batch of ``count`` examples is padded to."""
+    step = -(-batch_size // _TAIL_SIZES)
+    return min(batch_size, -(-count // step) * step)

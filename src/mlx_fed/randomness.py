@@ -7,7 +7,11 @@ run gives the same bits wherever its clients are and in whatever order they work
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -36,7 +40,73 @@ def key(seed: int, *parts: int | str) -> mx.array:
 
 
 def seed_mlx(seed: int, *parts: int | str) -> None:
-    """Seed MLX's random state of this thread, which layers such as Dropout draw from."""
+    """Seed MLX's random state of this thread, which initial weights are drawn from."""
     import mlx.core as mx
 
     mx.random.seed(derive(seed, *parts))
+
+
+class Keys:
+    """A sequence of keys split off one, as MLX's own random state splits them.
+
+    Attributes:
+        state (mx.array): The key that the next ones come from.
+    """
+
+    def __init__(self, state: mx.array):
+        self.state = state
+
+    def next(self) -> mx.array:
+        """A key that was not given before."""
+        import mlx.core as mx
+
+        self.state, key = mx.random.split(self.state)
+        return key
+
+
+_KEY_PLACES = {
+    "bernoulli": 2,
+    "categorical": 4,
+    "gumbel": 2,
+    "laplace": 4,
+    "multivariate_normal": 4,
+    "normal": 4,
+    "permutation": 2,
+    "randint": 4,
+    "truncated_normal": 4,
+    "uniform": 4,
+}
+"""The functions of ``mlx.core.random`` that may be given a key, and its place among arguments."""
+
+_TRACING = threading.RLock()
+
+
+@contextmanager
+def drawing_from(keys: Keys) -> Iterator[None]:
+    """Lets what draws without a key, as ``nn.Dropout`` does, draw from ``keys``.
+
+    MLX's random state cannot be set to an array, so a traced program could not be given one of
+    its own for each client. While a program is traced, ``mlx.core.random`` gets its default
+    keys from here.
+    """
+    import mlx.core as mx
+
+    with _TRACING:
+        before = {name: getattr(mx.random, name) for name in _KEY_PLACES}
+        for name, function in before.items():
+            setattr(mx.random, name, _with_keys(function, _KEY_PLACES[name], keys))
+        try:
+            yield
+        finally:
+            for name, function in before.items():
+                setattr(mx.random, name, function)
+
+
+def _with_keys(function: Callable, place: int, keys: Keys) -> Callable:
+    @wraps(function)
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        if len(args) <= place and kwargs.get("key") is None:
+            kwargs["key"] = keys.next()
+        return function(*args, **kwargs)
+
+    return draw

@@ -1,0 +1,205 @@
+"""One step of training or evaluation as a pure function of arrays.
+
+Everything that a step changes goes in and comes out: parameters, running statistics, the
+optimizer's state, the random key. So the same function is compiled as it is for one client, and
+mapped over many clients at once for a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from . import weights
+from .randomness import Keys, drawing_from
+from .task import Config, Task
+from .weights import Arrays, Slots
+
+
+class Client(NamedTuple):
+    """What a client's training carries from step to step.
+
+    ``tree`` has the parameters as the module nests them, ``statistics`` the running statistics
+    by name, ``state`` the optimizer's arrays, ``key`` the random key of its layers. With many
+    clients at once each array has a leading axis, one entry a client.
+    """
+
+    tree: Any
+    statistics: Arrays
+    state: Any
+    key: mx.array
+
+
+class Shared(NamedTuple):
+    """What is the same for all clients at one step.
+
+    ``counters`` are the optimizer's scalars (the step's number, the learning rate), ``anchor``
+    the global parameters and FedProx's factor, where there is one.
+    """
+
+    counters: Any
+    anchor: tuple[Any, mx.array] | None
+
+
+class Step(NamedTuple):
+    """What a step gives: the client afterwards, the optimizer's scalars, the loss's mean over
+    the batch and the weight that the mean has, both float32 scalars."""
+
+    client: Client
+    counters: Any
+    loss: mx.array
+    weight: mx.array
+
+
+def training_step(
+    model: nn.Module, slots: Slots, task: Task, optimizer: optim.Optimizer, config: Config
+) -> Callable[..., Step]:
+    """The function ``step(client, shared, batch, mask)``.
+
+    ``batch`` is a tuple of arrays, ``mask`` float32 of shape (batch,) or ``None``: see
+    :class:`~mlx_fed.batches.Rows`.
+    """
+    max_norm = config.get("max-grad-norm", task.max_grad_norm)
+
+    def objective(tree, statistics, key, batch, mask):
+        keys = Keys(key)
+        with holding(model, slots, tree, statistics, training=True), drawing_from(keys):
+            if task.augment:
+                batch = tuple(task.augment(keys.next(), *batch))
+            loss, weight = _mean_and_weight(task.loss(model, *batch), batch, mask)
+            return loss, weight, weights.get(slots.statistics), keys.state
+
+    def step(client, shared, batch, mask):
+        gradient = mx.value_and_grad(objective)
+        (loss, weight, statistics, key), grads = gradient(
+            client.tree, client.statistics, client.key, batch, mask
+        )
+        if shared.anchor:
+            start, mu = shared.anchor
+            grads = _map(
+                lambda g, w, w0: g + mu.astype(g.dtype) * (w - w0), grads, client.tree, start
+            )
+        if max_norm is not None:
+            grads, _ = optim.clip_grad_norm(grads, float(max_norm))
+        optimizer.state = join_state(shared.counters, client.state)
+        tree = optimizer.apply_gradients(grads, client.tree)
+        counters, state = split_state(optimizer.state)
+        return Step(Client(tree, statistics, state, key), counters, loss, weight)
+
+    return step
+
+
+def evaluation_step(model: nn.Module, slots: Slots, task: Task) -> Callable[..., mx.array]:
+    """The function ``step(tree, statistics, batch, mask)``.
+
+    It returns float32 of shape (functions, 2): for the loss and then each metric, the mean over
+    the batch and its weight.
+    """
+
+    def step(tree, statistics, batch, mask):
+        with holding(model, slots, tree, statistics, training=False):
+            pairs = [
+                _mean_and_weight(function(model, *batch), batch, mask)
+                for function in (task.loss, *task.metrics.values())
+            ]
+        return mx.stack([mx.stack(list(pair)) for pair in pairs])
+
+    return step
+
+
+def split_state(state: Any) -> tuple[list, list]:
+    """An optimizer's state as its scalars, and its arrays, each a list of (name, array).
+
+    The scalars are the same for all clients that are at one step, the arrays are not.
+    """
+    flat = tree_flatten(state)
+    return [pair for pair in flat if not pair[1].ndim], [pair for pair in flat if pair[1].ndim]
+
+
+def join_state(counters: list, arrays: list) -> Any:
+    """The optimizer's state that :func:`split_state` took apart."""
+    return tree_unflatten([*counters, *arrays])
+
+
+@contextmanager
+def holding(
+    model: nn.Module, slots: Slots, tree: Any, statistics: Arrays, training: bool
+) -> Iterator[None]:
+    """Puts arrays into the model while a program is traced, and the old ones back.
+
+    Without this the model is left holding tracers, which fail when next they are used.
+    """
+    places = {**slots.parameters, **slots.statistics}
+    before, was_training = weights.get(places), model.training
+    weights.put(places, {**dict(tree_flatten(tree)), **statistics})
+    model.train(training)
+    try:
+        yield
+    finally:
+        weights.put(places, before)
+        model.train(was_training)
+
+
+def gives_one_value_an_example(functions: Sequence[Callable], model: nn.Module, probe: Any) -> bool:
+    """Whether each loss or metric returns a vector with a value for each example of ``probe``.
+
+    Nothing is evaluated: the shapes of a lazy graph are known when it is built.
+    """
+    outputs = [function(model, *probe) for function in functions]
+    shape = (len(probe[0]),)
+    return all(isinstance(output, mx.array) and output.shape == shape for output in outputs)
+
+
+def signature(optimizer: optim.Optimizer) -> Any:
+    """What a traced step has baked in of its optimizer: everything but its state.
+
+    The learning rate is part of the state and may change from round to round without a new
+    trace; momentum or another schedule may not.
+    """
+    settings = {k: v for k, v in vars(optimizer).items() if k not in ("_state", "_initialized")}
+    return (type(optimizer), _comparable(settings))
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, optim.Optimizer):
+        return signature(value)
+    if isinstance(value, dict):
+        return {key: _comparable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_comparable(item) for item in value]
+    if isinstance(value, FunctionType):
+        # A task makes its schedules and filters anew each round: same code, same values.
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        defaults = (value.__defaults__, value.__kwdefaults__)
+        return (value.__code__, _comparable(defaults), _comparable(cells))
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _mean_and_weight(
+    output: Any, batch: Sequence[mx.array], mask: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """The mean over a batch of what a loss or metric returned, and the batch's weight."""
+    if isinstance(output, tuple):
+        mean, weight = output
+        return mean.astype(mx.float32), mx.array(weight, mx.float32)
+    output = output.astype(mx.float32)  # a bfloat16 cannot count to 257
+    if output.ndim == 0:
+        return output, mx.array(len(batch[0]), mx.float32)
+    if mask is None:
+        return output.mean(), mx.array(len(output), mx.float32)
+    weight = mask.sum()
+    return (output * mask).sum() / weight, weight
+
+
+def _map(function: Callable, tree: Any, *others: Any) -> Any:
+    rest = [dict(tree_flatten(other)) for other in others]
+    flat = dict(tree_flatten(tree))
+    pairs = [(name, function(array, *(r[name] for r in rest))) for name, array in flat.items()]
+    return tree_unflatten(pairs)
