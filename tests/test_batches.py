@@ -22,7 +22,7 @@ def test_an_epoch_has_every_example_once(num_examples, batch_size, padded, seed)
         real = min(batch_size, num_examples - number * batch_size)
         size = len(rows.indices)
         assert rows.indices.dtype == np.uint32
-        assert rows.count == real
+        assert rows.size == real
         assert real <= size <= batch_size
         if size == real:
             assert rows.mask() is None

@@ -15,18 +15,18 @@ _TAIL_SIZES = 8
 class Rows(NamedTuple):
     """The examples of one step.
 
-    ``indices`` is a NumPy array of shape (batch,) and dtype uint32; the first ``count`` are
+    ``indices`` is a NumPy array of shape (batch,) and dtype uint32; the first ``size`` are
     examples, what follows is padding, to be masked out.
     """
 
     indices: np.ndarray
-    count: int
+    size: int
 
     def mask(self) -> np.ndarray | None:
         """float32 of shape (batch,): 1 for an example, 0 for padding; ``None`` if all are 1."""
-        if self.count == len(self.indices):
+        if self.size == len(self.indices):
             return None
-        return (np.arange(len(self.indices)) < self.count).astype(np.float32)
+        return (np.arange(len(self.indices)) < self.size).astype(np.float32)
 
 
 def as_arrays(arrays: Sequence[Any]) -> tuple[mx.array, ...]:

@@ -26,26 +26,26 @@ from .weights import Arrays, Slots
 class Client(NamedTuple):
     """What a client's training carries from step to step.
 
-    ``tree`` has the parameters as the module nests them, ``statistics`` the running statistics
-    by name, ``state`` the optimizer's arrays, ``key`` the random key of its layers. With many
-    clients at once each array has a leading axis, one entry a client.
+    ``parameters`` and ``statistics`` are by name, ``state`` has the optimizer's arrays by their
+    paths, ``key`` is the random key of the layers. With many clients at once each array has a
+    leading axis, one entry a client.
     """
 
-    tree: Any
+    parameters: Arrays
     statistics: Arrays
-    state: Any
+    state: Arrays
     key: mx.array
 
 
 class Shared(NamedTuple):
     """What is the same for all clients at one step.
 
-    ``counters`` are the optimizer's scalars (the step's number, the learning rate), ``anchor``
-    the global parameters and FedProx's factor, where there is one.
+    ``counters`` are the optimizer's own scalars (the step's number, the learning rate) by their
+    paths, ``anchor`` the global parameters and FedProx's factor, where there is one.
     """
 
-    counters: Any
-    anchor: tuple[Any, mx.array] | None
+    counters: Arrays
+    anchor: tuple[Arrays, mx.array] | None
 
 
 class Step(NamedTuple):
@@ -53,7 +53,7 @@ class Step(NamedTuple):
     the batch and the weight that the mean has, both float32 scalars."""
 
     client: Client
-    counters: Any
+    counters: Arrays
     loss: mx.array
     weight: mx.array
 
@@ -68,43 +68,46 @@ def training_step(
     """
     max_norm = config.get("max-grad-norm", task.max_grad_norm)
 
-    def objective(tree, statistics, key, batch, mask):
+    def objective(parameters, statistics, key, batch, mask):
         keys = Keys(key)
-        with holding(model, slots, tree, statistics, training=True), drawing_from(keys):
+        with holding(model, slots, parameters, statistics, training=True), drawing_from(keys):
             if task.augment:
                 batch = tuple(task.augment(keys.next(), *batch))
             loss, weight = _mean_and_weight(task.loss(model, *batch), batch, mask)
             return loss, weight, weights.get(slots.statistics), keys.state
 
     def step(client, shared, batch, mask):
+        before = client.parameters
         gradient = mx.value_and_grad(objective)
         (loss, weight, statistics, key), grads = gradient(
-            client.tree, client.statistics, client.key, batch, mask
+            before, client.statistics, client.key, batch, mask
         )
         if shared.anchor:
             start, mu = shared.anchor
-            grads = _map(
-                lambda g, w, w0: g + mu.astype(g.dtype) * (w - w0), grads, client.tree, start
-            )
+            grads = {
+                name: grad + mu.astype(grad.dtype) * (before[name] - start[name])
+                for name, grad in grads.items()
+            }
         if max_norm is not None:
             grads, _ = optim.clip_grad_norm(grads, float(max_norm))
-        optimizer.state = join_state(shared.counters, client.state)
-        tree = optimizer.apply_gradients(grads, client.tree)
-        counters, state = split_state(optimizer.state)
-        return Step(Client(tree, statistics, state, key), counters, loss, weight)
+        optimizer.state = tree_unflatten([*shared.counters.items(), *client.state.items()])
+        after = dict(tree_flatten(optimizer.apply_gradients(_nested(grads), _nested(before))))
+        counters, state = _split(optimizer.state, shared.counters)
+        parameters = {name: after[name] for name in before}
+        return Step(Client(parameters, statistics, state, key), counters, loss, weight)
 
     return step
 
 
 def evaluation_step(model: nn.Module, slots: Slots, task: Task) -> Callable[..., mx.array]:
-    """The function ``step(tree, statistics, batch, mask)``.
+    """The function ``step(parameters, statistics, batch, mask)``.
 
     It returns float32 of shape (functions, 2): for the loss and then each metric, the mean over
     the batch and its weight.
     """
 
-    def step(tree, statistics, batch, mask):
-        with holding(model, slots, tree, statistics, training=False):
+    def step(parameters, statistics, batch, mask):
+        with holding(model, slots, parameters, statistics, training=False):
             pairs = [
                 _mean_and_weight(function(model, *batch), batch, mask)
                 for function in (task.loss, *task.metrics.values())
@@ -114,23 +117,29 @@ def evaluation_step(model: nn.Module, slots: Slots, task: Task) -> Callable[...,
     return step
 
 
-def split_state(state: Any) -> tuple[list, list]:
-    """An optimizer's state as its scalars, and its arrays, each a list of (name, array).
+def initial_state(optimizer: optim.Optimizer, parameters: Arrays) -> tuple[Arrays, Arrays]:
+    """A new optimizer's state for ``parameters``: its own scalars, and all that is by parameter.
 
-    The scalars are the same for all clients that are at one step, the arrays are not.
+    The scalars are the same for all clients that are at one step, the rest is not.
     """
-    flat = tree_flatten(state)
-    return [pair for pair in flat if not pair[1].ndim], [pair for pair in flat if pair[1].ndim]
+    counters = dict(tree_flatten(optimizer.state))
+    optimizer.init(_nested(parameters))
+    return _split(optimizer.state, counters)
 
 
-def join_state(counters: list, arrays: list) -> Any:
-    """The optimizer's state that :func:`split_state` took apart."""
-    return tree_unflatten([*counters, *arrays])
+def _nested(arrays: Arrays) -> Any:
+    """Arrays as the module nests them: an optimizer's state has these paths."""
+    return tree_unflatten(list(arrays.items()))
+
+
+def _split(state: Any, counters: Arrays) -> tuple[Arrays, Arrays]:
+    flat = dict(tree_flatten(state))
+    return {path: flat.pop(path) for path in counters}, flat
 
 
 @contextmanager
 def holding(
-    model: nn.Module, slots: Slots, tree: Any, statistics: Arrays, training: bool
+    model: nn.Module, slots: Slots, parameters: Arrays, statistics: Arrays, training: bool
 ) -> Iterator[None]:
     """Puts arrays into the model while a program is traced, and the old ones back.
 
@@ -138,7 +147,7 @@ def holding(
     """
     places = {**slots.parameters, **slots.statistics}
     before, was_training = weights.get(places), model.training
-    weights.put(places, {**dict(tree_flatten(tree)), **statistics})
+    weights.put(places, {**parameters, **statistics})
     model.train(training)
     try:
         yield
@@ -196,10 +205,3 @@ def _mean_and_weight(
         return output.mean(), mx.array(len(output), mx.float32)
     weight = mask.sum()
     return (output * mask).sum() / weight, weight
-
-
-def _map(function: Callable, tree: Any, *others: Any) -> Any:
-    rest = [dict(tree_flatten(other)) for other in others]
-    flat = dict(tree_flatten(tree))
-    pairs = [(name, function(array, *(r[name] for r in rest))) for name, array in flat.items()]
-    return tree_unflatten(pairs)

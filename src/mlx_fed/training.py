@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
 
 from . import batches, randomness, weights
 from .batches import Rows
@@ -21,8 +20,8 @@ from .steps import (
     Shared,
     evaluation_step,
     gives_one_value_an_example,
+    initial_state,
     signature,
-    split_state,
     training_step,
 )
 from .task import Config, Data, Task
@@ -109,12 +108,10 @@ class Trainer:
         weights.check(self.statistics_spec, weights.spec(statistics))
         moment = moment_of(config, client)
         optimizer = self.task.optimizer(config)
-        tree = tree_unflatten(list(parameters.items()))
-        optimizer.init(tree)
-        counters, state = split_state(optimizer.state)
-        at = Client(tree, statistics, state, randomness.key(*moment, "layers"))
+        counters, state = initial_state(optimizer, parameters)
+        at = Client(parameters, statistics, state, randomness.key(*moment, "layers"))
         mu = float(config.get("proximal-mu", 0.0))
-        anchor = (tree, mx.array(mu)) if mu else None
+        anchor = (parameters, mx.array(mu)) if mu else None
         step = self.training_program(optimizer, config)
 
         losses, shares, num_examples = [], [], 0
@@ -131,8 +128,7 @@ class Trainer:
         if not callable(data.train):
             num_examples = len(data.train[0])
         metrics = {"num-examples": num_examples, "loss": loss}
-        trained = dict(tree_flatten(at.tree))
-        return Update({name: trained[name] for name in parameters}, at.statistics, metrics)
+        return Update(at.parameters, at.statistics, metrics)
 
     def evaluate(
         self,
@@ -149,10 +145,9 @@ class Trainer:
         weights.check(self.spec, weights.spec(parameters))
         weights.check(self.statistics_spec, weights.spec(statistics))
         step = self.evaluation_program()
-        tree = tree_unflatten(list(parameters.items()))
         results, num_examples = [], 0
         for batch, mask, size in self._evaluation_batches(examples):
-            result = step(tree, statistics, batch, mask)
+            result = step(parameters, statistics, batch, mask)
             mx.async_eval(result)
             results.append(result)
             num_examples += size
@@ -299,4 +294,4 @@ def _taken(arrays: tuple[mx.array, ...], rows: Iterable[Rows]) -> Iterator[Batch
         index = mx.array(step.indices)
         mask = step.mask()
         batch = tuple(mx.take(array, index, axis=0) for array in arrays)
-        yield batch, None if mask is None else mx.array(mask), step.count
+        yield batch, None if mask is None else mx.array(mask), step.size
