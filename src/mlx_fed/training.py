@@ -169,7 +169,7 @@ class Trainer:
 
     # -- batches ---------------------------------------------------------------------------
 
-    def _resident(self, examples: Sequence[Any]) -> tuple[mx.array, ...]:
+    def resident(self, examples: Sequence[Any]) -> tuple[mx.array, ...]:
         """The split as MLX arrays, converted once for as long as the same split comes back."""
         held = self._arrays.get(id(examples))
         if held is None or held[0] is not examples:
@@ -187,7 +187,7 @@ class Trainer:
             passes = count() if length.steps else range(length.epochs)
             keys = (randomness.key(*moment, "shuffle", number) for number in passes)
             return islice(_streamed(data.train, keys), length.steps)
-        arrays = self._resident(data.train)
+        arrays = self.resident(data.train)
         return _taken(arrays, self.rows(arrays, config, moment))
 
     def rows(
@@ -209,7 +209,7 @@ class Trainer:
     def _evaluation_batches(self, examples: Any) -> Iterator[Batch]:
         if callable(examples):
             return _streamed(examples, [randomness.key(0, "evaluate")])
-        arrays = self._resident(examples)
+        arrays = self.resident(examples)
         padded = self.can_pad(arrays, None, self.task.loss, *self.task.metrics.values())
         size = self.task.eval_batch_size
         return _taken(arrays, batches.epoch(len(arrays[0]), size, padded, None))
@@ -235,12 +235,15 @@ class Trainer:
 
     def training_program(self, optimizer: optim.Optimizer, config: Config) -> Callable[..., Any]:
         """The compiled training step, traced anew only when what is baked into it changes."""
-        max_norm = config.get("max-grad-norm", self.task.max_grad_norm)
-        key = (signature(optimizer), max_norm)
+        key = self.training_key(optimizer, config)
         if self._training is None or self._training[0] != key:
             step = training_step(self.model, self.slots, self.task, optimizer, config)
             self._training = (key, mx.compile(step))
         return self._training[1]
+
+    def training_key(self, optimizer: optim.Optimizer, config: Config) -> Any:
+        """What is baked into a traced step, apart from the task and the shapes."""
+        return signature(optimizer), config.get("max-grad-norm", self.task.max_grad_norm)
 
     def evaluation_program(self) -> Callable[..., mx.array]:
         """The compiled evaluation step."""

@@ -1,0 +1,206 @@
+"""Many clients' training at once: their parameters stacked, one program for all of them.
+
+The step is the one that a node runs (:mod:`mlx_fed.steps`), mapped over a leading axis of
+clients. Each client takes the batches that it would take alone, in batches of the same size, so
+that what it ends with is what it would end with alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from .. import randomness
+from ..batches import Rows
+from ..steps import Client, Shared, Step, initial_state, training_step
+from ..task import Config
+from ..training import Trainer, Update, moment_of, weighted_mean
+from ..weights import Arrays
+from .feeding import Feed, HostStacks, device_feed, host_can_read
+
+
+class Member(NamedTuple):
+    """A client to train: its partition, its examples, and the statistics that it starts from."""
+
+    client: int
+    examples: tuple[mx.array, ...]
+    statistics: Arrays
+
+
+class _Group(NamedTuple):
+    """Clients whose next batches have one size, stacked: ``places`` are theirs in the chunk."""
+
+    places: tuple[int, ...]
+    at: Client
+
+
+class BatchedTrainer:
+    """Trains chunks of clients as :class:`~mlx_fed.training.Trainer` trains one.
+
+    Args:
+        trainer (Trainer): The task's model.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self._program: tuple[Any, Callable[..., Step]] | None = None
+        self._stacks = HostStacks()
+
+    def train(self, parameters: Arrays, members: Sequence[Member], config: Config) -> list[Update]:
+        """What each client ends with.
+
+        Args:
+            parameters (dict): The global parameters, from which all start.
+            members (list): The clients. None may have no examples.
+            config (dict): The server's settings, as for ``Trainer.train``.
+        """
+        trainer = self.trainer
+        optimizer = trainer.task.optimizer(config)
+        counters, state = initial_state(optimizer, parameters)
+        step = self._step(optimizer, config)
+        mu = float(config.get("proximal-mu", 0.0))
+        anchor = (parameters, mx.array(mu)) if mu else None
+        moments = [moment_of(config, member.client) for member in members]
+        rows = [
+            list(trainer.rows(member.examples, config, moment))
+            for member, moment in zip(members, moments, strict=True)
+        ]
+        examples = [member.examples for member in members]
+        by_host = host_can_read(examples)
+        feed = self._stacks.feed(examples) if by_host else device_feed(examples)
+        groups = [
+            _Group(
+                tuple(range(len(members))),
+                Client(
+                    _repeat(parameters, len(members)),
+                    _stack([member.statistics for member in members]),
+                    _repeat(state, len(members)),
+                    mx.stack([randomness.key(*moment, "layers") for moment in moments]),
+                ),
+            )
+        ]
+        done: list[_Group] = []
+        losses: list[tuple[tuple[int, ...], mx.array, mx.array]] = []
+        for number in range(max(map(len, rows))):
+            groups = _regroup(groups, rows, number, done)
+            shared, moved = Shared(counters, anchor), []
+            for places, at in groups:
+                batch, mask = _batch(feed, places, [rows[place][number] for place in places])
+                at, counters, loss, weight = step(at, shared, batch, mask)
+                (mx.eval if by_host else mx.async_eval)(at, loss, weight)
+                losses.append((places, loss, weight))
+                moved.append(_Group(places, at))
+            groups = moved
+        return _updates([*done, *groups], losses, members)
+
+    def _step(self, optimizer: Any, config: Config) -> Callable[..., Step]:
+        """The compiled step of many clients; the trainer knows when it has to be traced anew."""
+        trainer = self.trainer
+        key = trainer.training_key(optimizer, config)
+        if self._program is None or self._program[0] != key:
+            one = training_step(trainer.model, trainer.slots, trainer.task, optimizer, config)
+            self._program = (key, mx.compile(_mapped(one)))
+        return self._program[1]
+
+
+def _mapped(step: Callable[..., Step]) -> Callable[..., Step]:
+    """The step over a leading axis of clients; what is shared has none."""
+
+    def many(at: Client, shared: Shared, batch: Any, mask: mx.array | None) -> Step:
+        masks = () if mask is None else (mask,)
+        counters: Arrays = {}
+
+        def one(parameters, statistics, state, key, batch, *mask):
+            at = Client(parameters, statistics, state, key)
+            moved = step(at, shared, batch, *(mask or (None,)))
+            counters.update(moved.counters)  # they come from what is shared alone
+            return (*moved.client, moved.loss, moved.weight)
+
+        *client, loss, weight = mx.vmap(one)(*at, batch, *masks)
+        return Step(Client(*client), counters, loss, weight)
+
+    return many
+
+
+def _repeat(arrays: Arrays, times: int) -> Arrays:
+    return {name: mx.broadcast_to(a, (times, *a.shape)) for name, a in arrays.items()}
+
+
+def _stack(many: Sequence[Arrays]) -> Arrays:
+    return {name: mx.stack([arrays[name] for arrays in many]) for name in many[0]}
+
+
+def _batch(
+    feed: Feed, places: tuple[int, ...], rows: list[Rows]
+) -> tuple[tuple[mx.array, ...], mx.array | None]:
+    masks = [step.mask() for step in rows]
+    if all(mask is None for mask in masks):
+        return feed(places, [step.indices for step in rows]), None
+    ones = mx.ones(len(rows[0].indices))
+    mask = mx.stack([ones if mask is None else mx.array(mask) for mask in masks])
+    return feed(places, [step.indices for step in rows]), mask
+
+
+def _regroup(
+    groups: list[_Group], rows: list[list[Rows]], number: int, done: list[_Group]
+) -> list[_Group]:
+    """The clients that go on, together with those whose next batch has the same size.
+
+    Groups are stacked anew only when one of them changes, which is at the last batches of a
+    pass. Clients that have no step left go to ``done``.
+    """
+    wanted: dict[Any, list[int]] = {}
+    for places, _ in groups:
+        for place in places:
+            left = number < len(rows[place])
+            # A batch without padding keeps out of the company of masks: bit for bit the same
+            # program as alone.
+            step = rows[place][number] if left else None
+            kind = (len(step.indices), step.size == len(step.indices)) if step else None
+            wanted.setdefault(kind, []).append(place)
+    if len(wanted) == len(groups) == 1 and None not in wanted:
+        return groups
+    everyone = [place for places, _ in groups for place in places]
+    whole = groups[0].at
+    if len(groups) > 1:
+        whole = tree_map(lambda *parts: mx.concatenate(parts), *(at for _, at in groups))
+    regrouped = []
+    for kind, places in wanted.items():
+        index = mx.array([everyone.index(place) for place in places])
+        at = tree_map(lambda array, index=index: mx.take(array, index, axis=0), whole)
+        group = _Group(tuple(places), Client(*at))
+        (done if kind is None else regrouped).append(group)
+    return regrouped
+
+
+def _updates(
+    groups: list[_Group],
+    losses: list[tuple[tuple[int, ...], mx.array, mx.array]],
+    members: Sequence[Member],
+) -> list[Update]:
+    values: list[tuple[list[float], list[float]]] = [([], []) for _ in members]
+    mx.eval([at for _, at in groups], [step[1:] for step in losses])
+    for places, loss, weight in losses:
+        means: Any = loss.tolist()
+        shares: Any = weight.tolist()
+        for place, mean, share in zip(places, means, shares, strict=True):
+            values[place][0].append(mean)
+            values[place][1].append(share)
+    updates: dict[int, Update] = {}
+    for places, at in groups:
+        for index, place in enumerate(places):
+            metrics: dict[str, int | float] = {
+                "num-examples": len(members[place].examples[0]),
+                "loss": weighted_mean(*values[place]),
+            }
+            updates[place] = Update(
+                {name: array[index] for name, array in at.parameters.items()},
+                {name: array[index] for name, array in at.statistics.items()},
+                metrics,
+            )
+    ordered = [updates[place] for place in range(len(members))]
+    mx.eval([update[:2] for update in ordered])
+    return ordered
