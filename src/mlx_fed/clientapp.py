@@ -141,9 +141,6 @@ class _Client:
         statistics = self._statistics(trainer, message, context)
         update = trainer.train(parameters, statistics, data, config, client=partition)
         metrics: dict[str, Any] = dict(update.metrics)
-        if loss_key := config.get("train-loss-key"):
-            start = trainer.evaluate(parameters, statistics, data.train)
-            metrics[str(loss_key)] = start["loss"]
         packed = messages.is_packed(record)
         arrays = messages.pack if packed else aggregate.to_masters
         content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})

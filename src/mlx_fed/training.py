@@ -128,7 +128,17 @@ class Trainer:
         if not callable(data.train):
             num_examples = len(data.train[0])
         metrics = {"num-examples": num_examples, "loss": loss}
+        metrics |= self.first_loss(parameters, statistics, data, config)
         return Update(at.parameters, at.statistics, metrics)
+
+    def first_loss(
+        self, parameters: Arrays, statistics: Arrays, data: Data, config: Config
+    ) -> dict[str, float]:
+        """The loss before training, under the setting ``train-loss-key``: QFedAvg's asks for it."""
+        key = config.get("train-loss-key")
+        if not key:
+            return {}
+        return {str(key): self.evaluate(parameters, statistics, data.train)["loss"]}
 
     def evaluate(
         self,

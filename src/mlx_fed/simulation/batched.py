@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 from .. import randomness
 from ..batches import Rows
 from ..steps import Client, Shared, Step, initial_state, training_step
-from ..task import Config
+from ..task import Config, Data
 from ..training import Trainer, Update, moment_of, weighted_mean
 from ..weights import Arrays
 from .feeding import Feed, HostStacks, device_feed, host_can_read
@@ -94,7 +94,11 @@ class BatchedTrainer:
                 losses.append((places, loss, weight))
                 moved.append(_Group(places, at))
             groups = moved
-        return _updates([*done, *groups], losses, members)
+        updates = _updates([*done, *groups], losses, members)
+        for update, member in zip(updates, members, strict=True):
+            before = (parameters, member.statistics, Data(member.examples), config)
+            update.metrics.update(trainer.first_loss(*before))
+        return updates
 
     def _step(self, optimizer: Any, config: Config) -> Callable[..., Step]:
         """The compiled step of many clients; the trainer knows when it has to be traced anew."""

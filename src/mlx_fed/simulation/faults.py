@@ -1,0 +1,101 @@
+"""Clients that fail, straggle or attack, drawn from the run's seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from .. import randomness
+from ..task import Data
+from ..training import Update
+from ..weights import Arrays
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong in a simulated federation.
+
+    Args:
+        failure_rate (float): The share of messages that a client does not answer. Each one is
+            drawn anew. Default: ``0``.
+        mean_delay (float): Seconds that a client takes, beyond its training, on average; each
+            delay is drawn from an exponential distribution. Nobody waits for it: who would come
+            after the ``round_timeout`` is dropped. Default: ``0``.
+        hostile (float): The share of clients that attack, the same ones all the run.
+            Default: ``0``.
+        attack (str): What they do: ``"label-flip"`` trains on labels counted from the other
+            end, ``"sign-flip"`` turns the update round, ``"scale"`` multiplies it.
+        scale (float): The factor of ``"sign-flip"`` and ``"scale"``. Default: ``1`` and ``10``.
+        num_classes (int, optional): How many labels there are, for ``"label-flip"``; labels are
+            the last array of a batch.
+    """
+
+    failure_rate: float = 0.0
+    mean_delay: float = 0.0
+    hostile: float = 0.0
+    attack: Literal["label-flip", "sign-flip", "scale"] = "sign-flip"
+    scale: float | None = None
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("failure_rate", "hostile"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise ValueError(f"Faults.{name} is a share between 0 and 1, not {share}.")
+        if self.mean_delay < 0:
+            raise ValueError(f"Faults.mean_delay is in seconds, 0 or more, not {self.mean_delay}.")
+        if self.attack not in ("label-flip", "sign-flip", "scale"):
+            raise ValueError(
+                f'Faults.attack is "label-flip", "sign-flip" or "scale", not {self.attack!r}.'
+            )
+        if self.hostile and self.attack == "label-flip" and not self.num_classes:
+            raise ValueError('Faults.attack = "label-flip" needs num_classes.')
+
+    def why_silent(self, moment: tuple[int, int, int], phase: str, timeout: float) -> str | None:
+        """Why a client's reply does not come in this phase, or None if it does."""
+        if not self.failure_rate and not self.mean_delay:
+            return None
+        draws = np.random.default_rng(randomness.derive(*moment, phase, "faults"))
+        if draws.random() < self.failure_rate:
+            return "it did not answer (an injected failure)"
+        delay = draws.exponential(self.mean_delay) if self.mean_delay else 0.0
+        if delay > timeout:
+            return f"no reply within {timeout:.0f} seconds (an injected delay of {delay:.0f})"
+        return None
+
+    def is_hostile(self, seed: int, client: int) -> bool:
+        """Whether a client attacks."""
+        if not self.hostile:
+            return False
+        draws = np.random.default_rng(randomness.derive(seed, client, "hostile"))
+        return bool(draws.random() < self.hostile)
+
+    def on_data(self, data: Data) -> Data:
+        """What a hostile client trains on."""
+        if self.attack != "label-flip" or self.num_classes is None:
+            return data
+        highest = self.num_classes - 1
+
+        def flipped(batch: Sequence[mx.array]) -> tuple[mx.array, ...]:
+            *inputs, labels = batch
+            return (*inputs, (highest - labels).astype(labels.dtype))
+
+        train = data.train
+        if callable(train):
+            return Data(lambda key: map(flipped, train(key)), data.test)
+        return Data(flipped(train), data.test)
+
+    def on_update(self, update: Update, start: Arrays) -> Update:
+        """What a hostile client sends after it has trained from ``start``."""
+        if self.attack == "label-flip":
+            return update
+        factor = -(self.scale or 1.0) if self.attack == "sign-flip" else (self.scale or 10.0)
+        parameters = {
+            name: (start[name] + factor * (array - start[name])).astype(array.dtype)
+            for name, array in update.parameters.items()
+        }
+        return update._replace(parameters=parameters)

@@ -1,0 +1,89 @@
+"""The partitions that a worker has loaded: as many as fit, the last used kept longest."""
+
+from __future__ import annotations
+
+import zlib
+from collections import OrderedDict
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..batches import as_arrays
+from ..errors import FedError
+from ..task import Data, Task
+
+_MOST_BYTES = 512 * 2**20
+
+
+class Partitions:
+    """Loads clients' data when they are sampled.
+
+    Args:
+        task (Task): Whose ``data`` loads a partition.
+        num_clients (int): How many partitions there are.
+    """
+
+    def __init__(self, task: Task, num_clients: int):
+        self.task = task
+        self.num_clients = num_clients
+        self._held: OrderedDict[int, tuple[Data, int]] = OrderedDict()
+        self._bytes = 0
+        self._seen: dict[int, int] = {}
+
+    def get(self, client: int) -> Data:
+        """A client's data, its arrays as MLX's.
+
+        Raises:
+            FedError: If the data is not what it was when it was loaded before.
+        """
+        if client in self._held:
+            self._held.move_to_end(client)
+            return self._held[client][0]
+        data = self._load(client)
+        if not self._seen:  # once, at the start: look whether it is the same again
+            self._check(client, data)
+            data = self._load(client)
+        self._check(client, data)
+        size = sum(array.nbytes for array in _arrays(data))
+        self._held[client] = (data, size)
+        self._bytes += size
+        while self._bytes > _MOST_BYTES and len(self._held) > 1:
+            _, (_, freed) = self._held.popitem(last=False)
+            self._bytes -= freed
+        return data
+
+    def _load(self, client: int) -> Data:
+        data = self.task.data(client, self.num_clients)
+        if not isinstance(data, Data):
+            raise FedError(f"Task.data must return mlx_fed.Data, not a {type(data).__name__}")
+        return Data(_converted(data.train), _converted(data.test))
+
+    def _check(self, client: int, data: Data) -> None:
+        seen = self._seen.setdefault(client, now := _fingerprint(data))
+        if seen != now:
+            raise FedError(
+                f"Task.data gave other examples for partition {client} than before. It must give "
+                "the same ones for the same arguments: let its random choices follow from the "
+                "partition's number"
+            )
+
+
+def _converted(examples: Any) -> Any:
+    return examples if examples is None or callable(examples) else as_arrays(examples)
+
+
+def _arrays(data: Data) -> list[mx.array]:
+    splits = (data.train, data.test)
+    return [a for split in splits if split is not None and not callable(split) for a in split]
+
+
+def _fingerprint(data: Data) -> int:
+    """Of the shapes, and of the first and last example of each array."""
+    value = 0
+    for array in _arrays(data):
+        value = zlib.crc32(repr((array.shape, array.dtype)).encode(), value)
+        if array.size:
+            ends = mx.stack([array[0], array[-1]]).astype(mx.float32)
+            value = zlib.crc32(np.asarray(ends).tobytes(), value)
+    return value

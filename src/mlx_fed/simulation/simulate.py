@@ -1,0 +1,124 @@
+"""A whole federation in one call."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from .. import devices, rounds
+from ..history import History, Listener, new_run_folder
+from ..progress import ServerProgress, quiet_flower
+from ..settings import Settings
+from ..task import TaskSource, make_task
+from ..training import Trainer
+from .faults import Faults
+from .grid import SimulationGrid
+from .pool import InProcess, Pool, SimulationError, default_workers
+from .roster import SimulatedRoster
+from .worker import Job
+
+
+def simulate(
+    task: TaskSource,
+    strategy: Strategy | None = None,
+    num_clients: int = 100,
+    num_rounds: int | None = None,
+    *,
+    batched: bool = True,
+    chunk_size: int | None = None,
+    workers: int | None = None,
+    faults: Faults | None = None,
+    name: str | None = None,
+    runs: Path | str = "runs",
+    device: str | None = None,
+    listeners: tuple[Listener, ...] | None = None,
+    **settings: Any,
+) -> rounds.Result:
+    """Runs a federation of clients on this machine, and returns when it is over.
+
+    It ends with the weights that a federation of machines would end with, for the same task,
+    strategy and seed: the same round loop, and each client trains as a node does. Clients train
+    many at once where the model allows it, in a process for each core, or on the GPU.
+
+    Args:
+        task (Task or callable): What is trained, or a function of ``config`` that makes it.
+            ``Task.data`` is called with each sampled client's partition, in the process that
+            trains it.
+        strategy (flwr.serverapp.strategy.Strategy): Any Flower strategy; ``fraction_train``
+            is the share of clients that train in a round. Default: ``FedAvg()``, all of them.
+        num_clients (int): How many clients there are. Default: ``100``.
+        num_rounds (int, optional): Rounds to train. Default: the task's ``num-rounds``, or 3.
+        batched (bool): Train clients many at once where that is possible; otherwise, and where
+            it is not, one after another. Both give the same. Default: ``True``.
+        chunk_size (int, optional): Clients at once. Default: what fits the device's cache.
+        workers (int, optional): Processes to use; 0 is this process alone. Default: one for
+            each core, on a GPU 0.
+        faults (Faults, optional): Clients that fail, straggle or attack. Default: none.
+        name (str, optional): The run's name, of the folder below ``runs``. Default: the time.
+        runs (Path): Where runs are kept. Default: ``"runs"``.
+        device (str, optional): ``"cpu"`` or ``"gpu"``. Default: MLX's own choice.
+        listeners (tuple, optional): Who is told what happens (see
+            :class:`~mlx_fed.history.History`), in place of the progress display.
+        settings: ``config``, ``seed``, ``round_timeout`` and ``evaluate_fn``, as
+            :class:`~mlx_fed.settings.Settings` has them.
+
+    Returns:
+        Result: The final model, and a record of each round.
+
+    Raises:
+        FedError: If the simulation cannot start or go on. What was reached is kept in the run's
+            folder.
+
+    Example:
+        >>> result = simulate(task, FedAvg(fraction_train=0.1), num_clients=1000, num_rounds=20)
+    """
+    if num_clients < 1:
+        raise SimulationError(f"A simulation needs 1 client or more, not {num_clients}.")
+    quiet_flower()
+    devices.use(device)
+    leading = Settings(**settings)
+    made = make_task(task, leading.config)
+    leading.num_rounds = num_rounds or int(made.config.get("num-rounds", leading.num_rounds))
+    strategy = strategy or FedAvg(
+        min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1
+    )
+    trainer = Trainer(made, leading.seed)
+    shown = ServerProgress()
+    history = History(
+        new_run_folder(runs, name), (shown,) if listeners is None else tuple(listeners)
+    )
+    with tempfile.TemporaryDirectory(prefix="mlx-fed-") as folder:
+        job = Job(
+            task,
+            leading.config,
+            leading.seed,
+            num_clients,
+            batched,
+            chunk_size,
+            faults or Faults(),
+            Path(folder, "states"),
+        )
+        with _pool(job, workers, device) as pool:
+            grid = SimulationGrid(
+                num_clients, pool, Path(folder), leading.round_timeout, history.notify
+            )
+            roster = SimulatedRoster(num_clients)
+            try:
+                return rounds.run(grid, strategy, trainer, leading, history, roster)
+            finally:
+                shown.close()
+
+
+@contextmanager
+def _pool(job: Job, workers: int | None, device: str | None) -> Iterator[Pool | InProcess]:
+    size = default_workers(device) if workers is None else workers
+    pool = Pool(job, size, device) if size else InProcess(job)
+    try:
+        yield pool
+    finally:
+        pool.close()

@@ -1,0 +1,326 @@
+"""What one worker does: trains clients, together or one after another, and sums them up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from flwr.app import MessageType, MetricRecord, RecordDict
+
+from .. import aggregate, messages, sums
+from ..errors import FedError
+from ..sums import Block, Counted
+from ..task import Config, Data, TaskSource, make_task
+from ..training import Trainer, Update, lengths, moment_of
+from ..weights import Arrays
+from .batched import BatchedTrainer, Member
+from .faults import Faults
+from .own_statistics import OwnStatistics
+from .partitions import Partitions
+
+# A step's examples and the clients' parameters should stay in a core's cache; a GPU has to be
+# given enough to do.
+_CHUNK_BYTES = {mx.DeviceType.cpu: 8 * 2**20, mx.DeviceType.gpu: 2**30}
+_LARGEST_CHUNK = {mx.DeviceType.cpu: 32, mx.DeviceType.gpu: 256}
+_WINDOW = 4
+"""Chunks of clients that are looked at together, so that those of one size are together."""
+
+
+class Job(NamedTuple):
+    """What all workers of a run are set up with."""
+
+    source: TaskSource
+    config: dict[str, Any]
+    seed: int
+    num_clients: int
+    batched: bool
+    chunk_size: int | None
+    faults: Faults
+    states: Path
+
+
+class Request(NamedTuple):
+    """What clients are asked: a message's type and content, and the seconds they have.
+
+    ``weighted_by`` names the metric that weighs updates which are to be summed; ``None`` asks
+    for each client's own.
+    """
+
+    kind: str
+    content: RecordDict
+    timeout: float
+    weighted_by: str | None
+
+
+class Phase(NamedTuple):
+    """A request as the trainer takes it."""
+
+    request: Request
+    record_name: str
+    parameters: Arrays
+    statistics: Arrays
+    config: Config
+
+
+class Seat(NamedTuple):
+    """A client that is asked, and its place in the phase."""
+
+    place: int
+    client: int
+
+
+class Outcome(NamedTuple):
+    """What came of some clients: sums by block, or replies by place; who failed, and why."""
+
+    blocks: list[Block]
+    replies: list[tuple[int, RecordDict]]
+    failed: list[tuple[int, str]]
+    note: str | None
+
+
+class Worker:
+    """A process's model, compiled programs and loaded partitions, from round to round.
+
+    Args:
+        job (Job): The run's set-up.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.trainer = Trainer(make_task(job.source, job.config), job.seed)
+        self.batched = BatchedTrainer(self.trainer) if job.batched else None
+        self.partitions = Partitions(self.trainer.task, job.num_clients)
+        self.own = OwnStatistics(job.states) if self._keeps_statistics() else None
+        self.note: str | None = None
+
+    def _keeps_statistics(self) -> bool:
+        return bool(self.trainer.slots.statistics) and self.trainer.task.statistics == "local"
+
+    def work(self, request: Request, seats: Sequence[Seat]) -> Outcome:
+        """Lets clients train or evaluate, in the order of their places."""
+        phase = self._phase(request)
+        failed: list[tuple[int, str]] = []
+        self.note = None
+        if request.kind == MessageType.EVALUATE:
+            return Outcome([], list(self._evaluate(phase, seats, failed)), failed, None)
+        updates = self._train(phase, seats, failed)
+        if request.weighted_by is None:
+            replies = [(place, _content(phase, update)) for place, update in updates]
+            return Outcome([], replies, failed, self.note)
+        blocks = [
+            _sum(number, list(group), request.weighted_by, failed)
+            for number, group in groupby(updates, lambda pair: sums.block_of(pair[0]))
+        ]
+        return Outcome(blocks, [], failed, self.note)
+
+    def _phase(self, request: Request) -> Phase:
+        name, record = messages.parameters_of(request.content)
+        _, config = messages.config_of(request.content)
+        statistics = self.trainer.statistics()
+        if messages.STATISTICS in request.content:
+            statistics = messages.unpack(request.content.array_records[messages.STATISTICS])
+        parameters = aggregate.cast(messages.unpack(record), self.trainer.spec)
+        return Phase(request, name, parameters, statistics, config)
+
+    # -- evaluation ------------------------------------------------------------------------
+
+    def _evaluate(
+        self, phase: Phase, seats: Sequence[Seat], failed: list[tuple[int, str]]
+    ) -> Iterator[tuple[int, RecordDict]]:
+        for place, client in seats:
+            try:
+                self._require_answer(phase, client)
+                data = self.partitions.get(client)
+                if data.test is None:
+                    raise FedError(f"Partition {client} has no test examples: Data.test is None.")
+                statistics = self._statistics(phase, client, later=True)
+                metrics = self.trainer.evaluate(phase.parameters, statistics, data.test)
+            except Exception as error:
+                failed.append((place, reason(error)))
+            else:
+                yield place, RecordDict({"metrics": MetricRecord({**metrics})})
+
+    # -- training --------------------------------------------------------------------------
+
+    def _train(
+        self, phase: Phase, seats: Sequence[Seat], failed: list[tuple[int, str]]
+    ) -> Iterator[tuple[int, Update]]:
+        """Updates in the order of places; what they need is loaded a window at a time."""
+        window: list[tuple[Seat, Data]] = []
+        for seat in seats:
+            try:
+                self._require_answer(phase, seat.client)
+                data = self._data(seat.client)
+            except Exception as error:
+                failed.append((seat.place, reason(error)))
+                continue
+            window.append((seat, data))
+            if len(window) >= _WINDOW * self._chunk_size(phase, data):
+                yield from self._train_window(phase, window, failed)
+                window = []
+        if window:
+            yield from self._train_window(phase, window, failed)
+
+    def _train_window(
+        self, phase: Phase, window: list[tuple[Seat, Data]], failed: list[tuple[int, str]]
+    ) -> Iterator[tuple[int, Update]]:
+        updates: dict[int, Update] = {}
+        for chunk in self._chunks(phase, window):
+            for (seat, _), update in zip(chunk, self._train_chunk(phase, chunk), strict=True):
+                if isinstance(update, Exception):
+                    failed.append((seat.place, reason(update)))
+                else:
+                    updates[seat.place] = self._finish(phase, seat.client, update)
+        for seat, _ in window:
+            if seat.place in updates:
+                yield seat.place, updates.pop(seat.place)
+
+    def _chunks(
+        self, phase: Phase, window: list[tuple[Seat, Data]]
+    ) -> Iterator[list[tuple[Seat, Data]]]:
+        """Clients with about as many examples, so that they take their steps together."""
+        together = [pair for pair in window if not callable(pair[1].train)]
+        together.sort(key=lambda pair: _num_examples(pair[1]))
+        size = self._chunk_size(phase, together[0][1]) if together else 1
+        for start in range(0, len(together), size):
+            yield together[start : start + size]
+        yield from ([pair] for pair in window if callable(pair[1].train))
+
+    def _train_chunk(
+        self, phase: Phase, chunk: list[tuple[Seat, Data]]
+    ) -> list[Update | Exception]:
+        why: Exception | None = None
+        if self.batched is not None and len(chunk) > 1:
+            members = [
+                Member(seat.client, tuple(data.train), self._statistics(phase, seat.client))
+                for seat, data in chunk
+            ]
+            try:
+                return list(self.batched.train(phase.parameters, members, phase.config))
+            except Exception as error:  # one client's, or the model's: one by one it shows
+                why = error
+        updates = [self._train_one(phase, seat.client, data) for seat, data in chunk]
+        if why is not None and not any(isinstance(update, Exception) for update in updates):
+            self.batched = None
+            self.note = f"clients train one after another, not together: {reason(why)}"
+        return updates
+
+    def _train_one(self, phase: Phase, client: int, data: Data) -> Update | Exception:
+        try:
+            statistics = self._statistics(phase, client)
+            return self.trainer.train(
+                phase.parameters, statistics, data, phase.config, client=client
+            )
+        except Exception as error:
+            return error
+
+    def _finish(self, phase: Phase, client: int, update: Update) -> Update:
+        """What a client sends of its update, and what it keeps."""
+        if self.own is not None:
+            self.own.save(client, int(phase.config["server-round"]), update.statistics)
+            update = update._replace(statistics={})
+        if self.job.faults.is_hostile(self.job.seed, client):
+            update = self.job.faults.on_update(update, phase.parameters)
+        return update
+
+    # -- clients ---------------------------------------------------------------------------
+
+    def _require_answer(self, phase: Phase, client: int) -> None:
+        moment = moment_of(phase.config, client)
+        if why := self.job.faults.why_silent(moment, phase.request.kind, phase.request.timeout):
+            raise FedError(why)
+
+    def _data(self, client: int) -> Data:
+        data = self.partitions.get(client)
+        if not callable(data.train) and len(data.train[0]) == 0:
+            raise FedError(
+                f"Partition {client} has no training examples: have fewer clients, or a "
+                "partitioner that leaves none empty"
+            )
+        if self.job.faults.is_hostile(self.job.seed, client):
+            return self.job.faults.on_data(data)
+        return data
+
+    def _statistics(self, phase: Phase, client: int, later: bool = False) -> Arrays:
+        """Running statistics: the client's own, those that were sent, or the model's first."""
+        if self.own is not None:
+            number = int(phase.config["server-round"]) + later
+            own = self.own.load(client, number)
+            if own is not None:
+                return own
+        return phase.statistics or self.trainer.statistics()
+
+    def _chunk_size(self, phase: Phase, data: Data) -> int:
+        """How many clients like this one train together."""
+        if self.batched is None or callable(data.train):
+            return 1
+        if self.job.chunk_size is not None:
+            return self.job.chunk_size
+        device = mx.default_device().type
+        batch_size = lengths(self.trainer.task, phase.config).batch_size
+        rows = min(batch_size, len(data.train[0]))
+        examples = sum(rows * array.nbytes // len(array) for array in data.train)
+        # The parameters, their gradients, the optimizer's state, and what comes of them.
+        arrays = 4 * sum(array.nbytes for array in phase.parameters.values())
+        fits = _CHUNK_BYTES[device] // (examples + arrays)
+        return max(1, min(_LARGEST_CHUNK[device], fits))
+
+
+def _num_examples(data: Data) -> int:
+    train: Any = data.train
+    return len(train[0])
+
+
+def _content(phase: Phase, update: Update) -> RecordDict:
+    """A client's update as its reply's content."""
+    content: dict[str, Any] = {
+        phase.record_name: messages.pack(update.parameters),
+        "metrics": MetricRecord({**update.metrics}),
+    }
+    if update.statistics:
+        content[messages.STATISTICS] = messages.pack(update.statistics)
+    return RecordDict(content)
+
+
+def _sum(
+    number: int,
+    updates: list[tuple[int, Update]],
+    weighted_by: str,
+    failed: list[tuple[int, str]],
+) -> Block:
+    fit = []
+    for place, update in updates:
+        weight = update.metrics.get(weighted_by)
+        if isinstance(weight, (int, float)) and 0 < weight < math.inf:
+            fit.append((Counted(place, float(weight), update.metrics), update))
+        else:
+            failed.append((place, f"{weighted_by} must be a positive number, not {weight!r}"))
+    block = sums.sum_block(number, ((c, u.parameters, u.statistics) for c, u in fit))
+    every = (*block.parameters.values(), *block.statistics.values())
+    if all(np.isfinite(array).all() for array in every):
+        return block
+    # A sum of finite values may overflow as well: then all of them are fit, and the mean says so.
+    good = []
+    for client, update in fit:
+        if name := _not_finite({**update.parameters, **update.statistics}):
+            why = f"parameter {name!r} has values that are not finite"
+            failed.append((client.place, why))
+        else:
+            good.append((client, update))
+    return sums.sum_block(number, ((c, u.parameters, u.statistics) for c, u in good))
+
+
+def _not_finite(arrays: Arrays) -> str | None:
+    return next((n for n, a in arrays.items() if not mx.isfinite(a).all().item()), None)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    if isinstance(error, FedError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,101 @@
+"""The weighted mean of many updates, summed in blocks whose order no engine changes.
+
+Floating-point sums depend on their order. Clients have places, in the roster's order; those of
+one block of places are summed in float32, one after another, and then the blocks, in float64.
+Whoever sums a block, a worker of a simulation or the server of a federation, ends with the same
+bits, and only the sums have to be kept, however many clients there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .weights import Arrays
+
+BLOCK = 16
+"""Clients in a block."""
+
+Sums = dict[str, np.ndarray]
+
+
+class Counted(NamedTuple):
+    """A client's update that counts: its place, the weight of its arrays, and its metrics."""
+
+    place: int
+    weight: float
+    metrics: Mapping[str, Any]
+
+
+class Block(NamedTuple):
+    """The sum of the updates from one block of places, each times its weight."""
+
+    number: int
+    parameters: Sums
+    statistics: Sums
+    counted: list[Counted]
+
+
+class Mean(NamedTuple):
+    """The mean of all updates: float32 arrays by name, the total weight, and who counted."""
+
+    parameters: Sums
+    statistics: Sums
+    weight: float
+    counted: list[Counted]
+
+
+def block_of(place: int) -> int:
+    """The number of the block that a place belongs to."""
+    return place // BLOCK
+
+
+def sum_block(number: int, updates: Iterable[tuple[Counted, Arrays, Arrays]]) -> Block:
+    """Sums the updates of one block.
+
+    Args:
+        number (int): The block's.
+        updates (iterable): Who each is from, its parameters and its running statistics; in the
+            order of their places.
+    """
+    parameters: Sums = {}
+    statistics: Sums = {}
+    counted = []
+    for client, arrays, running in updates:
+        _add(parameters, arrays, client.weight)
+        _add(statistics, running, client.weight)
+        counted.append(client)
+    return Block(number, parameters, statistics, counted)
+
+
+def mean(blocks: Sequence[Block]) -> Mean:
+    """The mean over blocks, whose updates have the same names; blocks without any are skipped."""
+    parameters: Sums = {}
+    statistics: Sums = {}
+    counted: list[Counted] = []
+    for block in sorted(blocks):
+        for total, part in ((parameters, block.parameters), (statistics, block.statistics)):
+            for name, array in part.items():
+                if name in total:
+                    total[name] += array
+                else:
+                    total[name] = array.astype(np.float64)
+        counted += block.counted
+    weight = sum(client.weight for client in counted)
+    return Mean(_divided(parameters, weight), _divided(statistics, weight), weight, counted)
+
+
+def _add(sums: Sums, arrays: Arrays, weight: float) -> None:
+    for name, array in arrays.items():
+        product = np.asarray(array.astype(mx.float32)) * np.float32(weight)
+        if name in sums:
+            sums[name] += product
+        else:
+            sums[name] = product
+
+
+def _divided(sums: Sums, weight: float) -> Sums:
+    return {name: (array / weight).astype(np.float32) for name, array in sums.items()}
