@@ -287,7 +287,13 @@ def moment_of(config: Config, client: int) -> tuple[int, int, int]:
 
 
 def weighted_mean(values: Sequence[float], shares: Sequence[float]) -> float:
-    """The mean of a client's steps, each with its share."""
+    """The mean of a client's steps, each with its share.
+
+    Raises:
+        ValueError: If all shares are 0.
+    """
+    if not any(shares):
+        raise ValueError("The loss or a metric has weight 0 on all of the client's examples.")
     return math.fsum(v * s for v, s in zip(values, shares, strict=True)) / math.fsum(shares)
 
 

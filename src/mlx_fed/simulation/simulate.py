@@ -84,9 +84,7 @@ def simulate(
     leading = Settings(**settings)
     made = make_task(task, leading.config)
     leading.num_rounds = num_rounds or int(made.config.get("num-rounds", leading.num_rounds))
-    strategy = strategy or FedAvg(
-        min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1
-    )
+    strategy = strategy or FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     trainer = Trainer(made, leading.seed)
     shown = ServerProgress()
     history = History(
