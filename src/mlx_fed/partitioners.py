@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import FedError
-
 if TYPE_CHECKING:
     from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
 
 
-class DataError(FedError):
-    """Data that is not there, or not what was expected."""
+class CannotPartition(ValueError):
+    """Why there are no such partitions, as part of a sentence that names the dataset."""
 
 
 _BY_LABEL = {"partition_by": "label"}
@@ -70,14 +68,12 @@ def partition_rows(
         arguments (dict): The partitioner's own, by their names in Flower.
 
     Raises:
-        DataError: If there is no such partitioner, an argument is wrong or missing, or the
+        CannotPartition: If there is no such partitioner, an argument is wrong or missing, or the
             dataset cannot be partitioned so.
     """
-    if isinstance(partitioner, str):
-        check_name(partitioner)
     size = len(dataset)
     if num_partitions > size:
-        raise DataError(
+        raise CannotPartition(
             f"there are {size} examples, too few for {num_partitions} partitions: "
             f"use at most {size // 2}, so that each has one to train on and one to hold out"
         )
@@ -91,18 +87,18 @@ def partition_rows(
     else:
         name = type(partitioner).__name__
         if partitioner.is_dataset_assigned():
-            raise DataError(f"the {name} already has a dataset: make one for each dataset")
+            raise CannotPartition(f"the {name} already has a dataset: make one for each dataset")
         chosen = copy.deepcopy(partitioner)  # it takes a dataset only once
     try:
         rows = _run(chosen, dataset, seed)
         made = chosen.num_partitions
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         given = "".join(f", {_kebab(key)}={value}" for key, value in arguments.items())
-        raise DataError(
+        raise CannotPartition(
             f"the {name} cannot make {num_partitions} partitions{given}: {error}"
         ) from error
     if made != num_partitions:
-        raise DataError(f"the {name} makes {made} partitions of it, not {num_partitions}")
+        raise CannotPartition(f"the {name} makes {made} partitions of it, not {num_partitions}")
     return rows
 
 
@@ -125,12 +121,14 @@ def check_name(name: str) -> None:
     """Refuses a partitioner that there is not.
 
     Raises:
-        DataError: With those that there are.
+        CannotPartition: With those that there are.
     """
     if name in EXCLUDED:
-        raise DataError(f"the partitioner {name!r} cannot be used here: {EXCLUDED[name]}")
+        raise CannotPartition(f"the partitioner {name!r} cannot be used here: {EXCLUDED[name]}")
     if name not in PARTITIONERS:
-        raise DataError(f"{name!r} is not a partitioner: choose one of {', '.join(PARTITIONERS)}")
+        raise CannotPartition(
+            f"{name!r} is not a partitioner: choose one of {', '.join(PARTITIONERS)}"
+        )
 
 
 def _make(
@@ -147,29 +145,29 @@ def _make(
     for key, value in {**PARTITIONERS[name], **arguments}.items():
         if key not in own:
             has = f"it takes {', '.join(map(_kebab, own))}" if own else "it takes none"
-            raise DataError(f"the partitioner {name!r} has no argument {_kebab(key)}: {has}")
+            raise CannotPartition(f"the partitioner {name!r} has no argument {_kebab(key)}: {has}")
         try:
             values[key] = _READERS[key](value)
         except (KeyError, OSError, TypeError, ValueError) as error:
-            raise DataError(
+            raise CannotPartition(
                 f"the partitioner {name!r} cannot take {_kebab(key)}={value}: {error}"
             ) from error
     missing = [k for k in own if k not in values and takes[k].default is inspect.Parameter.empty]
     if missing:
-        raise DataError(
+        raise CannotPartition(
             f"the partitioner {name!r} needs {' and '.join(map(_kebab, missing))}, "
             f"such as -c {_kebab(missing[0])}={_EXAMPLES[missing[0]]}"
         )
     column = values.get("partition_by")
     if column and column not in columns:
-        raise DataError(
+        raise CannotPartition(
             f"the partitioner {name!r} cannot go by partition-by={column}: there is no such "
             f"column, but {', '.join(map(repr, columns))}"
         )
     try:
         return made(**values)
     except (TypeError, ValueError) as error:
-        raise DataError(f"the partitioner {name!r} refuses its arguments: {error}") from error
+        raise CannotPartition(f"the partitioner {name!r} refuses its arguments: {error}") from error
 
 
 def _run(partitioner: Partitioner, dataset: Dataset, seed: int) -> list[np.ndarray]:
