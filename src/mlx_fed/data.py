@@ -85,6 +85,8 @@ def load_partition(
         )
     if not 0 < test_fraction < 1:
         raise DataError(f"test_fraction is between 0 and 1, not {test_fraction}.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise DataError(f"partition-seed must be a whole number, not {seed}.")
     try:
         if isinstance(partitioner, str):
             check_name(partitioner)  # before a dataset is loaded

@@ -113,7 +113,7 @@ def partition_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if "partitioner" in config:
         settings["partitioner"] = config["partitioner"]
     if "partition-seed" in config:
-        settings["seed"] = _whole(config["partition-seed"])
+        settings["seed"] = config["partition-seed"]
     return settings
 
 
