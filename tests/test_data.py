@@ -196,7 +196,7 @@ def test_there_is_a_name_for_all_that_flower_has():
         ),
         (
             "partitioner=pathological num-classes-per-partition=11",
-            "'pathological' cannot make 4 partitions, num-classes-per-partition=11: .*is greater",
+            "cannot make 4 partitions with .*num-classes-per-partition=11: .* is greater",
         ),
         ("alpha=0.3", "'iid' has no argument alpha: it takes none"),
         ("partitioner=linear strictness=1", "'linear' has no argument strictness: it takes none"),
@@ -204,7 +204,10 @@ def test_there_is_a_name_for_all_that_flower_has():
             "partitioner=shard alpha=0.3",
             "'shard' has no argument alpha: it takes partition-by, num-shards-per-partition, ",
         ),
-        ("partitioner=shard", "'shard' cannot make 4 partitions: The shard_size needs to be spec"),
+        (
+            "partitioner=shard",
+            "'shard' cannot make 4 partitions .*: The shard_size needs to",
+        ),
         ("partitioner=dirichlet alpha=0", "'dirichlet' refuses its arguments: Alpha values"),
         ("partitioner=dirichlet alpha=much", "cannot take alpha=much: it must be a number"),
         ("partitioner=dirichlet self-balancing=1", "self-balancing=1: it must be true or false"),
@@ -226,8 +229,9 @@ def test_there_is_a_name_for_all_that_flower_has():
 def test_a_wrong_setting_is_named_with_the_partitioner(settings, complaint):
     pytest.importorskip("mlxtend")
     task = example.task(parse_settings(settings.split()))
-    with pytest.raises(DataError, match=complaint):
-        task.data(0, 4)
+    for _ in range(2):
+        with pytest.raises(DataError, match=complaint):
+            task.data(0, 4)
 
 
 def clients_labels(*settings: str, client: int = 0, clients: int = 10) -> np.ndarray:

@@ -92,6 +92,8 @@ def load_partition(
             check_name(partitioner)  # before a dataset is loaded
         source = find_source(dataset, "train")
         index = _index(source, partitioner, num_partitions, seed, _Arguments.of(arguments))
+        if isinstance(index, CannotPartition):
+            raise index
     except CannotPartition as error:
         raise DataError(f"Cannot partition {dataset!r}: {error}.") from error
     rows = index[index[partition_id] : index[partition_id + 1]]
@@ -144,8 +146,8 @@ class _Arguments:
     def of(cls, values: dict[str, Any]) -> _Arguments:
         content = dict(values)
         path = values.get("distribution_array")
-        if isinstance(path, str) and Path(path).is_file():
-            stat = Path(path).stat()
+        if isinstance(path, str) and Path(path).expanduser().is_file():
+            stat = Path(path).expanduser().stat()
             content["distribution_array"] = [path, stat.st_size, stat.st_mtime_ns]
         return cls(json.dumps(content, sort_keys=True, default=_digest), values)
 
@@ -163,8 +165,11 @@ def _index(
     num_partitions: int,
     seed: int,
     arguments: _Arguments,
-) -> np.ndarray:
-    """One array for all partitions: where each begins and the last ends, and then their rows."""
+) -> np.ndarray | CannotPartition:
+    """One array for all partitions: where each begins and the last ends, and then their rows.
+
+    What is wrong is kept too: it can take seconds to find, and clients ask one after another.
+    """
 
     def make() -> np.ndarray:
         given = (partitioner, num_partitions, seed, arguments.values)
@@ -172,10 +177,11 @@ def _index(
         starts = np.cumsum([num_partitions + 1, *map(len, parts)])
         return np.concatenate([starts, *parts])
 
-    if not isinstance(partitioner, str):
-        return make()
-    versions = [installed("flwr-datasets"), installed("numpy")]
-    return kept(
-        [source.key, "partitions", partitioner, num_partitions, seed, arguments.key, *versions],
-        make,
-    )
+    try:
+        if not isinstance(partitioner, str):
+            return make()
+        content = [partitioner, num_partitions, seed, arguments.key]
+        versions = [installed("flwr-datasets"), installed("numpy")]
+        return kept([source.key, "partitions", *content, *versions], make)
+    except CannotPartition as error:
+        return error

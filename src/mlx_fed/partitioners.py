@@ -82,6 +82,7 @@ def partition_rows(
         order = np.random.default_rng(seed).permutation(size)
         return np.array_split(order, num_partitions)
     if isinstance(partitioner, str):
+        arguments = {**PARTITIONERS[partitioner], **arguments}
         name = f"partitioner {partitioner!r}"
         chosen = _make(partitioner, num_partitions, seed, arguments, dataset.column_names)
     else:
@@ -93,9 +94,9 @@ def partition_rows(
         rows = _run(chosen, dataset, seed)
         made = chosen.num_partitions
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
-        given = "".join(f", {_kebab(key)}={value}" for key, value in arguments.items())
+        reason = str(error).strip().rstrip(".") or type(error).__name__
         raise CannotPartition(
-            f"the {name} cannot make {num_partitions} partitions{given}: {error}"
+            f"the {name} cannot make {num_partitions} partitions{_as_text(arguments)}: {reason}"
         ) from error
     if made != num_partitions:
         raise CannotPartition(f"the {name} makes {made} partitions of it, not {num_partitions}")
@@ -142,7 +143,7 @@ def _make(
     given = {"num_partitions": num_partitions, "seed": seed}
     values: dict[str, Any] = {key: value for key, value in given.items() if key in takes}
     own = [key for key in takes if key not in given]
-    for key, value in {**PARTITIONERS[name], **arguments}.items():
+    for key, value in arguments.items():
         if key not in own:
             has = f"it takes {', '.join(map(_kebab, own))}" if own else "it takes none"
             raise CannotPartition(f"the partitioner {name!r} has no argument {_kebab(key)}: {has}")
@@ -167,7 +168,9 @@ def _make(
     try:
         return made(**values)
     except (TypeError, ValueError) as error:
-        raise CannotPartition(f"the partitioner {name!r} refuses its arguments: {error}") from error
+        raise CannotPartition(
+            f"the partitioner {name!r} refuses its arguments: {str(error).rstrip('.')}"
+        ) from error
 
 
 def _run(partitioner: Partitioner, dataset: Dataset, seed: int) -> list[np.ndarray]:
@@ -184,6 +187,13 @@ def _run(partitioner: Partitioner, dataset: Dataset, seed: int) -> list[np.ndarr
         return [numbers[np.asarray(indices[k], np.int64)] for k in range(len(indices))]
     parts = [first, *map(partitioner.load_partition, range(1, partitioner.num_partitions))]
     return [part.with_format("numpy")[row][:] for part in parts]
+
+
+def _as_text(arguments: Mapping[str, Any]) -> str:
+    """The arguments that are short enough for a message."""
+    short = (f"{_kebab(key)}={value}" for key, value in arguments.items())
+    shown = ", ".join(text for text in short if len(text) < 60)
+    return shown and f" with {shown}"
 
 
 def _kebab(name: str) -> str:
