@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from io import StringIO
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".svg", ".html")
 _MOST_ROWS = 40
+_MOST_COLUMNS = 1000
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 
 
@@ -250,7 +252,7 @@ def _bars(axes: Axes, labels: Labels, colours: np.ndarray) -> None:
     axes.set_yticks(clients)
     axes.spines[["top", "right"]].set_visible(False)
     handles, names = axes.get_legend_handles_labels()
-    shown = np.unique(np.linspace(0, len(names) - 1, min(len(names), 20)).astype(int))
+    shown = range(0, len(names), math.ceil(len(names) / 20))
     axes.legend(
         [handles[index] for index in shown],
         [names[index] for index in shown],
@@ -271,10 +273,14 @@ def _strips(panels: Sequence[Axes], labels: Labels, colours: np.ndarray) -> None
     above.stairs(sizes, edges, fill=True, color="0.55", linewidth=0)
     above.set(ylabel="examples", ylim=(0, None))
     above.spines[["top", "right"]].set_visible(False)
-    shares = (labels.counts / sizes[:, None]).T
-    strips = np.repeat(colours[:, None], len(sizes), axis=1)
-    strips[..., 3] = np.sqrt(shares)  # the eye tells a tenth from nothing
-    below.imshow(strips, aspect="auto", interpolation_stage="rgba")
+    columns = min(len(sizes), _MOST_COLUMNS)
+    starts = np.arange(columns) * len(sizes) // columns  # neighbours share one where there are more
+    shares = np.add.reduceat(labels.counts / sizes[:, None], starts).T
+    shares = shares / np.diff([*starts, len(sizes)])
+    strips = np.repeat(colours[:, None], columns, axis=1)
+    strips[..., 3] = np.sqrt(shares / shares.max())  # the eye tells little from nothing
+    extent = (edges[0], edges[-1], len(labels.classes) - 0.5, -0.5)
+    below.imshow(strips, aspect="auto", interpolation="nearest", extent=extent)
     below.set(xlabel="client", ylabel="label", xlim=(edges[0], edges[-1]))
     below.set_title(
         "the darker, the larger the label's share of the client's examples",
@@ -282,9 +288,7 @@ def _strips(panels: Sequence[Axes], labels: Labels, colours: np.ndarray) -> None
         fontsize="small",
         color="0.35",
     )
-    shown = np.unique(
-        np.linspace(0, len(labels.classes) - 1, min(len(labels.classes), 40)).astype(int)
-    )
+    shown = range(0, len(labels.classes), math.ceil(len(labels.classes) / 40))
     below.set_yticks(shown, [str(labels.classes[index]) for index in shown])
     below.tick_params(length=0)
     for axis in (above, below):
