@@ -106,6 +106,10 @@ def test_a_partitioner_of_flowers_own(folder):
     labels = [data.columns(split, "label")[0] for split in (train, test)]
     assert len({*labels[0], *labels[1]}) == 1
     assert not partitioner.is_dataset_assigned()
+    with pytest.raises(DataError, match="make it with the argument shuffle"):
+        data.load_partition(folder, 2, 5, partitioner=partitioner, shuffle=False)
+    with pytest.raises(DataError, match="PathologicalPartitioner makes 5 partitions of it, not 4"):
+        data.load_partition(folder, 2, 4, partitioner=partitioner)
 
 
 @pytest.mark.parametrize("partitioner", ["iid", "dirichlet"])
@@ -187,6 +191,7 @@ def test_there_is_a_name_for_all_that_flower_has():
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
+        ("partitioner=3", "3 is not a partitioner: choose one of iid, dirichlet, pathological, "),
         ("partitioner=vertical-size", "'vertical-size' cannot be used here: it gives each client"),
         ("partitioner=id-to-size-fnc", "'id-to-size-fnc' cannot be used here: it takes a function"),
         ("partitioner=pathological", "'pathological' needs num-classes-per-partition, such as -c"),

@@ -73,8 +73,8 @@ def task(config: dict) -> fed.Task:
 
 
 def central_test(config: dict) -> tuple[np.ndarray, np.ndarray]:
-    """MNIST's 10,000 test digits, which no client holds, for a server to evaluate on."""
-    return arrays(data.load_test_split(config.get("dataset", "mnist")))
+    """The dataset's test split, which no client holds, for a server to evaluate on: not digits'."""
+    return arrays(data.load_test_split(config.get("dataset", "digits")))
 
 
 client_app = fed.client_app(task)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .partitioners import CannotPartition, check_name, partition_rows, partition_settings
+from .partitioners import CannotPartition, check_partitioner, partition_rows, partition_settings
 from .sources import DataError, Source, find_source, installed, kept
 
 if TYPE_CHECKING:
@@ -88,12 +88,11 @@ def load_partition(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise DataError(f"partition-seed must be a whole number, not {seed}.")
     try:
-        if isinstance(partitioner, str):
-            check_name(partitioner)  # before a dataset is loaded
+        check_partitioner(partitioner, arguments)  # before a dataset is loaded
         source = find_source(dataset, "train")
         index = _index(source, partitioner, num_partitions, seed, _Arguments.of(arguments))
         if isinstance(index, CannotPartition):
-            raise index
+            raise CannotPartition(*index.args) from index.__cause__
     except CannotPartition as error:
         raise DataError(f"Cannot partition {dataset!r}: {error}.") from error
     rows = index[index[partition_id] : index[partition_id + 1]]

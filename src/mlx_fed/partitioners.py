@@ -118,18 +118,22 @@ def partition_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def check_name(name: str) -> None:
-    """Refuses a partitioner that there is not.
+def check_partitioner(partitioner: str | Partitioner, arguments: Mapping[str, Any]) -> None:
+    """Refuses what cannot be a partitioner, whatever the dataset.
 
     Raises:
         CannotPartition: With those that there are.
     """
-    if name in EXCLUDED:
-        raise CannotPartition(f"the partitioner {name!r} cannot be used here: {EXCLUDED[name]}")
-    if name not in PARTITIONERS:
-        raise CannotPartition(
-            f"{name!r} is not a partitioner: choose one of {', '.join(PARTITIONERS)}"
-        )
+    if hasattr(partitioner, "load_partition"):
+        if arguments:
+            name, first = type(partitioner).__name__, _kebab(next(iter(arguments)))
+            raise CannotPartition(f"the {name} is made already: make it with the argument {first}")
+    elif partitioner in EXCLUDED:
+        reason = EXCLUDED[str(partitioner)]
+        raise CannotPartition(f"the partitioner {partitioner!r} cannot be used here: {reason}")
+    elif partitioner not in PARTITIONERS:
+        names = ", ".join(PARTITIONERS)
+        raise CannotPartition(f"{partitioner!r} is not a partitioner: choose one of {names}")
 
 
 def _make(
@@ -180,7 +184,8 @@ def _run(partitioner: Partitioner, dataset: Dataset, seed: int) -> list[np.ndarr
     with warnings.catch_warnings(), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         first = partitioner.load_partition(0)
-    # Partitioners may have sorted their dataset, so rows are read back from it.
+    # Some sort their dataset, so rows are read back from it. Their private index saves what a
+    # public call for each of thousands of partitions would cost; without it, those are made.
     numbers = partitioner.dataset.with_format("numpy")[row][:]
     indices = getattr(partitioner, "_partition_id_to_indices", None)
     if indices:

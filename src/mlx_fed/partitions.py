@@ -60,7 +60,7 @@ def count_labels(task: Task, num_partitions: int, console: Console | None = None
         "Reading partitions",
         console=console,
         transient=True,
-        disable=console is None,
+        disable=console is None or not console.is_terminal,
     ):
         try:
             data = task.data(client, num_partitions)
