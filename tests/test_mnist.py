@@ -48,7 +48,7 @@ def test_run_ends_everything_when_a_client_cannot_start(start, tmp_path):
         "run.py", "--port", free_port(), "--runs", tmp_path / "runs", "--partitioner", "by-hand"
     )
     assert run.ends(60) == 1
-    assert "'by-hand' is not a partitioner: choose iid or dirichlet" in run.text
+    assert "'by-hand' is not a partitioner: choose one of iid, dirichlet, pathological" in run.text
 
 
 def test_run_says_that_its_port_is_in_use(start, tmp_path):

