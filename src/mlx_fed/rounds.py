@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from . import aggregate, checks, messages, randomness, weights
+from . import aggregate, checks, exchange, messages, randomness, weights
 from .errors import FedError
 from .history import History
 from .roster import Roster, RosterGrid
@@ -159,18 +160,20 @@ class _Run:
         while True:
             self.roster.update()
             present = len(self.roster.nodes)
-            if present >= self.min_nodes and not (told is not None and self.roster.is_waiting()):
-                return
+            late = time.monotonic() > deadline
+            if present >= self.min_nodes:
+                if told is None or late or not self.roster.is_waiting():
+                    return
+            elif late:
+                raise RunError(
+                    f"{present} of {self.min_nodes} nodes came within "
+                    f"{self.settings.wait:.0f} seconds{_left_out(self.roster.reasons)}. "
+                    "Start more nodes, raise --wait, or ask for fewer."
+                )
             if present != told:
                 told = present
                 self.history.notify("waiting", nodes=present, needed=self.min_nodes)
-            if time.monotonic() > deadline:
-                raise RunError(
-                    f"{present} of {self.min_nodes} nodes came within "
-                    f"{self.settings.wait:.0f} seconds. Start more nodes, raise --wait, "
-                    "or ask for fewer."
-                )
-            _pause(self.grid)
+            exchange.pause(self.grid)
 
     # -- one round -------------------------------------------------------------------------
 
@@ -192,7 +195,7 @@ class _Run:
     def _train(self, number: int, seconds: dict, traffic: dict, refused: list) -> dict[str, Any]:
         outgoing = self._configure("train", number)
         with _timed(seconds, "train"):
-            replies = self._exchange("train", number, outgoing, traffic)
+            replies = self._exchange("train", number, outgoing, traffic, refused)
         with _timed(seconds, "aggregate"):
             accepted, updates = [], {}
             for name, reply in replies:
@@ -236,7 +239,7 @@ class _Run:
     def _evaluate(self, number: int, seconds: dict, traffic: dict, refused: list) -> dict[str, Any]:
         outgoing = self._configure("evaluate", number)
         with _timed(seconds, "evaluate"):
-            replies = self._exchange("evaluate", number, outgoing, traffic)
+            replies = self._exchange("evaluate", number, outgoing, traffic, refused)
         accepted = []
         for name, reply in replies:
             try:
@@ -285,36 +288,25 @@ class _Run:
         return outgoing
 
     def _exchange(
-        self, phase: str, number: int, outgoing: list[Message], traffic: dict
+        self, phase: str, number: int, outgoing: list[Message], traffic: dict, refused: list
     ) -> list[tuple[str, Message]]:
-        """Sends messages and gathers the replies, by name and in the roster's order.
-
-        A node that has not replied when the time is up is reported and has no part.
-        """
-        traffic["down"] += sum(messages.count_bytes(m.content) for m in outgoing)
+        """The replies, by name and in the roster's order; who has none is left out."""
         self.history.notify(
             "phase", phase=phase, round=number, of=self.settings.num_rounds, nodes=len(outgoing)
         )
-        order = {node_id: place for place, node_id in enumerate(self.roster.nodes)}
         names = {node_id: node.name for node_id, node in self.roster.nodes.items()}
-        pending = _push(self.grid, outgoing)
-        replies: list[tuple[int, Message]] = []
-        deadline = time.monotonic() + self.settings.round_timeout
-        while pending and time.monotonic() < deadline:
-            arrived = list(self.grid.pull_messages(list(pending)))
-            for reply in arrived:
-                node_id = pending.pop(reply.metadata.reply_to_message_id)
-                if reply.has_content():
-                    traffic["up"] += messages.count_bytes(reply.content)
-                replies.append((node_id, reply))
-                self.history.notify("reply", node=names[node_id], phase=phase)
-            if pending and not arrived:
-                _pause(self.grid)
-        for node_id in pending.values():
-            reason = f"no reply within {self.settings.round_timeout:.0f} seconds"
-            self.history.notify("failed", node=names[node_id], phase=phase, reason=reason)
-        replies.sort(key=lambda pair: order[pair[0]])
-        return [(names[node_id], reply) for node_id, reply in replies]
+        replies, missing, down, up = exchange.exchange(
+            self.grid,
+            outgoing,
+            names,
+            self.settings.round_timeout,
+            lambda name: self.history.notify("reply", node=name, phase=phase),
+        )
+        traffic["down"] += down
+        traffic["up"] += up
+        for name, reason in missing.items():
+            self._refuse(phase, name, reason, refused)
+        return replies
 
     def _same_names(self, phase: str, accepted: list, refused: list) -> list:
         """Refuses replies with other names than most: FedAvg and its kin would end the run."""
@@ -365,23 +357,12 @@ class _Run:
             np.random.set_state(states[1])
 
 
-def _push(grid: Grid, outgoing: list[Message]) -> dict[str, int]:
-    """Sends messages; their ids, and the node each went to."""
-    receivers = [message.metadata.dst_node_id for message in outgoing]
-    ids = list(grid.push_messages(outgoing))
-    if len(ids) != len(receivers):  # Flower's in-memory grid passes over nodes that have left
-        to = {message.metadata.message_id: message.metadata.dst_node_id for message in outgoing}
-        return {message_id: to[message_id] for message_id in ids}
-    return dict(zip(ids, receivers, strict=True))
-
-
-def _pause(grid: Grid) -> None:
-    """Waits for something to happen: until the grid says so, or a moment if it cannot."""
-    wait = getattr(grid, "wait", None)
-    if wait is None:
-        time.sleep(0.1)
-    else:
-        wait(0.5)
+def _left_out(reasons: Mapping[str, str]) -> str:
+    """The first reasons why nodes were left out, as the end of a sentence."""
+    shown = [f"{name}: {why[:200]}" for name, why in islice(reasons.items(), 3)]
+    if len(reasons) > len(shown):
+        shown.append(f"and {len(reasons) - len(shown)} more")
+    return f"; left out: {'; '.join(shown)}" if shown else ""
 
 
 def _inner(strategy: Any) -> Iterator[Any]:
