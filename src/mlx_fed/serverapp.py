@@ -11,9 +11,9 @@ from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 
-from . import devices, rounds
+from . import devices, rounds, strategies
 from .history import History, new_run_folder
 from .progress import server_line
 from .task import Config, TaskSource, make_task
@@ -38,7 +38,7 @@ def server_app(
         task (Task or callable): What is trained, or a function that makes it from the run's
             settings (``context.run_config``).
         strategy (Strategy or callable): Any Flower strategy, or a function of the settings
-            that makes one. Default: ``FedAvg()``.
+            that makes one. Default: FedAvg, of ``min_nodes`` nodes or 2.
         runs (Path, optional): Where runs are kept. Default: the setting ``runs``, or ``runs``;
             below the folder that the SuperLink was started in, unless it is a whole path.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
@@ -65,7 +65,8 @@ def server_app(
         task_rounds = made.config.get("num-rounds", leading.num_rounds)
         leading.num_rounds = int(config.get("num-rounds") or task_rounds)
         leading.config["num-rounds"] = leading.num_rounds
-        chosen = strategy(config) if callable(strategy) else strategy or _fed_avg(leading.min_nodes)
+        made_strategy = strategy(config) if callable(strategy) else strategy
+        chosen = made_strategy or strategies.default(leading.min_nodes)
         place = Path(runs or str(config.get("runs", "runs"))).expanduser().resolve()
         history = History(new_run_folder(place, _name(config)), (_log,))
         history.write_settings(
@@ -80,11 +81,6 @@ def server_app(
             rounds.run(grid, chosen, Trainer(made, leading.seed), leading, history)
 
     return app
-
-
-def _fed_avg(min_nodes: int | None) -> Strategy:
-    least = min_nodes or 2
-    return FedAvg(min_train_nodes=least, min_evaluate_nodes=least, min_available_nodes=least)
 
 
 def _name(config: Config) -> str | None:

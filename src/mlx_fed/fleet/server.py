@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 
-from .. import devices, rounds
+from .. import devices, rounds, strategies
 from ..errors import FedError
 from ..flower.grid import LinkGrid
 from ..flower.link import Link
@@ -55,7 +55,8 @@ def serve(
 
     Args:
         task (Task or callable): What is trained, or a function of ``config`` that makes it.
-        strategy (flwr.serverapp.strategy.Strategy): Any Flower strategy. Default: ``FedAvg()``.
+        strategy (flwr.serverapp.strategy.Strategy): Any Flower strategy. Default:
+            FedAvg, of ``min_nodes`` nodes or 2.
         num_rounds (int, optional): Rounds to train. Default: the task's ``num-rounds``, or 3.
         host (str): The address to listen on. Default: ``"127.0.0.1"``.
         port (int): The port; 0 takes a free one. Default: ``8080``.
@@ -79,8 +80,8 @@ def serve(
         >>> result = serve(task, FedAvg(), num_rounds=3)
     """
     address.require_loopback(host, insecure)
-    strategy = strategy or FedAvg()
     leading = rounds.Settings(**settings)
+    strategy = strategy or strategies.default(leading.min_nodes)
     made = make_task(task, leading.config)
     leading.num_rounds = num_rounds or int(made.config.get("num-rounds", leading.num_rounds))
     quiet_flower()
