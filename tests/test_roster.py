@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from mlx_fed import roster, rounds
 from mlx_fed.history import History
+from mlx_fed.settings import Settings
 from mlx_fed.training import Trainer
 
 from .loopback import LoopbackGrid
@@ -25,7 +26,7 @@ from .test_strategies import CLIENT, SEED, TASK, federate
 
 def lead(grid: Grid, folder: Path, listener=None, **settings) -> rounds.Result:
     """A run of one round by two nodes or more."""
-    leading = rounds.Settings(num_rounds=1, seed=SEED, **settings)
+    leading = Settings(num_rounds=1, seed=SEED, **settings)
     history = History(folder, (listener,) if listener else ())
     return rounds.run(grid, FedAvg(), Trainer(TASK, SEED), leading, history)
 
@@ -126,6 +127,6 @@ def test_a_node_that_left_when_it_was_refused_is_remembered(tmp_path: Path):
             grid,
             FedAvg(),
             Trainer(replace(TASK, model=lambda: nn.Linear(5, 3)), SEED),
-            rounds.Settings(wait=0.2),
+            Settings(wait=0.2),
             History(tmp_path, (leaves,)),
         )

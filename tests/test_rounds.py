@@ -6,12 +6,16 @@ from pathlib import Path
 
 import mlx_fed as fed  # before mlx.core
 
+import mlx.core as mx
 import pytest
 from flwr.app import Context, RecordDict
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from mlx_fed import rounds
 
 from .loopback import LoopbackGrid
 from .tasks import moons
-from .test_strategies import CLIENT, TASK, read_history
+from .test_strategies import CLIENT, TASK, difference, federate, read_history
 
 # -- how many nodes ------------------------------------------------------------------------
 
@@ -42,3 +46,47 @@ def test_the_strategy_of_an_app_waits_for_as_many(min_nodes, needed: int, tmp_pa
         lead(needed - 1, "fewer")
     lead(needed, "enough")
     assert len(read_history(tmp_path / "enough")[0]["train"]["nodes"]) == needed
+
+
+# -- a strategy that fails -----------------------------------------------------------------
+
+HOOKS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+
+
+def failing(hook: str, number: int, error: Exception) -> Strategy:
+    """FedAvg with a hook that fails in a round."""
+
+    class Failing(FedAvg):
+        pass
+
+    def fail(self, server_round: int, *arguments):
+        if server_round == number:
+            raise error
+        return getattr(super(Failing, self), hook)(server_round, *arguments)
+
+    setattr(Failing, hook, fail)
+    return Failing()
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_fails_is_named_and_the_last_whole_round_kept(hook: str, tmp_path: Path):
+    expected = federate(FedAvg(), tmp_path / "one", (CLIENT,) * 3, num_rounds=1)
+    what = rf"Round 2: Failing\.{hook} failed: ValueError: no quorum"
+    with pytest.raises(rounds.RunError, match=what):
+        strategy = failing(hook, 2, ValueError("no quorum"))
+        federate(strategy, tmp_path / "failed", (CLIENT,) * 3, num_rounds=3)
+    assert [record["round"] for record in read_history(tmp_path / "failed")] == [1]
+    saved = mx.load(str(tmp_path / "failed" / "model.safetensors"))
+    assert difference({k: saved[k] for k in expected.parameters}, expected.parameters) == 0
+
+
+def test_a_message_to_a_stranger_is_an_error(tmp_path: Path):
+    class Chatty(FedAvg):
+        def configure_train(self, *arguments):
+            first, *others = super().configure_train(*arguments)
+            first.metadata.dst_node_id = 77
+            return [first, *others]
+
+    what = r"Round 1: Chatty\.configure_train failed: .* node 77, which has no part in the run"
+    with pytest.raises(rounds.RunError, match=what):
+        federate(Chatty(), tmp_path, (CLIENT,) * 3)

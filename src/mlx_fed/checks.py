@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -102,15 +104,26 @@ def check_metrics(message: Message, weighted_by: str) -> MetricRecord:
     return metrics
 
 
-def names_in(message: Message) -> frozenset[str]:
-    """What a reply's records and metrics are called, to be compared with other replies."""
+def odd_names(replies: Sequence[tuple[str, Message]]) -> dict[str, str]:
+    """Why replies do not count whose records or metrics are called otherwise than in most.
+
+    Args:
+        replies (sequence): Pairs of a node's name and its reply.
+
+    Returns:
+        dict: A reason for each such node, by name.
+    """
+    names = {node: _names_in(reply) for node, reply in replies}
+    odd: dict[str, str] = {}
+    for usual, _ in Counter(names.values()).most_common(1):
+        for node, own in names.items():
+            for name in sorted(usual ^ own)[:1]:
+                kind = "is missing" if name in usual else "is not in the other replies"
+                odd[node] = f"{name} {kind}"
+    return odd
+
+
+def _names_in(message: Message) -> frozenset[str]:
     records = (*message.content.array_records, *message.content.metric_records)
     metrics = {name for record in message.content.metric_records.values() for name in record}
     return frozenset({f"record {n!r}" for n in records} | {f"metric {n!r}" for n in metrics})
-
-
-def check_names(message: Message, usual: frozenset[str]) -> None:
-    """Raises :class:`Refused` if names differ from those in most replies."""
-    for name in sorted(usual ^ names_in(message)):
-        kind = "is missing" if name in usual else "is not in the other replies"
-        raise Refused(f"{name} {kind}")

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from . import messages
+from . import aggregate, messages
+from .task import Config
+from .weights import Arrays, Spec
 
 
 class Exchange(NamedTuple):
@@ -71,6 +73,35 @@ def exchange(
         down,
         up,
     )
+
+
+def pack(outgoing: list[Message], spec: Spec, statistics: Arrays, config: Config) -> None:
+    """Puts arrays and settings of a strategy's messages into the form in which they travel.
+
+    Strategies put one content into all messages: each record is converted once, and none is
+    changed in place.
+
+    Args:
+        outgoing (list): Messages with float32 masters, which are cast to the model's dtypes.
+        spec (dict): The shape and dtype of each parameter.
+        statistics (dict): Running statistics to send along, if any.
+        config (dict): Settings for all, which a message's own stand over.
+    """
+    packed: dict[int, ArrayRecord] = {}
+    configs: dict[int, ConfigRecord] = {}
+    beside = {messages.STATISTICS: messages.pack(statistics)} if statistics else {}
+    for message in outgoing:
+        message.metadata.group_id = str(config["server-round"])
+        content = {**message.content, **beside}
+        name, record = messages.parameters_of(message.content)
+        if id(record) not in packed:
+            packed[id(record)] = messages.pack(aggregate.masters_to_arrays(record, spec))
+        content[name] = packed[id(record)]
+        name, own = messages.config_of(message.content)
+        if id(own) not in configs:
+            configs[id(own)] = ConfigRecord({**config, **own})
+        content[name] = configs[id(own)]
+        message.content = RecordDict(content)
 
 
 def push(grid: Grid, outgoing: list[Message]) -> dict[str, int]:

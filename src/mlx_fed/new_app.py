@@ -17,7 +17,8 @@ def write_app(name: str, parent: Path) -> Path:
     """Writes the folder ``parent/name``.
 
     Raises:
-        FedError: If the name is not a module's and a project's, or there is something of that name already.
+        FedError: If the name is not a module's and a project's, or there is something of that
+            name already.
     """
     if not re.fullmatch(_NAME, name) or keyword.iskeyword(name):
         raise FedError(

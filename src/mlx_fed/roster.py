@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from . import checks, messages, weights
-from .errors import FedError
-from .exchange import push
+from .errors import FedError, RunError
+from .exchange import pause, push
 from .weights import Spec
 
 _PATIENCE = 60.0
@@ -75,16 +76,47 @@ class Roster:
             for answer in self.grid.pull_messages(list(self.asked)):
                 self._take_in(answer)
 
-    def is_waiting(self) -> bool:
+    def wait_for(self, needed: int, seconds: float) -> None:
+        """Waits until that many nodes take part, and longer while others answer the roll call.
+
+        Raises:
+            RunError: If they have not come in time.
+        """
+        deadline = time.monotonic() + seconds
+        told = None
+        while True:
+            self.update()
+            present = len(self.nodes)
+            late = time.monotonic() > deadline
+            if present >= needed:
+                if told is None or late or not self._is_waiting():
+                    return
+            elif late:
+                raise RunError(
+                    f"{present} of {needed} nodes came within {seconds:.0f} seconds"
+                    f"{self._why_others_do_not()}. "
+                    "Start more nodes, raise --wait, or ask for fewer."
+                )
+            if present != told:
+                told = present
+                self.notify("waiting", nodes=present, needed=needed)
+            pause(self.grid)
+
+    def _why_others_do_not(self) -> str:
+        """The first reasons why nodes were left out, as the end of a sentence."""
+        shown = [f"{name}: {why[:200]}" for name, why in islice(self.reasons.items(), 3)]
+        if len(self.reasons) > len(shown):
+            shown.append(f"and {len(self.reasons) - len(shown)} more")
+        return f"; left out: {'; '.join(shown)}" if shown else ""
+
+    def _is_waiting(self) -> bool:
         """Whether a node that came lately has still to answer the roll call."""
         return bool(self.asked) and time.monotonic() - self.heard < _PATIENCE
 
     def _ask(self, node_ids: set[int]) -> None:
         """Asks those not asked yet; who could not be sent the question is asked next time."""
         self.asked = {
-            message_id: node_id
-            for message_id, node_id in self.asked.items()
-            if node_id in node_ids
+            message_id: node_id for message_id, node_id in self.asked.items() if node_id in node_ids
         }
         newcomers = sorted(node_ids - set(self.asked.values()))
         content = RecordDict({"config": ConfigRecord(self.config)})
@@ -131,6 +163,11 @@ class Roster:
                 raise checks.Refused(
                     f"node id {node.partition} is taken by a node that is online: "
                     "give each node its own --node-id"
+                )
+            if node.name == other.name:
+                raise checks.Refused(
+                    f"its name is taken by the node with id {other.partition}, which is online: "
+                    "give each node its own --name"
                 )
 
     def _leave_out(self, node_id: int, name: str, why: str) -> None:

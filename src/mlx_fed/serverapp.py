@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from . import devices, rounds, strategies
 from .history import History, new_run_folder
 from .progress import server_line
+from .settings import Settings
 from .task import Config, TaskSource, make_task
 from .training import Trainer
 
@@ -42,7 +42,7 @@ def server_app(
         runs (Path, optional): Where runs are kept. Default: the setting ``runs``, or ``runs``;
             below the folder that the SuperLink was started in, unless it is a whole path.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
-        settings: As :class:`~mlx_fed.rounds.Settings` has them. In the run's settings
+        settings: As :class:`~mlx_fed.settings.Settings` has them. In the run's settings
             ``num-rounds`` (unless it is 0), ``seed``, ``min-nodes``, ``wait`` and
             ``round-timeout`` stand over these, and ``name`` names the run's folder.
 
@@ -54,7 +54,7 @@ def server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         config = dict(context.run_config)
-        leading = rounds.Settings(**settings)
+        leading = Settings(**settings)
         for key, kind in _SETTINGS.items():
             if key in config:
                 setattr(leading, key.replace("-", "_"), kind(config[key]))
@@ -69,13 +69,6 @@ def server_app(
         chosen = made_strategy or strategies.default(leading.min_nodes)
         place = Path(runs or str(config.get("runs", "runs"))).expanduser().resolve()
         history = History(new_run_folder(place, _name(config)), (_log,))
-        history.write_settings(
-            {
-                **asdict(leading),
-                "config": {**made.config, **leading.config},
-                "strategy": type(chosen).__name__,
-            }
-        )
         _FLOWER.info("The run's folder: %s", history.folder)
         with _own_lines_only():
             rounds.run(grid, chosen, Trainer(made, leading.seed), leading, history)

@@ -20,6 +20,14 @@ def default(min_nodes: int | None = None) -> Strategy:
     return FedAvg(min_train_nodes=least, min_evaluate_nodes=least, min_available_nodes=least)
 
 
+def describe(strategy: Strategy) -> dict[str, Any]:
+    """A strategy's name and its plain settings, for the record of a run."""
+    plain = {k: v for k, v in vars(strategy).items() if isinstance(v, (int, float, str, bool))}
+    inner = getattr(strategy, "strategy", None)
+    wrapped = {"strategy": describe(inner)} if inner is not None else {}
+    return {"name": type(strategy).__name__, **plain, **wrapped}
+
+
 def layers(strategy: Strategy) -> Iterator[Any]:
     """The strategy and those that it wraps, as Flower's for differential privacy do."""
     layer: Any = strategy

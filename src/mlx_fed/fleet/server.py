@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ..flower.link import Link
 from ..flower.routes import FleetRoutes
 from ..history import History, Listener, new_run_folder
 from ..progress import ServerProgress, quiet_flower
+from ..settings import Settings
 from ..task import TaskSource, make_task
 from ..training import Trainer
 from . import address
@@ -67,7 +67,7 @@ def serve(
         listeners (tuple, optional): Who is told what happens (see
             :class:`~mlx_fed.history.History`), in place of the progress display.
         settings: ``config``, ``seed``, ``min_nodes``, ``wait``, ``round_timeout`` and
-            ``evaluate_fn``, as :class:`~mlx_fed.rounds.Settings` has them.
+            ``evaluate_fn``, as :class:`~mlx_fed.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.
@@ -80,7 +80,7 @@ def serve(
         >>> result = serve(task, FedAvg(), num_rounds=3)
     """
     address.require_loopback(host, insecure)
-    leading = rounds.Settings(**settings)
+    leading = Settings(**settings)
     strategy = strategy or strategies.default(leading.min_nodes)
     made = make_task(task, leading.config)
     leading.num_rounds = num_rounds or int(made.config.get("num-rounds", leading.num_rounds))
@@ -92,15 +92,6 @@ def serve(
         shown = ServerProgress()
         history = History(
             new_run_folder(runs, name), (shown,) if listeners is None else tuple(listeners)
-        )
-        history.write_settings(
-            {
-                **asdict(leading),
-                "config": {**made.config, **leading.config},
-                "strategy": describe(strategy),
-                "address": f"{host}:{port}",
-                "evaluate_fn": leading.evaluate_fn is not None,
-            }
         )
         with _serving(listening) as link:
             history.notify("serving", address=f"{host}:{port}", insecure=insecure)
@@ -166,11 +157,3 @@ def _say_goodbye(link: Link) -> None:
         seen = link.news()
         if link.state.get_nodes(link.run_id):
             link.wait_for_news(seen, 0.2)
-
-
-def describe(strategy: Strategy) -> dict[str, Any]:
-    """A strategy's name and its plain settings, for the record of a run."""
-    plain = {k: v for k, v in vars(strategy).items() if isinstance(v, (int, float, str, bool))}
-    inner = getattr(strategy, "strategy", None)
-    wrapped = {"strategy": describe(inner)} if inner is not None else {}
-    return {"name": type(strategy).__name__, **plain, **wrapped}
