@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from flwr.app import Context, RecordDict
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
 
 from mlx_fed import rounds
+from mlx_fed.history import HistoryError
+from mlx_fed.training import Trainer
 
 from .loopback import LoopbackGrid
 from .tasks import moons
-from .test_strategies import CLIENT, TASK, difference, federate, read_history
+from .test_strategies import CLIENT, SEED, TASK, difference, federate, read_history
 
 # -- how many nodes ------------------------------------------------------------------------
 
@@ -72,8 +76,8 @@ def failing(hook: str, number: int, error: Exception) -> Strategy:
 def test_a_hook_that_fails_is_named_and_the_last_whole_round_kept(hook: str, tmp_path: Path):
     expected = federate(FedAvg(), tmp_path / "one", (CLIENT,) * 3, num_rounds=1)
     what = rf"Round 2: Failing\.{hook} failed: ValueError: no quorum"
+    strategy = failing(hook, 2, ValueError("no quorum"))
     with pytest.raises(rounds.RunError, match=what):
-        strategy = failing(hook, 2, ValueError("no quorum"))
         federate(strategy, tmp_path / "failed", (CLIENT,) * 3, num_rounds=3)
     assert [record["round"] for record in read_history(tmp_path / "failed")] == [1]
     saved = mx.load(str(tmp_path / "failed" / "model.safetensors"))
@@ -90,3 +94,28 @@ def test_a_message_to_a_stranger_is_an_error(tmp_path: Path):
     what = r"Round 1: Chatty\.configure_train failed: .* node 77, which has no part in the run"
     with pytest.raises(rounds.RunError, match=what):
         federate(Chatty(), tmp_path, (CLIENT,) * 3)
+
+
+def test_a_float16_model_is_not_made_infinite(tmp_path: Path):
+    def model() -> nn.Module:
+        model = nn.Sequential(nn.Linear(5, 3))
+        model.set_dtype(mx.float16)
+        return model
+
+    task = replace(TASK, model=model)
+    strategy = FedAdam(eta=1e6)
+    what = r"Round 1: FedAdam\.aggregate_train failed: .* 'layers\.0\.\w+' is too large for float16"
+    with pytest.raises(rounds.RunError, match=what):
+        federate(strategy, tmp_path, [fed.client_app(task)] * 3, task=task)
+    saved = mx.load(str(tmp_path / "model.safetensors"))
+    assert difference(saved, Trainer(task, SEED).parameters()) == 0
+
+
+# -- a folder that cannot be written -------------------------------------------------------
+
+
+def test_a_run_that_cannot_write_its_history_keeps_its_model(tmp_path: Path):
+    (tmp_path / "history.jsonl").mkdir()
+    with pytest.raises(HistoryError, match=r"Cannot write .*history\.jsonl"):
+        federate(FedAvg(), tmp_path, (CLIENT,) * 3)
+    assert mx.load(str(tmp_path / "model.safetensors")).keys() == Trainer(TASK, SEED).spec.keys()

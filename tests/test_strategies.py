@@ -59,6 +59,7 @@ from .loopback import App, LoopbackGrid
 SEED = 7
 SIZES = (24, 40, 31, 16, 50, 22, 35)
 WEIGHT = "layers.0.weight"
+VARIANCE = "layers.1.running_var"
 
 
 def load(partition_id: int, num_partitions: int | None) -> fed.Data:
@@ -362,19 +363,43 @@ def test_statistics_pass_by_the_mods(tmp_path: Path):
     assert difference(clipped.statistics, free.statistics) < 1e-6
 
 
-def test_unfit_statistics_are_refused(tmp_path: Path):
-    def change(reply: Message) -> None:
+def with_variance(change: Callable[[mx.array], mx.array]) -> Callable[[Message], None]:
+    def changed(reply: Message) -> None:
         statistics = messages.unpack(reply.content["statistics"])
-        statistics["layers.1.running_var"] *= mx.nan
+        statistics[VARIANCE] = change(statistics[VARIANCE])
         reply.content["statistics"] = messages.pack(statistics)
 
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_variance(lambda v: v * mx.nan), f"{VARIANCE!r} has values that are not finite"),
+        (with_variance(lambda v: v - 100), f"{VARIANCE!r} has negative values"),
+        (with_variance(lambda v: v[1:]), f"{VARIANCE!r} has shape (7,), expected (8,)"),
+        (lambda reply: reply.content.pop("statistics"), "it has no running statistics"),
+    ],
+    ids=["NaN", "negative", "shape", "missing"],
+)
+def test_unfit_statistics_are_refused(change, reason: str, tmp_path: Path):
     app = fed.client_app(NORMALIZED)
     apps = [app, on_train(change, app), app]
     result = federate(FedAvg(), tmp_path, apps, task=NORMALIZED, num_rounds=1)
     (refused,) = result.rounds[0]["refused"]
     assert refused["node"] == "node-1"
-    assert "'layers.1.running_var' has values that are not finite" in refused["reason"]
+    assert reason in refused["reason"]
     assert all(np.isfinite(float32(array)).all() for array in result.statistics.values())
+
+
+def test_statistics_are_not_looked_at_where_they_stay_with_clients(tmp_path: Path):
+    """A node whose own task averages them takes part nevertheless."""
+    task = replace(NORMALIZED, statistics="local")
+    app = fed.client_app(NORMALIZED)
+    apps = [fed.client_app(task), on_train(with_variance(lambda v: v * mx.nan), app)]
+    result = federate(FedAvg(), tmp_path, apps, task=task, num_rounds=1)
+    assert result.rounds[0]["train"]["nodes"] == ["node-0", "node-1"]
+    assert difference(result.statistics, Trainer(task, SEED).statistics()) == 0
 
 
 def test_a_failed_client_with_mods_keeps_no_old_statistics(tmp_path: Path):

@@ -50,12 +50,13 @@ def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_
     Args:
         message (Message): The reply.
         parameters (dict): The shape and dtype that each parameter must have, by name.
-        statistics (dict): The same of the running statistics.
+        statistics (dict): The same of the running statistics that are averaged; those of a
+            task that leaves them with its clients are not looked at.
         weighted_by (str): The metric that weighs the reply, ``"num-examples"``.
 
     Raises:
-        Refused: If a name, shape or dtype differs, a value is not finite, or the number of
-            examples is not a positive number.
+        Refused: If a name, shape or dtype differs, an array is missing, a value is not finite,
+            a variance is negative, or the number of examples is not a positive number.
     """
     check_answer(message)
     metrics = check_metrics(message, weighted_by)
@@ -69,17 +70,32 @@ def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_
         else:
             arrays = aggregate.cast(arrays, parameters)
         running: Arrays = {}
-        if messages.STATISTICS in message.content:
+        if statistics:
+            if messages.STATISTICS not in message.content.array_records:
+                raise Refused("it has no running statistics, which this task averages")
             record = message.content.array_records[messages.STATISTICS]
             running = aggregate.cast(messages.unpack(record), statistics)
     except FedError as error:
         raise Refused(str(error)[:_LONGEST]) from error
     except Exception as error:  # whatever else a stranger's bytes can bring about
         raise Refused(f"unreadable reply: {type(error).__name__}: {error}"[:_LONGEST]) from error
-    for array_name, array in (*arrays.items(), *running.items()):
-        if not mx.isfinite(array).all().item():
-            raise Refused(f"parameter {array_name!r} has values that are not finite")
+    _check_values(arrays, running)
     return Reply(name, arrays, running, metrics, float(str(metrics[weighted_by])))
+
+
+def _check_values(parameters: Arrays, statistics: Arrays) -> None:
+    """Checks that all values are finite and variances are not negative."""
+    arrays = {**parameters, **statistics}
+    variances = {n: a for n, a in statistics.items() if n.endswith("running_var")}
+    finite = [mx.isfinite(array).all() for array in arrays.values()]
+    positive = [(array >= 0).all() for array in variances.values()]
+    mx.eval(finite, positive)  # at once: an evaluation for each array takes longer than the rest
+    for name, fits in zip(arrays, finite, strict=True):
+        if not fits.item():
+            raise Refused(f"parameter {name!r} has values that are not finite")
+    for name, fits in zip(variances, positive, strict=True):
+        if not fits.item():
+            raise Refused(f"parameter {name!r} has negative values, which no variance has")
 
 
 def check_metrics(message: Message, weighted_by: str) -> MetricRecord:
