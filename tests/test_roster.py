@@ -130,3 +130,18 @@ def test_a_node_that_left_when_it_was_refused_is_remembered(tmp_path: Path):
             Settings(wait=0.2),
             History(tmp_path, (leaves,)),
         )
+
+
+def test_a_name_is_one_nodes_alone(tmp_path: Path):
+    """The record of a run knows nodes by their names."""
+    grid = LoopbackGrid([CLIENT] * 3)
+    for node_id in (1, 2):
+        grid.contexts[node_id].node_config["name"] = "mac"
+    told: list[dict] = []
+    result = lead(
+        grid, tmp_path, lambda event, fields: told.append(fields) if event == "refused" else None
+    )
+    ((name, reason),) = (fields.values() for fields in told)
+    assert name == "mac"
+    assert "its name is taken by the node with id 0" in reason
+    assert result.rounds[0]["train"]["nodes"] == ["mac", "node-2"]

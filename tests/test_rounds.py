@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
@@ -19,7 +21,12 @@ from mlx_fed.training import Trainer
 
 from .loopback import LoopbackGrid
 from .tasks import moons
-from .test_strategies import CLIENT, SEED, TASK, difference, federate, read_history
+from .test_strategies import CLIENT, NORMALIZED, SEED, TASK, difference, federate, load
+
+
+def read_history(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
 
 # -- how many nodes ------------------------------------------------------------------------
 
@@ -50,6 +57,12 @@ def test_the_strategy_of_an_app_waits_for_as_many(min_nodes, needed: int, tmp_pa
         lead(needed - 1, "fewer")
     lead(needed, "enough")
     assert len(read_history(tmp_path / "enough")[0]["train"]["nodes"]) == needed
+
+
+def test_too_few_nodes_end_the_run(tmp_path: Path):
+    strategy = FedAvg(min_available_nodes=5)
+    with pytest.raises(rounds.RunError, match="3 of 5 nodes came within"):
+        federate(strategy, tmp_path, (CLIENT,) * 3, wait=0.2)
 
 
 # -- a strategy that fails -----------------------------------------------------------------
@@ -119,3 +132,56 @@ def test_a_run_that_cannot_write_its_history_keeps_its_model(tmp_path: Path):
     with pytest.raises(HistoryError, match=r"Cannot write .*history\.jsonl"):
         federate(FedAvg(), tmp_path, (CLIENT,) * 3)
     assert mx.load(str(tmp_path / "model.safetensors")).keys() == Trainer(TASK, SEED).spec.keys()
+
+
+# -- what a run leaves ---------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_history_and_the_whole_model(tmp_path: Path):
+    app = fed.client_app(NORMALIZED)
+    measured: list[int] = []
+
+    def evaluate(number: int, parameters: dict, statistics: dict) -> dict[str, float]:
+        measured.append(number)
+        assert list(statistics) == ["layers.1.running_mean", "layers.1.running_var"]
+        return {"largest": max(float(abs(a).max()) for a in parameters.values())}
+
+    result = federate(
+        FedAvg(), tmp_path, [app] * 3, task=NORMALIZED, num_rounds=2, evaluate_fn=evaluate
+    )
+    history = read_history(tmp_path)
+    assert history == result.rounds
+    assert [record["round"] for record in history] == measured == [1, 2]
+    for record in history:
+        assert {"loss", "nodes"} <= record["train"].keys()
+        assert {"loss", "accuracy", "nodes"} <= record["evaluate"].keys()
+        assert record["central"]["largest"] > 0
+        assert record["bytes"]["down"] > record["bytes"]["up"] > 0
+        assert record["refused"] == []
+
+    assert result.model == tmp_path / "model.safetensors"
+    model = NORMALIZED.model()
+    model.load_weights(str(result.model))  # strict: every array of the model, and no other
+    arrays = dict(nn.utils.tree_flatten(model.parameters()))
+    assert arrays.keys() == result.parameters.keys() | result.statistics.keys()
+    expected = {**result.parameters, **result.statistics}
+    assert difference({name: arrays[name] for name in expected}, expected) == 0
+    trainer = Trainer(NORMALIZED, SEED)
+    measured_again = trainer.evaluate(result.parameters, result.statistics, load(0, 3).test)
+    assert np.isfinite(measured_again["loss"])
+
+
+def test_a_server_app_writes_its_settings(tmp_path: Path):
+    """The whole of ``flwr run`` but for Flower's grid."""
+    app = fed.server_app(TASK, FedAvg(), runs=tmp_path, num_rounds=5, config={"learning-rate": 0.1})
+    grid = LoopbackGrid([CLIENT] * 3)
+    run_config = {"num-rounds": 2, "seed": 3, "name": "trial"}
+    app(grid, Context(1, 0, {}, RecordDict(), run_config))
+
+    folder = tmp_path / "trial"
+    settings = json.loads((folder / "settings.json").read_text())
+    assert (settings["num_rounds"], settings["seed"]) == (2, 3)
+    assert settings["strategy"]["name"] == "FedAvg"
+    assert settings["config"]["learning-rate"] == 0.1
+    assert len(read_history(folder)) == 2
+    assert mx.load(str(folder / "model.safetensors")).keys() == Trainer(TASK, 3).spec.keys()
