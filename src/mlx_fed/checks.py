@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 from flwr.app import Message, MetricRecord
 
 from . import aggregate, messages
@@ -85,16 +86,13 @@ def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_
 
 def _check_values(parameters: Arrays, statistics: Arrays) -> None:
     """Checks that all values are finite and variances are not negative."""
-    arrays = {**parameters, **statistics}
-    variances = {n: a for n, a in statistics.items() if n.endswith("running_var")}
-    finite = [mx.isfinite(array).all() for array in arrays.values()]
-    positive = [(array >= 0).all() for array in variances.values()]
-    mx.eval(finite, positive)  # at once: an evaluation for each array takes longer than the rest
-    for name, fits in zip(arrays, finite, strict=True):
-        if not fits.item():
+    mx.eval(parameters, statistics)
+    for name, array in (*parameters.items(), *statistics.items()):
+        # NumPy takes a tenth of the time that MLX takes on a CPU; float32 holds every value.
+        values = np.asarray(array.astype(mx.float32))
+        if not np.isfinite(values).all():
             raise Refused(f"parameter {name!r} has values that are not finite")
-    for name, fits in zip(variances, positive, strict=True):
-        if not fits.item():
+        if name in statistics and name.endswith("running_var") and (values < 0).any():
             raise Refused(f"parameter {name!r} has negative values, which no variance has")
 
 

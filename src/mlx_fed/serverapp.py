@@ -65,8 +65,8 @@ def server_app(
         task_rounds = made.config.get("num-rounds", leading.num_rounds)
         leading.num_rounds = int(config.get("num-rounds") or task_rounds)
         leading.config["num-rounds"] = leading.num_rounds
-        made_strategy = strategy(config) if callable(strategy) else strategy
-        chosen = made_strategy or strategies.default(leading.min_nodes)
+        own = strategy(config) if callable(strategy) else strategy
+        chosen = own or strategies.default(leading.min_nodes)
         place = Path(runs or str(config.get("runs", "runs"))).expanduser().resolve()
         history = History(new_run_folder(place, _name(config)), (_log,))
         _FLOWER.info("The run's folder: %s", history.folder)
