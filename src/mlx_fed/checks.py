@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from flwr.app import Message, MetricRecord
+from flwr.app import Message, MetricRecord, RecordDict
 
 from . import aggregate, messages
 from .errors import FedError
@@ -34,6 +34,11 @@ class Reply(NamedTuple):
     statistics: Arrays
     metrics: MetricRecord
     weight: float
+
+    def for_strategy(self) -> RecordDict:
+        """The reply as strategies get it: one record of float32 masters, as they sent it."""
+        masters = aggregate.to_masters(self.parameters)
+        return RecordDict({self.name: masters, "metrics": self.metrics})
 
 
 def check_answer(message: Message) -> None:

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,25 @@ class History:
         with _replacing(path) as half_written, half_written.open("wb") as file:
             mx.save_safetensors(file, arrays, {"format": "mlx"})
         return path
+
+
+@dataclass
+class Result:
+    """What a run ends with.
+
+    Attributes:
+        parameters (dict): The global model's parameters, by name.
+        statistics (dict): Its running statistics.
+        rounds (list): One record a round, as in ``history.jsonl``.
+        folder (Path): The run's folder.
+        model (Path): The whole model as safetensors.
+    """
+
+    parameters: Arrays
+    statistics: Arrays
+    rounds: list[dict[str, Any]]
+    folder: Path
+    model: Path
 
 
 def new_run_folder(runs: Path | str = "runs", name: str | None = None) -> Path:

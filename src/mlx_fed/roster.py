@@ -104,7 +104,7 @@ class Roster:
 
     def _why_others_do_not(self) -> str:
         """The first reasons why nodes were left out, as the end of a sentence."""
-        shown = [f"{name}: {why[:200]}" for name, why in islice(self.reasons.items(), 3)]
+        shown = [f"{name}: {why}"[:240] for name, why in islice(self.reasons.items(), 3)]
         if len(self.reasons) > len(shown):
             shown.append(f"and {len(self.reasons) - len(shown)} more")
         return f"; left out: {'; '.join(shown)}" if shown else ""

@@ -8,40 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from . import aggregate, checks, exchange, strategies, weights
 from .errors import RunError
-from .history import History
+from .history import History, Result
 from .roster import Roster, RosterGrid
 from .settings import Settings
 from .training import Trainer
 from .weights import Arrays
-
-
-@dataclass
-class Result:
-    """What a run ends with.
-
-    Attributes:
-        parameters (dict): The global model's parameters, by name.
-        statistics (dict): Its running statistics.
-        rounds (list): One record a round, as in ``history.jsonl``.
-        folder (Path): The run's folder.
-        model (Path): The whole model as safetensors.
-    """
-
-    parameters: Arrays
-    statistics: Arrays
-    rounds: list[dict[str, Any]]
-    folder: Path
-    model: Path
 
 
 def run(
@@ -171,13 +151,7 @@ class _Run:
                     update = checks.check_update(
                         reply, self.trainer.spec, self.averaged, self.weighted_by
                     )
-                    # The strategy gets exactly what it sent: one record of masters, in order.
-                    reply.content = RecordDict(
-                        {
-                            update.name: aggregate.to_masters(update.parameters),
-                            "metrics": update.metrics,
-                        }
-                    )
+                    reply.content = update.for_strategy()
                     accepted.append((name, reply))
                     updates[name] = update
             accepted = self._same_names("train", accepted, record)

@@ -19,7 +19,7 @@ from ..errors import FedError
 from ..flower.grid import LinkGrid
 from ..flower.link import Link
 from ..flower.routes import FleetRoutes
-from ..history import History, Listener, new_run_folder
+from ..history import History, Listener, Result, new_run_folder
 from ..progress import ServerProgress, quiet_flower
 from ..settings import Settings
 from ..task import TaskSource, make_task
@@ -47,7 +47,7 @@ def serve(
     device: str | None = "cpu",
     listeners: tuple[Listener, ...] | None = None,
     **settings: Any,
-) -> rounds.Result:
+) -> Result:
     """Leads a federation of machines through a run, and returns when it is over.
 
     Nodes (:func:`mlx_fed.join`) may come before the server, after it and between rounds; when
