@@ -64,6 +64,18 @@ def test_a_strategys_result_that_does_not_fit_is_refused(arrays, complaint):
         aggregate.from_strategy(numpy_record(**arrays), expected)
 
 
+@pytest.mark.parametrize(("value", "fits"), [(65519, True), (65520, False), (-1e5, False)])
+def test_float16_is_not_made_infinite(value, fits):
+    expected = {"w": ((2,), "float16"), "v": ((), "bfloat16")}
+    record = numpy_record(w=[1.0, value], v=1e5)
+    if fits:
+        masters = aggregate.from_strategy(record, expected)
+        assert aggregate.masters_to_arrays(masters, expected)["w"].tolist() == [1.0, 65504.0]
+    else:
+        with pytest.raises(WeightsError, match="parameter 'w' is too large for float16"):
+            aggregate.from_strategy(record, expected)
+
+
 def test_cast_rounds_masters_and_puts_them_in_order():
     expected = {"b": ((2,), "bfloat16"), "a": ((1,), "float16")}
     got = {"a": mx.array([1], mx.float16), "b": mx.array([1.0, 1.0039])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import mlx.core as mx
@@ -38,7 +39,7 @@ def test_a_name_is_a_plain_one(tmp_path, name):
 
 def test_a_place_that_takes_no_folder_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(HistoryError, match="Cannot make the run's folder"):
+    with pytest.raises(HistoryError, match=r"Cannot make the run's folder.*file.* --runs"):
         new_run_folder(tmp_path / "file")
     with pytest.raises(HistoryError, match="Cannot make the run's folder"):
         new_run_folder(tmp_path, "x" * 300)
@@ -80,3 +81,52 @@ def test_the_model_loads_into_mlx(tmp_path):
     for name, array in tree_flatten(other.parameters()):
         assert mx.array_equal(array, dict(tree_flatten(model.parameters()))[name])
         assert array.dtype == mx.bfloat16
+
+
+# -- a place that cannot be written --------------------------------------------------------
+
+WRITE = {
+    "settings.json": lambda history: history.write_settings({"a": 1}),
+    "history.jsonl": lambda history: history.add_round({"round": 1}),
+    "model.safetensors": lambda history: history.save_model({"w": mx.zeros(100_000)}),
+}
+PART = {"settings.json": "settings.part.json", "model.safetensors": "model.part.safetensors"}
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_a_folder_that_is_gone_is_an_error(tmp_path, name):
+    history = History(tmp_path / "run")
+    with pytest.raises(HistoryError, match=rf"Cannot write .*{name}: No such file .* --runs"):
+        WRITE[name](history)
+    assert history.rounds == []
+
+
+@pytest.mark.parametrize("name", WRITE)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_an_error(tmp_path, name):
+    (tmp_path / PART.get(name, name)).symlink_to("/dev/full")
+    with pytest.raises(HistoryError, match=rf"Cannot write .*{name}: No space left on device"):
+        WRITE[name](History(tmp_path))
+
+
+@pytest.fixture
+def little_room():
+    """Files of this process may have 64 KiB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_was_written_before_is_kept(tmp_path, little_room):
+    history = History(tmp_path)
+    history.add_round({"round": 1})
+    history.save_model({"w": mx.ones(3)})
+    with pytest.raises(HistoryError, match=r"history\.jsonl: File too large"):
+        history.add_round({"round": 2, "nodes": ["node"] * 2**16})
+    with pytest.raises(HistoryError, match=r"model\.safetensors: File too large"):
+        history.save_model({"w": mx.zeros(2**16)})
+    assert (tmp_path / "history.jsonl").read_text() == '{"round": 1}\n'
+    assert history.rounds == [{"round": 1}]
+    assert mx.load(str(tmp_path / "model.safetensors"))["w"].tolist() == [1, 1, 1]
+    assert len(list(tmp_path.iterdir())) == 2

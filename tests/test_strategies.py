@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -51,6 +50,7 @@ from flwr.serverapp.strategy import (
 import mlx_fed as fed
 from mlx_fed import messages, rounds
 from mlx_fed.history import History
+from mlx_fed.settings import Settings
 from mlx_fed.training import Trainer
 
 from .loopback import App, LoopbackGrid
@@ -149,7 +149,7 @@ def federate(
         LoopbackGrid(apps, node_ids=node_ids, backwards=True),
         strategy,
         Trainer(task, seed),
-        rounds.Settings(num_rounds=num_rounds, seed=seed, **settings),
+        Settings(num_rounds=num_rounds, seed=seed, **settings),
         History(folder, (listener,) if listener else ()),
     )
 
@@ -361,21 +361,6 @@ def test_statistics_pass_by_the_mods(tmp_path: Path):
     assert difference(clipped.statistics, free.statistics) < 1e-6
 
 
-def test_unfit_statistics_are_refused(tmp_path: Path):
-    def change(reply: Message) -> None:
-        statistics = messages.unpack(reply.content["statistics"])
-        statistics["layers.1.running_var"] *= mx.nan
-        reply.content["statistics"] = messages.pack(statistics)
-
-    app = fed.client_app(NORMALIZED)
-    apps = [app, on_train(change, app), app]
-    result = federate(FedAvg(), tmp_path, apps, task=NORMALIZED, num_rounds=1)
-    (refused,) = result.rounds[0]["refused"]
-    assert refused["node"] == "node-1"
-    assert "'layers.1.running_var' has values that are not finite" in refused["reason"]
-    assert all(np.isfinite(float32(array)).all() for array in result.statistics.values())
-
-
 def test_a_failed_client_with_mods_keeps_no_old_statistics(tmp_path: Path):
     def optimizer(config: fed.task.Config) -> optim.Optimizer:
         if config.get("server-round") == 1:
@@ -386,7 +371,7 @@ def test_a_failed_client_with_mods_keeps_no_old_statistics(tmp_path: Path):
     ill = fed.client_app(replace(NORMALIZED, optimizer=optimizer), [fixedclipping_mod])
     grid = LoopbackGrid([well, ill])
     strategy = DifferentialPrivacyClientSideFixedClipping(FedAvg(), 0.0, 1.0, 2)
-    settings = rounds.Settings(num_rounds=1, seed=SEED)
+    settings = Settings(num_rounds=1, seed=SEED)
     result = rounds.run(grid, strategy, Trainer(NORMALIZED, SEED), settings, History(tmp_path))
 
     assert "the disk of this node is full" in result.rounds[0]["refused"][0]["reason"]
@@ -540,236 +525,3 @@ class Wrapper(Strategy):
         return self.strategy.aggregate_evaluate(*arguments)
 
     def summary(self) -> None: ...
-
-
-# -- replies that do not count -------------------------------------------------------------
-
-
-def with_arrays(change: Callable[[dict[str, mx.array]], Any]) -> Callable[[Message], None]:
-    def changed(reply: Message) -> None:
-        arrays = messages.unpack(reply.content["arrays"])
-        change(arrays)
-        reply.content["arrays"] = messages.pack(arrays)
-
-    return changed
-
-
-def with_weight(change: Callable[[mx.array], mx.array]) -> Callable[[Message], None]:
-    return with_arrays(lambda arrays: arrays.update({WEIGHT: change(arrays[WEIGHT])}))
-
-
-def with_metrics(**changed: Any) -> Callable[[Message], None]:
-    values = {name.replace("_", "-"): value for name, value in changed.items()}
-    return lambda reply: reply.content["metrics"].update(values)
-
-
-def in_numpy(reply: Message) -> None:
-    """NaN in a reply of plain arrays, as Flower's mods leave it."""
-    arrays = messages.unpack(reply.content["arrays"])
-    reply.content["arrays"] = as_record({**arrays, WEIGHT: arrays[WEIGHT] * mx.nan})
-
-
-def raises(reply: Message) -> None:
-    raise RuntimeError("the disk of this node is full")
-
-
-def not_safetensors(reply: Message) -> None:
-    garbage = Array("uint8", (8,), "safetensors", b"\xff" * 8)
-    reply.content["arrays"] = ArrayRecord({"shard-1": garbage})
-
-
-def renamed(reply: Message) -> None:
-    reply.content["weights"] = reply.content.pop("arrays")
-
-
-UNFIT = {
-    "NaN": (with_weight(lambda w: w * mx.nan), f"{WEIGHT!r} has values that are not finite"),
-    "infinite": (with_weight(lambda w: w / 0), f"{WEIGHT!r} has values that are not finite"),
-    "NaN in NumPy": (in_numpy, f"{WEIGHT!r} has values that are not finite"),
-    "shape": (with_weight(lambda w: w[:1]), f"{WEIGHT!r} has shape (1, 5), expected (8, 5)"),
-    "dtype": (
-        with_weight(lambda w: w.astype(mx.float16)),
-        f"{WEIGHT!r} has dtype float16, expected float32",
-    ),
-    "missing": (with_arrays(lambda arrays: arrays.pop(WEIGHT)), f"{WEIGHT!r} is missing"),
-    "unknown": (
-        with_arrays(lambda arrays: arrays.update(extra=mx.zeros(2))),
-        "'extra' is not one of the model's",
-    ),
-    "zero examples": (with_metrics(num_examples=0), "num-examples must be a positive number"),
-    "negative examples": (with_metrics(num_examples=-3), "num-examples must be a positive number"),
-    "NaN examples": (
-        with_metrics(num_examples=float("nan")),
-        "num-examples must be a positive number",
-    ),
-    "list of examples": (
-        with_metrics(num_examples=[1, 2]),
-        "num-examples must be a positive number",
-    ),
-    "no examples": (
-        lambda reply: reply.content["metrics"].pop("num-examples"),
-        "num-examples must be a positive number",
-    ),
-    "NaN loss": (with_metrics(loss=float("nan")), "metric 'loss' is not finite"),
-    "no metrics": (lambda reply: reply.content.pop("metrics"), "one record of metrics"),
-    "no arrays": (lambda reply: reply.content.pop("arrays"), "one record of parameters"),
-    "renamed": (renamed, "'arrays'"),
-    "other metrics": (with_metrics(mood=1.0), "'mood'"),
-    "not safetensors": (not_safetensors, "'shard-1'"),
-    "error": (raises, "the disk of this node is full"),
-}
-
-
-@pytest.fixture(scope="module")
-def without_node_0() -> dict[str, mx.array]:
-    """What node-1 and node-2 reach alone, averaged by examples."""
-    trainer = Trainer(TASK, SEED)
-    mean = trainer.parameters()
-    total = SIZES[1] + SIZES[2]
-    for number in (1, 2):
-        config = {**TASK.config, "seed": SEED, "server-round": number}
-        one, two = (
-            trainer.train(mean, {}, load(client, 3), config, client=client).parameters
-            for client in (1, 2)
-        )
-        mean = {k: one[k] * (SIZES[1] / total) + two[k] * (SIZES[2] / total) for k in mean}
-    return mean
-
-
-@pytest.mark.parametrize("case", UNFIT)
-def test_an_unfit_reply_is_refused_and_the_run_goes_on(case: str, tmp_path: Path, without_node_0):
-    change, reason = UNFIT[case]
-    told: list[dict] = []
-
-    def listener(event: str, fields: dict) -> None:
-        if event == "failed":
-            told.append(fields)
-
-    # The first reply, whose names and metrics a strategy may take for everybody's.
-    apps = [on_train(change), CLIENT, CLIENT]
-    result = federate(FedAvg(), tmp_path, apps, num_rounds=2, listener=listener)
-
-    for record in result.rounds:
-        (refused,) = record["refused"]
-        assert (refused["node"], refused["phase"]) == ("node-0", "train")
-        assert reason in refused["reason"]
-        assert record["train"]["nodes"] == ["node-1", "node-2"]
-        assert record["evaluate"]["nodes"] == ["node-0", "node-1", "node-2"]
-    assert [fields["node"] for fields in told] == ["node-0", "node-0"]
-    assert reason in told[0]["reason"]
-    assert difference(result.parameters, without_node_0) == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (with_metrics(loss=float("inf")), "metric 'loss' is not finite"),
-        (with_metrics(num_examples=0), "num-examples must be a positive number"),
-        (with_metrics(mood=1.0), "'mood'"),
-        (raises, "the disk of this node is full"),
-    ],
-    ids=["infinite loss", "zero examples", "other metrics", "error"],
-)
-def test_an_unfit_evaluation_is_refused(change, reason: str, tmp_path: Path):
-    def app(message: Message, context: Context) -> Message:
-        kind = message.metadata.message_type
-        reply = CLIENT(message, context)
-        if kind == "evaluate":
-            change(reply)
-        return reply
-
-    result = federate(FedAvg(), tmp_path, [app, CLIENT, CLIENT], num_rounds=1)
-    (record,) = result.rounds
-    (refused,) = record["refused"]
-    assert (refused["node"], refused["phase"]) == ("node-0", "evaluate")
-    assert reason in refused["reason"]
-    assert record["train"]["nodes"] == ["node-0", "node-1", "node-2"]
-    assert record["evaluate"]["nodes"] == ["node-1", "node-2"]
-    assert np.isfinite(record["evaluate"]["loss"])
-
-
-def test_a_round_without_a_reply_that_counts_ends_the_run(tmp_path: Path):
-    """What the rounds before it reached is kept."""
-
-    def from_round_2(reply: Message) -> None:
-        if reply.metadata.group_id == "2":
-            with_weight(lambda w: w * mx.nan)(reply)
-
-    expected = federate(FedAvg(), tmp_path / "one", (CLIENT,) * 3, num_rounds=1)
-    with pytest.raises(rounds.RunError, match="Round 2: none of 3 nodes gave a train reply"):
-        federate(FedAvg(), tmp_path / "three", [on_train(from_round_2)] * 3, num_rounds=3)
-    assert [record["round"] for record in read_history(tmp_path / "three")] == [1]
-    saved = mx.load(str(tmp_path / "three" / "model.safetensors"))
-    assert difference({k: saved[k] for k in expected.parameters}, expected.parameters) == 0
-
-
-def test_too_few_nodes_end_the_run(tmp_path: Path):
-    strategy = FedAvg(min_available_nodes=5)
-    with pytest.raises(rounds.RunError, match="3 of 5 nodes came within"):
-        federate(strategy, tmp_path, (CLIENT,) * 3, wait=0.2)
-
-
-def test_a_strategy_that_fails_is_named(tmp_path: Path):
-    class Failing(FedAvg):
-        def aggregate_train(self, server_round, replies):
-            raise ValueError("no quorum")
-
-    with pytest.raises(rounds.RunError, match=r"Round 1: Failing\.aggregate_train .* no quorum"):
-        federate(Failing(), tmp_path, (CLIENT,) * 3)
-
-
-# -- what a run leaves ---------------------------------------------------------------------
-
-
-def read_history(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-
-
-def test_a_run_leaves_its_history_and_the_whole_model(tmp_path: Path):
-    app = fed.client_app(NORMALIZED)
-    measured: list[int] = []
-
-    def evaluate(number: int, parameters: dict, statistics: dict) -> dict[str, float]:
-        measured.append(number)
-        assert list(statistics) == ["layers.1.running_mean", "layers.1.running_var"]
-        return {"largest": max(float(abs(a).max()) for a in parameters.values())}
-
-    result = federate(
-        FedAvg(), tmp_path, [app] * 3, task=NORMALIZED, num_rounds=2, evaluate_fn=evaluate
-    )
-    history = read_history(tmp_path)
-    assert history == result.rounds
-    assert [record["round"] for record in history] == measured == [1, 2]
-    for record in history:
-        assert {"loss", "nodes"} <= record["train"].keys()
-        assert {"loss", "accuracy", "nodes"} <= record["evaluate"].keys()
-        assert record["central"]["largest"] > 0
-        assert record["bytes"]["down"] > record["bytes"]["up"] > 0
-        assert record["refused"] == []
-
-    assert result.model == tmp_path / "model.safetensors"
-    model = NORMALIZED.model()
-    model.load_weights(str(result.model))  # strict: every array of the model, and no other
-    arrays = dict(nn.utils.tree_flatten(model.parameters()))
-    assert arrays.keys() == result.parameters.keys() | result.statistics.keys()
-    expected = {**result.parameters, **result.statistics}
-    assert difference({name: arrays[name] for name in expected}, expected) == 0
-    trainer = Trainer(NORMALIZED, SEED)
-    measured_again = trainer.evaluate(result.parameters, result.statistics, load(0, 3).test)
-    assert np.isfinite(measured_again["loss"])
-
-
-def test_a_server_app_writes_its_settings(tmp_path: Path):
-    """The whole of ``flwr run`` but for Flower's grid."""
-    app = fed.server_app(TASK, FedAvg(), runs=tmp_path, num_rounds=5, config={"learning-rate": 0.1})
-    grid = LoopbackGrid([CLIENT] * 3)
-    run_config = {"num-rounds": 2, "seed": 3, "name": "trial"}
-    app(grid, Context(1, 0, {}, RecordDict(), run_config))
-
-    folder = tmp_path / "trial"
-    settings = json.loads((folder / "settings.json").read_text())
-    assert (settings["num_rounds"], settings["seed"]) == (2, 3)
-    assert settings["strategy"] == "FedAvg"
-    assert settings["config"]["learning-rate"] == 0.1
-    assert len(read_history(folder)) == 2
-    assert mx.load(str(folder / "model.safetensors")).keys() == Trainer(TASK, 3).spec.keys()

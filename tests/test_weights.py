@@ -211,6 +211,13 @@ def test_two_arrays_of_one_name_are_refused():
         weights.find_slots(model)
 
 
+def test_an_array_that_safetensors_cannot_hold_is_refused():
+    model = Tree(inner=Tree(scale=mx.array(0, mx.float64)))
+    model.freeze()  # a run saves the whole model
+    with pytest.raises(WeightsError, match=r"'inner\.scale' is float64.* make it float32"):
+        weights.find_slots(model)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

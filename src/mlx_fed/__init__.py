@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .clientapp import client_app
     from .fleet.node import join
     from .fleet.server import serve
-    from .rounds import Result
+    from .history import Result
     from .serverapp import server_app
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _LATE = {
-    "Result": "rounds",
+    "Result": "history",
     "client_app": "clientapp",
     "join": "fleet.node",
     "serve": "fleet.server",

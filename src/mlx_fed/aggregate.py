@@ -42,18 +42,25 @@ def from_strategy(record: ArrayRecord, expected: Spec) -> ArrayRecord:
     FedAdam and QFedAvg return float64.
 
     Raises:
-        WeightsError: If a parameter is missing, unknown, of another shape or not finite.
+        WeightsError: If a parameter is missing, unknown, of another shape, not finite or too
+            large for the parameter's dtype.
     """
     arrays = {name: array.numpy() for name, array in record.items()}
     got = {name: (array.shape, "float32") for name, array in arrays.items()}
     check({name: (shape, "float32") for name, (shape, _) in expected.items()}, got)
-    masters = {}
-    for name in expected:
-        master = np.asarray(arrays[name], dtype=np.float32)
-        if not np.isfinite(master).all():
+    masters = {name: np.asarray(arrays[name], dtype=np.float32) for name in expected}
+    for name, (_, dtype) in expected.items():
+        if not np.isfinite(masters[name]).all():
             raise WeightsError(f"parameter {name!r} is not finite after aggregation")
-        masters[name] = Array(master)
-    return ArrayRecord(masters)
+        if (
+            dtype == "float16"
+            and not mx.isfinite(mx.array(masters[name]).astype(mx.float16)).all().item()
+        ):
+            raise WeightsError(
+                f"parameter {name!r} is too large for float16 after aggregation, which ends at "
+                "65504: make it bfloat16 or float32, or take smaller steps"
+            )
+    return ArrayRecord({name: Array(master) for name, master in masters.items()})
 
 
 def cast(arrays: Arrays, expected: Spec) -> Arrays:

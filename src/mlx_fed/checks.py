@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
-from flwr.app import Message, MetricRecord
+import numpy as np
+from flwr.app import Message, MetricRecord, RecordDict
 
 from . import aggregate, messages
 from .errors import FedError
@@ -32,6 +35,11 @@ class Reply(NamedTuple):
     metrics: MetricRecord
     weight: float
 
+    def for_strategy(self) -> RecordDict:
+        """The reply as strategies get it: one record of float32 masters, as they sent it."""
+        masters = aggregate.to_masters(self.parameters)
+        return RecordDict({self.name: masters, "metrics": self.metrics})
+
 
 def check_answer(message: Message) -> None:
     """Raises :class:`Refused` if the node reports an error instead of a result."""
@@ -48,12 +56,13 @@ def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_
     Args:
         message (Message): The reply.
         parameters (dict): The shape and dtype that each parameter must have, by name.
-        statistics (dict): The same of the running statistics.
+        statistics (dict): The same of the running statistics that are averaged; those of a
+            task that leaves them with its clients are not looked at.
         weighted_by (str): The metric that weighs the reply, ``"num-examples"``.
 
     Raises:
-        Refused: If a name, shape or dtype differs, a value is not finite, or the number of
-            examples is not a positive number.
+        Refused: If a name, shape or dtype differs, an array is missing, a value is not finite,
+            a variance is negative, or the number of examples is not a positive number.
     """
     check_answer(message)
     metrics = check_metrics(message, weighted_by)
@@ -67,17 +76,29 @@ def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_
         else:
             arrays = aggregate.cast(arrays, parameters)
         running: Arrays = {}
-        if messages.STATISTICS in message.content:
+        if statistics:
+            if messages.STATISTICS not in message.content.array_records:
+                raise Refused("it has no running statistics, which this task averages")
             record = message.content.array_records[messages.STATISTICS]
             running = aggregate.cast(messages.unpack(record), statistics)
     except FedError as error:
         raise Refused(str(error)[:_LONGEST]) from error
     except Exception as error:  # whatever else a stranger's bytes can bring about
         raise Refused(f"unreadable reply: {type(error).__name__}: {error}"[:_LONGEST]) from error
-    for array_name, array in (*arrays.items(), *running.items()):
-        if not mx.isfinite(array).all().item():
-            raise Refused(f"parameter {array_name!r} has values that are not finite")
+    _check_values(arrays, running)
     return Reply(name, arrays, running, metrics, float(str(metrics[weighted_by])))
+
+
+def _check_values(parameters: Arrays, statistics: Arrays) -> None:
+    """Checks that all values are finite and variances are not negative."""
+    mx.eval(parameters, statistics)
+    for name, array in (*parameters.items(), *statistics.items()):
+        # NumPy takes a tenth of the time that MLX takes on a CPU; float32 holds every value.
+        values = np.asarray(array.astype(mx.float32))
+        if not np.isfinite(values).all():
+            raise Refused(f"parameter {name!r} has values that are not finite")
+        if name in statistics and name.endswith("running_var") and (values < 0).any():
+            raise Refused(f"parameter {name!r} has negative values, which no variance has")
 
 
 def check_metrics(message: Message, weighted_by: str) -> MetricRecord:
@@ -102,15 +123,26 @@ def check_metrics(message: Message, weighted_by: str) -> MetricRecord:
     return metrics
 
 
-def names_in(message: Message) -> frozenset[str]:
-    """What a reply's records and metrics are called, to be compared with other replies."""
+def odd_names(replies: Sequence[tuple[str, Message]]) -> dict[str, str]:
+    """Why replies do not count whose records or metrics are called otherwise than in most.
+
+    Args:
+        replies (sequence): Pairs of a node's name and its reply.
+
+    Returns:
+        dict: A reason for each such node, by name.
+    """
+    names = {node: _names_in(reply) for node, reply in replies}
+    odd: dict[str, str] = {}
+    for usual, _ in Counter(names.values()).most_common(1):
+        for node, own in names.items():
+            for name in sorted(usual ^ own)[:1]:
+                kind = "is missing" if name in usual else "is not in the other replies"
+                odd[node] = f"{name} {kind}"
+    return odd
+
+
+def _names_in(message: Message) -> frozenset[str]:
     records = (*message.content.array_records, *message.content.metric_records)
     metrics = {name for record in message.content.metric_records.values() for name in record}
     return frozenset({f"record {n!r}" for n in records} | {f"metric {n!r}" for n in metrics})
-
-
-def check_names(message: Message, usual: frozenset[str]) -> None:
-    """Raises :class:`Refused` if names differ from those in most replies."""
-    for name in sorted(usual ^ names_in(message)):
-        kind = "is missing" if name in usual else "is not in the other replies"
-        raise Refused(f"{name} {kind}")

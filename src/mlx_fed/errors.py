@@ -1,5 +1,9 @@
-"""The base of every error whose message is meant for the person at the terminal."""
+"""Errors whose message is meant for the person at the terminal."""
 
 
 class FedError(Exception):
     """Says what was wrong, where, and what to do; commands print it without a traceback."""
+
+
+class RunError(FedError):
+    """A run that could not go on. What it has reached is kept in its folder."""

@@ -7,9 +7,12 @@ progress display, a tracker) listens here and keeps no books of its own.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +49,65 @@ class History:
             listener(event, fields)
 
     def write_settings(self, settings: dict[str, Any]) -> None:
-        """Writes ``settings.json``."""
-        _write(self.folder / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
+        """Writes ``settings.json``.
+
+        Raises:
+            HistoryError: If it cannot be written.
+        """
+        text = json.dumps(settings, indent=2, default=str) + "\n"
+        with _replacing(self.folder / "settings.json") as half_written:
+            half_written.write_text(text, encoding="utf-8")
 
     def add_round(self, record: dict[str, Any]) -> None:
-        """Appends a round to ``history.jsonl``."""
+        """Appends a round to ``history.jsonl``.
+
+        Raises:
+            HistoryError: If it cannot be written. The rounds before it stay as they are.
+        """
+        line = json.dumps(record, default=float) + "\n"
+        path = self.folder / "history.jsonl"
+        with _errors_named(path):
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError:
+                with suppress(OSError):  # half a line would make the rest unreadable
+                    os.truncate(path, size)
+                raise
         self.rounds.append(record)
-        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, default=float) + "\n")
         self.notify("round", **record)
 
     def save_model(self, arrays: Arrays) -> Path:
-        """Writes ``model.safetensors``: the whole model, which ``load_weights`` reads."""
+        """Writes ``model.safetensors``: the whole model, which ``load_weights`` reads.
+
+        Raises:
+            HistoryError: If it cannot be written. A model saved before stays as it is.
+        """
         path = self.folder / "model.safetensors"
-        half_written = self.folder / "model.part.safetensors"
-        mx.save_safetensors(str(half_written), arrays, {"format": "mlx"})
-        half_written.replace(path)
+        # Through a file of Python's, whose errors say what was wrong.
+        with _replacing(path) as half_written, half_written.open("wb") as file:
+            mx.save_safetensors(file, arrays, {"format": "mlx"})
         return path
+
+
+@dataclass
+class Result:
+    """What a run ends with.
+
+    Attributes:
+        parameters (dict): The global model's parameters, by name.
+        statistics (dict): Its running statistics.
+        rounds (list): One record a round, as in ``history.jsonl``.
+        folder (Path): The run's folder.
+        model (Path): The whole model as safetensors.
+    """
+
+    parameters: Arrays
+    statistics: Arrays
+    rounds: list[dict[str, Any]]
+    folder: Path
+    model: Path
 
 
 def new_run_folder(runs: Path | str = "runs", name: str | None = None) -> Path:
@@ -82,12 +127,33 @@ def new_run_folder(runs: Path | str = "runs", name: str | None = None) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise HistoryError(f"Cannot make the run's folder {folder}: {error}") from error
+            raise HistoryError(
+                f"Cannot make the run's folder {folder}: {error.strerror or error}. "
+                "Choose another place with --runs."
+            ) from error
         return folder
     raise HistoryError(f"There is a run named {base!r} in {runs}/ already: choose another name.")
 
 
-def _write(path: Path, text: str) -> None:
-    half_written = path.with_suffix(".part")
-    half_written.write_text(text, encoding="utf-8")
-    half_written.replace(path)
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of ``path``: all of it or nothing."""
+    half_written = path.with_suffix(f".part{path.suffix}")
+    with _errors_named(path):
+        try:
+            yield half_written
+            half_written.replace(path)
+        finally:
+            with suppress(OSError):
+                half_written.unlink(missing_ok=True)
+
+
+@contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HistoryError(
+            f"Cannot write {path}: {error.strerror or error}. Make room or choose another place "
+            "with --runs; what was written before is kept."
+        ) from error

@@ -10,17 +10,20 @@ from pathlib import Path
 from .errors import FedError
 
 _TEMPLATES = {"app.py": "{name}.py", "pyproject.toml": "pyproject.toml", "README.md": "README.md"}
+_NAME = r"[a-zA-Z]([a-zA-Z0-9_]{0,30}[a-zA-Z0-9])?"  # a module's, and a project's with "-" for "_"
 
 
 def write_app(name: str, parent: Path) -> Path:
     """Writes the folder ``parent/name``.
 
     Raises:
-        FedError: If the name is not a module's, or there is something of that name already.
+        FedError: If the name is not a module's and a project's, or there is something of that
+            name already.
     """
-    if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9_]{0,31}", name) or keyword.iskeyword(name):
+    if not re.fullmatch(_NAME, name) or keyword.iskeyword(name):
         raise FedError(
-            f"{name!r} cannot be imported by Python: use letters, digits and '_', such as my_app."
+            f"{name!r} cannot be imported by Python or is no name for a project: use up to 32 "
+            "letters, digits and, between them, '_', such as my_app."
         )
     folder = parent / name
     try:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from . import checks, messages, weights
-from .errors import FedError
+from .errors import FedError, RunError
+from .exchange import pause, push
 from .weights import Spec
 
 _PATIENCE = 60.0
-"""Seconds that a run's start is held up by a node that does not answer the roll call."""
+"""Seconds without an answer to the roll call after which a run no longer waits for more."""
 
 
 class Node(NamedTuple):
@@ -42,6 +44,7 @@ class Roster:
 
     Attributes:
         nodes (dict): The nodes that take part and are online, by id, in order.
+        reasons (dict): Why nodes were left out, by the names that they gave.
     """
 
     def __init__(
@@ -57,41 +60,74 @@ class Roster:
         self.config = config
         self.notify = notify
         self.nodes: dict[int, Node] = {}
-        self.asked: dict[str, tuple[int, float]] = {}
-        self.left_out: dict[int, str] = {}
+        self.asked: dict[str, int] = {}
+        self.heard = 0.0
+        self.left_out: set[int] = set()
+        self.reasons: dict[str, str] = {}
 
     def update(self) -> None:
         """Asks newcomers for their names, takes in answers, drops who has gone."""
         online = set(self.grid.get_node_ids())
         for node_id in self.nodes.keys() - online:
             self.notify("left", node=self.nodes.pop(node_id).name)
-        self.left_out = {id: why for id, why in self.left_out.items() if id in online}
-        self._ask(online - self.nodes.keys() - self.left_out.keys())
+        self.left_out &= online
+        self._ask(online - self.nodes.keys() - self.left_out)
         if self.asked:
             for answer in self.grid.pull_messages(list(self.asked)):
                 self._take_in(answer)
 
-    def is_waiting(self) -> bool:
+    def wait_for(self, needed: int, seconds: float) -> None:
+        """Waits until that many nodes take part, and longer while others answer the roll call.
+
+        Raises:
+            RunError: If they have not come in time.
+        """
+        deadline = time.monotonic() + seconds
+        told = None
+        while True:
+            self.update()
+            present = len(self.nodes)
+            late = time.monotonic() > deadline
+            if present >= needed:
+                if told is None or late or not self._is_waiting():
+                    return
+            elif late:
+                raise RunError(
+                    f"{present} of {needed} nodes came within {seconds:.0f} seconds"
+                    f"{self._why_others_do_not()}. "
+                    "Start more nodes, raise --wait, or ask for fewer."
+                )
+            if present != told:
+                told = present
+                self.notify("waiting", nodes=present, needed=needed)
+            pause(self.grid)
+
+    def _why_others_do_not(self) -> str:
+        """The first reasons why nodes were left out, as the end of a sentence."""
+        shown = [f"{name}: {why}"[:240] for name, why in islice(self.reasons.items(), 3)]
+        if len(self.reasons) > len(shown):
+            shown.append(f"and {len(self.reasons) - len(shown)} more")
+        return f"; left out: {'; '.join(shown)}" if shown else ""
+
+    def _is_waiting(self) -> bool:
         """Whether a node that came lately has still to answer the roll call."""
-        now = time.monotonic()
-        return any(now - since < _PATIENCE for _, since in self.asked.values())
+        return bool(self.asked) and time.monotonic() - self.heard < _PATIENCE
 
     def _ask(self, node_ids: set[int]) -> None:
-        now = time.monotonic()
+        """Asks those not asked yet; who could not be sent the question is asked next time."""
         self.asked = {
-            message_id: (node_id, since)
-            for message_id, (node_id, since) in self.asked.items()
-            if node_id in node_ids
+            message_id: node_id for message_id, node_id in self.asked.items() if node_id in node_ids
         }
-        newcomers = node_ids - {node_id for node_id, _ in self.asked.values()}
-        for node_id in sorted(newcomers):
-            content = RecordDict({"config": ConfigRecord(self.config)})
-            message = Message(content, node_id, messages.ROLL_CALL)
-            for message_id in self.grid.push_messages([message]):
-                self.asked[message_id] = (node_id, now)
+        newcomers = sorted(node_ids - set(self.asked.values()))
+        content = RecordDict({"config": ConfigRecord(self.config)})
+        questions = [Message(content, node_id, messages.ROLL_CALL) for node_id in newcomers]
+        if sent := push(self.grid, questions):
+            self.asked |= sent
+            self.heard = time.monotonic()
 
     def _take_in(self, answer: Message) -> None:
-        node_id, _ = self.asked.pop(answer.metadata.reply_to_message_id)
+        node_id = self.asked.pop(answer.metadata.reply_to_message_id)
+        self.heard = time.monotonic()
         name = f"node {node_id}"
         try:
             checks.check_answer(answer)
@@ -104,6 +140,7 @@ class Roster:
             why = str(error) if isinstance(error, FedError) else f"unreadable answer: {error!r}"
             self._leave_out(node_id, name, why)
             return
+        self.reasons.pop(name, None)
         self.nodes[node_id] = node
         by_place = sorted(self.nodes.values(), key=lambda node: (node.partition, node.name))
         self.nodes = {node.id: node for node in by_place}
@@ -127,14 +164,20 @@ class Roster:
                     f"node id {node.partition} is taken by a node that is online: "
                     "give each node its own --node-id"
                 )
+            if node.name == other.name:
+                raise checks.Refused(
+                    f"its name is taken by the node with id {other.partition}, which is online: "
+                    "give each node its own --name"
+                )
 
     def _leave_out(self, node_id: int, name: str, why: str) -> None:
         """A node that cannot take part is told so and not asked again."""
-        self.left_out[node_id] = why
+        self.left_out.add(node_id)
+        self.reasons[name] = why
         self.notify("refused", node=name, reason=why)
         content = RecordDict({"config": ConfigRecord({"reason": why})})
         if node_id in set(self.grid.get_node_ids()):
-            self.grid.push_messages([Message(content, node_id, messages.LEAVE)])
+            push(self.grid, [Message(content, node_id, messages.LEAVE)])
 
 
 class RosterGrid(Grid):

@@ -5,78 +5,23 @@ Nothing here knows where the clients are or how the loop is watched.
 
 from __future__ import annotations
 
-import random
-import secrets
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 
-from . import aggregate, checks, messages, randomness, weights
-from .errors import FedError
-from .history import History
+from . import aggregate, checks, exchange, strategies, weights
+from .errors import RunError
+from .history import History, Result
 from .roster import Roster, RosterGrid
+from .settings import Settings
 from .training import Trainer
 from .weights import Arrays
-
-EvaluateFn = Callable[[int, Arrays, Arrays], Mapping[str, float] | None]
-
-
-class RunError(FedError):
-    """A run that could not go on. What it has reached is kept in its folder."""
-
-
-@dataclass
-class Settings:
-    """How a run is led.
-
-    Args:
-        num_rounds (int): Rounds to train.
-        seed (int): Decides initial weights, sampling, shuffling and dropout.
-        config (dict): Sent to clients with every message, over the task's own settings.
-        min_nodes (int, optional): Nodes to wait for before each round; at least what the
-            strategy itself asks for.
-        wait (float): Seconds to wait for them. Default: ``600``.
-        round_timeout (float): Seconds a phase may take; later replies are dropped.
-            Default: ``3600``.
-        evaluate_fn (callable, optional): ``evaluate_fn(round, parameters, statistics)`` returns
-            metrics of the global model on data of the server's own.
-    """
-
-    num_rounds: int = 3
-    seed: int = 0
-    config: dict[str, Any] = field(default_factory=dict)
-    min_nodes: int | None = None
-    wait: float = 600.0
-    round_timeout: float = 3600.0
-    evaluate_fn: EvaluateFn | None = None
-
-
-@dataclass
-class Result:
-    """What a run ends with.
-
-    Attributes:
-        parameters (dict): The global model's parameters, by name.
-        statistics (dict): Its running statistics.
-        rounds (list): One record a round, as in ``history.jsonl``.
-        folder (Path): The run's folder.
-        model (Path): The whole model as safetensors.
-    """
-
-    parameters: Arrays
-    statistics: Arrays
-    rounds: list[dict[str, Any]]
-    folder: Path
-    model: Path
 
 
 def run(
@@ -94,8 +39,16 @@ def run(
     Raises:
         RunError: If too few nodes come, no reply of a round counts, or the strategy fails. The
             model of the last whole round is saved.
+        HistoryError: If the run's folder cannot be written.
     """
     return _Run(grid, strategy, trainer, settings, history).run()
+
+
+class _Model(NamedTuple):
+    """The global model: a strategy's float32 masters, and running statistics."""
+
+    masters: ArrayRecord
+    statistics: Arrays
 
 
 class _Run:
@@ -111,8 +64,9 @@ class _Run:
     ):
         self.grid, self.strategy, self.trainer = grid, strategy, trainer
         self.settings, self.history = settings, history
-        self.masters = aggregate.to_masters(trainer.parameters())
-        self.statistics = trainer.statistics()
+        self.model = _Model(aggregate.to_masters(trainer.parameters()), trainer.statistics())
+        # The statistics that travel: none where each client keeps its own.
+        self.averaged = trainer.statistics_spec if trainer.task.statistics == "average" else {}
         self.config = {**trainer.task.config, **settings.config, "seed": settings.seed}
         self.roster = Roster(
             grid,
@@ -122,294 +76,189 @@ class _Run:
             history.notify,
         )
         self.members = RosterGrid(grid, self.roster)
-        self.weighted_by = _attribute(strategy, "weighted_by_key") or "num-examples"
-        self.loss_key = _attribute(strategy, "train_loss_key")
-        self.min_nodes = max(settings.min_nodes or 1, _least_nodes(strategy))
+        self.weighted_by = strategies.attribute(strategy, "weighted_by_key") or "num-examples"
+        self.min_nodes = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
 
     def run(self) -> Result:
         started = time.monotonic()
+        self.history.write_settings(
+            {
+                **self.settings.for_the_record(),
+                "config": self.config,
+                "strategy": strategies.describe(self.strategy),
+            }
+        )
         try:
             for number in range(1, self.settings.num_rounds + 1):
-                self._wait_for_nodes()
-                self._round(number)
+                self.roster.wait_for(self.min_nodes, self.settings.wait)
+                self.model = self._round(number)
         finally:
-            model = self._save()
-        seconds = time.monotonic() - started
-        self.history.notify("finished", model=model, seconds=seconds)
+            path = self._save()
+        self.history.notify("finished", model=path, seconds=time.monotonic() - started)
         return Result(
             self.trainer.parameters(),
-            self.statistics,
+            self.model.statistics,
             self.history.rounds,
             self.history.folder,
-            model,
+            path,
         )
 
     def _save(self) -> Path:
-        arrays = aggregate.masters_to_arrays(self.masters, self.trainer.spec)
-        weights.put(self.trainer.slots.parameters, arrays)
-        weights.put(self.trainer.slots.statistics, self.statistics)
+        """Writes the model of the last whole round."""
         slots = self.trainer.slots
+        weights.put(slots.parameters, self._parameters(self.model))
+        weights.put(slots.statistics, self.model.statistics)
         return self.history.save_model(
             weights.get({**slots.parameters, **slots.statistics, **slots.frozen})
         )
 
-    def _wait_for_nodes(self) -> None:
-        deadline = time.monotonic() + self.settings.wait
-        told = None
-        while True:
-            self.roster.update()
-            present = len(self.roster.nodes)
-            if present >= self.min_nodes and not (told is not None and self.roster.is_waiting()):
-                return
-            if present != told:
-                told = present
-                self.history.notify("waiting", nodes=present, needed=self.min_nodes)
-            if time.monotonic() > deadline:
-                raise RunError(
-                    f"{present} of {self.min_nodes} nodes came within "
-                    f"{self.settings.wait:.0f} seconds. Start more nodes, raise --wait, "
-                    "or ask for fewer."
-                )
-            _pause(self.grid)
+    def _parameters(self, model: _Model) -> Arrays:
+        return aggregate.masters_to_arrays(model.masters, self.trainer.spec)
 
     # -- one round -------------------------------------------------------------------------
 
-    def _round(self, number: int) -> None:
-        record: dict[str, Any] = {"round": number}
-        seconds: dict[str, float] = {}
-        traffic = {"down": 0, "up": 0}
-        refused: list[dict[str, str]] = []
-        record["train"] = self._train(number, seconds, traffic, refused)
-        record["evaluate"] = self._evaluate(number, seconds, traffic, refused)
+    def _round(self, number: int) -> _Model:
+        """The model after the round, which is whole once its record is written."""
+        record: dict[str, Any] = {
+            "round": number,
+            "train": {},
+            "evaluate": {},
+            "seconds": {},
+            "bytes": {"down": 0, "up": 0},
+            "refused": [],
+        }
+        model = self._train(record)
+        self._evaluate(model, record)
         if self.settings.evaluate_fn:
-            with _timed(seconds, "central"):
-                arrays = aggregate.masters_to_arrays(self.masters, self.trainer.spec)
-                central = self.settings.evaluate_fn(number, arrays, self.statistics)
-            record["central"] = dict(central) if central else {}
-        record |= {"seconds": seconds, "bytes": traffic, "refused": refused}
-        self.history.add_round(record)
-
-    def _train(self, number: int, seconds: dict, traffic: dict, refused: list) -> dict[str, Any]:
-        outgoing = self._configure("train", number)
-        with _timed(seconds, "train"):
-            replies = self._exchange("train", number, outgoing, traffic)
-        with _timed(seconds, "aggregate"):
-            accepted, updates = [], {}
-            for name, reply in replies:
-                try:
-                    update = checks.check_update(
-                        reply, self.trainer.spec, self.trainer.statistics_spec, self.weighted_by
-                    )
-                except checks.Refused as error:
-                    self._refuse("train", name, str(error), refused)
-                    continue
-                # The strategy gets exactly what it sent: one record of masters, in order.
-                reply.content = RecordDict(
-                    {
-                        update.name: aggregate.to_masters(update.parameters),
-                        "metrics": update.metrics,
-                    }
+            with _timed(record, "central"):
+                central = self.settings.evaluate_fn(
+                    number, self._parameters(model), model.statistics
                 )
-                accepted.append((name, reply))
-                updates[name] = update
-            accepted = self._same_names("train", accepted, refused)
-            self._require(accepted, outgoing, "train", number)
-            metrics = self._aggregate_train(number, [reply for _, reply in accepted])
-            counted = [updates[name] for name, _ in accepted]
-            if statistics := [(u.statistics, u.weight) for u in counted if u.statistics]:
-                self.statistics = aggregate.mean_statistics(statistics)
-        return {**metrics, "nodes": [name for name, _ in accepted]}
+            record["central"] = dict(central or {})
+        self.history.add_round(record)
+        return model
 
-    def _aggregate_train(self, number: int, replies: list[Message]) -> dict[str, Any]:
-        try:
-            with self._seeded(number, "aggregate_train"):
-                masters, metrics = self.strategy.aggregate_train(number, replies)
-            if masters is not None:
-                self.masters = aggregate.from_strategy(masters, self.trainer.spec)
-        except Exception as error:
-            raise RunError(
-                f"Round {number}: {type(self.strategy).__name__}.aggregate_train failed on "
-                f"{len(replies)} replies: {type(error).__name__}: {error}"
-            ) from error
-        return dict(metrics or {})
+    def _train(self, record: dict[str, Any]) -> _Model:
+        number = record["round"]
+        masters, statistics = self.model
+        outgoing = self._configure("train", self.model, record)
+        replies = self._exchange("train", outgoing, record)
+        with _timed(record, "aggregate"):
+            accepted: list[tuple[str, Message]] = []
+            updates: dict[str, checks.Reply] = {}
+            for name, reply in replies:
+                with self._refusing("train", name, record):
+                    update = checks.check_update(
+                        reply, self.trainer.spec, self.averaged, self.weighted_by
+                    )
+                    reply.content = update.for_strategy()
+                    accepted.append((name, reply))
+                    updates[name] = update
+            accepted = self._same_names("train", accepted, record)
+            if outgoing and not accepted:
+                raise RunError(
+                    f"Round {number}: none of {len(outgoing)} nodes gave a train reply that "
+                    "counts. The reasons stand above; the model of the round before is kept."
+                )
+            with self._hook("aggregate_train", number):
+                result, metrics = self.strategy.aggregate_train(number, [r for _, r in accepted])
+                if result is not None:
+                    masters = aggregate.from_strategy(result, self.trainer.spec)
+            if self.averaged and accepted:
+                counted = [updates[name] for name, _ in accepted]
+                statistics = aggregate.mean_statistics((u.statistics, u.weight) for u in counted)
+        record["train"] = {**(metrics or {}), "nodes": [name for name, _ in accepted]}
+        return _Model(masters, statistics)
 
-    def _evaluate(self, number: int, seconds: dict, traffic: dict, refused: list) -> dict[str, Any]:
-        outgoing = self._configure("evaluate", number)
-        with _timed(seconds, "evaluate"):
-            replies = self._exchange("evaluate", number, outgoing, traffic)
-        accepted = []
-        for name, reply in replies:
-            try:
+    def _evaluate(self, model: _Model, record: dict[str, Any]) -> None:
+        number = record["round"]
+        outgoing = self._configure("evaluate", model, record)
+        accepted: list[tuple[str, Message]] = []
+        for name, reply in self._exchange("evaluate", outgoing, record):
+            with self._refusing("evaluate", name, record):
                 checks.check_metrics(reply, self.weighted_by)
-            except checks.Refused as error:
-                self._refuse("evaluate", name, str(error), refused)
-            else:
                 accepted.append((name, reply))
-        accepted = self._same_names("evaluate", accepted, refused)
+        accepted = self._same_names("evaluate", accepted, record)
         metrics: MetricRecord | None = None
         if accepted:
-            with self._seeded(number, "aggregate_evaluate"):
+            with self._hook("aggregate_evaluate", number):
                 metrics = self.strategy.aggregate_evaluate(number, [r for _, r in accepted])
-        return {**dict(metrics or {}), "nodes": [name for name, _ in accepted]}
+        record["evaluate"] = {**(metrics or {}), "nodes": [name for name, _ in accepted]}
 
-    def _configure(self, phase: str, number: int) -> list[Message]:
-        """The strategy's messages, with arrays and settings as they travel."""
+    def _configure(self, phase: str, model: _Model, record: dict[str, Any]) -> list[Message]:
+        """The strategy's messages, as they travel."""
+        number = record["round"]
         configure = getattr(self.strategy, f"configure_{phase}")
         config = {**self.config, "server-round": number}
-        if phase == "train" and self.loss_key:
-            config["train-loss-key"] = self.loss_key
-        with self._seeded(number, f"configure_{phase}"):
-            outgoing = list(configure(number, self.masters, ConfigRecord(config), self.members))
-        packed: dict[int, ArrayRecord] = {}
-        configs: dict[int, ConfigRecord] = {}
-        statistics = None
-        if self.statistics and self.trainer.task.statistics == "average":
-            statistics = messages.pack(self.statistics)
-        for message in outgoing:
-            message.metadata.group_id = str(number)
-            # Strategies put one content into all messages: each record is converted once, and
-            # none is changed in place.
-            content = dict(message.content)
-            name, record = messages.parameters_of(message.content)
-            if id(record) not in packed:
-                arrays = aggregate.masters_to_arrays(record, self.trainer.spec)
-                packed[id(record)] = messages.pack(arrays)
-            content[name] = packed[id(record)]
-            name, own = messages.config_of(message.content)
-            if id(own) not in configs:
-                configs[id(own)] = ConfigRecord({**config, **own})
-            content[name] = configs[id(own)]
-            if statistics is not None:
-                content[messages.STATISTICS] = statistics
-            message.content = RecordDict(content)
+        if phase == "train" and (loss := strategies.attribute(self.strategy, "train_loss_key")):
+            config["train-loss-key"] = loss
+        statistics = model.statistics if self.averaged else {}
+        with self._hook(f"configure_{phase}", number):
+            outgoing = list(configure(number, model.masters, ConfigRecord(config), self.members))
+            for message in outgoing:
+                if (node_id := message.metadata.dst_node_id) not in self.roster.nodes:
+                    raise RunError(f"a message to node {node_id}, which has no part in the run")
+            exchange.pack(outgoing, self.trainer.spec, statistics, config)
         return outgoing
 
     def _exchange(
-        self, phase: str, number: int, outgoing: list[Message], traffic: dict
+        self, phase: str, outgoing: list[Message], record: dict[str, Any]
     ) -> list[tuple[str, Message]]:
-        """Sends messages and gathers the replies, by name and in the roster's order.
-
-        A node that has not replied when the time is up is reported and has no part.
-        """
-        traffic["down"] += sum(messages.count_bytes(m.content) for m in outgoing)
-        self.history.notify(
-            "phase", phase=phase, round=number, of=self.settings.num_rounds, nodes=len(outgoing)
-        )
-        order = {node_id: place for place, node_id in enumerate(self.roster.nodes)}
-        names = {node_id: node.name for node_id, node in self.roster.nodes.items()}
-        pending = _push(self.grid, outgoing)
-        replies: list[tuple[int, Message]] = []
-        deadline = time.monotonic() + self.settings.round_timeout
-        while pending and time.monotonic() < deadline:
-            arrived = list(self.grid.pull_messages(list(pending)))
-            for reply in arrived:
-                node_id = pending.pop(reply.metadata.reply_to_message_id)
-                if reply.has_content():
-                    traffic["up"] += messages.count_bytes(reply.content)
-                replies.append((node_id, reply))
-                self.history.notify("reply", node=names[node_id], phase=phase)
-            if pending and not arrived:
-                _pause(self.grid)
-        for node_id in pending.values():
-            reason = f"no reply within {self.settings.round_timeout:.0f} seconds"
-            self.history.notify("failed", node=names[node_id], phase=phase, reason=reason)
-        replies.sort(key=lambda pair: order[pair[0]])
-        return [(names[node_id], reply) for node_id, reply in replies]
-
-    def _same_names(self, phase: str, accepted: list, refused: list) -> list:
-        """Refuses replies with other names than most: FedAvg and its kin would end the run."""
-        if not accepted or not any(isinstance(s, FedAvg) for s in _inner(self.strategy)):
-            return accepted
-        ((usual, _),) = Counter(checks.names_in(reply) for _, reply in accepted).most_common(1)
-        same = []
-        for name, reply in accepted:
-            try:
-                checks.check_names(reply, usual)
-            except checks.Refused as error:
-                self._refuse(phase, name, str(error), refused)
-            else:
-                same.append((name, reply))
-        return same
-
-    def _refuse(self, phase: str, name: str, reason: str, refused: list) -> None:
-        refused.append({"node": name, "phase": phase, "reason": reason})
-        self.history.notify("failed", node=name, phase=phase, reason=reason)
-
-    def _require(self, accepted: list, outgoing: list, phase: str, number: int) -> None:
-        if outgoing and not accepted:
-            raise RunError(
-                f"Round {number}: none of {len(outgoing)} nodes gave a {phase} reply that counts. "
-                "The reasons stand above; the model of the round before is kept."
+        """The replies, by name and in the roster's order; who has none is left out."""
+        fields = {"phase": phase, "round": record["round"], "of": self.settings.num_rounds}
+        self.history.notify("phase", **fields, nodes=len(outgoing))
+        with _timed(record, phase):
+            replies, missing, down, up = exchange.exchange(
+                self.grid,
+                outgoing,
+                {node.id: node.name for node in self.roster.nodes.values()},
+                self.settings.round_timeout,
+                lambda name: self.history.notify("reply", node=name, phase=phase),
             )
+        record["bytes"]["down"] += down
+        record["bytes"]["up"] += up
+        for name, reason in missing.items():
+            self._refuse(phase, name, reason, record)
+        return replies
+
+    def _same_names(
+        self, phase: str, accepted: list[tuple[str, Message]], record: dict[str, Any]
+    ) -> list[tuple[str, Message]]:
+        """Those with the names of most: FedAvg and its kin would end the run over others."""
+        if not strategies.wants_same_names(self.strategy):
+            return accepted
+        odd = checks.odd_names(accepted)
+        for name, reason in odd.items():
+            self._refuse(phase, name, reason, record)
+        return [(name, reply) for name, reply in accepted if name not in odd]
 
     @contextmanager
-    def _seeded(self, number: int, hook: str) -> Iterator[None]:
-        """Seeds the global random states that strategies draw from, and puts them back.
-
-        Noise for privacy is drawn from NumPy's; nodes know the run's seed, so under a strategy
-        for differential privacy it comes from the operating system instead.
-        """
-        states = random.getstate(), np.random.get_state()
-        seed = randomness.derive(self.settings.seed, number, hook)
-        random.seed(seed)
-        private = _draws_private_noise(self.strategy)
-        np.random.seed(
-            np.frombuffer(secrets.token_bytes(64), np.uint32)
-            if private
-            else np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-        )
+    def _refusing(self, phase: str, name: str, record: dict[str, Any]) -> Iterator[None]:
+        """Goes on without a reply that is refused."""
         try:
             yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+        except checks.Refused as error:
+            self._refuse(phase, name, str(error), record)
 
+    def _refuse(self, phase: str, name: str, reason: str, record: dict[str, Any]) -> None:
+        record["refused"].append({"node": name, "phase": phase, "reason": reason})
+        self.history.notify("failed", node=name, phase=phase, reason=reason)
 
-def _push(grid: Grid, outgoing: list[Message]) -> dict[str, int]:
-    """Sends messages; their ids, and the node each went to."""
-    receivers = [message.metadata.dst_node_id for message in outgoing]
-    ids = list(grid.push_messages(outgoing))
-    if len(ids) != len(receivers):  # Flower's in-memory grid passes over nodes that have left
-        to = {message.metadata.message_id: message.metadata.dst_node_id for message in outgoing}
-        return {message_id: to[message_id] for message_id in ids}
-    return dict(zip(ids, receivers, strict=True))
-
-
-def _pause(grid: Grid) -> None:
-    """Waits for something to happen: until the grid says so, or a moment if it cannot."""
-    wait = getattr(grid, "wait", None)
-    if wait is None:
-        time.sleep(0.1)
-    else:
-        wait(0.5)
-
-
-def _inner(strategy: Any) -> Iterator[Any]:
-    """The strategy and those it wraps."""
-    while strategy is not None:
-        yield strategy
-        strategy = getattr(strategy, "strategy", None)
-
-
-def _attribute(strategy: Strategy, name: str) -> Any:
-    return next((getattr(s, name) for s in _inner(strategy) if hasattr(s, name)), None)
-
-
-def _least_nodes(strategy: Strategy) -> int:
-    names = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
-    return max(1, *(int(_attribute(strategy, name) or 1) for name in names))
-
-
-def _draws_private_noise(strategy: Strategy) -> bool:
-    return any(
-        kind.__name__.startswith("DifferentialPrivacy")
-        for layer in _inner(strategy)
-        for kind in type(layer).__mro__
-    )
+    @contextmanager
+    def _hook(self, hook: str, number: int) -> Iterator[None]:
+        """What the strategy draws is decided by the seed; what it raises says where."""
+        try:
+            with strategies.seeded(self.strategy, self.settings.seed, number, hook):
+                yield
+        except Exception as error:
+            raise RunError(
+                f"Round {number}: {type(self.strategy).__name__}.{hook} failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def _timed(record: dict[str, Any], name: str) -> Iterator[None]:
     start = time.monotonic()
     yield
-    seconds[name] = round(time.monotonic() - start, 6)
+    record["seconds"][name] = round(time.monotonic() - start, 6)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 
-from . import devices, rounds
+from . import devices, rounds, strategies
 from .history import History, new_run_folder
 from .progress import server_line
+from .settings import Settings
 from .task import Config, TaskSource, make_task
 from .training import Trainer
 
@@ -38,11 +38,11 @@ def server_app(
         task (Task or callable): What is trained, or a function that makes it from the run's
             settings (``context.run_config``).
         strategy (Strategy or callable): Any Flower strategy, or a function of the settings
-            that makes one. Default: ``FedAvg()``.
+            that makes one. Default: FedAvg, of ``min_nodes`` nodes or 2.
         runs (Path, optional): Where runs are kept. Default: the setting ``runs``, or ``runs``;
             below the folder that the SuperLink was started in, unless it is a whole path.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
-        settings: As :class:`~mlx_fed.rounds.Settings` has them. In the run's settings
+        settings: As :class:`~mlx_fed.settings.Settings` has them. In the run's settings
             ``num-rounds`` (unless it is 0), ``seed``, ``min-nodes``, ``wait`` and
             ``round-timeout`` stand over these, and ``name`` names the run's folder.
 
@@ -54,7 +54,7 @@ def server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         config = dict(context.run_config)
-        leading = rounds.Settings(**settings)
+        leading = Settings(**settings)
         for key, kind in _SETTINGS.items():
             if key in config:
                 setattr(leading, key.replace("-", "_"), kind(config[key]))
@@ -65,26 +65,15 @@ def server_app(
         task_rounds = made.config.get("num-rounds", leading.num_rounds)
         leading.num_rounds = int(config.get("num-rounds") or task_rounds)
         leading.config["num-rounds"] = leading.num_rounds
-        chosen = strategy(config) if callable(strategy) else strategy or _fed_avg(leading.min_nodes)
+        own = strategy(config) if callable(strategy) else strategy
+        chosen = own or strategies.default(leading.min_nodes)
         place = Path(runs or str(config.get("runs", "runs"))).expanduser().resolve()
         history = History(new_run_folder(place, _name(config)), (_log,))
-        history.write_settings(
-            {
-                **asdict(leading),
-                "config": {**made.config, **leading.config},
-                "strategy": type(chosen).__name__,
-            }
-        )
         _FLOWER.info("The run's folder: %s", history.folder)
         with _own_lines_only():
             rounds.run(grid, chosen, Trainer(made, leading.seed), leading, history)
 
     return app
-
-
-def _fed_avg(min_nodes: int | None) -> Strategy:
-    least = min_nodes or 2
-    return FedAvg(min_train_nodes=least, min_evaluate_nodes=least, min_available_nodes=least)
 
 
 def _name(config: Config) -> str | None:

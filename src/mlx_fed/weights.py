@@ -65,7 +65,8 @@ def find_slots(module: nn.Module) -> Slots:
     as parameters.
 
     Raises:
-        WeightsError: If two arrays have one name (a dot in a dictionary's key).
+        WeightsError: If two arrays have one name (a dot in a dictionary's key), or one is
+            float64: safetensors cannot hold it, and the frozen ones are saved, too.
     """
     slots = Slots({}, {}, {})
     seen: set[tuple[int, Any]] = set()
@@ -79,6 +80,10 @@ def find_slots(module: nn.Module) -> Slots:
         if name in names:
             raise WeightsError(f"Two arrays of the model have the name {name!r}: rename one.")
         names.add(name)
+        if slot.get().dtype == mx.float64:
+            raise WeightsError(
+                f"parameter {name!r} is float64, which safetensors lacks: make it float32"
+            )
         if isinstance(slot.owner, nn.Module) and slot.key in _STATISTICS:
             slots.statistics[name] = slot
         elif name in trainable and mx.issubdtype(slot.get().dtype, mx.inexact):

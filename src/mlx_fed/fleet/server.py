@@ -8,20 +8,20 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 
-from .. import devices, rounds
+from .. import devices, rounds, strategies
 from ..errors import FedError
 from ..flower.grid import LinkGrid
 from ..flower.link import Link
 from ..flower.routes import FleetRoutes
-from ..history import History, Listener, new_run_folder
+from ..history import History, Listener, Result, new_run_folder
 from ..progress import ServerProgress, quiet_flower
+from ..settings import Settings
 from ..task import TaskSource, make_task
 from ..training import Trainer
 from . import address
@@ -47,7 +47,7 @@ def serve(
     device: str | None = "cpu",
     listeners: tuple[Listener, ...] | None = None,
     **settings: Any,
-) -> rounds.Result:
+) -> Result:
     """Leads a federation of machines through a run, and returns when it is over.
 
     Nodes (:func:`mlx_fed.join`) may come before the server, after it and between rounds; when
@@ -55,7 +55,8 @@ def serve(
 
     Args:
         task (Task or callable): What is trained, or a function of ``config`` that makes it.
-        strategy (flwr.serverapp.strategy.Strategy): Any Flower strategy. Default: ``FedAvg()``.
+        strategy (flwr.serverapp.strategy.Strategy): Any Flower strategy. Default:
+            FedAvg, of ``min_nodes`` nodes or 2.
         num_rounds (int, optional): Rounds to train. Default: the task's ``num-rounds``, or 3.
         host (str): The address to listen on. Default: ``"127.0.0.1"``.
         port (int): The port; 0 takes a free one. Default: ``8080``.
@@ -66,7 +67,7 @@ def serve(
         listeners (tuple, optional): Who is told what happens (see
             :class:`~mlx_fed.history.History`), in place of the progress display.
         settings: ``config``, ``seed``, ``min_nodes``, ``wait``, ``round_timeout`` and
-            ``evaluate_fn``, as :class:`~mlx_fed.rounds.Settings` has them.
+            ``evaluate_fn``, as :class:`~mlx_fed.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.
@@ -79,8 +80,8 @@ def serve(
         >>> result = serve(task, FedAvg(), num_rounds=3)
     """
     address.require_loopback(host, insecure)
-    strategy = strategy or FedAvg()
-    leading = rounds.Settings(**settings)
+    leading = Settings(**settings)
+    strategy = strategy or strategies.default(leading.min_nodes)
     made = make_task(task, leading.config)
     leading.num_rounds = num_rounds or int(made.config.get("num-rounds", leading.num_rounds))
     quiet_flower()
@@ -91,15 +92,6 @@ def serve(
         shown = ServerProgress()
         history = History(
             new_run_folder(runs, name), (shown,) if listeners is None else tuple(listeners)
-        )
-        history.write_settings(
-            {
-                **asdict(leading),
-                "config": {**made.config, **leading.config},
-                "strategy": describe(strategy),
-                "address": f"{host}:{port}",
-                "evaluate_fn": leading.evaluate_fn is not None,
-            }
         )
         with _serving(listening) as link:
             history.notify("serving", address=f"{host}:{port}", insecure=insecure)
@@ -165,11 +157,3 @@ def _say_goodbye(link: Link) -> None:
         seen = link.news()
         if link.state.get_nodes(link.run_id):
             link.wait_for_news(seen, 0.2)
-
-
-def describe(strategy: Strategy) -> dict[str, Any]:
-    """A strategy's name and its plain settings, for the record of a run."""
-    plain = {k: v for k, v in vars(strategy).items() if isinstance(v, (int, float, str, bool))}
-    inner = getattr(strategy, "strategy", None)
-    wrapped = {"strategy": describe(inner)} if inner is not None else {}
-    return {"name": type(strategy).__name__, **plain, **wrapped}

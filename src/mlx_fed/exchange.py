@@ -1,0 +1,126 @@
+"""One phase's messages to nodes and their replies back, over any Flower grid."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from . import aggregate, messages
+from .task import Config
+from .weights import Arrays, Spec
+
+
+class Exchange(NamedTuple):
+    """What came of a phase's messages.
+
+    ``replies`` are by name and in the roster's order; ``missing`` says of every other node why
+    it has none; ``down`` and ``up`` are bytes of arrays.
+    """
+
+    replies: list[tuple[str, Message]]
+    missing: dict[str, str]
+    down: int
+    up: int
+
+
+def exchange(
+    grid: Grid,
+    outgoing: list[Message],
+    names: Mapping[int, str],
+    timeout: float,
+    arrived: Callable[[str], None],
+) -> Exchange:
+    """Sends messages and gathers the replies.
+
+    Args:
+        grid (Grid): Takes the messages and brings the replies.
+        outgoing (list): Messages for nodes of the roster.
+        names (dict): The nodes' names by id, in the roster's order.
+        timeout (float): Seconds to wait; a reply that comes later is dropped.
+        arrived (callable): Told the name of each node as its reply comes.
+    """
+    down = sum(messages.count_bytes(message.content) for message in outgoing)
+    up = 0
+    pending = push(grid, outgoing)
+    sent = set(pending.values())
+    missing = {
+        message.metadata.dst_node_id: "the message to it could not be sent"
+        for message in outgoing
+        if message.metadata.dst_node_id not in sent
+    }
+    replies: list[tuple[int, Message]] = []
+    deadline = time.monotonic() + timeout
+    while pending and time.monotonic() < deadline:
+        pulled = list(grid.pull_messages(list(pending)))
+        for reply in pulled:
+            node_id = pending.pop(reply.metadata.reply_to_message_id)
+            if reply.has_content():
+                up += messages.count_bytes(reply.content)
+            replies.append((node_id, reply))
+            arrived(names[node_id])
+        if pending and not pulled:
+            pause(grid)
+    missing |= dict.fromkeys(pending.values(), f"no reply within {timeout:.0f} seconds")
+    order = {node_id: place for place, node_id in enumerate(names)}
+    replies.sort(key=lambda pair: order[pair[0]])
+    return Exchange(
+        [(names[node_id], reply) for node_id, reply in replies],
+        {name: missing[node_id] for node_id, name in names.items() if node_id in missing},
+        down,
+        up,
+    )
+
+
+def pack(outgoing: list[Message], spec: Spec, statistics: Arrays, config: Config) -> None:
+    """Puts arrays and settings of a strategy's messages into the form in which they travel.
+
+    Strategies put one content into all messages: each record is converted once, and none is
+    changed in place.
+
+    Args:
+        outgoing (list): Messages with float32 masters, which are cast to the model's dtypes.
+        spec (dict): The shape and dtype of each parameter.
+        statistics (dict): Running statistics to send along, if any.
+        config (dict): Settings for all, which a message's own stand over.
+    """
+    packed: dict[int, ArrayRecord] = {}
+    configs: dict[int, ConfigRecord] = {}
+    beside = {messages.STATISTICS: messages.pack(statistics)} if statistics else {}
+    for message in outgoing:
+        message.metadata.group_id = str(config["server-round"])
+        content = {**message.content, **beside}
+        name, record = messages.parameters_of(message.content)
+        if id(record) not in packed:
+            packed[id(record)] = messages.pack(aggregate.masters_to_arrays(record, spec))
+        content[name] = packed[id(record)]
+        name, own = messages.config_of(message.content)
+        if id(own) not in configs:
+            configs[id(own)] = ConfigRecord({**config, **own})
+        content[name] = configs[id(own)]
+        message.content = RecordDict(content)
+
+
+def push(grid: Grid, outgoing: list[Message]) -> dict[str, int]:
+    """Sends messages; the ids of those that were sent, and the node each went to."""
+    if not outgoing:
+        return {}
+    receivers = [message.metadata.dst_node_id for message in outgoing]
+    ids = list(grid.push_messages(outgoing))
+    if len(ids) != len(receivers):  # Flower's in-memory grid passes over nodes that have left
+        to = {message.metadata.message_id: message.metadata.dst_node_id for message in outgoing}
+        receivers = [to[message_id] for message_id in ids]
+    # Flower's HTTP grid gives "" for a message that it could not store.
+    return {id: to for id, to in zip(ids, receivers, strict=True) if id}
+
+
+def pause(grid: Grid) -> None:
+    """Waits for something to happen: until the grid says so, or a moment if it cannot."""
+    wait = getattr(grid, "wait", None)
+    if wait is None:
+        time.sleep(0.1)
+    else:
+        wait(0.5)

@@ -1,0 +1,41 @@
+"""How a run is led."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .weights import Arrays
+
+EvaluateFn = Callable[[int, Arrays, Arrays], Mapping[str, float] | None]
+
+
+@dataclass
+class Settings:
+    """How a run is led.
+
+    Args:
+        num_rounds (int): Rounds to train.
+        seed (int): Decides initial weights, sampling, shuffling and dropout.
+        config (dict): Sent to clients with every message, over the task's own settings.
+        min_nodes (int, optional): Nodes to wait for before each round; at least what the
+            strategy itself asks for.
+        wait (float): Seconds to wait for them. Default: ``600``.
+        round_timeout (float): Seconds a phase may take; later replies are dropped.
+            Default: ``3600``.
+        evaluate_fn (callable, optional): ``evaluate_fn(round, parameters, statistics)`` returns
+            metrics of the global model on data of the server's own.
+    """
+
+    num_rounds: int = 3
+    seed: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+    min_nodes: int | None = None
+    wait: float = 600.0
+    round_timeout: float = 3600.0
+    evaluate_fn: EvaluateFn | None = None
+
+    def for_the_record(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return {**vars(self), "evaluate_fn": self.evaluate_fn is not None}

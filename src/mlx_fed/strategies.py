@@ -1,0 +1,82 @@
+"""What a run has to know of a strategy, whichever of Flower's or of one's own it is."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from . import randomness
+
+
+def default(min_nodes: int | None = None) -> Strategy:
+    """The strategy of a run that names none: FedAvg, for 2 nodes or as many as are asked for."""
+    least = min_nodes or 2
+    return FedAvg(min_train_nodes=least, min_evaluate_nodes=least, min_available_nodes=least)
+
+
+def describe(strategy: Strategy) -> dict[str, Any]:
+    """A strategy's name and its plain settings, for the record of a run."""
+    plain = {k: v for k, v in vars(strategy).items() if isinstance(v, (int, float, str, bool))}
+    inner = getattr(strategy, "strategy", None)
+    wrapped = {"strategy": describe(inner)} if inner is not None else {}
+    return {"name": type(strategy).__name__, **plain, **wrapped}
+
+
+def layers(strategy: Strategy) -> Iterator[Any]:
+    """The strategy and those that it wraps, as Flower's for differential privacy do."""
+    layer: Any = strategy
+    while layer is not None:
+        yield layer
+        layer = getattr(layer, "strategy", None)
+
+
+def attribute(strategy: Strategy, name: str) -> Any:
+    """An attribute of the outermost layer that has it, or None."""
+    return next((getattr(layer, name) for layer in layers(strategy) if hasattr(layer, name)), None)
+
+
+def least_nodes(strategy: Strategy) -> int:
+    """The number of nodes that the strategy waits for."""
+    names = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
+    return max(1, *(int(attribute(strategy, name) or 1) for name in names))
+
+
+def wants_same_names(strategy: Strategy) -> bool:
+    """Whether replies with names of their own for records and metrics would end the run."""
+    return any(isinstance(layer, FedAvg) for layer in layers(strategy))
+
+
+@contextmanager
+def seeded(strategy: Strategy, seed: int, number: int, hook: str) -> Iterator[None]:
+    """Seeds the global random states that strategies draw from, and puts them back.
+
+    Noise for privacy is drawn from NumPy's; nodes know the run's seed, so under a strategy
+    for differential privacy it comes from the operating system instead.
+    """
+    states = random.getstate(), np.random.get_state()
+    derived = randomness.derive(seed, number, hook)
+    random.seed(derived)
+    np.random.seed(
+        np.frombuffer(secrets.token_bytes(64), np.uint32)
+        if _draws_private_noise(strategy)
+        else np.array([derived >> 32, derived & 0xFFFFFFFF], np.uint32)
+    )
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _draws_private_noise(strategy: Strategy) -> bool:
+    return any(
+        kind.__name__.startswith("DifferentialPrivacy")
+        for layer in layers(strategy)
+        for kind in type(layer).__mro__
+    )
