@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from .fleet.server import serve
     from .history import Result
     from .serverapp import server_app
+    from .simulation.faults import Faults
+    from .simulation.simulate import simulate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Data",
+    "Faults",
     "FedError",
     "Result",
     "Task",
@@ -31,14 +34,17 @@ __all__ = [
     "join",
     "serve",
     "server_app",
+    "simulate",
 ]
 
 _LATE = {
+    "Faults": "simulation.faults",
     "Result": "history",
     "client_app": "clientapp",
     "join": "fleet.node",
     "serve": "fleet.server",
     "server_app": "serverapp",
+    "simulate": "simulation.simulate",
 }
 
 devices.load_fast_blas()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from . import aggregate, messages
+from .sums import Block
 from .task import Config
 from .weights import Arrays, Spec
 
@@ -17,7 +18,7 @@ from .weights import Arrays, Spec
 class Exchange(NamedTuple):
     """What came of a phase's messages.
 
-    ``replies`` are by name and in the roster's order; ``missing`` says of every other node why
+    ``replies`` are by name and in the order of the names; ``missing`` says of every other node why
     it has none; ``down`` and ``up`` are bytes of arrays.
     """
 
@@ -25,6 +26,13 @@ class Exchange(NamedTuple):
     missing: dict[str, str]
     down: int
     up: int
+
+
+class Summed(Protocol):
+    """What comes of some of the messages: sums by block, and by place why there is none."""
+
+    blocks: list[Block]
+    failed: list[tuple[int, str]]
 
 
 def exchange(
@@ -39,7 +47,7 @@ def exchange(
     Args:
         grid (Grid): Takes the messages and brings the replies.
         outgoing (list): Messages for nodes of the roster.
-        names (dict): The nodes' names by id, in the roster's order.
+        names (dict): The nodes' names by id, in the order of the replies.
         timeout (float): Seconds to wait; a reply that comes later is dropped.
         arrived (callable): Told the name of each node as its reply comes.
     """
@@ -73,6 +81,23 @@ def exchange(
         down,
         up,
     )
+
+
+def can_sum(grid: Grid, outgoing: list[Message]) -> bool:
+    """Whether the grid sums updates where they are made: all nodes were sent the same."""
+    sent = {tuple(map(id, message.content.values())) for message in outgoing}
+    return hasattr(grid, "sum_updates") and len(sent) == 1
+
+
+def sum_updates(grid: Any, outgoing: list[Message], weighted_by: str) -> Iterator[Summed]:
+    """Lets the nodes of a grid that can do it train, and gives their updates as sums.
+
+    Args:
+        grid (Grid): One for which :func:`can_sum` holds.
+        outgoing (list): Training messages in the roster's order, which gives nodes their places.
+        weighted_by (str): The metric that weighs an update.
+    """
+    yield from grid.sum_updates(outgoing, weighted_by)
 
 
 def pack(outgoing: list[Message], spec: Spec, statistics: Arrays, config: Config) -> None:

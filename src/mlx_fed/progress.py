@@ -35,6 +35,8 @@ def server_line(event: str, fields: dict[str, Any]) -> str:
             return f"{fields['node']} left"
         case "refused":
             return f"{fields['node']} refused: {fields['reason']}"
+        case "note":
+            return f"Note: {fields['text']}"
         case "failed":
             return f"{fields['node']} left out of {fields['phase']}: {fields['reason']}"
         case "round":
@@ -84,7 +86,9 @@ class ServerProgress:
             self.phase, self.replies = fields, 0
         elif event == "reply":
             self.replies += 1
-        if event in ("phase", "reply"):
+        elif event == "replies":
+            self.replies += fields["count"]
+        if event in ("phase", "reply", "replies"):
             self._show(
                 f"round {self.phase['round']}/{self.phase['of']}  {self.phase['phase']}  "
                 f"{self.replies} of {self.phase['nodes']} nodes"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -32,8 +32,19 @@ class Node(NamedTuple):
     partition: int
 
 
+class Members(Protocol):
+    """Who takes part in a run."""
+
+    @property
+    def nodes(self) -> Mapping[int, Node]:
+        """The nodes by id, in order."""
+
+    def wait_for(self, needed: int, seconds: float) -> None:
+        """Waits until that many take part, or raises RunError."""
+
+
 class Roster:
-    """The nodes of a run.
+    """The nodes of a federation: those that answer the roll call.
 
     Args:
         grid (Grid): Where the nodes are.
@@ -183,7 +194,7 @@ class Roster:
 class RosterGrid(Grid):
     """The grid as strategies see it: only nodes that take part, in the roster's order."""
 
-    def __init__(self, grid: Grid, roster: Roster):
+    def __init__(self, grid: Grid, roster: Members):
         self._grid = grid
         self._roster = roster
 

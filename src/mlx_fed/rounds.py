@@ -6,26 +6,31 @@ Nothing here knows where the clients are or how the loop is watched.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from . import aggregate, checks, exchange, strategies, weights
+from . import aggregate, checks, exchange, messages, strategies, sums, weights
 from .errors import RunError
 from .history import History, Result
-from .roster import Roster, RosterGrid
+from .roster import Members, Roster, RosterGrid
 from .settings import Settings
 from .training import Trainer
 from .weights import Arrays
 
 
 def run(
-    grid: Grid, strategy: Strategy, trainer: Trainer, settings: Settings, history: History
+    grid: Grid,
+    strategy: Strategy,
+    trainer: Trainer,
+    settings: Settings,
+    history: History,
+    roster: Members | None = None,
 ) -> Result:
     """Trains for ``settings.num_rounds`` rounds.
 
@@ -35,13 +40,14 @@ def run(
         trainer (Trainer): The task with the initial model, which ends up with the final one.
         settings (Settings): How the run is led.
         history (History): Where it is recorded.
+        roster (Members, optional): Who takes part. Default: who answers the roll call.
 
     Raises:
         RunError: If too few nodes come, no reply of a round counts, or the strategy fails. The
             model of the last whole round is saved.
         HistoryError: If the run's folder cannot be written.
     """
-    return _Run(grid, strategy, trainer, settings, history).run()
+    return _Run(grid, strategy, trainer, settings, history, roster).run()
 
 
 class _Model(NamedTuple):
@@ -61,6 +67,7 @@ class _Run:
         trainer: Trainer,
         settings: Settings,
         history: History,
+        roster: Members | None,
     ):
         self.grid, self.strategy, self.trainer = grid, strategy, trainer
         self.settings, self.history = settings, history
@@ -68,7 +75,7 @@ class _Run:
         # The statistics that travel: none where each client keeps its own.
         self.averaged = trainer.statistics_spec if trainer.task.statistics == "average" else {}
         self.config = {**trainer.task.config, **settings.config, "seed": settings.seed}
-        self.roster = Roster(
+        self.roster: Members = roster or Roster(
             grid,
             trainer.spec,
             trainer.statistics_spec,
@@ -139,36 +146,111 @@ class _Run:
         return model
 
     def _train(self, record: dict[str, Any]) -> _Model:
-        number = record["round"]
-        masters, statistics = self.model
         outgoing = self._configure("train", self.model, record)
-        replies = self._exchange("train", outgoing, record)
+        if strategies.is_linear(self.strategy):
+            return self._train_to_a_mean(outgoing, record)
+        updates = self._updates(outgoing, record)
         with _timed(record, "aggregate"):
-            accepted: list[tuple[str, Message]] = []
-            updates: dict[str, checks.Reply] = {}
+            for _, reply, update in updates:
+                reply.content = update.for_strategy()
+            replies = [reply for _, reply, _ in updates]
+            masters, metrics = self._aggregate(
+                record, lambda number: self.strategy.aggregate_train(number, replies)
+            )
+            statistics = self.model.statistics
+            if self.averaged and updates:
+                weighed = [(update.statistics, update.weight) for *_, update in updates]
+                statistics = aggregate.mean_statistics(weighed)
+        record["train"] = {**metrics, "nodes": [name for name, *_ in updates]}
+        return _Model(masters, statistics)
+
+    def _train_to_a_mean(self, outgoing: list[Message], record: dict[str, Any]) -> _Model:
+        """A round of a strategy that needs no more than the mean, which we take."""
+        names = [self._name(message) for message in outgoing]
+        if exchange.can_sum(self.grid, outgoing):
+            blocks = self._summed(outgoing, names, record)
+        else:
+            places = {name: place for place, name in enumerate(names)}
+            updates = self._updates(outgoing, record)
+            with _timed(record, "sum"):
+                blocks = sums.blocks(
+                    (
+                        sums.Counted(places[name], update.weight, update.metrics),
+                        update.parameters,
+                        update.statistics,
+                    )
+                    for name, _, update in updates
+                )
+        with _timed(record, "aggregate"):
+            mean = sums.mean(blocks)
+            self._require(len(mean.counted), outgoing, record)
+            if not mean.counted:
+                return self.model
+            content = mean.as_reply(self.model.masters, self.weighted_by)
+            each = [RecordDict({"metrics": MetricRecord({**c.metrics})}) for c in mean.counted]
+            masters, metrics = self._aggregate(
+                record,
+                lambda number: strategies.aggregate_mean(self.strategy, number, content, each),
+            )
+            statistics = self.model.statistics
+            if self.averaged:
+                statistics = mean.running_statistics(self.averaged)
+        record["train"] = {**metrics, "nodes": [names[c.place] for c in mean.counted]}
+        return _Model(masters, statistics)
+
+    def _summed(
+        self, outgoing: list[Message], names: list[str], record: dict[str, Any]
+    ) -> list[sums.Block]:
+        """Sums that a grid on this machine makes where its clients train."""
+        self._begin("train", outgoing, record)
+        blocks: list[sums.Block] = []
+        sizes = [messages.count_bytes(message.content) for message in outgoing]
+        with _timed(record, "train"):
+            for outcome in exchange.sum_updates(self.grid, outgoing, self.weighted_by):
+                blocks += outcome.blocks
+                for place, reason in outcome.failed:
+                    self._refuse("train", names[place], reason, record)
+                came = [counted.place for block in outcome.blocks for counted in block.counted]
+                # An update has the arrays of the message, in as many bytes.
+                record["bytes"]["up"] += sum(sizes[place] for place in came)
+                self.history.notify("replies", count=len(came) + len(outcome.failed))
+        record["bytes"]["down"] += sum(sizes)
+        return blocks
+
+    def _updates(
+        self, outgoing: list[Message], record: dict[str, Any]
+    ) -> list[tuple[str, Message, checks.Reply]]:
+        """Each node's name, its reply, and what is in it; only of replies that count."""
+        updates: dict[str, checks.Reply] = {}
+        accepted: list[tuple[str, Message]] = []
+        replies = self._exchange("train", outgoing, record)
+        with _timed(record, "check"):
             for name, reply in replies:
                 with self._refusing("train", name, record):
-                    update = checks.check_update(
+                    updates[name] = checks.check_update(
                         reply, self.trainer.spec, self.averaged, self.weighted_by
                     )
-                    reply.content = update.for_strategy()
                     accepted.append((name, reply))
-                    updates[name] = update
             accepted = self._same_names("train", accepted, record)
-            if outgoing and not accepted:
-                raise RunError(
-                    f"Round {number}: none of {len(outgoing)} nodes gave a train reply that "
-                    "counts. The reasons stand above; the model of the round before is kept."
-                )
-            with self._hook("aggregate_train", number):
-                result, metrics = self.strategy.aggregate_train(number, [r for _, r in accepted])
-                if result is not None:
-                    masters = aggregate.from_strategy(result, self.trainer.spec)
-            if self.averaged and accepted:
-                counted = [updates[name] for name, _ in accepted]
-                statistics = aggregate.mean_statistics((u.statistics, u.weight) for u in counted)
-        record["train"] = {**(metrics or {}), "nodes": [name for name, _ in accepted]}
-        return _Model(masters, statistics)
+        self._require(len(accepted), outgoing, record)
+        return [(name, reply, updates[name]) for name, reply in accepted]
+
+    def _require(self, count: int, outgoing: list[Message], record: dict[str, Any]) -> None:
+        if outgoing and not count:
+            raise RunError(
+                f"Round {record['round']}: none of {len(outgoing)} nodes gave a train reply that "
+                "counts. The reasons stand above; the model of the round before is kept."
+            )
+
+    def _aggregate(
+        self, record: dict[str, Any], hook: Callable[[int], tuple]
+    ) -> tuple[ArrayRecord, dict[str, Any]]:
+        """The strategy's new masters, or the old ones if it gives none, and its metrics."""
+        with self._hook("aggregate_train", record["round"]):
+            masters, metrics = hook(record["round"])
+            if masters is None:
+                return self.model.masters, {**(metrics or {})}
+            return aggregate.from_strategy(masters, self.trainer.spec), {**(metrics or {})}
 
     def _evaluate(self, model: _Model, record: dict[str, Any]) -> None:
         number = record["round"]
@@ -199,19 +281,30 @@ class _Run:
                 if (node_id := message.metadata.dst_node_id) not in self.roster.nodes:
                     raise RunError(f"a message to node {node_id}, which has no part in the run")
             exchange.pack(outgoing, self.trainer.spec, statistics, config)
-        return outgoing
+        return sorted(outgoing, key=self._place)
+
+    def _place(self, message: Message) -> tuple[int, str]:
+        """Orders nodes as the roster does."""
+        node = self.roster.nodes[message.metadata.dst_node_id]
+        return node.partition, node.name
+
+    def _name(self, message: Message) -> str:
+        return self.roster.nodes[message.metadata.dst_node_id].name
+
+    def _begin(self, phase: str, outgoing: list[Message], record: dict[str, Any]) -> None:
+        fields = {"phase": phase, "round": record["round"], "of": self.settings.num_rounds}
+        self.history.notify("phase", **fields, nodes=len(outgoing))
 
     def _exchange(
         self, phase: str, outgoing: list[Message], record: dict[str, Any]
     ) -> list[tuple[str, Message]]:
-        """The replies, by name and in the roster's order; who has none is left out."""
-        fields = {"phase": phase, "round": record["round"], "of": self.settings.num_rounds}
-        self.history.notify("phase", **fields, nodes=len(outgoing))
+        """The replies, by name and in the messages' order; who has none is left out."""
+        self._begin(phase, outgoing, record)
         with _timed(record, phase):
             replies, missing, down, up = exchange.exchange(
                 self.grid,
                 outgoing,
-                {node.id: node.name for node in self.roster.nodes.values()},
+                {message.metadata.dst_node_id: self._name(message) for message in outgoing},
                 self.settings.round_timeout,
                 lambda name: self.history.notify("reply", node=name, phase=phase),
             )

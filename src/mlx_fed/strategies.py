@@ -9,9 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
 
 from . import randomness
+
+_NOBODY = 0
+"""The receiver of a message that is never sent."""
 
 
 def default(min_nodes: int | None = None) -> Strategy:
@@ -45,6 +49,38 @@ def least_nodes(strategy: Strategy) -> int:
     """The number of nodes that the strategy waits for."""
     names = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
     return max(1, *(int(attribute(strategy, name) or 1) for name in names))
+
+
+_LINEAR = tuple(kind.aggregate_train for kind in (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi))
+
+
+def is_linear(strategy: Strategy) -> bool:
+    """Whether the strategy needs no more of a round's updates than their weighted mean.
+
+    So it is with FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam and FedYogi, and with those of
+    one's own that leave their ``aggregate_train`` as it is.
+    """
+    return type(strategy).aggregate_train in _LINEAR
+
+
+def aggregate_mean(
+    strategy: Strategy, number: int, mean: RecordDict, metrics: list[RecordDict]
+) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    """Lets a linear strategy aggregate one reply, the mean, in place of all.
+
+    Args:
+        strategy (Strategy): One that :func:`is_linear`.
+        number (int): The round.
+        mean (RecordDict): What a client would reply that had the mean and all the weight.
+        metrics (list): Each client's metrics, for the strategy's ``train_metrics_aggr_fn``.
+    """
+    averaging: Any = strategy
+    function = averaging.train_metrics_aggr_fn
+    averaging.train_metrics_aggr_fn = lambda _, weighted_by: function(metrics, weighted_by)
+    try:
+        return strategy.aggregate_train(number, [Message(mean, _NOBODY, MessageType.TRAIN)])
+    finally:
+        averaging.train_metrics_aggr_fn = function
 
 
 def wants_same_names(strategy: Strategy) -> bool:

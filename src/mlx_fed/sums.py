@@ -9,12 +9,14 @@ bits, and only the sums have to be kept, however many clients there are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
-from .weights import Arrays
+from .weights import Arrays, Spec
 
 BLOCK = 16
 """Clients in a block."""
@@ -47,10 +49,36 @@ class Mean(NamedTuple):
     weight: float
     counted: list[Counted]
 
+    def as_reply(self, like: ArrayRecord, weighted_by: str) -> RecordDict:
+        """What a client would reply that had the mean and all the weight.
+
+        Args:
+            like (ArrayRecord): The masters before, whose order the mean's arrays take.
+            weighted_by (str): The metric that weighs.
+        """
+        arrays = {name: Array(self.parameters[name]) for name in like}
+        metrics = MetricRecord({weighted_by: self.weight})
+        return RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics})
+
+    def running_statistics(self, spec: Spec) -> Arrays:
+        """The mean statistics in the model's dtypes."""
+        return {
+            name: mx.array(self.statistics[name]).astype(getattr(mx, dtype))
+            for name, (_, dtype) in spec.items()
+        }
+
 
 def block_of(place: int) -> int:
     """The number of the block that a place belongs to."""
     return place // BLOCK
+
+
+def blocks(updates: Iterable[tuple[Counted, Arrays, Arrays]]) -> list[Block]:
+    """Sums updates that are in the order of their places, each block by itself."""
+    return [
+        sum_block(number, group)
+        for number, group in groupby(updates, lambda update: block_of(update[0].place))
+    ]
 
 
 def sum_block(number: int, updates: Iterable[tuple[Counted, Arrays, Arrays]]) -> Block:
@@ -71,12 +99,12 @@ def sum_block(number: int, updates: Iterable[tuple[Counted, Arrays, Arrays]]) ->
     return Block(number, parameters, statistics, counted)
 
 
-def mean(blocks: Sequence[Block]) -> Mean:
+def mean(parts: Sequence[Block]) -> Mean:
     """The mean over blocks, whose updates have the same names; blocks without any are skipped."""
     parameters: Sums = {}
     statistics: Sums = {}
     counted: list[Counted] = []
-    for block in sorted(blocks):
+    for block in sorted(parts, key=lambda block: block.number):
         for total, part in ((parameters, block.parameters), (statistics, block.statistics)):
             for name, array in part.items():
                 if name in total:

@@ -170,12 +170,12 @@ def _regroup(
     everyone = [place for places, _ in groups for place in places]
     whole = groups[0].at
     if len(groups) > 1:
-        whole = tree_map(lambda *parts: mx.concatenate(parts), *(at for _, at in groups))
-    regrouped = []
-    for kind, places in wanted.items():
-        index = mx.array([everyone.index(place) for place in places])
+        whole = tree_map(lambda *parts: mx.concatenate(list(parts)), *(at for _, at in groups))
+    regrouped: list[_Group] = []
+    for kind, chosen in wanted.items():
+        index = mx.array([everyone.index(place) for place in chosen])
         at = tree_map(lambda array, index=index: mx.take(array, index, axis=0), whole)
-        group = _Group(tuple(places), Client(*at))
+        group = _Group(tuple(chosen), Client(*at))
         (done if kind is None else regrouped).append(group)
     return regrouped
 

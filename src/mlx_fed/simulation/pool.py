@@ -113,10 +113,9 @@ class Pool:
                 for worker in range(self.size):
                     held = sum(at == worker for at, _ in at_work.values())
                     for _ in range(_AHEAD - held):
-                        span = _next(waiting, worker)
-                        if span is None:
+                        if (following := _next(waiting, worker)) is None:
                             break
-                        at_work[self._submit(worker, span)] = (worker, span)
+                        at_work[self._submit(worker, following)] = (worker, following)
                 if not at_work:
                     return
                 done, _ = wait(at_work, return_when=FIRST_COMPLETED)

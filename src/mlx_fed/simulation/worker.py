@@ -185,7 +185,7 @@ class Worker:
     ) -> Iterator[list[tuple[Seat, Data]]]:
         """Clients with about as many examples, so that they take their steps together."""
         together = [pair for pair in window if not callable(pair[1].train)]
-        together.sort(key=lambda pair: _num_examples(pair[1]))
+        together.sort(key=lambda pair: len(_examples(pair[1])[0]))
         size = self._chunk_size(phase, together[0][1]) if together else 1
         for start in range(0, len(together), size):
             yield together[start : start + size]
@@ -197,7 +197,7 @@ class Worker:
         why: Exception | None = None
         if self.batched is not None and len(chunk) > 1:
             members = [
-                Member(seat.client, tuple(data.train), self._statistics(phase, seat.client))
+                Member(seat.client, _examples(data), self._statistics(phase, seat.client))
                 for seat, data in chunk
             ]
             try:
@@ -271,9 +271,9 @@ class Worker:
         return max(1, min(_LARGEST_CHUNK[device], fits))
 
 
-def _num_examples(data: Data) -> int:
-    train: Any = data.train
-    return len(train[0])
+def _examples(data: Data) -> tuple[mx.array, ...]:
+    assert not callable(data.train), "streams are trained on one client after another"
+    return tuple(data.train)
 
 
 def _content(phase: Phase, update: Update) -> RecordDict:
