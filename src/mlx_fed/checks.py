@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -123,16 +123,15 @@ def check_metrics(message: Message, weighted_by: str) -> MetricRecord:
     return metrics
 
 
-def odd_names(replies: Sequence[tuple[str, Message]]) -> dict[str, str]:
+def odd_names(names: Mapping[str, frozenset[str]]) -> dict[str, str]:
     """Why replies do not count whose records or metrics are called otherwise than in most.
 
     Args:
-        replies (sequence): Pairs of a node's name and its reply.
+        names (dict): Of each node, by its name, what :func:`names_in` gives.
 
     Returns:
         dict: A reason for each such node, by name.
     """
-    names = {node: _names_in(reply) for node, reply in replies}
     odd: dict[str, str] = {}
     for usual, _ in Counter(names.values()).most_common(1):
         for node, own in names.items():
@@ -142,7 +141,11 @@ def odd_names(replies: Sequence[tuple[str, Message]]) -> dict[str, str]:
     return odd
 
 
-def _names_in(message: Message) -> frozenset[str]:
-    records = (*message.content.array_records, *message.content.metric_records)
-    metrics = {name for record in message.content.metric_records.values() for name in record}
-    return frozenset({f"record {n!r}" for n in records} | {f"metric {n!r}" for n in metrics})
+def names_in(content: RecordDict) -> frozenset[str]:
+    """What a reply's records and metrics are called; statistics are not a strategy's matter."""
+    records = (*content.array_records, *content.metric_records)
+    metrics = {name for record in content.metric_records.values() for name in record}
+    return frozenset(
+        {f"record {n!r}" for n in records if n != messages.STATISTICS}
+        | {f"metric {n!r}" for n in metrics}
+    )

@@ -37,6 +37,22 @@ Settings = Annotated[
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Allow unencrypted connections beyond this machine.")
 ]
+StrategyName = Annotated[
+    str, typer.Option(help="A Flower strategy's name, or MODULE:STRATEGY of your own.")
+]
+StrategyOptions = Annotated[
+    list[str] | None,
+    typer.Option("--strategy-option", "-s", metavar="KEY=VALUE", help="Its arguments."),
+]
+TestName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="Gives held-out examples of the server's own (see the docs).",
+    ),
+]
+RunName = Annotated[str | None, typer.Option(help="The run's name.", show_default="the time")]
+RunsFolder = Annotated[Path, typer.Option(help="Where runs are kept.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the other side.")]
 
 
@@ -59,13 +75,8 @@ def serve(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds to train.", show_default="the task's, or 3")
     ] = None,
-    strategy: Annotated[
-        str, typer.Option(help="A Flower strategy's name, or MODULE:STRATEGY of your own.")
-    ] = "FedAvg",
-    strategy_option: Annotated[
-        list[str] | None,
-        typer.Option("--strategy-option", "-s", metavar="KEY=VALUE", help="Its arguments."),
-    ] = None,
+    strategy: StrategyName = "FedAvg",
+    strategy_option: StrategyOptions = None,
     min_nodes: Annotated[int, typer.Option(min=1, help="Nodes that a round needs.")] = 2,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
@@ -73,11 +84,10 @@ def serve(
     wait: Wait = 600.0,
     round_timeout: Annotated[float, typer.Option(help="Seconds that a phase may take.")] = 3600.0,
     seed: int = 0,
-    name: Annotated[
-        str | None, typer.Option(help="The run's name.", show_default="the time")
-    ] = None,
-    runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+    name: RunName = None,
+    runs: RunsFolder = Path("runs"),
     gpu: Annotated[bool, typer.Option("--gpu", help="Aggregate on the GPU.")] = False,
+    test: TestName = None,
     config: Settings = None,
 ) -> None:
     """Serve a federation: wait for nodes, train, save the model."""
@@ -100,6 +110,7 @@ def serve(
             runs=runs,
             device="gpu" if gpu else "cpu",
             config=settings,
+            test=find_test(test, settings) if test else None,
         )
 
 
@@ -169,6 +180,84 @@ def partitions(
 
 
 @app.command()
+def simulate(
+    task: TaskName,
+    clients: Annotated[int, typer.Option(min=1, help="Clients that there are.")] = 100,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds to train.", show_default="the task's, or 3")
+    ] = None,
+    fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of clients that train in a round.")
+    ] = 1.0,
+    fraction_evaluate: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of clients that evaluate after it.")
+    ] = 1.0,
+    strategy: StrategyName = "FedAvg",
+    strategy_option: StrategyOptions = None,
+    test: TestName = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes; 0 is none but this.", show_default="one a core"),
+    ] = None,
+    chunk_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Clients that train at once.", show_default="what fits"),
+    ] = None,
+    batched: Annotated[
+        bool, typer.Option(help="Train clients many at once where that is possible.")
+    ] = True,
+    failure_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of messages that go unanswered.")
+    ] = 0.0,
+    hostile: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of clients that attack.")
+    ] = 0.0,
+    attack: Annotated[str, typer.Option(help="sign-flip, scale or label-flip.")] = "sign-flip",
+    num_classes: Annotated[
+        int | None, typer.Option(min=2, help="Labels that there are, for label-flip.")
+    ] = None,
+    seed: int = 0,
+    name: RunName = None,
+    runs: RunsFolder = Path("runs"),
+    gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
+    config: Settings = None,
+) -> None:
+    """Simulate a whole federation on this machine."""
+    with errors_as_messages():
+        settings = parse_settings(config)
+        from .simulation.faults import Faults
+        from .simulation.simulate import simulate
+
+        options = {
+            "fraction-train": fraction,
+            "fraction-evaluate": fraction_evaluate,
+            **parse_settings(strategy_option),
+        }
+        found = find_task(task)
+        simulate(
+            found,
+            find_strategy(strategy, 1, options),
+            clients,
+            rounds,
+            batched=batched,
+            chunk_size=chunk_size,
+            workers=workers,
+            faults=Faults(
+                failure_rate=failure_rate,
+                hostile=hostile,
+                attack=attack,
+                num_classes=num_classes,
+            ),
+            seed=seed,
+            name=name,
+            runs=runs,
+            device="gpu" if gpu else "cpu",
+            config=settings,
+            test=find_test(test, settings) if test else None,
+        )
+
+
+@app.command()
 def init(
     name: Annotated[str, typer.Argument(help="The app's name: a Python module's.")],
 ) -> None:
@@ -232,6 +321,15 @@ def find_strategy(name: str, min_nodes: int, options: dict[str, Any]) -> Strateg
     if not isinstance(strategy, flower.Strategy):
         raise FedError(f"{name!r} gave a {type(strategy).__name__}, not a Flower strategy.")
     return strategy
+
+
+def find_test(name: str, config: dict[str, Any]) -> Any:
+    """The held-out examples that ``module:function`` gives for the settings.
+
+    Raises:
+        FedError: If there is no such function.
+    """
+    return _find(name, "a function that gives test examples", "examples.mnist:central_test")(config)
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:

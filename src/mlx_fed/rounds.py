@@ -136,12 +136,7 @@ class _Run:
         }
         model = self._train(record)
         self._evaluate(model, record)
-        if self.settings.evaluate_fn:
-            with _timed(record, "central"):
-                central = self.settings.evaluate_fn(
-                    number, self._parameters(model), model.statistics
-                )
-            record["central"] = dict(central or {})
+        self._evaluate_centrally(model, record)
         self.history.add_round(record)
         return model
 
@@ -267,6 +262,20 @@ class _Run:
                 metrics = self.strategy.aggregate_evaluate(number, [r for _, r in accepted])
         record["evaluate"] = {**(metrics or {}), "nodes": [name for name, _ in accepted]}
 
+    def _evaluate_centrally(self, model: _Model, record: dict[str, Any]) -> None:
+        """What the server itself sees of the model."""
+        test, evaluate = self.settings.test, self.settings.evaluate_fn
+        if test is None and evaluate is None:
+            return
+        with _timed(record, "central"):
+            parameters, metrics = self._parameters(model), {}
+            if test is not None:
+                metrics |= self.trainer.evaluate(parameters, model.statistics, test)
+                del metrics["num-examples"]
+            if evaluate is not None:
+                metrics |= evaluate(record["round"], parameters, model.statistics) or {}
+        record["central"] = metrics
+
     def _configure(self, phase: str, model: _Model, record: dict[str, Any]) -> list[Message]:
         """The strategy's messages, as they travel."""
         number = record["round"]
@@ -320,7 +329,7 @@ class _Run:
         """Those with the names of most: FedAvg and its kin would end the run over others."""
         if not strategies.wants_same_names(self.strategy):
             return accepted
-        odd = checks.odd_names(accepted)
+        odd = checks.odd_names({name: checks.names_in(r.content) for name, r in accepted})
         for name, reason in odd.items():
             self._refuse(phase, name, reason, record)
         return [(name, reply) for name, reply in accepted if name not in odd]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,10 @@ class Settings:
         wait (float): Seconds to wait for them. Default: ``600``.
         round_timeout (float): Seconds a phase may take; later replies are dropped.
             Default: ``3600``.
+        test (tuple, optional): Held-out examples of the server's own, as ``Data.test``: the
+            task's loss and metrics of the global model on them are recorded each round.
         evaluate_fn (callable, optional): ``evaluate_fn(round, parameters, statistics)`` returns
-            metrics of the global model on data of the server's own.
+            other metrics of the global model.
     """
 
     num_rounds: int = 3
@@ -34,8 +36,13 @@ class Settings:
     min_nodes: int | None = None
     wait: float = 600.0
     round_timeout: float = 3600.0
+    test: Sequence[Any] | None = None
     evaluate_fn: EvaluateFn | None = None
 
     def for_the_record(self) -> dict[str, Any]:
         """The settings as plain values."""
-        return {**vars(self), "evaluate_fn": self.evaluate_fn is not None}
+        return {
+            **vars(self),
+            "test": None if self.test is None else len(self.test[0]),
+            "evaluate_fn": self.evaluate_fn is not None,
+        }
