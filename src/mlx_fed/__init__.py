@@ -42,6 +42,7 @@ _LATE = {
 }
 
 devices.load_fast_blas()
+devices.require_backend()
 
 
 def __getattr__(name: str) -> Any:
