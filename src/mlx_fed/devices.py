@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import importlib
 import importlib.util
 import os
 import sys
@@ -83,12 +84,12 @@ def require_backend() -> None:
     """
     if sys.platform != "linux":
         return
-    mlx = importlib.util.find_spec("mlx")
-    folders = mlx.submodule_search_locations if mlx else None
+    spec = importlib.util.find_spec("mlx")
+    folders = spec.submodule_search_locations if spec else None
     if any(Path(folder, "lib", "libmlx.so").exists() for folder in folders or ()):
         return
     try:
-        import mlx.core  # noqa: F401 - one built otherwise is as good
+        importlib.import_module("mlx.core")  # one that was built otherwise is as good
     except ImportError as error:
         raise ImportError(
             f"MLX has no backend here ({error}). On Linux, install mlx-fed with one of its extras "
