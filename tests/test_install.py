@@ -135,7 +135,7 @@ def test_uv(clone, bare):
 
 def test_poetry(clone, bare, tmp_path):
     poetry = shutil.which("poetry") or pytest.skip("needs Poetry on PATH: pipx install poetry")
-    if not has_json("https://pypi.org/pypi/flwr/json"):
+    if not has_json("https://pypi.org/pypi/flwr/1.41.0/json"):
         index = index_of_pip(make_venv(tmp_path), bare)
         source = f'name = "index"\nurl = "{index}"\npriority = "primary"'
         with (clone / "pyproject.toml").open("a") as pyproject:
@@ -148,7 +148,7 @@ def test_poetry(clone, bare, tmp_path):
 
 
 def has_json(url: str) -> bool:
-    """Poetry asks PyPI's JSON; a mirror may have the simple index alone, which pip asks."""
+    """Poetry asks PyPI for the JSON of each version, which a mirror for pip may lack."""
     try:
         with urllib.request.urlopen(url, timeout=20) as answer:
             return answer.status == 200
