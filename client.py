@@ -16,7 +16,9 @@ def main(
     dataset: Annotated[str, typer.Option(help="digits, mnist, or a folder of parquet.")] = "digits",
     num_partitions: Annotated[int, typer.Option(min=1, help="Parts that the data has.")] = 3,
     partitioner: Annotated[str, typer.Option(help="iid or dirichlet.")] = "iid",
-    insecure: Annotated[bool, typer.Option("--insecure")] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow unencrypted connections beyond this machine.")
+    ] = False,
     wait: Annotated[float, typer.Option(help="Seconds to wait for the server.")] = 600.0,
 ) -> None:
     """Train on this client's digits until the server's run is over."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing, then trains MNIST on this machine: a server and two clients.
 set -euo pipefail
-cd "$(dirname "$0")"
-source ./setup.sh
-setup requirements.txt
-exec .venv/bin/python run.py "$@"
+here=$(cd "$(dirname "$0")" && pwd)
+source "$here/setup.sh"
+(cd "$here" && setup requirements.txt)
+exec "$here/.venv/bin/python" "$here/run.py" "$@"

@@ -1,30 +1,41 @@
 """The server of the MNIST example: start it, then two clients or more."""
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from examples.mnist import task
+from examples.mnist.mnist import settings
 from mlx_fed import serve
 from mlx_fed.cli import errors_as_messages, find_strategy
 
 
 def main(
-    rounds: Annotated[int | None, typer.Option(min=1, show_default="the dataset's")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds to train.", show_default="the dataset's")
+    ] = None,
     dataset: Annotated[str, typer.Option(help="digits, mnist, or a folder of parquet.")] = "digits",
     min_clients: Annotated[int, typer.Option(min=1, help="Clients that a round needs.")] = 2,
     strategy: Annotated[str, typer.Option(help="One of Flower's strategies.")] = "FedAvg",
-    host: str = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
-    insecure: Annotated[bool, typer.Option("--insecure")] = False,
-    seed: int = 0,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow unencrypted connections beyond this machine.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     name: Annotated[
         str | None, typer.Option(help="The run's name.", show_default="the time")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
 ) -> None:
     """Serve the MNIST example to clients, and save the model that they train."""
+    # To be ended is to end cleanly: nodes are told, and the terminal is left as it was.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    chosen = settings(dataset) | ({"num-rounds": rounds} if rounds else {})
+    typer.echo(f"{dataset}: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
     with errors_as_messages():
         serve(
             task,

@@ -16,12 +16,15 @@ find_python() {
 # setup REQUIREMENTS ...
 setup() {
   local python stamp files=("$@" pyproject.toml)
-  stamp=".venv/installed-$(cat "${files[@]}" | cksum | tr ' ' '-')"
-  [ -e "$stamp" ] && return
-  if [ ! -x .venv/bin/python ]; then
+  # The folder counts as well: what is installed points to it.
+  stamp=".venv/installed-$( (cat "${files[@]}" && pwd) | cksum | tr ' ' '-')"
+  [ -e "$stamp" ] && [ -x .venv/bin/python ] && return
+  # uv leaves pip out, and so does a set-up that was interrupted; both can be mended.
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1 &&
+    ! .venv/bin/python -m ensurepip >/dev/null 2>&1; then
     python=$(find_python)
     echo "Making .venv with $("$python" --version)"
-    "$python" -m venv .venv
+    "$python" -m venv --clear .venv
   fi
   echo "Installing from $* (once; a minute or two)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \

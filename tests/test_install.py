@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -40,13 +43,13 @@ def run(clone: Path, env: dict[str, str], *command: str) -> str:
     return done.stdout
 
 
-def make_venv(clone: Path) -> str:
-    subprocess.run([sys.executable, "-m", "venv", str(clone / ".venv")], check=True)
-    return str(clone / ".venv" / "bin" / "python")
+def make_venv(folder: Path) -> str:
+    subprocess.run([sys.executable, "-m", "venv", str(folder / ".venv")], check=True)
+    return str(folder / ".venv" / "bin" / "python")
 
 
 def check(clone: Path, env: dict[str, str], python: str) -> None:
-    """What was installed serves and joins: one round of the new app, in its own processes."""
+    """What was installed is all that the example needs, MLX's backend and the digits included."""
     run(clone, env, python, "-c", "import flwr, mlx_fed; mlx_fed.Task; mlx_fed.serve")
     run(clone, env, python, "-m", "mlx_fed", "--version")
     script = "from examples.mnist import task; print(len(task({}).data(0, 3).train[0]))"
@@ -62,6 +65,33 @@ def test_run_sh(clone, bare):
     assert "Installing" not in again
 
 
+def test_test_sh(clone, bare):
+    """In a folder with a space in its name, and from another than the repository's."""
+    spaced = clone.rename(clone.parent / "a new folder")
+    out = run(spaced.parent, bare, str(spaced / "test.sh"), "tests/test_randomness.py")
+    assert "Making .venv" in out
+    assert " passed" in out
+
+
+def test_run_sh_after_uv(clone, bare):
+    """uv makes an environment without pip; it is kept, and mended."""
+    uv = shutil.which("uv") or pytest.skip("needs uv")
+    run(clone, bare, uv, "venv", "-q", "--python", sys.executable, ".venv")
+    out = run(clone, bare, "./run.sh", "--help")
+    assert "Making .venv" not in out
+    assert "--clients" in out
+
+
+def test_run_sh_without_a_python(clone, bare, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for command in ("bash", "cat", "cksum", "dirname", "tr"):
+        (tmp_path / "bin" / command).symlink_to(shutil.which(command))
+    env = {**bare, "PATH": str(tmp_path / "bin")}
+    done = subprocess.run(["./run.sh"], cwd=clone, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "Python 3.11 or newer is needed: https://www.python.org/downloads/\n"
+
+
 def test_pip_with_requirements(clone, bare):
     python = make_venv(clone)
     run(clone, bare, python, "-m", "pip", "install", "-q", "-r", "requirements.txt")
@@ -72,6 +102,18 @@ def test_pip_with_extras(clone, bare):
     python = make_venv(clone)
     run(clone, bare, python, "-m", "pip", "install", "-q", "-e", ".[cpu,digits]")
     check(clone, bare, python)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX needs no extra")
+def test_without_an_extra_the_error_names_them(clone, bare):
+    python = make_venv(clone)
+    run(clone, bare, python, "-m", "pip", "install", "-q", "-e", ".")
+    command = [python, "client.py", "--node-id", "0"]
+    done = subprocess.run(command, cwd=clone, env=bare, capture_output=True, text=True)
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("ImportError: MLX has no backend here")
+    assert 'pip install -e ".[cpu,digits]"' in said
 
 
 def test_a_wheel_has_all_it_needs(clone, bare, tmp_path):
@@ -91,9 +133,31 @@ def test_uv(clone, bare):
     check(clone, bare, str(clone / ".venv" / "bin" / "python"))
 
 
-def test_poetry(clone, bare):
-    poetry = shutil.which("poetry") or pytest.skip("needs Poetry")
+def test_poetry(clone, bare, tmp_path):
+    poetry = shutil.which("poetry") or pytest.skip("needs Poetry on PATH: pipx install poetry")
+    if not has_json("https://pypi.org/pypi/flwr/1.41.0/json"):
+        index = index_of_pip(make_venv(tmp_path), bare)
+        source = f'name = "index"\nurl = "{index}"\npriority = "primary"'
+        with (clone / "pyproject.toml").open("a") as pyproject:
+            pyproject.write(f"\n[[tool.poetry.source]]\n{source}\n")
     env = {**bare, "POETRY_VIRTUALENVS_IN_PROJECT": "true"}
-    run(clone, env, poetry, "install", "--no-interaction", "--extras", "cpu digits")
+    run(clone, env, poetry, "install", "--no-interaction")
     run(clone, env, poetry, "run", "python3", "-c", "import flwr")
+    run(clone, env, poetry, "install", "--no-interaction", "--extras", "cpu digits")
     check(clone, env, str(clone / ".venv" / "bin" / "python"))
+
+
+def has_json(url: str) -> bool:
+    """Poetry asks PyPI for the JSON of each version, which a mirror for pip may lack."""
+    try:
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            return answer.status == 200
+    except urllib.error.URLError:
+        return False
+
+
+def index_of_pip(python: str, env: dict[str, str]) -> str:
+    """The package index that pip is configured with, or PyPI's."""
+    listed = run(Path.cwd(), env, python, "-m", "pip", "config", "list")
+    found = re.search(r"\.index-url='([^']+)'", listed)
+    return found.group(1) if found else "https://pypi.org/simple/"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import re
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,8 @@ import pytest
 
 from examples.mnist.mnist import task
 from mlx_fed.training import Trainer
+
+ROOT = Path(__file__).parent.parent
 
 
 def free_port() -> int:
@@ -103,3 +109,37 @@ def test_unequal_partitions_train_too(start, tmp_path):
     run = start("run.py", "--port", free_port(), "--runs", tmp_path / "runs", *options)
     assert run.ends(100) == 0, run.text
     assert len(last_round(tmp_path / "runs")["train"]["nodes"]) == 3
+
+
+def ctrl_c(master: int, pid: int) -> tuple[int, str]:
+    """Presses Ctrl-C in the terminal of a process; its exit code and all that it showed."""
+    os.write(master, b"\x03")
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that the other side has closed
+        while chunk := os.read(master, 4096):
+            shown += chunk
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode()
+
+
+@pytest.mark.parametrize("moment", ["digits: ", "round 2 "])
+def test_ctrl_c_ends_a_run_without_a_traceback(moment, tmp_path):
+    """While its processes are still importing, and in the midst of training."""
+    options = ["--port", str(free_port()), "--runs", str(tmp_path), "--rounds", "10000"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, str(ROOT / "run.py"), *options], environment)
+    before = ""
+    while moment not in before:
+        before += os.read(master, 4096).decode(errors="replace")
+    code, shown = ctrl_c(master, pid)
+    assert code == 130
+    assert "Traceback" not in before + shown
+    assert shown.splitlines()[-1].endswith("Interrupted.")
+    assert shown.count("\x1b[?25l") <= shown.count("\x1b[?25h")  # the cursor is back
+
+
+def test_run_says_that_clients_are_more_than_parts(start):
+    run = start("run.py", "--clients", 3, "--num-partitions", 2)
+    assert run.ends() == 1
+    assert "--num-partitions 2 is too few" in run.text

@@ -48,6 +48,7 @@ _LATE = {
 }
 
 devices.load_fast_blas()
+devices.require_backend()
 
 
 def __getattr__(name: str) -> Any:

@@ -299,6 +299,9 @@ def find_strategy(name: str, min_nodes: int, options: dict[str, Any]) -> Strateg
     """
     import flwr.serverapp.strategy as flower
 
+    from .progress import quiet_flower
+
+    quiet_flower()
     if ":" in name:
         made = _find(name, "a strategy", "my_app:strategy")
     else:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import importlib
+import importlib.util
 import os
 import sys
 import warnings
@@ -70,8 +72,30 @@ def load_fast_blas() -> Blas:
             return Blas(f"OpenBLAS ({path})")
     if any("libgfortran" in failure for failure in failures):
         return Blas("reference BLAS", "OpenBLAS needs libgfortran5: apt install libgfortran5")
-    hint = failures[0] if failures else 'OpenBLAS is not installed: pip install "mlx-fed[cpu]"'
+    hint = failures[0] if failures else "OpenBLAS is not installed: mlx-fed's extra cpu brings it"
     return Blas("reference BLAS", hint)
+
+
+def require_backend() -> None:
+    """Says what to install where MLX's own part is missing, as it is on Linux without an extra.
+
+    Raises:
+        ImportError: If MLX cannot be imported.
+    """
+    if sys.platform != "linux":
+        return
+    spec = importlib.util.find_spec("mlx")
+    folders = spec.submodule_search_locations if spec else None
+    if any(Path(folder, "lib", "libmlx.so").exists() for folder in folders or ()):
+        return
+    try:
+        importlib.import_module("mlx.core")  # one that was built otherwise is as good
+    except ImportError as error:
+        raise ImportError(
+            f"MLX has no backend here ({error}). On Linux, install mlx-fed with one of its extras "
+            'cpu, cuda12 and cuda13: pip install -e ".[cpu,digits]" in its repository, or '
+            'poetry install --extras "cpu digits", or uv sync --extra cpu --extra digits.'
+        ) from error
 
 
 def use(device: str | None) -> str:
@@ -89,7 +113,7 @@ def use(device: str | None) -> str:
         remedy = (
             "Metal needs Apple silicon and a native Python"
             if sys.platform == "darwin"
-            else 'for CUDA, pip install "mlx-fed[cuda12]" or "mlx-fed[cuda13]"'
+            else "for CUDA, install mlx-fed with its extra cuda12 or cuda13 in place of cpu"
         )
         raise DeviceError(f"MLX has no GPU here ({remedy}). Without --gpu it uses the CPU.")
     if device is not None:

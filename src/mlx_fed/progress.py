@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 _STYLES = {
@@ -77,9 +78,19 @@ class ServerProgress:
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
-        self.status = self.console.status("") if self.console.is_terminal else None
+        self.bar = Progress(
+            SpinnerColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}", style="cyan", markup=False),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=None)
         self.phase: dict[str, Any] = {}
         self.replies = 0
+        self.rounds: list[dict[str, Any]] = []
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         if event == "phase":
@@ -88,27 +99,33 @@ class ServerProgress:
             self.replies += 1
         elif event == "replies":
             self.replies += fields["count"]
+        elif event == "round":
+            self.rounds.append(fields)
+            fields = {**fields, "of": self.phase.get("of", 0)}
+        elif event == "finished":
+            self.close()
+            if line := _summary(self.rounds):
+                _print(self.console, line, "bold")
         if event in ("phase", "reply", "replies"):
+            done, of = self.phase["round"] - 1, self.phase["of"]
             self._show(
-                f"round {self.phase['round']}/{self.phase['of']}  {self.phase['phase']}  "
-                f"{self.replies} of {self.phase['nodes']} nodes"
+                f"round {done + 1}/{of}  {self.phase['phase']}  "
+                f"{self.replies} of {self.phase['nodes']} nodes",
+                done,
+                of,
             )
-        elif event == "waiting" and self.status is not None:
+        elif event == "waiting" and not self.bar.disable:
             self._show(server_line(event, fields))
         elif line := server_line(event, fields):
-            if event == "finished":
-                self.close()
             _print(self.console, line, _STYLES.get(event, ""))
 
-    def _show(self, text: str) -> None:
-        if self.status is not None:
-            self.status.update(Text(text, style="cyan"))
-            self.status.start()
+    def _show(self, text: str, done: int | None = None, of: int | None = None) -> None:
+        self.bar.update(self.task, description=text, completed=done, total=of)
+        self.bar.start()
 
     def close(self) -> None:
         """Takes the live line off the terminal."""
-        if self.status is not None:
-            self.status.stop()
+        self.bar.stop()
 
 
 def node_progress(console: Console | None = None) -> Callable[..., None]:
@@ -134,13 +151,26 @@ def _print(console: Console, line: str, style: str) -> None:
 
 
 def _round_line(record: dict[str, Any]) -> str:
-    parts = [f"round {record['round']}"]
-    if "loss" in record["train"]:
-        parts.append(f"train loss {record['train']['loss']:.4f}")
-    parts += _floats(record["evaluate"])
-    parts += [f"central {metric}" for metric in _floats(record.get("central", {}))]
-    parts.append(f"{sum(record['seconds'].values()):.2f} s")
-    return "   ".join(parts)
+    # As wide as the last round's, so that the figures stand below each other.
+    number = f"round {record['round']}".ljust(len(f"round {record.get('of', 0)}"))
+    figures = [f"{name} {value:.4f}" for name, value in _figures(record).items()]
+    return "   ".join([number, *figures, f"{sum(record['seconds'].values()):.2f} s"])
+
+
+def _summary(rounds: list[dict[str, Any]]) -> str:
+    """What the rounds changed; empty where there is nothing to compare."""
+    if len(rounds) < 2:
+        return ""
+    first, last = _figures(rounds[0]), _figures(rounds[-1])
+    changes = [f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in last if name in first]
+    return f"In {len(rounds)} rounds: {', '.join(changes)}" if changes else ""
+
+
+def _figures(record: dict[str, Any]) -> dict[str, float]:
+    """A round's losses and metrics, by the names that they are shown with."""
+    named = {"train loss": record["train"].get("loss")} | record["evaluate"]
+    named |= {f"central {name}": value for name, value in record.get("central", {}).items()}
+    return {name: value for name, value in named.items() if isinstance(value, float)}
 
 
 def _floats(metrics: dict[str, Any]) -> list[str]:

@@ -268,7 +268,8 @@ class _Run:
         if test is None and evaluate is None:
             return
         with _timed(record, "central"):
-            parameters, metrics = self._parameters(model), {}
+            parameters = self._parameters(model)
+            metrics: dict[str, Any] = {}
             if test is not None:
                 metrics |= self.trainer.evaluate(parameters, model.statistics, test)
                 del metrics["num-examples"]

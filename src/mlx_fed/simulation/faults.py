@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import mlx.core as mx
 import numpy as np
 
 from .. import randomness
+from ..errors import FedError
 from ..task import Data
 from ..training import Update
 from ..weights import Arrays
+
+
+class FaultsError(FedError, ValueError):
+    """Faults that cannot be."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Faults:
     failure_rate: float = 0.0
     mean_delay: float = 0.0
     hostile: float = 0.0
-    attack: Literal["label-flip", "sign-flip", "scale"] = "sign-flip"
+    attack: str = "sign-flip"
     scale: float | None = None
     num_classes: int | None = None
 
@@ -45,15 +49,15 @@ class Faults:
         for name in ("failure_rate", "hostile"):
             share = getattr(self, name)
             if not 0 <= share <= 1:
-                raise ValueError(f"Faults.{name} is a share between 0 and 1, not {share}.")
+                raise FaultsError(f"Faults.{name} is a share between 0 and 1, not {share}.")
         if self.mean_delay < 0:
-            raise ValueError(f"Faults.mean_delay is in seconds, 0 or more, not {self.mean_delay}.")
+            raise FaultsError(f"Faults.mean_delay is in seconds, 0 or more, not {self.mean_delay}.")
         if self.attack not in ("label-flip", "sign-flip", "scale"):
-            raise ValueError(
+            raise FaultsError(
                 f'Faults.attack is "label-flip", "sign-flip" or "scale", not {self.attack!r}.'
             )
         if self.hostile and self.attack == "label-flip" and not self.num_classes:
-            raise ValueError('Faults.attack = "label-flip" needs num_classes.')
+            raise FaultsError('Faults.attack = "label-flip" needs num_classes.')
 
     def why_silent(self, moment: tuple[int, int, int], phase: str, timeout: float) -> str | None:
         """Why a client's reply does not come in this phase, or None if it does."""

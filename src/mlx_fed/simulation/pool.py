@@ -59,7 +59,7 @@ class InProcess:
         for request, seats in spans:
             yield self.worker.work(process.read_request(request), seats)
 
-    def close(self) -> None:
+    def close(self, at_once: bool) -> None:
         """Nothing has to be ended."""
 
 
@@ -159,10 +159,10 @@ class Pool:
         self._processes[worker].shutdown(wait=False, kill_workers=True)
         self._processes[worker] = self._new_process()
 
-    def close(self) -> None:
-        """Ends the processes at once, whatever they are at."""
+    def close(self, at_once: bool) -> None:
+        """Ends the processes: ``at_once`` whatever they are at, or when they have nothing to do."""
         for executor in self._processes:
-            executor.shutdown(wait=True, kill_workers=True)
+            executor.shutdown(wait=True, kill_workers=at_once)
 
 
 def _next(waiting: list[deque[Span]], worker: int) -> Span | None:

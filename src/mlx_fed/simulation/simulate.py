@@ -118,5 +118,7 @@ def _pool(job: Job, workers: int | None, device: str | None) -> Iterator[Pool | 
     pool = Pool(job, size, device) if size else InProcess(job)
     try:
         yield pool
-    finally:
-        pool.close()
+    except BaseException:
+        pool.close(at_once=True)
+        raise
+    pool.close(at_once=False)

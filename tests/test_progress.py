@@ -1,0 +1,64 @@
+"""What a run looks like, in a terminal and in a file."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from mlx_fed.progress import ServerProgress
+
+
+def record(number: int, loss: float, accuracy: float) -> dict:
+    return {
+        "round": number,
+        "train": {"loss": 2 * loss, "nodes": ["node-0"]},
+        "evaluate": {"loss": loss, "accuracy": accuracy},
+        "seconds": {"train": 0.25, "evaluate": 0.25},
+    }
+
+
+def show(progress: ServerProgress, rounds: int) -> None:
+    progress("serving", {"address": "127.0.0.1:8080", "insecure": False})
+    progress("waiting", {"nodes": 0, "needed": 1})
+    progress("joined", {"node": "[red]node-0", "nodes": 1})
+    for number in range(1, rounds + 1):
+        for phase in ("train", "evaluate"):
+            progress("phase", {"phase": phase, "round": number, "of": rounds, "nodes": 1})
+            progress("reply", {"node": "[red]node-0", "phase": phase})
+        progress("round", record(number, 1 / number, 1 - 0.5 / number))
+    progress("finished", {"seconds": 12.34, "model": "runs/one/model.safetensors"})
+
+
+def test_a_file_gets_plain_lines_and_a_summary():
+    written = io.StringIO()
+    show(ServerProgress(Console(file=written, highlight=False, width=60)), rounds=10)
+    lines = written.getvalue().splitlines()
+    assert lines[:4] == [
+        "Server ready on 127.0.0.1:8080",
+        "Waiting for nodes: 0 of 1",
+        "[red]node-0 joined (1 in all)",
+        "round 1    train loss 2.0000   loss 1.0000   accuracy 0.5000   0.50 s",
+    ]
+    assert lines[-3:] == [
+        "round 10   train loss 0.2000   loss 0.1000   accuracy 0.9500   0.50 s",
+        "In 10 rounds: train loss 2.0000 -> 0.2000, loss 1.0000 -> 0.1000, "
+        "accuracy 0.5000 -> 0.9500",
+        "Finished in 12.3 s. The model: runs/one/model.safetensors",
+    ]
+    assert len(lines) == 15
+
+
+def test_one_round_has_nothing_to_compare():
+    written = io.StringIO()
+    show(ServerProgress(Console(file=written, highlight=False)), rounds=1)
+    assert "In 1 rounds" not in written.getvalue()
+
+
+def test_a_terminal_has_a_live_line_which_is_gone_in_the_end():
+    written = io.StringIO()
+    show(ServerProgress(Console(file=written, force_terminal=True, width=100)), rounds=2)
+    shown = written.getvalue()
+    assert "Waiting for nodes: 0 of 1" in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is back
+    assert "The model: runs/one/model.safetensors" in shown.split("\x1b[?25h")[1]
