@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from examples.mnist import task
-from mlx_fed import serve
 from mlx_fed.cli import errors_as_messages, find_strategy
 
 
@@ -26,6 +24,9 @@ def main(
 ) -> None:
     """Serve the MNIST example to clients, and save the model that they train."""
     with errors_as_messages():
+        from examples.mnist import task
+        from mlx_fed import serve
+
         serve(
             task,
             find_strategy(strategy, min_clients, {}),

@@ -424,6 +424,20 @@ def test_a_reply_that_cannot_be_read_counts_as_an_error(fleet, sent):
         assert "the reply cannot be read" in answer.error.reason
 
 
+def test_another_run_is_forbidden(fleet):
+    node = fleet.node()
+    for send in (node._transport.PullObject, node._transport.PushObject):
+        request = {
+            "PullObject": message_pb2.PullObjectRequest,
+            "PushObject": message_pb2.PushObjectRequest,
+        }[send.__name__]
+        with pytest.raises(Refused) as refusal:
+            send(request(node=node._node, run_id=1, object_id="0" * 64))
+        assert refusal.value.status == 403
+    node._run_id = 1
+    assert not node.run_has_ended(), "a run of another server says nothing about this one's"
+
+
 def test_flowers_own_client_speaks_with_our_routes(fleet):
     from flwr.supercore.inflatable.inflatable_object import (
         get_all_nested_objects,

@@ -13,11 +13,7 @@ import pytest
 from examples.mnist.mnist import task
 from mlx_fed.training import Trainer
 
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+from .conftest import free_port
 
 
 def last_round(runs: Path) -> dict:

@@ -53,8 +53,8 @@ def node_line(event: str, fields: dict[str, Any]) -> str:
             return f"Data ready (node id {fields['partition']}), computing on {fields['device']}"
         case "waiting":
             return (
-                f"No server at {fields['server']} yet ({fields['reason']}): trying again "
-                f"for {fields['wait']:.0f} seconds"
+                f"No server at {fields['server']} yet: trying again "
+                f"for {fields['wait']:.0f} seconds ({fields['reason']})"
             )
         case "joined":
             return f"Joined {fields['server']}"

@@ -17,7 +17,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2, run_pb2
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
-from flwr.supercore.error import FlowerError
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -202,6 +202,7 @@ class FleetClient:
         self.node_id = self._transport.ActivateNode(request).node_id
         self._transport.close()
         self._transport.timeout = _TIMEOUT
+        self._held, self._run_id = {}, None  # a server that was started again has another run
 
     def beat(self) -> None:
         """Tells the server that this node is there; one of ours holds the request for seconds.
@@ -287,7 +288,7 @@ class FleetClient:
         try:
             self._transport.GetRun(run_pb2.GetRunRequest(node=self._node, run_id=self._run_id))
         except Refused as refusal:
-            return refusal.status == http.client.FORBIDDEN
+            return refusal.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED
         return False
 
     def _pull_object(self, run_id: int, object_id: str) -> bytes:

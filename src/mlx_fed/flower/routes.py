@@ -98,8 +98,10 @@ class FleetRoutes:
         except DecodeError as error:
             raise FlowerError(ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, str(error)) from error
         self._authenticate(headers, request)
+        if getattr(request, "run_id", self.link.run_id) != self.link.run_id:
+            raise HTTPException(HTTPStatus.FORBIDDEN, "Another run")
         if isinstance(request, fleet_pb2.PushMessagesRequest):
-            _check_sender(request)
+            _check_reply(request, self.link.run_id)
         if path.endswith("/pull-messages"):
             return await self._pull(request, handler, headers, receive)
         if path.endswith("/send-node-heartbeat"):
@@ -227,7 +229,7 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
     }
 
 
-def _check_sender(request: fleet_pb2.PushMessagesRequest) -> None:
+def _check_reply(request: fleet_pb2.PushMessagesRequest, run_id: int) -> None:
     """Nodes send one reply at a time, of their own: Flower's handler would take any sender's."""
     trees, replies = request.message_object_trees, request.messages_list
     if len(replies) != 1 or len(trees) != 1:
@@ -235,6 +237,8 @@ def _check_sender(request: fleet_pb2.PushMessagesRequest) -> None:
     metadata = replies[0].metadata
     if metadata.src_node_id != request.node.node_id or not metadata.reply_to_message_id:
         raise HTTPException(HTTPStatus.FORBIDDEN, "Not a reply of this node")
+    if metadata.run_id != run_id:
+        raise HTTPException(HTTPStatus.FORBIDDEN, "Another run")
     if trees[0].object_id != metadata.message_id:
         raise HTTPException(HTTPStatus.BAD_REQUEST, "Not the message's object tree")
 
