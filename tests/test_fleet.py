@@ -275,7 +275,7 @@ def test_another_program_at_the_servers_address(start, answer):
         connection.recv(100_000)
         connection.sendall(answer)
         connection.close()
-        assert node.ends() == 1
+    assert node.ends() == 1
     assert f"No server at {address} within 1 seconds" in node.text
     assert "Traceback" not in node.text
 
