@@ -4,8 +4,6 @@ from typing import Annotated
 
 import typer
 
-from examples.mnist import task
-from mlx_fed import join
 from mlx_fed.cli import errors_as_messages
 
 
@@ -23,6 +21,9 @@ def main(
 ) -> None:
     """Train on this client's digits until the server's run is over."""
     with errors_as_messages():
+        from examples.mnist import task
+        from mlx_fed import join
+
         join(
             task,
             server,

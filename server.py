@@ -7,9 +7,6 @@ from typing import Annotated
 
 import typer
 
-from examples.mnist import task
-from examples.mnist.mnist import settings
-from mlx_fed import serve
 from mlx_fed.cli import errors_as_messages, find_strategy
 
 
@@ -34,9 +31,13 @@ def main(
     """Serve the MNIST example to clients, and save the model that they train."""
     # To be ended is to end cleanly: nodes are told, and the terminal is left as it was.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    chosen = settings(dataset) | ({"num-rounds": rounds} if rounds else {})
-    typer.echo(f"{dataset}: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
     with errors_as_messages():
+        from examples.mnist import task
+        from examples.mnist.mnist import settings
+        from mlx_fed import serve
+
+        chosen = settings(dataset) | ({"num-rounds": rounds} if rounds else {})
+        typer.echo(f"{dataset}: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
         serve(
             task,
             find_strategy(strategy, min_clients, {}),

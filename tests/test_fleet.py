@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+import time
 from pathlib import Path
 
 import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import mlx.core as mx
 import pytest
+
+from mlx_fed.progress import printable, server_line
+
+from .conftest import ROOT, free_port
 
 TASK = "tests.tasks:moons"
 FED = ("-m", "mlx_fed")
@@ -52,12 +59,6 @@ def join(start, address: str, node_id: int, *arguments, task=TASK, **env):
 
 def history(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def assert_same_bits(one: Path, other: Path) -> None:
@@ -192,6 +193,124 @@ def test_a_node_that_is_killed_does_not_hold_up_the_run(start, tmp_path):
     substitute = join(start, address, 2)  # the same node id, once the first is gone
     assert server.ends(120) == 0, server.text
     assert [node.ends() for node in (*nodes, substitute)] == [0, 0, 0]
+
+
+def test_nodes_go_over_to_a_server_that_was_started_again(start, tmp_path):
+    port = free_port()
+    nodes = [join(start, f"127.0.0.1:{port}", number, "-c", "slow=0.2") for number in range(2)]
+    serve_on = (*FED, "serve", TASK, "--port", port, "--runs", tmp_path)
+    waiting = start(*serve_on, "--name", "waiting", "--min-nodes", 3)
+    waiting.line("node-0 joined")
+    waiting.line("node-1 joined")
+    waiting.end()
+    nodes[0].line("Lost ")
+    at_work = start(*serve_on, "--name", "at-work", "--rounds", 100)
+    at_work.line("round 1 ")
+    at_work.end()
+    last = start(*serve_on, "--name", "last")
+    assert last.ends() == 0, last.text
+    assert [node.ends() for node in nodes] == [0, 0]
+    assert len(history(tmp_path / "last")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_run_outlives_a_server_that_sleeps_and_a_node_that_does(start, tmp_path):
+    server, address = serve(start, tmp_path, "--rounds", 25)
+    nodes = [join(start, address, number, "-c", "slow=0.3") for number in range(3)]
+    server.line("node-2 joined")
+    server.line("round 2 ")
+    server.process.send_signal(signal.SIGSTOP)
+    time.sleep(65)  # Flower ends a run a minute after its last heartbeat
+    server.process.send_signal(signal.SIGCONT)
+    server.line("round 5 ")
+    assert " left" not in server.text
+    nodes[2].process.send_signal(signal.SIGSTOP)
+    server.line("node-2 left out of ")
+    nodes[2].process.send_signal(signal.SIGCONT)
+    assert server.ends(120) == 0, server.text
+    assert [node.ends() for node in nodes] == [0, 0, 0]
+    trained = [record["train"]["nodes"] for record in history(tmp_path / "run")]
+    assert ["node-0", "node-1"] in trained[2:]
+    assert trained[-1] == ["node-0", "node-1", "node-2"]
+
+
+def test_a_node_cannot_steer_the_servers_terminal(start, tmp_path):
+    server, address = serve(start, tmp_path)
+    names = ("[bold]x[/bold]", "ein Knoten")
+    nodes = [join(start, address, i, "--name", name) for i, name in enumerate(names)]
+    assert server.ends() == 0, server.text
+    assert [node.ends() for node in nodes] == [0, 0]
+    assert "[bold]x[/bold] joined" in server.text
+    # A node of another make may have any name.
+    for sent in ("\x1b[2Jred", "a\nround 9   accuracy 1.0000", "\N{RIGHT-TO-LEFT OVERRIDE}x"):
+        shown = printable(server_line("joined", {"node": sent, "nodes": 1}))
+        assert shown.isprintable()
+    assert len(printable("A" * 10_000_000)) < 2000
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[2J", "A" * 65])
+def test_a_name_that_cannot_be_shown(start, name):
+    node = start(*FED, "join", TASK, "--name", name)
+    assert node.ends() == 1
+    assert "A node's name has 1 to 64 printable characters" in node.text
+
+
+def test_on_ipv6(start, tmp_path):
+    server, address = serve(start, tmp_path, "--host", "::1")
+    assert address.startswith("[::1]:")
+    nodes = [join(start, address, number) for number in range(2)]
+    assert server.ends() == 0, server.text
+    assert [node.ends() for node in nodes] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n\xff\xff\xff\xff"]
+)
+def test_another_program_at_the_servers_address(start, answer):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        node = start(*FED, "join", TASK, "--server", address, "--wait", 1)
+        connection, _ = other.accept()
+        connection.recv(100_000)
+        connection.sendall(answer)
+        connection.close()
+    assert node.ends() == 1
+    assert f"No server at {address} within 1 seconds" in node.text
+    assert "Traceback" not in node.text
+
+
+def test_ctrl_c_twice(start, tmp_path):
+    server, address = serve(start, tmp_path, "--rounds", 1000)
+    nodes = [join(start, address, number, "-c", "slow=0.2") for number in range(2)]
+    server.line("round 1 ")
+    for process in (server, *nodes):
+        process.interrupt()
+        process.interrupt()
+    for process in (server, *nodes):
+        process.ends()
+        assert process.process.returncode != 0
+        assert "Traceback" not in process.text
+
+
+@pytest.mark.parametrize("command", ["server.py", "client.py"])
+def test_ctrl_c_while_a_command_starts(start, tmp_path, command):
+    late = tmp_path / "flwr" / "app"
+    late.mkdir(parents=True)
+    (tmp_path / "flwr" / "__init__.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+    )
+    process = start(
+        command,
+        *(["--node-id", 0] if command == "client.py" else []),
+        PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT / "src"), str(ROOT)]),
+    )
+    process.line("importing")
+    process.interrupt()
+    assert process.ends() == 130
+    assert "Traceback" not in process.text
 
 
 def test_ctrl_c_ends_the_server_and_its_nodes_and_keeps_the_model(start, tmp_path):

@@ -6,15 +6,27 @@ When a new Flower release breaks something, the test that fails here says what.
 from __future__ import annotations
 
 import http.client
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import mlx.core as mx
 import pytest
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_id,
+    get_object_tree,
+)
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
@@ -207,6 +219,223 @@ def test_a_message_for_a_node_that_left_is_answered_with_an_error(fleet):
     late = fleet.message(node)
     (reply,) = fleet.grid.pull_messages([late])
     assert reply.has_error()
+
+
+# -- connections that break, machines that sleep -----------------------------------------------
+
+
+def test_a_message_whose_delivery_broke_off_is_delivered_again(fleet, monkeypatch):
+    node = fleet.node()
+    message_id = fleet.message(node)
+    # The answer to the pull is lost: the server takes the message as delivered.
+    node._transport.PullMessages(fleet_pb2.PullMessagesRequest(node=node._node))
+    pull, broken = node._pull_object, []
+
+    def pull_and_break_once(*arguments):
+        if len(broken) < 1:
+            broken.append(arguments)
+            raise Unreachable("the network is down")
+        return pull(*arguments)
+
+    monkeypatch.setattr(node, "_pull_object", pull_and_break_once)
+    with pytest.raises(Unreachable):
+        node.receive()
+    message = node.receive()
+    assert message.metadata.message_id == message_id
+    assert_carried(message.content)
+    node.send(reply_to(message), 0.0)
+    (reply,) = fleet.grid.pull_messages([message_id])
+    assert_carried(reply.content)
+    assert len(fleet.link.state.object_store) == 0
+
+
+def test_a_message_that_could_not_be_confirmed_is_answered_all_the_same(fleet, monkeypatch):
+    def down(request):
+        raise Unreachable("the network is down")
+
+    node = fleet.node()
+    message_id = fleet.message(node)
+    monkeypatch.setattr(node._transport, "ConfirmMessageReceived", down)
+    node.send(reply_to(node.receive()), 0.0)
+    assert len(fleet.grid.pull_messages([message_id])) == 1
+    assert len(fleet.link.state.object_store) == 0, "objects stay behind"
+
+
+def test_a_reply_that_broke_off_can_be_sent_again(fleet, monkeypatch):
+    node = fleet.node()
+    message_id = fleet.message(node)
+    reply = reply_to(node.receive())
+    push, pushed = node._transport.PushObject, []
+
+    def push_and_break(request):
+        pushed.append(push(request))
+        if len(pushed) == 3:
+            raise Unreachable("the network is down")
+        return pushed[-1]
+
+    monkeypatch.setattr(node._transport, "PushObject", push_and_break)
+    with pytest.raises(Unreachable):
+        node.send(reply, 0.0)
+    assert list(fleet.grid.pull_messages([message_id])) == []
+    node.send(reply, 0.0)
+    (received,) = fleet.grid.pull_messages([message_id])
+    assert_carried(received.content)
+
+
+def test_a_node_whose_connection_breaks_and_comes_back_stays_online(fleet):
+    node = fleet.node()
+    received, connections = [], []
+    connect = node._transport._connect
+    node._transport._connect = lambda: connections.append(connect()) or connections[-1]
+
+    def receive():
+        with suppress(Unreachable):
+            node.receive()
+        received.append(node.receive())
+
+    waiting = threading.Thread(target=receive)
+    waiting.start()
+    while not fleet.link._held[node.node_id]:
+        time.sleep(0.01)
+    connections[0].sock.shutdown(socket.SHUT_RDWR)
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        assert list(fleet.grid.get_node_ids()) == [node.node_id]
+        time.sleep(0.05)
+    message_id = fleet.message(node)
+    waiting.join(10)
+    assert received[0].metadata.message_id == message_id
+
+
+def test_nodes_that_could_not_be_heard_are_not_given_up(fleet, monkeypatch):
+    from mlx_fed.flower import link
+
+    node = fleet.node()
+    message_id = fleet.message(node)
+    later = time.time() + 3600  # the server's machine slept for an hour
+    fleet.link.state.nodes[node.node_id].online_until -= 3600
+    monkeypatch.setattr(link.time, "time", lambda: later - 3600 + 10)
+    fleet.link._looked -= 3600
+    assert list(fleet.grid.pull_messages([message_id])) == []
+    assert list(fleet.grid.get_node_ids()) == [node.node_id]
+    node.send(reply_to(node.receive()), 0.0)
+    assert len(fleet.grid.pull_messages([message_id])) == 1
+
+
+# -- nodes that mean harm ----------------------------------------------------------------------
+
+
+def push_request(node: FleetClient, reply: Message, **changes) -> fleet_pb2.PushMessagesRequest:
+    """What announces a reply, with parts of its metadata replaced."""
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    request = fleet_pb2.PushMessagesRequest(
+        node=node._node,
+        messages_list=[message_to_proto(remove_content_from_message(reply))],
+        message_object_trees=[get_object_tree(reply)],
+    )
+    for name, value in changes.items():
+        setattr(request.messages_list[0].metadata, name, value)
+    return request
+
+
+def test_a_second_reply_changes_nothing(fleet):
+    node = fleet.node()
+    message_id = fleet.message(node)
+    message = node.receive()
+    first, second = reply_to(message, loss=1.0), reply_to(message, loss=2.0)
+    node._transport.PushMessages(push_request(node, first))  # announced, and not sent yet
+    node.send(second, 0.0)
+    assert list(fleet.grid.pull_messages([message_id])) == []
+    node.send(first, 0.0)
+    (reply,) = fleet.grid.pull_messages([message_id])
+    assert reply.content["metrics"]["loss"] == 1.0
+    node.send(second, 0.0)  # after all is over
+
+
+def test_a_reply_to_nothing_changes_nothing(fleet):
+    node = fleet.node()
+    reply = reply_to(Message(RecordDict(), node.node_id, MessageType.TRAIN))
+    reply.metadata.__dict__["_src_node_id"] = node.node_id
+    request = push_request(node, reply, reply_to_message_id="0" * 64)
+    assert not node._transport.PushMessages(request).objects_to_push
+    assert not fleet.link.complete
+
+
+@pytest.mark.parametrize("pose", ["another node", "the server", "nobody"])
+def test_a_node_cannot_send_in_anothers_name(fleet, pose):
+    node, other = fleet.node(), fleet.node()
+    message_id = fleet.message(other)
+    reply = reply_to(other.receive())
+    changes = {
+        "another node": {"src_node_id": other.node_id},
+        "the server": {
+            "src_node_id": SUPERLINK_NODE_ID,
+            "dst_node_id": other.node_id,
+            "reply_to_message_id": "",
+        },
+        "nobody": {"src_node_id": node.node_id, "reply_to_message_id": ""},
+    }[pose]
+    with pytest.raises(Refused) as refusal:
+        node._transport.PushMessages(push_request(node, reply, **changes))
+    assert refusal.value.status == 403
+    assert list(fleet.grid.pull_messages([message_id])) == []
+    other.send(reply, 0.0)
+    assert len(fleet.grid.pull_messages([message_id])) == 1
+
+
+@pytest.mark.parametrize("sent", ["an array", "another message", "a broken record"])
+def test_a_reply_that_cannot_be_read_counts_as_an_error(fleet, sent):
+    node, other = fleet.node(), fleet.node()
+    message_id, others = fleet.message(node), fleet.message(other)
+    reply, root = reply_to(node.receive()), None
+    if sent == "an array":
+        root = reply.content["arrays"]
+    elif sent == "another message":
+        root = reply_to(other.receive())
+    else:
+        content = MetricRecord({"n": 1}).deflate().replace(b"MetricRecord", b"MetricTecord")
+        tree = ObjectTree(object_id=get_object_id(content))
+    objects = {} if root is None else get_all_nested_objects(root)
+    contents = {i: item.deflate() for i, item in objects.items()}
+    if root is None:
+        contents = {tree.object_id: content}
+    else:
+        tree = get_object_tree(root)
+    request = push_request(node, reply, message_id=tree.object_id)
+    request.message_object_trees[0].CopyFrom(tree)
+    response = node._transport.PushMessages(request)
+    for object_id in response.objects_to_push:
+        with suppress(Refused):
+            node._transport.PushObject(
+                message_pb2.PushObjectRequest(
+                    node=node._node,
+                    run_id=fleet.link.run_id,
+                    object_id=object_id,
+                    object_content=contents[object_id],
+                    session_id=response.session_id,
+                )
+            )
+    replies = fleet.grid.pull_messages([message_id, others])
+    if sent == "a broken record":  # Flower's store has refused it
+        assert replies == []
+    else:
+        (answer,) = replies
+        assert answer.metadata.reply_to_message_id == message_id
+        assert "the reply cannot be read" in answer.error.reason
+
+
+def test_another_run_is_forbidden(fleet):
+    node = fleet.node()
+    for send in (node._transport.PullObject, node._transport.PushObject):
+        request = {
+            "PullObject": message_pb2.PullObjectRequest,
+            "PushObject": message_pb2.PushObjectRequest,
+        }[send.__name__]
+        with pytest.raises(Refused) as refusal:
+            send(request(node=node._node, run_id=1, object_id="0" * 64))
+        assert refusal.value.status == 403
+    node._run_id = 1
+    assert not node.run_has_ended(), "a run of another server says nothing about this one's"
 
 
 def test_flowers_own_client_speaks_with_our_routes(fleet):

@@ -17,13 +17,9 @@ import pytest
 from examples.mnist.mnist import task
 from mlx_fed.training import Trainer
 
+from .conftest import free_port
+
 ROOT = Path(__file__).parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def last_round(runs: Path) -> dict:

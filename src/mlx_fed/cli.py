@@ -62,7 +62,10 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except FedError as error:
-        typer.secho(f"Error: {error}", fg="red", err=True)
+        from .progress import printable
+
+        shown = "\n".join(printable(line) for line in str(error).splitlines())
+        typer.secho(f"Error: {shown}", fg="red", err=True)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
         typer.echo("Interrupted.", err=True)

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+_LONGEST = 1000
+"""Characters of a line."""
 _STYLES = {
     "serving": "bold",
     "finished": "bold",
@@ -55,7 +57,7 @@ def node_line(event: str, fields: dict[str, Any]) -> str:
         case "waiting":
             return (
                 f"No server at {fields['server']} yet: trying again "
-                f"for {fields['wait']:.0f} seconds"
+                f"for {fields['wait']:.0f} seconds ({fields['reason']})"
             )
         case "joined":
             return f"Joined {fields['server']}"
@@ -144,9 +146,19 @@ def quiet_flower() -> None:
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
 
+def printable(text: str) -> str:
+    """One line that is safe to show: what the other side sends may steer a terminal.
+
+    Line breaks become spaces, other control characters a mark, and what is very long is cut.
+    """
+    line = " ".join(text.replace("\t", " ").splitlines())
+    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
+    return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + "..."
+
+
 def _print(console: Console, line: str, style: str) -> None:
     # What a node sends (names, reasons) is shown as text, never read as markup.
-    console.print(Text(line, style=style), soft_wrap=True)
+    console.print(Text(printable(line), style=style), soft_wrap=True)
     console.file.flush()
 
 

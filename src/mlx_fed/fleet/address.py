@@ -29,6 +29,11 @@ def parse(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def join(host: str, port: int) -> str:
+    """What :func:`parse` takes apart: ``"127.0.0.1:8080"``, ``"[::1]:8080"``."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def require_loopback(host: str, insecure: bool) -> None:
     """Refuses plaintext beyond this machine unless it was asked for by name.
 

@@ -26,6 +26,7 @@ from . import address
 _BEAT = 2.0
 """Seconds between heartbeats."""
 _MAX_PAUSE = 1.0
+_LONGEST_NAME = 64
 
 
 class JoinError(FedError):
@@ -76,6 +77,10 @@ def join(
     host, port = address.parse(server)
     address.require_loopback(host, insecure)
     clientapp.check_partition(partition_id, num_partitions)
+    if name is not None and not (name.isprintable() and 0 < len(name) <= _LONGEST_NAME):
+        raise JoinError(
+            f"A node's name has 1 to {_LONGEST_NAME} printable characters: {name!r:.90}."
+        )
     quiet_flower()
     where = devices.use(device)
     made = make_task(task, config)

@@ -94,7 +94,7 @@ def serve(
             new_run_folder(runs, name), (shown,) if listeners is None else tuple(listeners)
         )
         with _serving(listening) as link:
-            history.notify("serving", address=f"{host}:{port}", insecure=insecure)
+            history.notify("serving", address=address.join(host, port), insecure=insecure)
             try:
                 return rounds.run(LinkGrid(link), strategy, trainer, leading, history)
             finally:
@@ -153,7 +153,7 @@ def _say_goodbye(link: Link) -> None:
     """Tells the nodes that the run is over and waits for them to leave."""
     link.finish()
     deadline = time.monotonic() + _FAREWELL
-    while link.state.get_nodes(link.run_id) and time.monotonic() < deadline:
+    while link.online() and time.monotonic() < deadline:
         seen = link.news()
-        if link.state.get_nodes(link.run_id):
+        if link.online():
             link.wait_for_news(seen, 0.2)

@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 from base64 import b64encode
+from contextlib import suppress
 from typing import Any, cast
 
 from flwr.app import Message
@@ -16,7 +17,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2, run_pb2
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
-from flwr.supercore.error import FlowerError
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -32,6 +33,7 @@ from flwr.supercore.primitives.asymmetric import (
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from google.protobuf.message import DecodeError
 
 from . import headers as ours
 
@@ -44,6 +46,8 @@ and the node counts as gone."""
 
 _SIGNATURE_AGE = 5.0
 _TIMEOUT = 60.0
+_FIRST_TIMEOUT = 10.0
+"""Seconds that a server may take to answer, and to answer a node that it does not know yet."""
 
 
 class Unreachable(ConnectionError):
@@ -84,6 +88,7 @@ class _Transport(FleetHttpClient):
         self._signed_at = 0.0
         self._lock = threading.Lock()
         self._local = threading.local()
+        self.timeout = _FIRST_TIMEOUT
         self.run_is_over = False
 
     def _unary_unary(
@@ -101,7 +106,10 @@ class _Transport(FleetHttpClient):
         status, body = self._post(path, request.SerializeToString(), headers)
         if status != 200:
             raise Refused(status, body)
-        return response_type.FromString(body)
+        try:
+            return response_type.FromString(body)
+        except DecodeError as error:
+            raise Unreachable("what answers there does not speak Flower's Fleet API") from error
 
     def _post(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
         held: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
@@ -125,8 +133,8 @@ class _Transport(FleetHttpClient):
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._place
         if self._context is None:
-            return http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
-        return http.client.HTTPSConnection(host, port, timeout=_TIMEOUT, context=self._context)
+            return http.client.HTTPConnection(host, port, timeout=self.timeout)
+        return http.client.HTTPSConnection(host, port, timeout=self.timeout, context=self._context)
 
     def _signed_headers(self) -> dict[str, str]:
         # The signature covers only the time, so one serves for a few seconds.
@@ -143,9 +151,11 @@ class _Transport(FleetHttpClient):
             return dict(self._headers)
 
     def close(self) -> None:
+        """Closes this thread's connection."""
         connection = getattr(self._local, "connection", None)
         if connection is not None:
             connection.close()
+            self._local.connection = None
 
 
 class FleetClient:
@@ -186,9 +196,13 @@ class FleetClient:
             Refused: If the server does not take it.
         """
         key = self._transport.public_key
+        self._transport.timeout = _FIRST_TIMEOUT
         self._transport.RegisterNode(fleet_pb2.RegisterNodeFleetRequest(public_key=key))
         request = fleet_pb2.ActivateNodeRequest(public_key=key, heartbeat_interval=_HEARTBEAT)
         self.node_id = self._transport.ActivateNode(request).node_id
+        self._transport.close()
+        self._transport.timeout = _TIMEOUT
+        self._held, self._run_id = {}, None  # a server that was started again has another run
 
     def beat(self) -> None:
         """Tells the server that this node is there; one of ours holds the request for seconds.
@@ -227,11 +241,12 @@ class FleetClient:
             if tree.object_id not in contents:
                 held = self._held.get(tree.object_id)
                 contents[tree.object_id] = held or self._pull_object(run_id, tree.object_id)
-        self._transport.ConfirmMessageReceived(
-            message_pb2.ConfirmMessageReceivedRequest(
-                node=self._node, run_id=run_id, message_object_id=message_id
+        with suppress(Unreachable):  # it only frees the server's memory early
+            self._transport.ConfirmMessageReceived(
+                message_pb2.ConfirmMessageReceivedRequest(
+                    node=self._node, run_id=run_id, message_object_id=message_id
+                )
             )
-        )
         message = cast(
             Message, inflate_object_from_contents(message_id, contents, keep_object_contents=True)
         )
@@ -273,7 +288,7 @@ class FleetClient:
         try:
             self._transport.GetRun(run_pb2.GetRunRequest(node=self._node, run_id=self._run_id))
         except Refused as refusal:
-            return refusal.status == http.client.FORBIDDEN
+            return refusal.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED
         return False
 
     def _pull_object(self, run_id: int, object_id: str) -> bytes:

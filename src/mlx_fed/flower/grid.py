@@ -19,6 +19,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from .link import Link
+from .replies import error_reply
 
 
 class LinkGrid(Grid):
@@ -51,7 +52,7 @@ class LinkGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """The ids of the nodes that are online."""
-        return self._link.state.get_nodes(self._link.run_id)
+        return self._link.online()
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """The nodes that are online."""
@@ -86,20 +87,18 @@ class LinkGrid(Grid):
         self._seen = self._link.news()
         message_ids = set(message_ids)
         state = self._link.state
-        online = state.get_nodes(self._link.run_id)
+        online = self._link.online()
         complete = self._link.complete.intersection(message_ids)
         lost = {i for i in message_ids if self._receivers.get(i) not in online} - complete
         # Flower would give a node's last reply away for an error once the node has left.
-        replies = [
-            self._inflate(state.message_res_store[state.message_ins_id_to_message_res_id[i]])
-            for i in complete
-        ]
+        replies = [self._reply_to(message_id) for message_id in complete]
         if lost:
             replies += state.get_message_res(set(lost), self._link.run_id)
         self._link.complete -= complete
         state.delete_messages(complete | lost)
         for message_id in complete | lost:
             self._receivers.pop(message_id, None)
+            state.object_store.delete(message_id)  # where the node has not confirmed it
         return replies
 
     def send_and_receive(
@@ -121,15 +120,24 @@ class LinkGrid(Grid):
         """Waits for news since replies were last pulled, at most ``timeout`` seconds."""
         self._link.wait_for_news(self._seen, timeout)
 
-    def _inflate(self, reply: Message) -> Message:
-        """The reply with its content or error, whose objects leave the store."""
-        store = self._link.state.object_store
-        message_id = reply.metadata.message_id
-        contents = {
-            tree.object_id: store.get(tree.object_id) or b""
-            for tree in iterate_object_tree(store.get_object_tree(message_id))
-        }
-        message = cast(Message, inflate_object_from_contents(message_id, contents))
-        message.metadata.__dict__["_message_id"] = message_id
-        store.delete(message_id)
-        return message
+    def _reply_to(self, message_id: str) -> Message:
+        """The reply with its content or error, whose objects leave the store.
+
+        A node may send anything: what cannot be read counts as its error.
+        """
+        state, store = self._link.state, self._link.state.object_store
+        reply_id = state.message_ins_id_to_message_res_id[message_id]
+        try:
+            contents = {
+                tree.object_id: store.get(tree.object_id) or b""
+                for tree in iterate_object_tree(store.get_object_tree(reply_id))
+            }
+            reply = cast(Message, inflate_object_from_contents(reply_id, contents))
+            reply.metadata.__dict__["_message_id"] = reply_id
+            if reply.metadata.reply_to_message_id != message_id:
+                raise ValueError("it is another message than was announced")
+        except Exception as error:
+            problem = ValueError(f"the reply cannot be read: {error!r}")
+            reply = error_reply(state.message_ins_store[message_id], problem)
+        store.delete(reply_id)
+        return reply

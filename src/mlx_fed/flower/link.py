@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
+from datetime import UTC, datetime
 from typing import cast
 
 from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID, SubStatus
+from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.constant import (
+    FLWR_IN_MEMORY_DB_NAME,
+    NOOP_FEDERATION_ID,
+    NodeStatus,
+    TaskType,
+)
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 
-_TASK_HEARTBEAT = 15.0
-"""Seconds. Flower ends a run a minute after its last heartbeat."""
+_SUSPENDED = 5.0
+"""Seconds without a look at the nodes, after which this process may have been suspended."""
+_GRACE = 20.0
+"""Seconds that nodes then have to be heard again: what Flower gives them between two beats."""
+_RECONNECT = 1.0
+"""Seconds that a node whose connection broke has to make another."""
 
 
 class Link:
@@ -51,6 +63,9 @@ class Link:
         self._task_id = run.primary_task_id
         self.state.claim_task(self._task_id)
         self.state.activate_task(self._task_id)
+        # Flower ends a run a minute after its last heartbeat, which a suspended laptop misses. The
+        # run lives in this process and ends with it.
+        self.state.task_token_store[self._task_id].active_until = datetime.max.replace(tzinfo=UTC)
         # Message reads who sends it from here.
         TaskIdentity.task_id = self._task_id
         TaskIdentity.run_id = self.run_id
@@ -63,12 +78,8 @@ class Link:
         self._work: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self._news = threading.Condition()
         self._count = 0
-        self._closed = threading.Event()
-        threading.Thread(target=self._keep_alive, daemon=True).start()
-
-    def _keep_alive(self) -> None:
-        while not self._closed.wait(_TASK_HEARTBEAT):
-            self.state.acknowledge_task_heartbeat(self._task_id)
+        self._held: Counter[int] = Counter()
+        self._looked = time.time()
 
     def finish(self) -> None:
         """Tells nodes, as they ask for work, that there is no more."""
@@ -79,8 +90,64 @@ class Link:
 
     def close(self) -> None:
         """Ends the run in Flower's state."""
-        self._closed.set()
         self.state.finish_task(self._task_id, SubStatus.COMPLETED, "")
+
+    # Who is there.
+
+    def online(self) -> set[int]:
+        """The ids of the nodes that are online.
+
+        Nodes could not be heard while this process was suspended: they get a while to be.
+        """
+        now = time.time()
+        if now - self._looked > _SUSPENDED:
+            with self.state.lock:
+                for node in self.state.nodes.values():
+                    if node.status == NodeStatus.ONLINE:
+                        node.online_until = max(node.online_until, now + _GRACE)
+        self._looked = now
+        return self.state.get_nodes(self.run_id)
+
+    def hold(self, node_id: int) -> None:
+        """A request of the node is held open."""
+        self._held[node_id] += 1
+
+    def let_go(self, node_id: int, broken: bool) -> None:
+        """A held request has been answered, or its connection broke.
+
+        A process that ends closes its connections, so that a node which was killed is noticed
+        without waiting for heartbeats that do not come.
+        """
+        self._held[node_id] -= 1
+        if broken and self.loop is not None:
+            self.loop.call_later(_RECONNECT, self._count_as_gone, node_id)
+
+    def _count_as_gone(self, node_id: int) -> None:
+        if not self._held[node_id] and self.state.deactivate_node(node_id):
+            self.tell_grid()
+
+    # Messages.
+
+    def is_stored(self, reply: MessageProto) -> bool:
+        """Whether this is the reply to its message that counts."""
+        metadata = reply.metadata
+        stored = self.state.message_ins_id_to_message_res_id.get(metadata.reply_to_message_id)
+        return stored == metadata.message_id
+
+    def deliver_again(self, node_id: int) -> None:
+        """Offers a node what it was sent before and did not get: the connection broke.
+
+        To be called when it asks for work, since it does so with nothing left to answer.
+        """
+        state = self.state
+        with state.lock:
+            for message_id, message in state.message_ins_store.items():
+                if (
+                    message.metadata.dst_node_id == node_id
+                    and message_id not in state.message_ins_id_to_message_res_id
+                    and message_id in state.object_store
+                ):
+                    message.metadata.delivered_at = ""
 
     # Routes wait for work on their event loop; the grid puts it there from its own thread.
 

@@ -77,7 +77,8 @@ class FleetRoutes:
         except HTTPException as error:
             return error.status_code, *_json({"detail": error.detail})
         except Exception as error:
-            log.warning("%s: %s: %s", scope["path"], type(error).__name__, error)
+            # What a request made of itself is shown as a literal: it may hold control characters.
+            log.warning("%s: %r", scope["path"], error)
             status = HTTPStatus.INTERNAL_SERVER_ERROR
             return status, *_json({"detail": "Internal server error."})
 
@@ -97,6 +98,10 @@ class FleetRoutes:
         except DecodeError as error:
             raise FlowerError(ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, str(error)) from error
         self._authenticate(headers, request)
+        if getattr(request, "run_id", self.link.run_id) != self.link.run_id:
+            raise HTTPException(HTTPStatus.FORBIDDEN, "Another run")
+        if isinstance(request, fleet_pb2.PushMessagesRequest):
+            _check_reply(request, self.link.run_id)
         if path.endswith("/pull-messages"):
             return await self._pull(request, handler, headers, receive)
         if path.endswith("/send-node-heartbeat"):
@@ -142,8 +147,11 @@ class FleetRoutes:
         """Messages for a node, waited for where the node is ready to wait."""
         node_id = request.node.node_id
         now = asyncio.get_running_loop().time
-        deadline = now() + _seconds_to_wait(headers)
+        wait = _seconds_to_wait(headers)
+        deadline = now() + wait
         work = self.link.work_for(node_id)
+        if wait:
+            self.link.deliver_again(node_id)
         while True:
             work.clear()
             response = handler(request)
@@ -156,26 +164,24 @@ class FleetRoutes:
     async def _stays(
         self, node_id: int, receive: Receive, news: asyncio.Event, seconds: float
     ) -> bool:
-        """Waits for news, and returns whether the node is still there.
-
-        A process that ends closes its connections, so that a node which was killed is noticed
-        at once, without waiting for a heartbeat that does not come.
-        """
+        """Waits for news, and returns whether the connection is still there."""
+        self.link.hold(node_id)
         gone = asyncio.ensure_future(_disconnected(receive))
         waiting = asyncio.ensure_future(news.wait())
         await asyncio.wait({gone, waiting}, timeout=seconds, return_when="FIRST_COMPLETED")
         left = gone.done()
         gone.cancel()
         waiting.cancel()
-        if left:
-            self.link.state.deactivate_node(node_id)
-            self.link.tell_grid()
+        self.link.let_go(node_id, broken=left)
         return not left
 
     def _take_note(self, request: Any, response: Any) -> None:
         """Keeps track of which replies have all their objects, and tells the grid."""
         if isinstance(request, fleet_pb2.PushMessagesRequest):
-            replied_to = request.messages_list[0].metadata.reply_to_message_id
+            (reply,) = request.messages_list
+            if not self.link.is_stored(reply):  # it came too late, or it is a second one
+                return
+            replied_to = reply.metadata.reply_to_message_id
             missing = set(response.objects_to_push)
             if missing:
                 self._unsent[response.session_id] = (replied_to, missing)
@@ -223,8 +229,23 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
     }
 
 
+def _check_reply(request: fleet_pb2.PushMessagesRequest, run_id: int) -> None:
+    """Nodes send one reply at a time, of their own: Flower's handler would take any sender's."""
+    trees, replies = request.message_object_trees, request.messages_list
+    if len(replies) != 1 or len(trees) != 1:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "One message and its object tree")
+    metadata = replies[0].metadata
+    if metadata.src_node_id != request.node.node_id or not metadata.reply_to_message_id:
+        raise HTTPException(HTTPStatus.FORBIDDEN, "Not a reply of this node")
+    if metadata.run_id != run_id:
+        raise HTTPException(HTTPStatus.FORBIDDEN, "Another run")
+    if trees[0].object_id != metadata.message_id:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "Not the message's object tree")
+
+
 def _seconds_to_wait(headers: dict[str, str]) -> float:
-    return min(float(headers.get(ours.WAIT, 0)), _MAX_WAIT)
+    seconds = headers.get(ours.WAIT, "")
+    return min(float(seconds), _MAX_WAIT) if seconds.replace(".", "", 1).isdigit() else 0.0
 
 
 async def _read(receive: Receive, headers: dict[str, str]) -> bytes:
