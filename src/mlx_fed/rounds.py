@@ -167,7 +167,7 @@ class _Run:
         else:
             places = {name: place for place, name in enumerate(names)}
             updates = self._updates(outgoing, record)
-            with _timed(record, "sum"):
+            with _timed(record, "aggregate"):
                 blocks = sums.blocks(
                     (
                         sums.Counted(places[name], update.weight, update.metrics),
@@ -219,7 +219,7 @@ class _Run:
         updates: dict[str, checks.Reply] = {}
         accepted: list[tuple[str, Message]] = []
         replies = self._exchange("train", outgoing, record)
-        with _timed(record, "check"):
+        with _timed(record, "aggregate"):
             for name, reply in replies:
                 with self._refusing("train", name, record):
                     updates[name] = checks.check_update(
@@ -364,4 +364,5 @@ class _Run:
 def _timed(record: dict[str, Any], name: str) -> Iterator[None]:
     start = time.monotonic()
     yield
-    record["seconds"][name] = round(time.monotonic() - start, 6)
+    before = record["seconds"].get(name, 0.0)
+    record["seconds"][name] = round(before + time.monotonic() - start, 6)
