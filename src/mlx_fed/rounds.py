@@ -170,11 +170,14 @@ class _Run:
             with _timed(record, "aggregate"):
                 blocks = sums.blocks(
                     (
-                        sums.Counted(places[name], update.weight, update.metrics),
-                        update.parameters,
-                        update.statistics,
-                    )
-                    for name, _, update in updates
+                        (
+                            sums.Counted(places[name], update.weight, update.metrics),
+                            update.parameters,
+                            update.statistics,
+                        )
+                        for name, _, update in updates
+                    ),
+                    len(outgoing),
                 )
         with _timed(record, "aggregate"):
             mean = sums.mean(blocks)

@@ -18,8 +18,8 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from .weights import Arrays, Spec
 
-BLOCK = 16
-"""Clients in a block."""
+_LARGEST_BLOCK = 16
+_FEWEST_BLOCKS = 16
 
 Sums = dict[str, np.ndarray]
 
@@ -68,16 +68,22 @@ class Mean(NamedTuple):
         }
 
 
-def block_of(place: int) -> int:
-    """The number of the block that a place belongs to."""
-    return place // BLOCK
+def block_size(num_places: int) -> int:
+    """How many places make a block: few enough that several workers share a small round."""
+    return max(1, min(_LARGEST_BLOCK, num_places // _FEWEST_BLOCKS))
 
 
-def blocks(updates: Iterable[tuple[Counted, Arrays, Arrays]]) -> list[Block]:
-    """Sums updates that are in the order of their places, each block by itself."""
+def blocks(updates: Iterable[tuple[Counted, Arrays, Arrays]], num_places: int) -> list[Block]:
+    """Sums updates, each block by itself.
+
+    Args:
+        updates (iterable): As for :func:`sum_block`, of any blocks.
+        num_places (int): How many clients were asked, whether they answered or not.
+    """
+    size = block_size(num_places)
     return [
         sum_block(number, group)
-        for number, group in groupby(updates, lambda update: block_of(update[0].place))
+        for number, group in groupby(updates, lambda update: update[0].place // size)
     ]
 
 

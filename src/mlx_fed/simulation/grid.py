@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, count, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ from flwr.serverapp import Grid
 
 from ..flower import local
 from ..flower.replies import failed_reply
-from ..sums import block_of
+from ..sums import block_size
 from . import process
 from .pool import InProcess, Pool, Span
 from .worker import Outcome, Request, Seat
 
 _SPANS_A_WORKER = 4
 """How finely a phase is cut for each worker: enough that none waits long for the others."""
-_LONGEST_SPAN = 16
+_SPAN = 16
+"""Clients that make a span worth its while: they train together."""
+_LONGEST_SPAN = 256
 
 
 class SimulationGrid(Grid):
@@ -46,7 +48,7 @@ class SimulationGrid(Grid):
         local.begin_run()
         self.num_clients = num_clients
         self.pool, self.folder, self.timeout, self.notify = pool, folder, timeout, notify
-        self._numbers = itertools.count(1)
+        self._numbers = count(1)
         self._pushed: dict[str, Message] = {}
         self._coming: Iterator[list[Message]] = iter(())
 
@@ -68,7 +70,7 @@ class SimulationGrid(Grid):
         wanted = [id for id in message_ids if id in self._pushed]
         if wanted:
             messages = [self._pushed.pop(id) for id in wanted]
-            self._coming = itertools.chain(self._coming, self._replies(messages))
+            self._coming = chain(self._coming, self._replies(messages))
         return next(self._coming, [])
 
     def send_and_receive(
@@ -120,20 +122,21 @@ class SimulationGrid(Grid):
         requests: dict[tuple[int, str], Path] = {}
         by_request: dict[Path, list[Seat]] = {}
         folder = Path(tempfile.mkdtemp(dir=self.folder))
+        size = block_size(len(messages))
         for place, message in enumerate(messages):
             kind = message.metadata.message_type
             content = message.content
             key = (_identity(content), kind)
             if key not in requests:
                 requests[key] = folder / f"{len(requests)}.request"
-                request = Request(kind, content, self.timeout, weighted_by)
+                request = Request(kind, content, self.timeout, size, weighted_by)
                 process.write_request(request, requests[key])
             seat = Seat(place, message.metadata.dst_node_id - 1)
             by_request.setdefault(requests[key], []).append(seat)
         spans = [
             Span(path, tuple(seats))
             for path, all_seats in by_request.items()
-            for seats in self._cut(all_seats)
+            for seats in self._cut(all_seats, size)
         ]
         try:
             for outcome in self.pool.run(spans):
@@ -143,16 +146,16 @@ class SimulationGrid(Grid):
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _cut(self, seats: list[Seat]) -> Iterator[list[Seat]]:
-        """Spans of whole blocks, several for each worker."""
-        blocks = [list(group) for _, group in itertools.groupby(seats, _block)]
-        each = max(1, min(_LONGEST_SPAN, len(blocks) // (self.pool.size * _SPANS_A_WORKER)))
-        for start in range(0, len(blocks), each):
-            yield [seat for block in blocks[start : start + each] for seat in block]
-
-
-def _block(seat: Seat) -> int:
-    return block_of(seat.place)
+    def _cut(self, seats: list[Seat], block_size: int) -> Iterator[list[Seat]]:
+        """Spans of whole blocks: one for each worker, or several if they are long enough."""
+        blocks = [list(group) for _, group in groupby(seats, lambda s: s.place // block_size)]
+        workers = self.pool.size
+        spans = max(1, min(_SPANS_A_WORKER, len(seats) // (workers * _SPAN))) * workers
+        spans = max(spans, len(seats) // _LONGEST_SPAN)
+        ends = [len(blocks) * number // spans for number in range(spans + 1)]
+        for start, end in pairwise(ends):
+            if span := [seat for block in blocks[start:end] for seat in block]:
+                yield span
 
 
 def _identity(content: RecordDict) -> int:

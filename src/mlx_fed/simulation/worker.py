@@ -47,13 +47,14 @@ class Job(NamedTuple):
 class Request(NamedTuple):
     """What clients are asked: a message's type and content, and the seconds they have.
 
-    ``weighted_by`` names the metric that weighs updates which are to be summed; ``None`` asks
-    for each client's own.
+    ``weighted_by`` names the metric that weighs updates which are to be summed, in blocks of
+    ``block_size`` places; ``None`` asks for each client's own.
     """
 
     kind: str
     content: RecordDict
     timeout: float
+    block_size: int
     weighted_by: str | None
 
 
@@ -114,7 +115,7 @@ class Worker:
             return Outcome([], replies, failed, self.note)
         blocks = [
             _sum(number, list(group), request.weighted_by, failed)
-            for number, group in groupby(updates, lambda pair: sums.block_of(pair[0]))
+            for number, group in groupby(updates, lambda pair: pair[0] // request.block_size)
         ]
         return Outcome(blocks, [], failed, self.note)
 
