@@ -51,7 +51,7 @@ def exchange(
         timeout (float): Seconds to wait; a reply that comes later is dropped.
         arrived (callable): Told the name of each node as its reply comes.
     """
-    down = sum(messages.count_bytes(message.content) for message in outgoing)
+    down = sum(sizes(outgoing))
     up = 0
     pending = push(grid, outgoing)
     sent = set(pending.values())
@@ -85,8 +85,7 @@ def exchange(
 
 def can_sum(grid: Grid, outgoing: list[Message]) -> bool:
     """Whether the grid sums updates where they are made: all nodes were sent the same."""
-    sent = {tuple(map(id, message.content.values())) for message in outgoing}
-    return hasattr(grid, "sum_updates") and len(sent) == 1
+    return hasattr(grid, "sum_updates") and len({id(m.content) for m in outgoing}) == 1
 
 
 def sum_updates(grid: Any, outgoing: list[Message], weighted_by: str) -> Iterator[Summed]:
@@ -113,20 +112,31 @@ def pack(outgoing: list[Message], spec: Spec, statistics: Arrays, config: Config
         config (dict): Settings for all, which a message's own stand over.
     """
     packed: dict[int, ArrayRecord] = {}
-    configs: dict[int, ConfigRecord] = {}
+    contents: dict[int, tuple[RecordDict, RecordDict]] = {}
     beside = {messages.STATISTICS: messages.pack(statistics)} if statistics else {}
     for message in outgoing:
         message.metadata.group_id = str(config["server-round"])
-        content = {**message.content, **beside}
-        name, record = messages.parameters_of(message.content)
-        if id(record) not in packed:
-            packed[id(record)] = messages.pack(aggregate.masters_to_arrays(record, spec))
-        content[name] = packed[id(record)]
-        name, own = messages.config_of(message.content)
-        if id(own) not in configs:
-            configs[id(own)] = ConfigRecord({**config, **own})
-        content[name] = configs[id(own)]
-        message.content = RecordDict(content)
+        given = message.content
+        if id(given) not in contents:
+            name, record = messages.parameters_of(given)
+            if id(record) not in packed:
+                packed[id(record)] = messages.pack(aggregate.masters_to_arrays(record, spec))
+            settings_name, own = messages.config_of(given)
+            travels: dict[str, Any] = {
+                **beside,
+                name: packed[id(record)],
+                settings_name: ConfigRecord({**config, **own}),
+            }
+            # Held together with what it was made from, whose id would else be free for another.
+            contents[id(given)] = (given, RecordDict({**given, **travels}))
+        message.content = contents[id(given)][1]
+
+
+def sizes(outgoing: list[Message]) -> list[int]:
+    """The bytes of each message's arrays; messages mostly share their content."""
+    of_content = {id(message.content): message.content for message in outgoing}
+    bytes_of = {key: messages.count_bytes(content) for key, content in of_content.items()}
+    return [bytes_of[id(message.content)] for message in outgoing]
 
 
 def push(grid: Grid, outgoing: list[Message]) -> dict[str, int]:

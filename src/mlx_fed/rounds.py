@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from . import aggregate, checks, exchange, messages, strategies, sums, weights
+from . import aggregate, checks, exchange, strategies, sums, weights
 from .errors import RunError
 from .history import History, Result
 from .roster import Members, Roster, RosterGrid
@@ -202,7 +202,7 @@ class _Run:
         """Sums that a grid on this machine makes where its clients train."""
         self._begin("train", outgoing, record)
         blocks: list[sums.Block] = []
-        sizes = [messages.count_bytes(message.content) for message in outgoing]
+        sizes = exchange.sizes(outgoing)
         with _timed(record, "train"):
             for outcome in exchange.sum_updates(self.grid, outgoing, self.weighted_by):
                 blocks += outcome.blocks

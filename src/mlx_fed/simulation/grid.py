@@ -126,7 +126,7 @@ class SimulationGrid(Grid):
         for place, message in enumerate(messages):
             kind = message.metadata.message_type
             content = message.content
-            key = (_identity(content), kind)
+            key = (id(content), kind)
             if key not in requests:
                 requests[key] = folder / f"{len(requests)}.request"
                 request = Request(kind, content, self.timeout, size, weighted_by)
@@ -156,8 +156,3 @@ class SimulationGrid(Grid):
         for start, end in pairwise(ends):
             if span := [seat for block in blocks[start:end] for seat in block]:
                 yield span
-
-
-def _identity(content: RecordDict) -> int:
-    """The same for messages that were given the same records."""
-    return hash(tuple(id(record) for record in content.values()))
