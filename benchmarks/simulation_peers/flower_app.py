@@ -5,6 +5,7 @@ loaded. The workload comes by the environment, which actors inherit.
 """
 
 import os
+from contextlib import suppress
 from functools import cache
 
 import mlx.core as mx
@@ -96,9 +97,7 @@ def main(grid: Grid, context: Context) -> None:
         fraction_evaluate=0.0,
         min_available_nodes=workload.num_clients,
     )
-    try:
+    with suppress(Reached):
         strategy.start(
             grid, to_record(module), num_rounds=workload.num_rounds, evaluate_fn=evaluate
         )
-    except Reached:
-        pass

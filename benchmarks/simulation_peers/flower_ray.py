@@ -7,12 +7,15 @@ takes one core, where Flower's default is two.
 import logging
 import os
 import sys
+import tempfile
 
+home = tempfile.TemporaryDirectory()
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "WORKLOAD": sys.argv[1]}
+os.environ |= {"FLWR_HOME": home.name, "RAY_USAGE_STATS_ENABLED": "0", "WORKLOAD": sys.argv[1]}
 
-from flower_app import client_app, clock, server_app, workload
-from flwr.simulation import run_simulation
+# Below, since Flower reads its settings when it is imported.
+from flower_app import client_app, clock, server_app, workload  # noqa: E402
+from flwr.simulation import run_simulation  # noqa: E402
 
 
 def main() -> None:

@@ -65,8 +65,10 @@ def products(workload: Workload) -> Iterator[Callable[[], None]]:
         ):
             count *= STACK
             # Every batch has data of its own in the first layer; the others reuse buffers.
-            x = array(count, rows, inputs) if place == 0 else first.setdefault(
-                (place, batch), array(count, rows, inputs)
+            x = (
+                array(count, rows, inputs)
+                if place == 0
+                else first.setdefault((place, batch), array(count, rows, inputs))
             )
             w, dy = array(count, outputs, inputs), array(count, rows, outputs)
             y, dw = np.empty_like(dy), np.empty_like(w)

@@ -1,6 +1,7 @@
 """The benchmarks' models in MLX, each with a loss for every example, for all who run MLX."""
 
 import itertools
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,11 +10,10 @@ from workload import CONTEXT, VOCABULARY
 
 
 class MLP(nn.Module):
-    """The quickstart's multi-layer perceptron, 784-32-32-10 unless told otherwise."""
+    """A multi-layer perceptron with ReLU."""
 
     def __init__(self, *sizes: int):
         super().__init__()
-        sizes = sizes or (784, 32, 32, 10)
         self.layers = [nn.Linear(i, o) for i, o in itertools.pairwise(sizes)]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -74,7 +74,12 @@ class Transformer(nn.Module):
         return self.out(self.norm(x))
 
 
-MODELS = {"mlp": MLP, "cnn": CNN, "text": Transformer}
+MODELS = {
+    "mlp": partial(MLP, 784, 32, 32, 10),  # the quickstart's
+    "2nn": partial(MLP, 784, 200, 200, 10),  # McMahan et al.'s
+    "cnn": CNN,
+    "text": Transformer,
+}
 
 
 def loss(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:

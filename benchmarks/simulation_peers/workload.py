@@ -25,7 +25,7 @@ class Workload:
     """A federation to train.
 
     Attributes:
-        model (str): ``"mlp"``, ``"cnn"`` or ``"text"``.
+        model (str): ``"mlp"``, ``"2nn"``, ``"cnn"`` or ``"text"``.
         num_clients (int): Clients that exist.
         per_round (int): Clients that train in a round.
         num_rounds (int): Rounds, at most.
@@ -64,8 +64,7 @@ class Workload:
         if self.data is None:
             return self._random(np.random.default_rng(number), self.samples)
         data = _load(self.data)
-        start, end = data["offsets"][number : number + 2]
-        rows = data["order"][start:end]
+        rows = slice(*data["offsets"][number : number + 2])
         return self._images(data["train_images"][rows]), data["train_labels"][rows]
 
     def test(self) -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +83,12 @@ class Workload:
         if images.dtype == np.uint8:
             images = images.astype(np.float32) / 255
         return images.reshape(-1, 28, 28, 1) if self.model == "cnn" else images.reshape(-1, 784)
+
+
+@cache
+def resident(workload: Workload, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """A client's data, which the process that asked for it keeps."""
+    return workload.client(number)
 
 
 @cache
