@@ -1,9 +1,9 @@
 """The machine's limit: a client-round's matrix products and nothing else, on all cores.
 
 Forward, weight gradients and input gradients (the first layer needs none), in a process a core,
-with NumPy's own OpenBLAS on one thread each. NumPy goes through a stack of clients in C, so
-that no Python lies between the products. A convolution counts as the products of its patches,
-which are taken as there already.
+with NumPy's own BLAS on one thread each. NumPy goes through a stack of clients in C, so that no
+Python lies between the products. A convolution counts as the products of its patches, which are
+taken as there already.
 """
 
 import multiprocessing
@@ -12,103 +12,91 @@ import os
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before NumPy reads it
 
 from collections.abc import Callable, Iterator
-from threading import Barrier
+from functools import partial
+from typing import Any
 
 import numpy as np
 from workload import CONTEXT, VOCABULARY, Clock, Workload
 
 STACK = 10
-"""Clients that one call goes through."""
+"""Clients that one call goes through, at most."""
 
-Layer = tuple[int, int, int, int, bool]
-"""(products, rows, inputs, outputs, whether its input needs a gradient)."""
+Layer = tuple[int, int, int, int]
+"""(products a client, rows, inputs, outputs)"""
 
 
 def layers(model: str, batch: int) -> list[Layer]:
-    """The layers' products for one batch."""
+    """The layers' products for one batch, of which the first needs no input gradient."""
     if model == "mlp":
-        return [
-            (1, batch, 784, 32, False),
-            (1, batch, 32, 32, True),
-            (1, batch, 32, 10, True),
-        ]
+        return [(1, batch, 784, 32), (1, batch, 32, 32), (1, batch, 32, 10)]
     if model == "cnn":
         return [
-            (1, batch * 28 * 28, 9, 8, False),
-            (1, batch * 14 * 14, 72, 16, True),
-            (1, batch, 784, 10, True),
+            (1, batch * 28 * 28, 9, 8),
+            (1, batch * 14 * 14, 72, 16),
+            (1, batch, 7 * 7 * 16, 10),
         ]
     rows, dim, heads = batch * CONTEXT, 64, 2
     block = [
-        *[(1, rows, dim, dim, True)] * 4,
-        (batch * heads, CONTEXT, dim // heads, CONTEXT, True),
-        (batch * heads, CONTEXT, CONTEXT, dim // heads, True),
-        (1, rows, dim, 4 * dim, True),
-        (1, rows, 4 * dim, dim, True),
+        *[(1, rows, dim, dim)] * 4,
+        (batch * heads, CONTEXT, dim // heads, CONTEXT),
+        (batch * heads, CONTEXT, CONTEXT, dim // heads),
+        (1, rows, dim, 4 * dim),
+        (1, rows, 4 * dim, dim),
     ]
-    return [*block, *block, (1, rows, dim, VOCABULARY, True)]
+    return [*block, *block, (1, rows, dim, VOCABULARY)]
 
 
-def products(workload: Workload) -> Iterator[Callable[[], None]]:
-    """The calls of an epoch of ``STACK`` clients, batch by batch."""
+def products(workload: Workload, stack: int) -> Iterator[Callable[[], Any]]:
+    """The calls of an epoch of some clients, batch by batch."""
     rng = np.random.default_rng(0)
 
     def array(*shape: int) -> np.ndarray:
         return rng.random(shape, dtype=np.float32)
 
-    size = workload.batch_size
-    first: dict[int, np.ndarray] = {}
-    for start in range(0, workload.samples, size):
-        batch = min(size, workload.samples - start)
-        for place, (count, rows, inputs, outputs, input_gradient) in enumerate(
-            layers(workload.model, batch)
-        ):
-            count *= STACK
-            # Every batch has data of its own in the first layer; the others reuse buffers.
-            x = (
-                array(count, rows, inputs)
-                if place == 0
-                else first.setdefault((place, batch), array(count, rows, inputs))
-            )
-            w, dy = array(count, outputs, inputs), array(count, rows, outputs)
-            y, dw = np.empty_like(dy), np.empty_like(w)
-            yield lambda x=x, w=w, y=y: np.matmul(x, w.swapaxes(1, 2), out=y)
-            yield lambda x=x, dy=dy, dw=dw: np.matmul(dy.swapaxes(1, 2), x, out=dw)
-            if input_gradient:
-                dx = np.empty_like(x)
-                yield lambda w=w, dy=dy, dx=dx: np.matmul(dy, w, out=dx)
+    buffers: dict[int, list[list[np.ndarray]]] = {}
+    for start in range(0, workload.samples, workload.batch_size):
+        batch = min(workload.batch_size, workload.samples - start)
+        if batch not in buffers:
+            shapes = [
+                ((stack * count, rows, i), (stack * count, o, i), (stack * count, rows, o))
+                for count, rows, i, o in layers(workload.model, batch)
+            ]
+            buffers[batch] = [[array(*shape) for shape in layer * 2] for layer in shapes]
+        for place, (x, w, dy, dx, dw, y) in enumerate(buffers[batch]):
+            is_input = place == 0 and workload.model != "text"  # a text's is an embedding
+            if is_input:
+                x = array(*x.shape)  # every batch has examples of its own
+            yield partial(np.matmul, x, w.swapaxes(1, 2), out=y)
+            yield partial(np.matmul, dy.swapaxes(1, 2), x, out=dw)
+            if not is_input:
+                yield partial(np.matmul, dy, w, out=dx)
 
 
-def multiply(workload: Workload, times: int, barrier: Barrier) -> None:
-    calls = list(products(workload))
+def multiply(workload: Workload, clients: int, barrier: Any) -> None:
+    whole, rest = divmod(clients, STACK)
+    calls = list(products(workload, STACK)) * whole
+    if rest:
+        calls += products(workload, rest)
     for _ in range(workload.num_rounds):
         barrier.wait()
-        for _ in range(times):
-            for call in calls:
-                call()
+        for call in calls:
+            call()
         barrier.wait()
 
 
 def main() -> None:
     workload, clock = Workload.from_command_line(), Clock()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    times, rest = divmod(workload.per_round, STACK * cores)
-    if rest:
-        raise SystemExit(f"{cores} cores cannot share {workload.per_round} clients by {STACK}.")
+    share, rest = divmod(workload.per_round, cores)
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(cores + 1)
-    processes = [
-        context.Process(target=multiply, args=(workload, times, barrier), daemon=True)
-        for _ in range(cores)
-    ]
-    for process in processes:
-        process.start()
+    barrier = context.Barrier(cores + 1, timeout=1800)
+    for core in range(cores):
+        work = (workload, share + (core < rest), barrier)
+        context.Process(target=multiply, args=work, daemon=True).start()
     for _ in range(workload.num_rounds):
         barrier.wait()
         barrier.wait()
         clock.round_ended()
-    for process in processes:
-        process.join()
     clock.report()
 
 
