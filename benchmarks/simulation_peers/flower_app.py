@@ -95,6 +95,8 @@ def main(grid: Grid, context: Context) -> None:
     strategy = Complete(
         fraction_train=workload.per_round / workload.num_clients,
         fraction_evaluate=0.0,
+        # The fraction is of the nodes that are there when the first round begins: not yet all.
+        min_train_nodes=workload.per_round,
         min_available_nodes=workload.num_clients,
     )
     with suppress(Reached):
