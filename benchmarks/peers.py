@@ -101,7 +101,8 @@ def run(peer: Peer, workload: Workload, limit: float = 3600) -> Run:
         raise
     if process.returncode:
         reason = errors.strip().splitlines()
-        raise NotAvailable(reason[-1] if reason else f"exit code {process.returncode}")
+        # Ray's messages are long and coloured: the first words say what failed.
+        raise NotAvailable(ascii(reason[-1][:150]) if reason else f"exit {process.returncode}")
     report = json.loads(output.splitlines()[-1])
     ended = report["ended"]
     seconds = [end - begin for begin, end in pairwise(ended)]
