@@ -102,7 +102,9 @@ def run(peer: Peer, workload: Workload, limit: float = 3600) -> Run:
     if process.returncode:
         reason = errors.strip().splitlines()
         # Ray's messages are long and coloured: the first words say what failed.
-        raise NotAvailable(ascii(reason[-1][:150]) if reason else f"exit {process.returncode}")
+        raise NotAvailable(
+            ascii(reason[-1][:150])[1:-1] if reason else f"exit {process.returncode}"
+        )
     report = json.loads(output.splitlines()[-1])
     ended = report["ended"]
     seconds = [end - begin for begin, end in pairwise(ended)]
