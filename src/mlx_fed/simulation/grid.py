@@ -14,9 +14,8 @@ from flwr.serverapp import Grid
 
 from ..flower import local
 from ..flower.replies import failed_reply
-from ..sums import block_of
 from . import process
-from .pool import InProcess, Pool, Span
+from .pool import InProcess, Pool, Span, by_block
 from .worker import Outcome, Request, Seat
 
 _SPANS_A_WORKER = 4
@@ -27,13 +26,18 @@ _LONGEST_SPAN = 16
 class SimulationGrid(Grid):
     """Clients of this machine as nodes: node ``k + 1`` holds partition ``k``.
 
+    Its clients have a time of their own (see :class:`~mlx_fed.simulation.faults.Faults`): a
+    phase may take longer here than its timeout.
+
     Args:
         num_clients (int): How many there are.
         pool (Pool or InProcess): Who does their work.
         folder (Path): Where requests are written for the pool.
-        timeout (float): Seconds that a client has; see :class:`~mlx_fed.simulation.Faults`.
+        timeout (float): Seconds that a client has; see ``Faults``.
         notify (callable): Told what happens.
     """
+
+    virtual_time = True
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class SimulationGrid(Grid):
         self._numbers = itertools.count(1)
         self._pushed: dict[str, Message] = {}
         self._coming: Iterator[list[Message]] = iter(())
+        self._noted = False
 
     # -- what strategies and Flower's own loop use -------------------------------------------
 
@@ -137,7 +142,8 @@ class SimulationGrid(Grid):
         ]
         try:
             for outcome in self.pool.run(spans):
-                if outcome.note:
+                if outcome.note and not self._noted:
+                    self._noted = True  # the other workers find the same
                     self.notify("note", text=outcome.note)
                 yield outcome
         finally:
@@ -145,14 +151,10 @@ class SimulationGrid(Grid):
 
     def _cut(self, seats: list[Seat]) -> Iterator[list[Seat]]:
         """Spans of whole blocks, several for each worker."""
-        blocks = [list(group) for _, group in itertools.groupby(seats, _block)]
+        blocks = by_block(seats)
         each = max(1, min(_LONGEST_SPAN, len(blocks) // (self.pool.size * _SPANS_A_WORKER)))
         for start in range(0, len(blocks), each):
             yield [seat for block in blocks[start : start + each] for seat in block]
-
-
-def _block(seat: Seat) -> int:
-    return block_of(seat.place)
 
 
 def _identity(content: RecordDict) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -12,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 from flwr.app import MessageType, MetricRecord, RecordDict
 
-from .. import aggregate, messages, sums
-from ..errors import FedError
+from .. import aggregate, checks, messages, sums
+from ..errors import FedError, SimulationError
 from ..sums import Block, Counted
 from ..task import Config, Data, TaskSource, make_task
 from ..training import Trainer, Update, lengths, moment_of
@@ -41,7 +40,7 @@ class Job(NamedTuple):
     batched: bool
     chunk_size: int | None
     faults: Faults
-    states: Path
+    folder: Path
 
 
 class Request(NamedTuple):
@@ -95,7 +94,7 @@ class Worker:
         self.trainer = Trainer(make_task(job.source, job.config), job.seed)
         self.batched = BatchedTrainer(self.trainer) if job.batched else None
         self.partitions = Partitions(self.trainer.task, job.num_clients)
-        self.own = OwnStatistics(job.states) if self._keeps_statistics() else None
+        self.own = OwnStatistics(job.folder / "statistics") if self._keeps_statistics() else None
         self.note: str | None = None
 
     def _keeps_statistics(self) -> bool:
@@ -140,6 +139,8 @@ class Worker:
                     raise FedError(f"Partition {client} has no test examples: Data.test is None.")
                 statistics = self._statistics(phase, client, later=True)
                 metrics = self.trainer.evaluate(phase.parameters, statistics, data.test)
+            except SimulationError:
+                raise
             except Exception as error:
                 failed.append((place, reason(error)))
             else:
@@ -156,6 +157,8 @@ class Worker:
             try:
                 self._require_answer(phase, seat.client)
                 data = self._data(seat.client)
+            except SimulationError:
+                raise
             except Exception as error:
                 failed.append((seat.place, reason(error)))
                 continue
@@ -183,12 +186,14 @@ class Worker:
     def _chunks(
         self, phase: Phase, window: list[tuple[Seat, Data]]
     ) -> Iterator[list[tuple[Seat, Data]]]:
-        """Clients with about as many examples, so that they take their steps together."""
+        """Clients whose examples are alike and about as many take their steps together."""
         together = [pair for pair in window if not callable(pair[1].train)]
-        together.sort(key=lambda pair: len(_examples(pair[1])[0]))
-        size = self._chunk_size(phase, together[0][1]) if together else 1
-        for start in range(0, len(together), size):
-            yield together[start : start + size]
+        together.sort(key=lambda pair: (_kind(pair[1]), len(_examples(pair[1])[0])))
+        for _, alike in groupby(together, lambda pair: _kind(pair[1])):
+            clients = list(alike)
+            size = self._chunk_size(phase, clients[0][1])
+            for start in range(0, len(clients), size):
+                yield clients[start : start + size]
         yield from ([pair] for pair in window if callable(pair[1].train))
 
     def _train_chunk(
@@ -276,6 +281,11 @@ def _examples(data: Data) -> tuple[mx.array, ...]:
     return tuple(data.train)
 
 
+def _kind(data: Data) -> str:
+    """What one example is: the same for clients that can be stacked."""
+    return repr([(array.shape[1:], array.dtype) for array in _examples(data)])
+
+
 def _content(phase: Phase, update: Update) -> RecordDict:
     """A client's update as its reply's content."""
     content: dict[str, Any] = {
@@ -295,11 +305,11 @@ def _sum(
 ) -> Block:
     fit = []
     for place, update in updates:
-        weight = update.metrics.get(weighted_by)
-        if isinstance(weight, (int, float)) and 0 < weight < math.inf:
-            fit.append((Counted(place, float(weight), update.metrics), update))
-        else:
-            failed.append((place, f"{weighted_by} must be a positive number, not {weight!r}"))
+        try:
+            checks.check_figures(update.metrics, weighted_by)
+            fit.append((Counted(place, float(update.metrics[weighted_by]), update.metrics), update))
+        except checks.Refused as refused:
+            failed.append((place, str(refused)))
     block = sums.sum_block(number, ((c, u.parameters, u.statistics) for c, u in fit))
     every = (*block.parameters.values(), *block.statistics.values())
     if all(np.isfinite(array).all() for array in every):
@@ -307,16 +317,12 @@ def _sum(
     # A sum of finite values may overflow as well: then all of them are fit, and the mean says so.
     good = []
     for client, update in fit:
-        if name := _not_finite({**update.parameters, **update.statistics}):
-            why = f"parameter {name!r} has values that are not finite"
-            failed.append((client.place, why))
-        else:
+        try:
+            checks.check_values(update.parameters, update.statistics)
             good.append((client, update))
+        except checks.Refused as refused:
+            failed.append((client.place, str(refused)))
     return sums.sum_block(number, ((c, u.parameters, u.statistics) for c, u in good))
-
-
-def _not_finite(arrays: Arrays) -> str | None:
-    return next((n for n, a in arrays.items() if not mx.isfinite(a).all().item()), None)
 
 
 def reason(error: Exception) -> str:
