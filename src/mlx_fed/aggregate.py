@@ -19,7 +19,7 @@ from .weights import Arrays, Spec, WeightsError, check, dtype_name, spec
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
-def to_masters(arrays: Arrays) -> ArrayRecord:
+def to_masters(arrays: Mapping[str, mx.array]) -> ArrayRecord:
     """Arrays as float32 NumPy arrays, by name and in the same order.
 
     Raises:

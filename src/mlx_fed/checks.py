@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -85,13 +85,17 @@ def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_
         raise Refused(str(error)[:_LONGEST]) from error
     except Exception as error:  # whatever else a stranger's bytes can bring about
         raise Refused(f"unreadable reply: {type(error).__name__}: {error}"[:_LONGEST]) from error
-    _check_values(arrays, running)
+    check_values(arrays, running)
     return Reply(name, arrays, running, metrics, float(str(metrics[weighted_by])))
 
 
-def _check_values(parameters: Arrays, statistics: Arrays) -> None:
-    """Checks that all values are finite and variances are not negative."""
-    mx.eval(parameters, statistics)
+def check_values(parameters: Mapping[str, mx.array], statistics: Mapping[str, mx.array]) -> None:
+    """Checks that all values are finite and variances are not negative.
+
+    Raises:
+        Refused: Naming the first array of which that is not so.
+    """
+    mx.eval(dict(parameters), dict(statistics))
     for name, array in (*parameters.items(), *statistics.items()):
         # NumPy takes a tenth of the time that MLX takes on a CPU; float32 holds every value.
         values = np.asarray(array.astype(mx.float32))
@@ -112,7 +116,16 @@ def check_metrics(message: Message, weighted_by: str) -> MetricRecord:
     records = list(message.content.metric_records.values())
     if len(records) != 1:
         raise Refused(f"expected one record of metrics, got {len(records)}")
-    (metrics,) = records
+    check_figures(records[0], weighted_by)
+    return records[0]
+
+
+def check_figures(metrics: Mapping[str, Any], weighted_by: str) -> None:
+    """Checks that metrics are finite and the weight among them is positive.
+
+    Raises:
+        Refused: Naming the first that is not.
+    """
     weight = metrics.get(weighted_by)
     if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
         raise Refused(f"{weighted_by} must be a positive number, not {weight!r}")
@@ -120,7 +133,6 @@ def check_metrics(message: Message, weighted_by: str) -> MetricRecord:
         values = value if isinstance(value, list) else [value]
         if not all(math.isfinite(v) for v in values):
             raise Refused(f"metric {key!r} is not finite")
-    return metrics
 
 
 def odd_names(names: Mapping[str, frozenset[str]]) -> dict[str, str]:

@@ -7,3 +7,7 @@ class FedError(Exception):
 
 class RunError(FedError):
     """A run that could not go on. What it has reached is kept in its folder."""
+
+
+class SimulationError(FedError):
+    """A simulation that cannot start or go on."""

@@ -9,7 +9,7 @@ as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from typing import Any
 
@@ -34,7 +34,7 @@ class MessageError(FedError):
     """A message that is not laid out as ours are."""
 
 
-def pack(arrays: Arrays) -> ArrayRecord:
+def pack(arrays: Mapping[str, mx.array]) -> ArrayRecord:
     """Arrays of any dtype as shards of up to 4 MiB, or of one larger array."""
     shards = list(_shards(arrays))
     record = {}
@@ -106,7 +106,7 @@ def count_bytes(content: RecordDict) -> int:
     return sum(len(a.data) for record in content.array_records.values() for a in record.values())
 
 
-def _shards(arrays: Arrays) -> Iterator[Arrays]:
+def _shards(arrays: Mapping[str, mx.array]) -> Iterator[Arrays]:
     shard: Arrays = {}
     size = 0
     for name, array in arrays.items():

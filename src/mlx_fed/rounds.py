@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -185,7 +185,7 @@ class _Run:
             if not mean.counted:
                 return self.model
             content = mean.as_reply(self.model.masters, self.weighted_by)
-            each = [RecordDict({"metrics": MetricRecord({**c.metrics})}) for c in mean.counted]
+            each = [counted.metrics for counted in mean.counted]
             masters, metrics = self._aggregate(
                 record,
                 lambda number: strategies.aggregate_mean(self.strategy, number, content, each),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,7 @@ def least_nodes(strategy: Strategy) -> int:
     return max(1, *(int(attribute(strategy, name) or 1) for name in names))
 
 
+_FLOWERS_MEAN = FedAvg().train_metrics_aggr_fn
 _LINEAR = tuple(kind.aggregate_train for kind in (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi))
 
 
@@ -64,7 +65,7 @@ def is_linear(strategy: Strategy) -> bool:
 
 
 def aggregate_mean(
-    strategy: Strategy, number: int, mean: RecordDict, metrics: list[RecordDict]
+    strategy: Strategy, number: int, mean: RecordDict, metrics: Sequence[Mapping[str, Any]]
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
     """Lets a linear strategy aggregate one reply, the mean, in place of all.
 
@@ -76,11 +77,36 @@ def aggregate_mean(
     """
     averaging: Any = strategy
     function = averaging.train_metrics_aggr_fn
-    averaging.train_metrics_aggr_fn = lambda _, weighted_by: function(metrics, weighted_by)
+
+    def aggregate(_: list[RecordDict], weighted_by: str) -> MetricRecord:
+        if function is _FLOWERS_MEAN:
+            return mean_metrics(metrics, weighted_by)
+        return function(
+            [RecordDict({"metrics": MetricRecord({**m})}) for m in metrics], weighted_by
+        )
+
+    averaging.train_metrics_aggr_fn = aggregate
     try:
         return strategy.aggregate_train(number, [Message(mean, _NOBODY, MessageType.TRAIN)])
     finally:
         averaging.train_metrics_aggr_fn = function
+
+
+def mean_metrics(metrics: Sequence[Mapping[str, Any]], weighted_by: str) -> MetricRecord:
+    """What Flower's strategies have as the mean of metrics, without a record for each client."""
+    total = sum(each[weighted_by] for each in metrics)
+    mean: dict[str, Any] = {}
+    for each in metrics:
+        share = each[weighted_by] / total
+        for key, value in each.items():
+            if key == weighted_by:
+                continue
+            if isinstance(value, list):
+                before = mean.get(key, [0.0] * len(value))
+                mean[key] = [old + v * share for old, v in zip(before, value, strict=True)]
+            else:
+                mean[key] = mean.get(key, 0.0) + value * share
+    return MetricRecord(mean)
 
 
 def wants_same_names(strategy: Strategy) -> bool:

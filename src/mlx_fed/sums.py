@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
-from .weights import Arrays, Spec
+from .weights import Arrays, Spec, StackedRow, to_float32
 
 _LARGEST_BLOCK = 16
 _FEWEST_BLOCKS = 16
@@ -30,6 +30,10 @@ class Counted(NamedTuple):
     place: int
     weight: float
     metrics: Mapping[str, Any]
+
+
+CountedUpdate = tuple[Counted, Mapping[str, mx.array], Mapping[str, mx.array]]
+"""Who an update is from, its parameters and its running statistics."""
 
 
 class Block(NamedTuple):
@@ -73,7 +77,7 @@ def block_size(num_places: int) -> int:
     return max(1, min(_LARGEST_BLOCK, num_places // _FEWEST_BLOCKS))
 
 
-def blocks(updates: Iterable[tuple[Counted, Arrays, Arrays]], num_places: int) -> list[Block]:
+def blocks(updates: Iterable[CountedUpdate], num_places: int) -> list[Block]:
     """Sums updates, each block by itself.
 
     Args:
@@ -87,7 +91,7 @@ def blocks(updates: Iterable[tuple[Counted, Arrays, Arrays]], num_places: int) -
     ]
 
 
-def sum_block(number: int, updates: Iterable[tuple[Counted, Arrays, Arrays]]) -> Block:
+def sum_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
     """Sums the updates of one block.
 
     Args:
@@ -122,9 +126,12 @@ def mean(parts: Sequence[Block]) -> Mean:
     return Mean(_divided(parameters, weight), _divided(statistics, weight), weight, counted)
 
 
-def _add(sums: Sums, arrays: Arrays, weight: float) -> None:
-    for name, array in arrays.items():
-        product = np.asarray(array.astype(mx.float32)) * np.float32(weight)
+def _add(sums: Sums, arrays: Mapping[str, mx.array], weight: float) -> None:
+    for name in arrays:
+        if isinstance(arrays, StackedRow):
+            product = arrays.float32(name) * np.float32(weight)
+        else:
+            product = to_float32(arrays[name]) * np.float32(weight)
         if name in sums:
             sums[name] += product
         else:

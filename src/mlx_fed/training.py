@@ -6,7 +6,7 @@ Knows nothing of Flower: named arrays come in, named arrays and metrics go out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
@@ -34,8 +34,8 @@ Batch = tuple[tuple[mx.array, ...], mx.array | None, int]
 class Update(NamedTuple):
     """What a round of local training gives: arrays by name, and metrics in kebab-case."""
 
-    parameters: Arrays
-    statistics: Arrays
+    parameters: Mapping[str, mx.array]
+    statistics: Mapping[str, mx.array]
     metrics: dict[str, int | float]
 
 

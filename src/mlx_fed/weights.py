@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from . import randomness
@@ -157,3 +158,36 @@ def check(expected: Spec, got: Spec) -> None:
             raise WeightsError(f"parameter {name!r} has shape {got_shape}, expected {shape}")
         if got_dtype != dtype:
             raise WeightsError(f"parameter {name!r} has dtype {got_dtype}, expected {dtype}")
+
+
+class StackedRow(Mapping[str, mx.array]):
+    """One entry along the leading axis of stacked arrays, sliced where it is asked for.
+
+    Args:
+        stack (dict): Arrays that are evaluated, by name.
+        host (dict): Where their values in NumPy are kept, for all rows of the stack.
+        index (int): Which entry this is.
+    """
+
+    def __init__(self, stack: Arrays, host: dict[str, np.ndarray], index: int):
+        self._stack, self._host, self._index = stack, host, index
+
+    def __getitem__(self, name: str) -> mx.array:
+        return self._stack[name][self._index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stack)
+
+    def __len__(self) -> int:
+        return len(self._stack)
+
+    def float32(self, name: str) -> np.ndarray:
+        """The values in NumPy, without a graph for each slice."""
+        if name not in self._host:
+            self._host[name] = to_float32(self._stack[name])
+        return self._host[name][self._index]
+
+
+def to_float32(array: mx.array) -> np.ndarray:
+    """The values of an array as float32 in NumPy: without a copy where that is what they are."""
+    return np.asarray(array.astype(mx.float32))

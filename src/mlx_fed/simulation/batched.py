@@ -18,7 +18,7 @@ from ..batches import Rows
 from ..steps import Client, Shared, Step, initial_state, training_step
 from ..task import Config, Data
 from ..training import Trainer, Update, moment_of, weighted_mean
-from ..weights import Arrays
+from ..weights import Arrays, StackedRow
 from .feeding import Feed, HostStacks, device_feed, host_can_read
 
 
@@ -195,16 +195,12 @@ def _updates(
             values[place][1].append(share)
     updates: dict[int, Update] = {}
     for places, at in groups:
+        stacks: list[tuple[Arrays, dict]] = [(at.parameters, {}), (at.statistics, {})]
         for index, place in enumerate(places):
+            parameters, statistics = (StackedRow(*stack, index) for stack in stacks)
             metrics: dict[str, int | float] = {
                 "num-examples": len(members[place].examples[0]),
                 "loss": weighted_mean(*values[place]),
             }
-            updates[place] = Update(
-                {name: array[index] for name, array in at.parameters.items()},
-                {name: array[index] for name, array in at.statistics.items()},
-                metrics,
-            )
-    ordered = [updates[place] for place in range(len(members))]
-    mx.eval([update[:2] for update in ordered])
-    return ordered
+            updates[place] = Update(parameters, statistics, metrics)
+    return [updates[place] for place in range(len(members))]

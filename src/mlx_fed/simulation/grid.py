@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, count, groupby, pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from ..flower import local
 from ..flower.replies import failed_reply
 from ..sums import block_size
 from . import process
-from .pool import InProcess, Pool, Span
+from .pool import InProcess, Pool, Span, by_block
 from .worker import Outcome, Request, Seat
 
 _SPANS_A_WORKER = 4
@@ -29,13 +27,18 @@ _LONGEST_SPAN = 256
 class SimulationGrid(Grid):
     """Clients of this machine as nodes: node ``k + 1`` holds partition ``k``.
 
+    Its clients have a time of their own (see :class:`~mlx_fed.simulation.faults.Faults`): a
+    phase may take longer here than its timeout.
+
     Args:
         num_clients (int): How many there are.
         pool (Pool or InProcess): Who does their work.
         folder (Path): Where requests are written for the pool.
-        timeout (float): Seconds that a client has; see :class:`~mlx_fed.simulation.Faults`.
+        timeout (float): Seconds that a client has; see ``Faults``.
         notify (callable): Told what happens.
     """
+
+    virtual_time = True
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class SimulationGrid(Grid):
         self._numbers = count(1)
         self._pushed: dict[str, Message] = {}
         self._coming: Iterator[list[Message]] = iter(())
+        self._noted = False
 
     # -- what strategies and Flower's own loop use -------------------------------------------
 
@@ -121,34 +125,35 @@ class SimulationGrid(Grid):
         """Cuts the messages into spans of one request each, and has them done."""
         requests: dict[tuple[int, str], Path] = {}
         by_request: dict[Path, list[Seat]] = {}
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
         size = block_size(len(messages))
         for place, message in enumerate(messages):
             kind = message.metadata.message_type
             content = message.content
             key = (id(content), kind)
             if key not in requests:
-                requests[key] = folder / f"{len(requests)}.request"
-                request = Request(kind, content, self.timeout, size, weighted_by)
+                requests[key] = self.folder / f"{next(self._numbers)}.request"
+                request = Request(kind, content, self.timeout, weighted_by)
                 process.write_request(request, requests[key])
-            seat = Seat(place, message.metadata.dst_node_id - 1)
+            seat = Seat(place, message.metadata.dst_node_id - 1, place // size)
             by_request.setdefault(requests[key], []).append(seat)
         spans = [
             Span(path, tuple(seats))
             for path, all_seats in by_request.items()
-            for seats in self._cut(all_seats, size)
+            for seats in self._cut(all_seats)
         ]
         try:
             for outcome in self.pool.run(spans):
-                if outcome.note:
+                if outcome.note and not self._noted:
+                    self._noted = True  # the other workers find the same
                     self.notify("note", text=outcome.note)
                 yield outcome
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            for path in by_request:
+                path.unlink(missing_ok=True)
 
-    def _cut(self, seats: list[Seat], block_size: int) -> Iterator[list[Seat]]:
+    def _cut(self, seats: list[Seat]) -> Iterator[list[Seat]]:
         """Spans of whole blocks: one for each worker, or several if they are long enough."""
-        blocks = [list(group) for _, group in groupby(seats, lambda s: s.place // block_size)]
+        blocks = by_block(seats)
         workers = self.pool.size
         spans = max(1, min(_SPANS_A_WORKER, len(seats) // (workers * _SPAN))) * workers
         spans = max(spans, len(seats) // _LONGEST_SPAN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ class OwnStatistics:
         loaded: Any = mx.load(str(self._path(client, max(rounds))), format="safetensors")
         return dict(loaded)
 
-    def save(self, client: int, number: int, statistics: Arrays) -> None:
+    def save(self, client: int, number: int, statistics: Mapping[str, mx.array]) -> None:
         """Keeps what the client has after the round."""
         self.folder.joinpath(str(client)).mkdir(parents=True, exist_ok=True)
         path = self._path(client, number)
         half = path.with_suffix(f".{os.getpid()}")
         with half.open("wb") as file:
-            mx.save_safetensors(file, statistics)
+            mx.save_safetensors(file, dict(statistics))
         half.replace(path)
         for old in sorted(self._rounds(client))[:-2]:
             self._path(client, old).unlink(missing_ok=True)

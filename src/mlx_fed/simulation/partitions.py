@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..batches import as_arrays
-from ..errors import FedError
+from ..errors import FedError, SimulationError
 from ..task import Data, Task
 
 _MOST_BYTES = 512 * 2**20
@@ -35,7 +35,7 @@ class Partitions:
         """A client's data, its arrays as MLX's.
 
         Raises:
-            FedError: If the data is not what it was when it was loaded before.
+            SimulationError: If the data is not what it was when it was loaded before.
         """
         if client in self._held:
             self._held.move_to_end(client)
@@ -62,7 +62,7 @@ class Partitions:
     def _check(self, client: int, data: Data) -> None:
         seen = self._seen.setdefault(client, now := _fingerprint(data))
         if seen != now:
-            raise FedError(
+            raise SimulationError(
                 f"Task.data gave other examples for partition {client} than before. It must give "
                 "the same ones for the same arguments: let its random choices follow from the "
                 "partition's number"

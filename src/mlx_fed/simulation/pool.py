@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copyreg
 import os
-from collections import deque
+import re
+import signal
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +18,8 @@ import cloudpickle
 import mlx.core as mx
 from loky import ProcessPoolExecutor
 
-from ..errors import FedError
+from ..errors import SimulationError
+from ..weights import dtype_name
 from . import process
 from .worker import Job, Outcome, Seat, Worker
 
@@ -22,9 +27,8 @@ _AHEAD = 2
 """Spans that a process has at hand, so that it never waits for the next one."""
 _MOST_DEATHS = 3
 
-
-class SimulationError(FedError):
-    """A simulation that cannot start or go on."""
+# Tasks hold dtypes, which MLX cannot pickle.
+copyreg.pickle(mx.Dtype, lambda dtype: (getattr, (mx, dtype_name(dtype))))
 
 
 class Span(NamedTuple):
@@ -80,7 +84,7 @@ class Pool:
     def __init__(self, job: Job, size: int, device: str | None):
         self.size = size
         try:
-            self._start = (cloudpickle.dumps(job), device)
+            self._start = (cloudpickle.dumps(job), device, os.getpid(), job.folder)
         except Exception as error:
             raise SimulationError(
                 f"The task cannot be sent to worker processes: {error}. Make what it holds when "
@@ -107,7 +111,7 @@ class Pool:
         for number, span in enumerate(spans):
             waiting[number % self.size].append(span)
         at_work: dict[Future, tuple[int, Span]] = {}
-        deaths: dict[int, int] = {}
+        deaths: Counter[int] = Counter()
         try:
             while True:
                 for worker in range(self.size):
@@ -119,43 +123,34 @@ class Pool:
                 if not at_work:
                     return
                 done, _ = wait(at_work, return_when=FIRST_COMPLETED)
-                for future in done:
-                    if future not in at_work:
-                        continue
-                    worker, span = at_work.pop(future)
+                for future in done & at_work.keys():
                     error = future.exception()
-                    if error is None:
-                        yield future.result()
-                    elif isinstance(error, BrokenProcessPool):
-                        self._replace(worker, span, error, deaths)
-                        lost = [f for f, (at, _) in at_work.items() if at == worker]
-                        waiting[worker].extendleft([at_work.pop(f)[1] for f in lost])
-                        waiting[worker].appendleft(span)
+                    if isinstance(error, BrokenProcessPool):
+                        if future in at_work:
+                            worker = at_work[future][0]
+                            lost = _take_back(at_work, worker)
+                            waiting[worker].extendleft(reversed(_blamed(lost, error, deaths)))
+                            self._replace(worker)
                     else:
-                        raise error
+                        del at_work[future]
+                        yield future.result()
         finally:
             for future in at_work:
                 future.cancel()
 
     def _submit(self, worker: int, span: Span) -> Future:
+        # A process that is started inherits what is blocked: Ctrl-C is for the run to act on.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return self._processes[worker].submit(process.work, span.request, span.seats)
         except BrokenProcessPool as error:  # it died while it had nothing to do
             future: Future = Future()
             future.set_exception(error)
             return future
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
-    def _replace(self, worker: int, span: Span, error: Exception, deaths: dict[int, int]) -> None:
-        first = span.seats[0].place
-        deaths[first] = deaths.get(first, 0) + 1
-        if deaths[first] == _MOST_DEATHS:
-            clients = f"{span.seats[0].client} to {span.seats[-1].client}"
-            cause = error.__cause__ or error
-            raise SimulationError(
-                f"{_MOST_DEATHS} processes died one after another over clients {clients}: "
-                f"{str(cause).strip()} Is the memory enough? A smaller chunk_size or fewer "
-                "workers need less; workers=0 shows what happens in this process."
-            )
+    def _replace(self, worker: int) -> None:
         self._processes[worker].shutdown(wait=False, kill_workers=True)
         self._processes[worker] = self._new_process()
 
@@ -171,3 +166,43 @@ def _next(waiting: list[deque[Span]], worker: int) -> Span | None:
         return waiting[worker].popleft()
     longest = max(waiting, key=len)
     return longest.pop() if longest else None
+
+
+def by_block(seats: Sequence[Seat]) -> list[Sequence[Seat]]:
+    """Seats, those of one block of places together: a block is summed by one worker."""
+    return [list(block) for _, block in groupby(seats, lambda seat: seat.block)]
+
+
+def _take_back(at_work: dict[Future, tuple[int, Span]], worker: int) -> list[Span]:
+    """What a dead process leaves undone, in the order in which it was given it."""
+    lost = [
+        future
+        for future, (at, _) in at_work.items()
+        if at == worker and not (future.done() and future.exception() is None)
+    ]
+    return [at_work.pop(future)[1] for future in lost]
+
+
+def _blamed(lost: list[Span], error: Exception, deaths: Counter[int]) -> list[Span]:
+    """What is to be done again, the first of it, over which the process died, block by block.
+
+    Raises:
+        SimulationError: If processes have died over it too often.
+    """
+    request, seats = lost[0]
+    first = seats[0].place
+    deaths[first] += 1
+    if deaths[first] == _MOST_DEATHS:
+        clients = ", ".join(str(seat.client) for seat in seats)
+        raise SimulationError(
+            f"{_MOST_DEATHS} worker processes died one after another over clients {clients}: "
+            f"{_exit_codes(error)}. Is the memory enough? A smaller chunk_size or fewer workers "
+            "need less; workers=0 shows what happens in this process."
+        )
+    return [*(Span(request, block) for block in by_block(seats)), *lost[1:]]
+
+
+def _exit_codes(error: Exception) -> str:
+    """The last of what loky says of dead processes, such as "exit codes {SIGKILL(-9)}"."""
+    found = re.search(r"exit codes .*?(\{.*\})", str(error))
+    return f"exit codes {found[1]}" if found else str(error.__cause__ or error).strip()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
-import signal
+import shutil
+import threading
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,23 +14,41 @@ from pathlib import Path
 import cloudpickle
 
 from .. import devices  # first of all: it brings the fast BLAS
-from .worker import Job, Outcome, Request, Seat, Worker
+from ..errors import SimulationError
+from .worker import Job, Outcome, Request, Seat, Worker, reason
 
 _worker: Worker | None = None
+_failure = "it was not started"
 
 
-def start(job: bytes, device: str | None) -> None:
-    """Sets the process up, once."""
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run to act on
-    devices.use(device)
-    made: Job = cloudpickle.loads(job)
-    _worker = Worker(made)
+def start(job: bytes, device: str | None, parent: int, folder: Path) -> None:
+    """Sets the process up, once. What goes wrong is told when it is given work."""
+    global _worker, _failure
+    threading.Thread(target=_end_after, args=(parent, folder), daemon=True).start()
+    try:
+        devices.use(device)
+        made: Job = cloudpickle.loads(job)
+        _worker = Worker(made)
+    except Exception as error:
+        _failure = reason(error)
+
+
+def _end_after(parent: int, folder: Path) -> None:
+    """Ends this process soon after the run's own, which may be killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def work(request: Path, seats: Sequence[Seat]) -> Outcome:
-    """Lets the process's worker do what the file of a request asks."""
-    assert _worker is not None, "the process was started"
+    """Lets the process's worker do what the file of a request asks.
+
+    Raises:
+        SimulationError: If the process could not be set up.
+    """
+    if _worker is None:
+        raise SimulationError(f"A worker process could not start: {_failure}")
     return _worker.work(read_request(request), seats)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from .. import devices, rounds
+from ..errors import SimulationError
 from ..history import History, Listener, new_run_folder
 from ..progress import ServerProgress, quiet_flower
 from ..settings import Settings
@@ -18,7 +19,7 @@ from ..task import TaskSource, make_task
 from ..training import Trainer
 from .faults import Faults
 from .grid import SimulationGrid
-from .pool import InProcess, Pool, SimulationError, default_workers
+from .pool import InProcess, Pool, default_workers
 from .roster import SimulatedRoster
 from .worker import Job
 
@@ -77,8 +78,14 @@ def simulate(
     Example:
         >>> result = simulate(task, FedAvg(fraction_train=0.1), num_clients=1000, num_rounds=20)
     """
-    if num_clients < 1:
-        raise SimulationError(f"A simulation needs 1 client or more, not {num_clients}.")
+    for what, value, least in (
+        ("num_clients", num_clients, 1),
+        ("num_rounds", num_rounds, 1),
+        ("chunk_size", chunk_size, 1),
+        ("workers", workers, 0),
+    ):
+        if value is not None and value < least:
+            raise SimulationError(f"A simulation's {what} is {least} or more, not {value}.")
     quiet_flower()
     devices.use(device)
     leading = Settings(**settings)
@@ -99,7 +106,7 @@ def simulate(
             batched,
             chunk_size,
             faults or Faults(),
-            Path(folder, "states"),
+            Path(folder),
         )
         with _pool(job, workers, device) as pool:
             grid = SimulationGrid(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -12,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 from flwr.app import MessageType, MetricRecord, RecordDict
 
-from .. import aggregate, messages, sums
-from ..errors import FedError
+from .. import aggregate, checks, messages, sums
+from ..errors import FedError, SimulationError
 from ..sums import Block, Counted
 from ..task import Config, Data, TaskSource, make_task
 from ..training import Trainer, Update, lengths, moment_of
@@ -41,20 +40,19 @@ class Job(NamedTuple):
     batched: bool
     chunk_size: int | None
     faults: Faults
-    states: Path
+    folder: Path
 
 
 class Request(NamedTuple):
     """What clients are asked: a message's type and content, and the seconds they have.
 
-    ``weighted_by`` names the metric that weighs updates which are to be summed, in blocks of
-    ``block_size`` places; ``None`` asks for each client's own.
+    ``weighted_by`` names the metric that weighs updates which are to be summed; ``None`` asks
+    for each client's own.
     """
 
     kind: str
     content: RecordDict
     timeout: float
-    block_size: int
     weighted_by: str | None
 
 
@@ -69,10 +67,11 @@ class Phase(NamedTuple):
 
 
 class Seat(NamedTuple):
-    """A client that is asked, and its place in the phase."""
+    """A client that is asked, its place in the phase and the block that it is summed in."""
 
     place: int
     client: int
+    block: int
 
 
 class Outcome(NamedTuple):
@@ -96,15 +95,18 @@ class Worker:
         self.trainer = Trainer(make_task(job.source, job.config), job.seed)
         self.batched = BatchedTrainer(self.trainer) if job.batched else None
         self.partitions = Partitions(self.trainer.task, job.num_clients)
-        self.own = OwnStatistics(job.states) if self._keeps_statistics() else None
+        self.own = OwnStatistics(job.folder / "statistics") if self._keeps_statistics() else None
         self.note: str | None = None
+        self.phase: Phase | None = None
 
     def _keeps_statistics(self) -> bool:
         return bool(self.trainer.slots.statistics) and self.trainer.task.statistics == "local"
 
     def work(self, request: Request, seats: Sequence[Seat]) -> Outcome:
         """Lets clients train or evaluate, in the order of their places."""
-        phase = self._phase(request)
+        if self.phase is None or self.phase.request is not request:
+            self.phase = self._phase(request)
+        phase = self.phase
         failed: list[tuple[int, str]] = []
         self.note = None
         if request.kind == MessageType.EVALUATE:
@@ -113,9 +115,10 @@ class Worker:
         if request.weighted_by is None:
             replies = [(place, _content(phase, update)) for place, update in updates]
             return Outcome([], replies, failed, self.note)
+        block = {seat.place: seat.block for seat in seats}
         blocks = [
             _sum(number, list(group), request.weighted_by, failed)
-            for number, group in groupby(updates, lambda pair: pair[0] // request.block_size)
+            for number, group in groupby(updates, lambda pair: block[pair[0]])
         ]
         return Outcome(blocks, [], failed, self.note)
 
@@ -133,7 +136,7 @@ class Worker:
     def _evaluate(
         self, phase: Phase, seats: Sequence[Seat], failed: list[tuple[int, str]]
     ) -> Iterator[tuple[int, RecordDict]]:
-        for place, client in seats:
+        for place, client, _ in seats:
             try:
                 self._require_answer(phase, client)
                 data = self.partitions.get(client)
@@ -141,6 +144,8 @@ class Worker:
                     raise FedError(f"Partition {client} has no test examples: Data.test is None.")
                 statistics = self._statistics(phase, client, later=True)
                 metrics = self.trainer.evaluate(phase.parameters, statistics, data.test)
+            except SimulationError:
+                raise
             except Exception as error:
                 failed.append((place, reason(error)))
             else:
@@ -153,15 +158,20 @@ class Worker:
     ) -> Iterator[tuple[int, Update]]:
         """Updates in the order of places; what they need is loaded a window at a time."""
         window: list[tuple[Seat, Data]] = []
+        limit = 1
         for seat in seats:
             try:
                 self._require_answer(phase, seat.client)
                 data = self._data(seat.client)
+            except SimulationError:
+                raise
             except Exception as error:
                 failed.append((seat.place, reason(error)))
                 continue
+            if not window:
+                limit = _WINDOW * self._chunk_size(phase, data)
             window.append((seat, data))
-            if len(window) >= _WINDOW * self._chunk_size(phase, data):
+            if len(window) >= limit:
                 yield from self._train_window(phase, window, failed)
                 window = []
         if window:
@@ -184,12 +194,18 @@ class Worker:
     def _chunks(
         self, phase: Phase, window: list[tuple[Seat, Data]]
     ) -> Iterator[list[tuple[Seat, Data]]]:
-        """Clients with about as many examples, so that they take their steps together."""
-        together = [pair for pair in window if not callable(pair[1].train)]
-        together.sort(key=lambda pair: len(_examples(pair[1])[0]))
-        size = self._chunk_size(phase, together[0][1]) if together else 1
-        for start in range(0, len(together), size):
-            yield together[start : start + size]
+        """Clients whose examples are alike and about as many take their steps together."""
+        together = [
+            (_kind(data), len(_examples(data)[0]), (seat, data))
+            for seat, data in window
+            if not callable(data.train)
+        ]
+        together.sort(key=lambda entry: entry[:2])
+        for _, alike in groupby(together, lambda entry: entry[0]):
+            clients = [client for *_, client in alike]
+            size = self._chunk_size(phase, clients[0][1])
+            for start in range(0, len(clients), size):
+                yield clients[start : start + size]
         yield from ([pair] for pair in window if callable(pair[1].train))
 
     def _train_chunk(
@@ -277,6 +293,11 @@ def _examples(data: Data) -> tuple[mx.array, ...]:
     return tuple(data.train)
 
 
+def _kind(data: Data) -> str:
+    """What one example is: the same for clients that can be stacked."""
+    return repr([(array.shape[1:], array.dtype) for array in _examples(data)])
+
+
 def _content(phase: Phase, update: Update) -> RecordDict:
     """A client's update as its reply's content."""
     content: dict[str, Any] = {
@@ -296,11 +317,11 @@ def _sum(
 ) -> Block:
     fit = []
     for place, update in updates:
-        weight = update.metrics.get(weighted_by)
-        if isinstance(weight, (int, float)) and 0 < weight < math.inf:
-            fit.append((Counted(place, float(weight), update.metrics), update))
-        else:
-            failed.append((place, f"{weighted_by} must be a positive number, not {weight!r}"))
+        try:
+            checks.check_figures(update.metrics, weighted_by)
+            fit.append((Counted(place, float(update.metrics[weighted_by]), update.metrics), update))
+        except checks.Refused as refused:
+            failed.append((place, str(refused)))
     block = sums.sum_block(number, ((c, u.parameters, u.statistics) for c, u in fit))
     every = (*block.parameters.values(), *block.statistics.values())
     if all(np.isfinite(array).all() for array in every):
@@ -308,16 +329,12 @@ def _sum(
     # A sum of finite values may overflow as well: then all of them are fit, and the mean says so.
     good = []
     for client, update in fit:
-        if name := _not_finite({**update.parameters, **update.statistics}):
-            why = f"parameter {name!r} has values that are not finite"
-            failed.append((client.place, why))
-        else:
+        try:
+            checks.check_values(update.parameters, update.statistics)
             good.append((client, update))
+        except checks.Refused as refused:
+            failed.append((client.place, str(refused)))
     return sums.sum_block(number, ((c, u.parameters, u.statistics) for c, u in good))
-
-
-def _not_finite(arrays: Arrays) -> str | None:
-    return next((n for n, a in arrays.items() if not mx.isfinite(a).all().item()), None)
 
 
 def reason(error: Exception) -> str:

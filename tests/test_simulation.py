@@ -1,0 +1,199 @@
+"""A simulation ends with the bits of the federation that it simulates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import mlx_fed as fed  # before mlx.core
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from flwr.app import Context, Message
+from flwr.serverapp.strategy import (
+    Bulyan,
+    FedAdam,
+    FedAvg,
+    FedMedian,
+    FedProx,
+    Krum,
+    QFedAvg,
+    Strategy,
+)
+
+from mlx_fed import rounds, sums
+from mlx_fed.history import History
+from mlx_fed.settings import Settings
+from mlx_fed.training import Trainer
+
+from .loopback import LoopbackGrid
+from .simulated import CLIENTS, NORMALIZED, SEED, TASK, assert_same, load, raising_for, simulate
+
+HALF = {"fraction_train": 0.6, "fraction_evaluate": 0.5}
+STRATEGIES = {
+    "FedAvg": partial(FedAvg, **HALF),
+    "FedAdam": partial(FedAdam, **HALF),
+    "FedProx": partial(FedProx, **HALF, proximal_mu=0.3),
+    "FedMedian": partial(FedMedian, **HALF),
+    "Krum": partial(Krum, **HALF, num_malicious_nodes=3),
+    "Bulyan": partial(Bulyan, **HALF, num_malicious_nodes=3),
+    "QFedAvg": partial(QFedAvg, **HALF, client_learning_rate=0.2, train_loss_key="train_loss"),
+}
+
+
+def federate(
+    strategy: Strategy, folder: Path, task: fed.Task = TASK, failing: frozenset[int] = frozenset()
+) -> fed.Result:
+    """A federation of client apps in this process; some fail whatever they are asked."""
+    app = fed.client_app(replace(task, data=load))
+
+    def fails(message: Message, context: Context) -> Message:
+        if message.metadata.message_type in ("train", "evaluate"):
+            raise OSError("the disk is not mounted")
+        return app(message, context)
+
+    folder.mkdir()
+    return rounds.run(
+        LoopbackGrid([fails if k in failing else app for k in range(CLIENTS)], backwards=True),
+        strategy,
+        Trainer(task, SEED),
+        Settings(num_rounds=3, seed=SEED),
+        History(folder),
+    )
+
+
+# -- as a federation of client apps --------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_a_simulation_ends_as_a_federation(strategy, tmp_path: Path):
+    assert sums.block_size(int(0.6 * CLIENTS)) < 0.6 * CLIENTS
+    assert_same(simulate(strategy(), tmp_path), federate(strategy(), tmp_path / "apps"))
+
+
+@pytest.mark.parametrize("statistics", ["average", "local"])
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+def test_running_statistics_end_as_in_a_federation(strategy, statistics, tmp_path: Path):
+    task = replace(NORMALIZED, statistics=statistics)
+    make = STRATEGIES[strategy]
+    one = simulate(make(), tmp_path, task, workers=2)
+    assert_same(one, federate(make(), tmp_path / "apps", task))
+
+
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+def test_clients_that_fail_each_round_are_left_out_as_in_a_federation(strategy, tmp_path: Path):
+    make, failing = STRATEGIES[strategy], frozenset({3, 17})
+    error = OSError("the disk is not mounted")
+    one = simulate(make(), tmp_path, replace(TASK, data=raising_for({3, 17}, error)))
+    assert_same(one, federate(make(), tmp_path / "apps", failing=failing))
+    reasons = {refused["reason"] for record in one.rounds for refused in record["refused"]}
+    assert reasons == {"OSError: the disk is not mounted"}
+
+
+def poisoned(partition_id: int, num_partitions: int | None) -> fed.Data:
+    data = load(partition_id, num_partitions)
+    if partition_id % 9 == 4:
+        data.train[0][0] = np.nan
+    return data
+
+
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+def test_updates_that_are_not_finite_are_refused_as_in_a_federation(strategy, tmp_path: Path):
+    make, task = STRATEGIES[strategy], replace(TASK, data=poisoned)
+    app = fed.client_app(task)
+    (tmp_path / "apps").mkdir()
+    expected = rounds.run(
+        LoopbackGrid([app] * CLIENTS),
+        make(),
+        Trainer(task, SEED),
+        Settings(num_rounds=3, seed=SEED),
+        History(tmp_path / "apps"),
+    )
+    one = simulate(make(), tmp_path, task)
+    for record in (*one.rounds, *expected.rounds):
+        del record["bytes"]["up"]  # what is refused is not sent where sums are made
+    assert_same(one, expected)
+    assert any("not finite" in refused["reason"] for refused in one.rounds[0]["refused"])
+
+
+# -- however the work is done --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> fed.Result:
+    """Client after client in this process."""
+    return simulate(STRATEGIES["FedAvg"](), tmp_path_factory.mktemp("plain"), batched=False)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_any_number_of_workers_gives_the_same(workers, plain, tmp_path: Path):
+    assert_same(simulate(STRATEGIES["FedAvg"](), tmp_path, workers=workers), plain)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 40])
+def test_any_chunk_size_gives_the_same(chunk_size, plain, tmp_path: Path):
+    assert_same(simulate(STRATEGIES["FedAvg"](), tmp_path, chunk_size=chunk_size), plain)
+
+
+def test_workers_that_train_one_after_another_give_the_same(plain, tmp_path: Path):
+    assert_same(simulate(STRATEGIES["FedAvg"](), tmp_path, workers=2, batched=False), plain)
+
+
+@pytest.mark.parametrize("options", [{"workers": 2}, {"batched": False}, {"chunk_size": 3}])
+def test_a_strategy_that_gets_every_reply_gets_the_same(options, tmp_path: Path):
+    make = STRATEGIES["FedMedian"]
+    one = simulate(make(), tmp_path, name="one", **options)
+    assert_same(one, simulate(make(), tmp_path, name="other"))
+
+
+def test_another_seed_gives_another_result(plain, tmp_path: Path):
+    other = simulate(STRATEGIES["FedAvg"](), tmp_path, seed=SEED + 1)
+    assert not all(
+        mx.array_equal(other.parameters[name], array) for name, array in plain.parameters.items()
+    )
+
+
+def test_the_servers_own_examples_are_evaluated(plain, tmp_path: Path):
+    test = load(1000, None).test
+    one = simulate(STRATEGIES["FedAvg"](), tmp_path, test=test)
+    assert one.rounds[-1]["central"].keys() == {"loss", "accuracy"}
+    assert one.rounds[-1]["central"] != one.rounds[0]["central"]
+
+
+# -- as nodes in processes of their own ----------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+def test_a_simulation_ends_as_a_fleet(strategy, start, tmp_path: Path):
+    """Real nodes over real sockets, of a model with statistics of its own on each."""
+    num_clients, nodes = 5, []
+    make = {"FedAvg": FedAvg, "FedMedian": FedMedian}[strategy]
+
+    def join(event: str, fields: dict) -> None:
+        if event == "serving":
+            where = ("--server", fields["address"], "--num-partitions", num_clients)
+            for k in range(num_clients):
+                task = "tests.simulated:LOCAL"
+                nodes.append(start("-m", "mlx_fed", "join", task, "--node-id", k, *where))
+
+    from .simulated import LOCAL
+
+    expected = fed.serve(
+        LOCAL,
+        make(fraction_train=0.8),
+        num_rounds=3,
+        seed=SEED,
+        min_nodes=num_clients,
+        wait=100,
+        port=0,
+        runs=tmp_path,
+        name="fleet",
+        listeners=(join,),
+    )
+    assert [node.ends() for node in nodes] == [0] * num_clients
+    one = simulate(make(fraction_train=0.8), tmp_path, LOCAL, num_clients, workers=2)
+    assert_same(one, expected)
+    assert one.model.read_bytes() == expected.model.read_bytes()
