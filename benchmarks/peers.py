@@ -38,6 +38,7 @@ class Peer:
 
 PEERS = {
     "bare": Peer("bare MLX loop, OpenBLAS, one core", "bare"),
+    "laid-out": Peer("  its batches laid out, unshuffled", "bare_laid_out"),
     "gemm": Peer("GEMM limit, all cores", "gemm"),
     "pfl": Peer("pfl-research, as installed", "pfl_mlx", "pfl"),
     "pfl-openblas": Peer("pfl-research, OpenBLAS", "pfl_mlx", "pfl", fast_blas=True),
