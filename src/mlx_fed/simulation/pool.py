@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import groupby
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +92,8 @@ class Pool:
                 f"The task cannot be sent to worker processes: {error}. Make what it holds when "
                 "it is called (inside Task.data or Task.model), or use workers=0."
             ) from error
+        # Now, as it lets through the signals that _submit blocks.
+        resource_tracker.ensure_running()
         self._processes = [self._new_process() for _ in range(size)]
 
     def _new_process(self) -> ProcessPoolExecutor:
@@ -140,8 +143,9 @@ class Pool:
                 future.cancel()
 
     def _submit(self, worker: int, span: Span) -> Future:
-        # A process that is started inherits what is blocked: Ctrl-C is for the run to act on.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # A process that is started inherits what is blocked: Ctrl-C, and a terminal that is
+        # closed, are for the run to act on.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         try:
             return self._processes[worker].submit(process.work, span.request, span.seats)
         except BrokenProcessPool as error:  # it died while it had nothing to do
