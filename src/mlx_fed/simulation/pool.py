@@ -28,6 +28,7 @@ from .worker import Job, Outcome, Seat, Worker
 _AHEAD = 2
 """Spans that a process has at hand, so that it never waits for the next one."""
 _MOST_DEATHS = 3
+_MOST_DATA = 512 * 2**20
 
 # Tasks hold dtypes, which MLX cannot pickle.
 copyreg.pickle(mx.Dtype, lambda dtype: (getattr, (mx, dtype_name(dtype))))
@@ -44,6 +45,12 @@ def default_workers(device: str | None) -> int:
     """A process for each core that this one may use; on a GPU, this process alone."""
     on_gpu = device == "gpu" or (device is None and mx.default_device() == mx.Device(mx.gpu))
     return 0 if on_gpu else len(_cores())
+
+
+def data_bytes(workers: int) -> int:
+    """How much of the clients' data each worker keeps: together an eighth of the memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(_MOST_DATA, memory // 8 // workers)
 
 
 def _cores() -> Sequence[int]:

@@ -31,7 +31,11 @@ _WINDOW = 4
 
 
 class Job(NamedTuple):
-    """What all workers of a run are set up with."""
+    """What all workers of a run are set up with.
+
+    ``folder`` is for what lasts as long as the run, ``most_bytes`` how much of the data each
+    worker keeps.
+    """
 
     source: TaskSource
     config: dict[str, Any]
@@ -41,6 +45,7 @@ class Job(NamedTuple):
     chunk_size: int | None
     faults: Faults
     folder: Path
+    most_bytes: int
 
 
 class Request(NamedTuple):
@@ -93,7 +98,7 @@ class Worker:
         self.job = job
         self.trainer = Trainer(make_task(job.source, job.config), job.seed)
         self.batched = BatchedTrainer(self.trainer) if job.batched else None
-        self.partitions = Partitions(self.trainer.task, job.num_clients)
+        self.partitions = Partitions(self.trainer.task, job.num_clients, job.most_bytes)
         self.own = OwnStatistics(job.folder / "statistics") if self._keeps_statistics() else None
         self.note: str | None = None
 
