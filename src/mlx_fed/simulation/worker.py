@@ -79,7 +79,8 @@ class Seat(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of some clients: sums by block, or replies by place; who failed, and why."""
+    """What came of some clients: sums of all their blocks, or replies by place; who failed, and
+    why."""
 
     blocks: list[Block]
     replies: list[tuple[int, RecordDict]]
@@ -116,10 +117,12 @@ class Worker:
         if request.weighted_by is None:
             replies = [(place, _content(phase, update)) for place, update in updates]
             return Outcome([], replies, failed, self.note)
-        blocks = [
-            _sum(number, list(group), request.weighted_by, failed)
+        summed = {
+            number: _sum(number, list(group), request.weighted_by, failed)
             for number, group in groupby(updates, lambda pair: sums.block_of(pair[0]))
-        ]
+        }
+        numbers = dict.fromkeys(sums.block_of(seat.place) for seat in seats)
+        blocks = [summed.get(number) or sums.sum_block(number, ()) for number in numbers]
         return Outcome(blocks, [], failed, self.note)
 
     def _phase(self, request: Request) -> Phase:
