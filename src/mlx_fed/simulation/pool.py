@@ -29,6 +29,12 @@ _AHEAD = 2
 """Spans that a process has at hand, so that it never waits for the next one."""
 _MOST_DEATHS = 3
 _MOST_DATA = 512 * 2**20
+_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    # loky would take the data that a worker keeps for a leak, and end it.
+    "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",
+}
 
 # Tasks hold dtypes, which MLX cannot pickle.
 copyreg.pickle(mx.Dtype, lambda dtype: (getattr, (mx, dtype_name(dtype))))
@@ -108,7 +114,7 @@ class Pool:
             max_workers=1,
             initializer=process.start,
             initargs=self._start,
-            env={"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            env=_ENVIRONMENT,
         )
 
     def run(self, spans: Sequence[Span]) -> Iterator[Outcome]:
