@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,3 +88,18 @@ def without_time(record: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in record.items() if key != "seconds"}
     refused = sorted((each["phase"], each["node"]) for each in record["refused"])
     return {**kept, "refused": refused}
+
+
+def slow(config: dict[str, Any]) -> fed.Task:
+    """The task with rounds that take half a second."""
+
+    def load_slowly(partition_id: int, num_partitions: int | None) -> fed.Data:
+        data = load(partition_id, num_partitions)
+
+        def stream(key: mx.array):
+            time.sleep(0.025)
+            yield tuple(map(mx.array, data.train))
+
+        return fed.Data(stream, data.test)
+
+    return replace(TASK, data=load_slowly)

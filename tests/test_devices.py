@@ -25,7 +25,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 
 
 def has_fast_blas() -> bool:
-    return bool(devices._candidates())
+    return any(devices._candidates())
 
 
 REPORT = """

@@ -68,9 +68,9 @@ class SuperLink:
         self.started.append(node)
         return node
 
-    def run(self, app: Path, settings: str = "") -> str:
+    def run(self, app: Path, settings: str = "", *options: str) -> str:
         """What `flwr run --stream` shows, up to the end of the run."""
-        overrides = ["--run-config", settings] if settings else []
+        overrides = ["--run-config", settings, *options] if settings else [*options]
         run = self._command("flwr", "run", app, *overrides, "--stream")
         assert run.ends(150) == 0, run.text
         return run.text
@@ -157,6 +157,21 @@ def test_flowers_simulation_ends_with_the_fleets_bits(start, tmp_path, simulatio
     run = simulation.folder / "runs" / "simulated"
     assert f"The run's folder: {run}" in shown
     assert model(run) == fleet_model(start, tmp_path)
+
+
+def test_flowers_simulation_ends_with_our_simulations_bits(start, tmp_path, simulation):
+    clients = 20  # of more than one block of sums
+    settings = f'num-rounds={ROUNDS} name="rays"'
+    simulation.run(MNIST, settings, "--federation-config", f"num-supernodes={clients}")
+    where = ("--rounds", ROUNDS, "--clients", clients, "--runs", tmp_path, "--name", "ours")
+    ours = start("-m", "mlx_fed", "simulate", "examples.mnist:task", *where, "--workers", 2)
+    assert ours.ends() == 0, ours.text
+    rays = simulation.folder / "runs" / "rays"
+    assert len(history(rays)[-1]["train"]["nodes"]) == clients
+    assert model(rays) == model(tmp_path / "ours")
+    for one, other in zip(history(rays), history(tmp_path / "ours"), strict=True):
+        assert one["train"] == other["train"]
+        assert one["evaluate"] == other["evaluate"]
 
 
 def test_a_stock_superlink_and_supernodes_end_with_the_fleets_bits(start, tmp_path, superlink):

@@ -49,6 +49,21 @@ def test_a_file_gets_plain_lines_and_a_summary():
     assert len(lines) == 15
 
 
+def test_of_many_that_are_left_out_a_few_are_named_and_the_others_counted():
+    written = io.StringIO()
+    progress = ServerProgress(Console(file=written, highlight=False))
+    for phase, failures in (("train", 12), ("evaluate", 10)):
+        progress("phase", {"phase": phase, "round": 1, "of": 1, "nodes": 100})
+        for number in range(failures):
+            progress("failed", {"node": f"node-{number}", "phase": phase, "reason": "no answer"})
+    progress("round", record(1, 1, 1))
+    lines = written.getvalue().splitlines()
+    assert lines[:10] == [f"node-{k} left out of train: no answer" for k in range(10)]
+    assert lines[10] == "2 more left out of train: history.jsonl says why"
+    assert lines[11:21] == [f"node-{k} left out of evaluate: no answer" for k in range(10)]
+    assert lines[21].startswith("round 1 ")
+
+
 def test_one_round_has_nothing_to_compare():
     written = io.StringIO()
     show(ServerProgress(Console(file=written, highlight=False)), rounds=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import (
     Bulyan,
+    DifferentialPrivacyServerSideFixedClipping,
     FedAdam,
     FedAvg,
     FedMedian,
@@ -32,6 +35,24 @@ from .loopback import LoopbackGrid
 from .simulated import CLIENTS, NORMALIZED, SEED, TASK, assert_same, load, raising_for, simulate
 
 HALF = {"fraction_train": 0.6, "fraction_evaluate": 0.5}
+
+
+def spread(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
+    """The least and the largest loss of the clients."""
+    losses = [float(str(content["metrics"]["loss"])) for content in contents]
+    return MetricRecord({"least": min(losses), "largest": max(losses)})
+
+
+class OwnRates(FedAvg):
+    """Gives each client a learning rate of its own."""
+
+    def configure_train(self, *arguments) -> Iterable[Message]:
+        for number, message in enumerate(super().configure_train(*arguments)):
+            own = ConfigRecord({**message.content["config"], "learning-rate": 0.01 * number})
+            message.content = RecordDict({**message.content, "config": own})
+            yield message
+
+
 STRATEGIES = {
     "FedAvg": partial(FedAvg, **HALF),
     "FedAdam": partial(FedAdam, **HALF),
@@ -40,6 +61,10 @@ STRATEGIES = {
     "Krum": partial(Krum, **HALF, num_malicious_nodes=3),
     "Bulyan": partial(Bulyan, **HALF, num_malicious_nodes=3),
     "QFedAvg": partial(QFedAvg, **HALF, client_learning_rate=0.2, train_loss_key="train_loss"),
+    "metrics of one's own": partial(FedAvg, **HALF, train_metrics_aggr_fn=spread),
+    "settings of one's own": partial(OwnRates, **HALF),
+    "clipping": lambda: DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.0, 0.3, CLIENTS),
+    "nobody trains": partial(FedAvg, fraction_train=0.0, fraction_evaluate=0.5),
 }
 
 
@@ -90,6 +115,20 @@ def test_clients_that_fail_each_round_are_left_out_as_in_a_federation(strategy, 
     assert_same(one, federate(make(), tmp_path / "apps", failing=failing))
     reasons = {refused["reason"] for record in one.rounds for refused in record["refused"]}
     assert reasons == {"OSError: the disk is not mounted"}
+
+
+def half_precision() -> nn.Module:
+    module = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3))
+    module.set_dtype(mx.bfloat16)
+    return module
+
+
+@pytest.mark.parametrize("strategy", ["FedAdam", "FedMedian"])
+def test_parameters_of_half_precision_end_as_in_a_federation(strategy, tmp_path: Path):
+    make, task = STRATEGIES[strategy], replace(TASK, model=half_precision)
+    one = simulate(make(), tmp_path, task, workers=2)
+    assert one.parameters["layers.0.weight"].dtype == mx.bfloat16
+    assert_same(one, federate(make(), tmp_path / "apps", task))
 
 
 def poisoned(partition_id: int, num_partitions: int | None) -> fed.Data:

@@ -110,6 +110,19 @@ def test_nobody_is_no_mean():
     assert [counted.place for counted in one.counted] == [1]
 
 
+def test_only_blocks_that_come_early_are_kept():
+    expected = sums.mean(blocks := sums.blocks(update(place) for place in range(5 * BLOCK)))
+    total = sums.Total()
+    kept = []
+    for number in (1, 0, 2, 4, 3):
+        total.add(blocks[number])
+        kept.append(len(total.early))
+    assert kept == [1, 0, 0, 1, 0]
+    mean = total.mean()
+    assert np.array_equal(mean.parameters["w"], expected.parameters["w"])
+    assert mean.counted == expected.counted
+
+
 def test_a_block_that_is_summed_twice_is_left_as_it_is():
     parts = blocks(update(place) for place in range(2 * BLOCK))
     first, second = sums.mean(parts), sums.mean(parts)

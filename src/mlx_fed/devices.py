@@ -13,6 +13,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -31,14 +32,16 @@ class Blas(NamedTuple):
     hint: str = ""
 
 
-def _candidates() -> list[str]:
+def _candidates() -> Iterator[str]:
     """Libraries to try in order: the user's own, the one that pip installs, the system's."""
     own = os.environ.get("MLX_FED_BLAS")
     if own:
-        return [own]
-    pip = [Path(p, "cmeel.prefix", "lib", "libopenblas.so.0") for p in sys.path if p]
-    system = ctypes.util.find_library("openblas")
-    return [str(path) for path in pip if path.exists()] + ([system] if system else [])
+        yield own
+        return
+    pip = (Path(p, "cmeel.prefix", "lib", "libopenblas.so.0") for p in sys.path if p)
+    yield from (str(path) for path in pip if path.exists())
+    if system := ctypes.util.find_library("openblas"):  # which asks the compiler
+        yield system
 
 
 @cache
@@ -57,7 +60,7 @@ def load_fast_blas() -> Blas:
         return Blas("reference BLAS", "MLX_FED_BLAS=off")
     if "mlx.core" in sys.modules:
         hint = "import mlx_fed before mlx.core, which then computes many times faster on the CPU"
-        if _candidates():
+        if any(_candidates()):
             warnings.warn(f"MLX was imported first: {hint}.", stacklevel=3)
         return Blas("as MLX was imported", hint)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -12,6 +12,8 @@ from rich.text import Text
 
 _LONGEST = 1000
 """Characters of a line."""
+_MOST_FAILURES = 10
+"""Lines about nodes that are left out of a phase."""
 _STYLES = {
     "serving": "bold",
     "finished": "bold",
@@ -92,9 +94,16 @@ class ServerProgress:
         self.task = self.bar.add_task("", total=None)
         self.phase: dict[str, Any] = {}
         self.replies = 0
+        self.failures = 0
         self.rounds: list[dict[str, Any]] = []
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        if event in ("phase", "round"):
+            self._count_failures()
+        if event == "failed":
+            self.failures += 1
+            if self.failures > _MOST_FAILURES:
+                return
         if event == "phase":
             self.phase, self.replies = fields, 0
         elif event == "reply":
@@ -125,8 +134,16 @@ class ServerProgress:
         self.bar.update(self.task, description=text, completed=done, total=of)
         self.bar.start()
 
+    def _count_failures(self) -> None:
+        """A line for the nodes left out of a phase that had none of their own."""
+        more, self.failures = self.failures - _MOST_FAILURES, 0
+        if more > 0:
+            line = f"{more} more left out of {self.phase['phase']}: history.jsonl says why"
+            _print(self.console, line, _STYLES["failed"])
+
     def close(self) -> None:
         """Takes the live line off the terminal."""
+        self._count_failures()
         self.bar.stop()
 
 

@@ -8,7 +8,7 @@ bits, and only the sums have to be kept, however many clients there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -109,21 +109,57 @@ def sum_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
     return Block(number, parameters, statistics, counted)
 
 
-def mean(parts: Sequence[Block]) -> Mean:
-    """The mean over blocks, whose updates have the same names; blocks without any are skipped."""
-    parameters: Sums = {}
-    statistics: Sums = {}
-    counted: list[Counted] = []
-    for block in sorted(parts, key=lambda block: block.number):
-        for total, part in ((parameters, block.parameters), (statistics, block.statistics)):
+class Total:
+    """The sum of blocks that come in any order, added up in the order of their numbers.
+
+    A block that comes early is kept until those before it have come. So hardly any are kept,
+    where they come about in order and each one comes, those without updates too.
+
+    Attributes:
+        early (dict): The blocks that are kept, by number.
+    """
+
+    def __init__(self) -> None:
+        self._parameters: Sums = {}
+        self._statistics: Sums = {}
+        self._counted: list[Counted] = []
+        self.early: dict[int, Block] = {}
+        self._next = 0
+
+    def add(self, block: Block) -> None:
+        """Takes a block in, whose updates have the same names as those of all others."""
+        self.early[block.number] = block
+        while self._next in self.early:
+            self._take(self.early.pop(self._next))
+            self._next += 1
+
+    def mean(self) -> Mean:
+        """The mean over all updates, once the last block has been added."""
+        for number in sorted(self.early):
+            self._take(self.early.pop(number))
+        weight = sum(client.weight for client in self._counted)
+        parameters = _divided(self._parameters, weight)
+        return Mean(parameters, _divided(self._statistics, weight), weight, self._counted)
+
+    def _take(self, block: Block) -> None:
+        for total, part in (
+            (self._parameters, block.parameters),
+            (self._statistics, block.statistics),
+        ):
             for name, array in part.items():
                 if name in total:
                     total[name] += array
                 else:
                     total[name] = array.astype(np.float64)
-        counted += block.counted
-    weight = sum(client.weight for client in counted)
-    return Mean(_divided(parameters, weight), _divided(statistics, weight), weight, counted)
+        self._counted += block.counted
+
+
+def mean(parts: Iterable[Block]) -> Mean:
+    """The mean over blocks in any order."""
+    total = Total()
+    for block in parts:
+        total.add(block)
+    return total.mean()
 
 
 def _add(sums: Sums, arrays: Mapping[str, mx.array], weight: float) -> None:

@@ -13,8 +13,6 @@ from ..batches import as_arrays
 from ..errors import FedError, SimulationError
 from ..task import Data, Task
 
-_MOST_BYTES = 512 * 2**20
-
 
 class Partitions:
     """Loads clients' data when they are sampled.
@@ -22,9 +20,11 @@ class Partitions:
     Args:
         task (Task): Whose ``data`` loads a partition.
         num_clients (int): How many partitions there are.
+        most_bytes (int): How many bytes of arrays to keep; the last partition is kept anyhow.
     """
 
-    def __init__(self, task: Task, num_clients: int):
+    def __init__(self, task: Task, num_clients: int, most_bytes: int):
+        self.most_bytes = most_bytes
         self.task = task
         self.num_clients = num_clients
         self._held: OrderedDict[int, tuple[Data, int]] = OrderedDict()
@@ -48,7 +48,7 @@ class Partitions:
         size = sum(array.nbytes for array in _arrays(data))
         self._held[client] = (data, size)
         self._bytes += size
-        while self._bytes > _MOST_BYTES and len(self._held) > 1:
+        while self._bytes > self.most_bytes and len(self._held) > 1:
             _, (_, freed) = self._held.popitem(last=False)
             self._bytes -= freed
         return data

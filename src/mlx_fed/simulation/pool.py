@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import groupby
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,13 @@ from .worker import Job, Outcome, Seat, Worker
 _AHEAD = 2
 """Spans that a process has at hand, so that it never waits for the next one."""
 _MOST_DEATHS = 3
+_MOST_DATA = 512 * 2**20
+_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    # loky would take the data that a worker keeps for a leak, and end it.
+    "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",
+}
 
 # Tasks hold dtypes, which MLX cannot pickle.
 copyreg.pickle(mx.Dtype, lambda dtype: (getattr, (mx, dtype_name(dtype))))
@@ -42,6 +50,12 @@ def default_workers(device: str | None) -> int:
     """A process for each core that this one may use; on a GPU, this process alone."""
     on_gpu = device == "gpu" or (device is None and mx.default_device() == mx.Device(mx.gpu))
     return 0 if on_gpu else len(_cores())
+
+
+def data_bytes(workers: int) -> int:
+    """How much of the clients' data each worker keeps: together an eighth of the memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(_MOST_DATA, memory // 8 // workers)
 
 
 def _cores() -> Sequence[int]:
@@ -90,6 +104,8 @@ class Pool:
                 f"The task cannot be sent to worker processes: {error}. Make what it holds when "
                 "it is called (inside Task.data or Task.model), or use workers=0."
             ) from error
+        # Now, as it lets through the signals that _submit blocks.
+        resource_tracker.ensure_running()
         self._processes = [self._new_process() for _ in range(size)]
 
     def _new_process(self) -> ProcessPoolExecutor:
@@ -97,7 +113,7 @@ class Pool:
             max_workers=1,
             initializer=process.start,
             initargs=self._start,
-            env={"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            env=_ENVIRONMENT,
         )
 
     def run(self, spans: Sequence[Span]) -> Iterator[Outcome]:
@@ -139,8 +155,9 @@ class Pool:
                 future.cancel()
 
     def _submit(self, worker: int, span: Span) -> Future:
-        # A process that is started inherits what is blocked: Ctrl-C is for the run to act on.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # A process that is started inherits what is blocked: Ctrl-C, and a terminal that is
+        # closed, are for the run to act on.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         try:
             return self._processes[worker].submit(process.work, span.request, span.seats)
         except BrokenProcessPool as error:  # it died while it had nothing to do

@@ -19,7 +19,7 @@ from ..task import TaskSource, make_task
 from ..training import Trainer
 from .faults import Faults
 from .grid import SimulationGrid
-from .pool import InProcess, Pool, default_workers
+from .pool import InProcess, Pool, data_bytes, default_workers
 from .roster import SimulatedRoster
 from .worker import Job
 
@@ -93,6 +93,7 @@ def simulate(
     leading.num_rounds = num_rounds or int(made.config.get("num-rounds", leading.num_rounds))
     strategy = strategy or FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     trainer = Trainer(made, leading.seed)
+    size = default_workers(device) if workers is None else workers
     shown = ServerProgress()
     history = History(
         new_run_folder(runs, name), (shown,) if listeners is None else tuple(listeners)
@@ -107,8 +108,9 @@ def simulate(
             chunk_size,
             faults or Faults(),
             Path(folder),
+            data_bytes(size or 1),
         )
-        with _pool(job, workers, device) as pool:
+        with _pool(job, size, device) as pool:
             grid = SimulationGrid(
                 num_clients, pool, Path(folder), leading.round_timeout, history.notify
             )
@@ -120,8 +122,7 @@ def simulate(
 
 
 @contextmanager
-def _pool(job: Job, workers: int | None, device: str | None) -> Iterator[Pool | InProcess]:
-    size = default_workers(device) if workers is None else workers
+def _pool(job: Job, size: int, device: str | None) -> Iterator[Pool | InProcess]:
     pool = Pool(job, size, device) if size else InProcess(job)
     try:
         yield pool

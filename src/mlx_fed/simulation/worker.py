@@ -31,7 +31,11 @@ _WINDOW = 4
 
 
 class Job(NamedTuple):
-    """What all workers of a run are set up with."""
+    """What all workers of a run are set up with.
+
+    ``folder`` is for what lasts as long as the run, ``most_bytes`` how much of the data each
+    worker keeps.
+    """
 
     source: TaskSource
     config: dict[str, Any]
@@ -41,6 +45,7 @@ class Job(NamedTuple):
     chunk_size: int | None
     faults: Faults
     folder: Path
+    most_bytes: int
 
 
 class Request(NamedTuple):
@@ -75,7 +80,8 @@ class Seat(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of some clients: sums by block, or replies by place; who failed, and why."""
+    """What came of some clients: sums of all their blocks, or replies by place; who failed, and
+    why."""
 
     blocks: list[Block]
     replies: list[tuple[int, RecordDict]]
@@ -94,7 +100,7 @@ class Worker:
         self.job = job
         self.trainer = Trainer(make_task(job.source, job.config), job.seed)
         self.batched = BatchedTrainer(self.trainer) if job.batched else None
-        self.partitions = Partitions(self.trainer.task, job.num_clients)
+        self.partitions = Partitions(self.trainer.task, job.num_clients, job.most_bytes)
         self.own = OwnStatistics(job.folder / "statistics") if self._keeps_statistics() else None
         self.note: str | None = None
         self.phase: Phase | None = None
@@ -116,10 +122,12 @@ class Worker:
             replies = [(place, _content(phase, update)) for place, update in updates]
             return Outcome([], replies, failed, self.note)
         block = {seat.place: seat.block for seat in seats}
-        blocks = [
-            _sum(number, list(group), request.weighted_by, failed)
+        summed = {
+            number: _sum(number, list(group), request.weighted_by, failed)
             for number, group in groupby(updates, lambda pair: block[pair[0]])
-        ]
+        }
+        numbers = dict.fromkeys(block.values())
+        blocks = [summed.get(number) or sums.sum_block(number, ()) for number in numbers]
         return Outcome(blocks, [], failed, self.note)
 
     def _phase(self, request: Request) -> Phase:
