@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 import shlex
-import socket
 import sys
 from pathlib import Path
 
 import pytest
+
+from .conftest import free_port
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,6 +26,10 @@ SESSIONS = {
     "three terminals": ["python3 server.py", "python3 client.py"],
     "two Macs": ["mlx-fed serve examples.mnist:task", "mlx-fed join examples.mnist:task"],
     "your own model": ["mlx-fed serve my_task:task", "mlx-fed join my_task:task"],
+    "a thousand clients": [
+        "mlx-fed simulate my_task:task",
+        "mlx-fed simulate examples.mnist:task",
+    ],
 }
 
 
@@ -44,9 +49,7 @@ class Session:
 
     def __init__(self, start, cwd: Path, runs: Path):
         self.start, self.cwd, self.runs = start, cwd, runs
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
 
     def __call__(self, line: str):
         line = line.replace("192.168.1.20:8080", f"127.0.0.1:{self.port}").replace(
@@ -103,6 +106,19 @@ def test_your_own_model(start, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_thousand_clients(start, tmp_path):
+    (tmp_path / "my_task.py").write_text(OWN_TASK)
+    lines = commands(*SESSIONS["a thousand clients"])
+    assert len(lines) == 2
+    for line, cwd in zip(lines, (tmp_path, ROOT), strict=True):
+        words = shlex.split(line)[1:]
+        run = start("-m", "mlx_fed", *words, "--runs", str(tmp_path / "runs"), cwd=cwd)
+        assert run.ends(120) == 0, run.text
+        losses = [float(loss) for loss in re.findall(r"round \d.*?   loss (\S+)", run.text)]
+        assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
 def test_run_sh_starts_what_is_set_up(tmp_path):
     """./run.sh with the environment of these tests in place of one that it would make."""
     import subprocess
@@ -112,10 +128,7 @@ def test_run_sh_starts_what_is_set_up(tmp_path):
         assert words[0] == "./run.sh"
         if "mnist" in words:
             continue  # from the hub; test_mnist.py has it from a folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        options = ["--port", str(port), "--runs", str(tmp_path / "runs")]
+        options = ["--port", str(free_port()), "--runs", str(tmp_path / "runs")]
         command = [sys.executable, "run.py", *words[1:], *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
