@@ -40,26 +40,35 @@ def members(of: Trainer, sizes=SIZES) -> list[Member]:
     made = []
     for client, size in enumerate(sizes):
         arrays = tuple(mx.array(array) for array in examples(size, seed=client))
-        made.append(Member(client, arrays, of.statistics()))
+        made.append(Member(client, arrays))
     return made
 
 
 def hold_equal(of: Trainer, clients: list[Member], tolerance: float = 0.0, **config) -> None:
-    """Trains clients together and alone, for two rounds, from one start."""
+    """Trains clients together and alone, for two rounds, each with what it kept of the first."""
     config = {name.replace("_", "-"): value for name, value in config.items()}
     together = BatchedTrainer(of)
     for number in (1, 2):
         config |= {"seed": 3, "server-round": number}
-        updates = together.train(of.parameters(), clients, config)
+        updates = together.train(of.parameters(), of.statistics(), clients, config)
         assert len(updates) == len(clients)
         for member, update in zip(clients, updates, strict=True):
             data = fed.Data(member.examples)
-            alone = of.train(of.parameters(), member.statistics, data, config, client=member.client)
+            start = of.parameters(), of.statistics()
+            alone = of.train(*start, data, config, client=member.client, own=member.own)
             compare(update, alone, tolerance)
+        clients = [
+            member._replace(own=update.own or None)
+            for member, update in zip(clients, updates, strict=True)
+        ]
 
 
 def compare(update: Update, alone: Update, tolerance: float) -> None:
-    for got, expected in zip(update[:2], alone[:2], strict=True):
+    for got, expected in (
+        (update.parameters, alone.parameters),
+        (update.statistics, alone.statistics),
+        (update.own, alone.own),
+    ):
         assert list(got) == list(expected)
         for name, array in expected.items():
             assert got[name].dtype == array.dtype
@@ -96,8 +105,13 @@ def test_losses_that_cannot_be_masked(loss):
         {"local_epochs": 3, "batch_size": 16},
         {"optimizer": lambda config: optim.Adafactor(0.01)},
         {"optimizer": lambda config: optim.Lion(0.01)},
+        {"personal": lambda name: name.startswith("layers.1")},
+        {"model": partial(MLP, norm=True), "statistics": "local"},
     ],
-    ids=["dropout", "augment", "norm", "clip", "steps", "epochs", "adafactor", "lion"],
+    ids=[
+        *("dropout", "augment", "norm", "clip", "steps", "epochs", "adafactor", "lion"),
+        *("personal", "local"),
+    ],
 )
 def test_what_a_task_asks_for_holds_for_each_client(task):
     of = trainer(**task)
@@ -159,7 +173,7 @@ def text(size: int, seed: int) -> tuple[mx.array, ...]:
 
 def test_a_transformer_on_tokens():
     of = trainer(Text, next_token, lambda config: optim.Adam(0.01))
-    clients = [Member(k, text(size, k), {}) for k, size in enumerate(SIZES)]
+    clients = [Member(k, text(size, k)) for k, size in enumerate(SIZES)]
     # Attention of many is another kernel than of one: sums are in another order.
     hold_equal(of, clients, tolerance=2e-5)
 
@@ -178,7 +192,7 @@ def test_frozen_parts_and_lora_like_layers():
 def test_the_loss_before_training_is_each_clients_own():
     of = trainer()
     updates = BatchedTrainer(of).train(
-        of.parameters(), members(of), {"train-loss-key": "train_loss"}
+        of.parameters(), {}, members(of), {"train-loss-key": "train_loss"}
     )
     losses = [update.metrics["train_loss"] for update in updates]
     assert losses == [
@@ -218,7 +232,7 @@ def test_any_sizes_in_any_company(sizes, batch_size, local_epochs, random):
 def test_a_model_is_left_as_it_was():
     of = trainer(partial(MLP, norm=True))
     before = {name: np.array(a) for name, a in {**of.parameters(), **of.statistics()}.items()}
-    BatchedTrainer(of).train(of.parameters(), members(of), {})
+    BatchedTrainer(of).train(of.parameters(), of.statistics(), members(of), {})
     after = {**of.parameters(), **of.statistics()}
     assert all(np.array_equal(before[name], np.array(after[name])) for name in before)
     assert accuracy(of.model, *members(of)[0].examples).shape == (21,)
@@ -234,9 +248,9 @@ def test_a_new_learning_rate_needs_no_new_program():
     of = trainer(loss=loss, optimizer=sgd)
     together = BatchedTrainer(of)
     clients = members(of, [16, 16])
-    together.train(of.parameters(), clients, {"learning-rate": 0.1})
+    together.train(of.parameters(), {}, clients, {"learning-rate": 0.1})
     first = len(traced)
-    together.train(of.parameters(), clients, {"learning-rate": 0.2})
+    together.train(of.parameters(), {}, clients, {"learning-rate": 0.2})
     assert len(traced) == first
-    together.train(of.parameters(), clients, {"learning-rate": 0.2, "momentum": 0.5})
+    together.train(of.parameters(), {}, clients, {"learning-rate": 0.2, "momentum": 0.5})
     assert len(traced) > first

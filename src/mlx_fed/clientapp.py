@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from flwr.clientapp.typing import Mod
 
 
+_OWN = "own"
+"""The name of the record in a client's context that has what it keeps."""
+
+
 class ClientError(FedError):
     """A node that is not set up for what it was asked."""
 
@@ -139,17 +143,18 @@ class _Client:
         name, record = messages.parameters_of(message.content)
         parameters = aggregate.cast(messages.unpack(record), trainer.spec)
         statistics = self._statistics(trainer, message, context)
-        update = trainer.train(parameters, statistics, data, config, client=partition)
+        own = _own(context)
+        update = trainer.train(parameters, statistics, data, config, client=partition, own=own)
         metrics: dict[str, Any] = dict(update.metrics)
         packed = messages.is_packed(record)
         arrays = messages.pack if packed else aggregate.to_masters
         content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})
+        if update.own:
+            context.state[_OWN] = messages.pack(update.own)
         if update.statistics:
-            record = messages.pack(update.statistics)
-            if trainer.task.statistics == "local" or not packed:
-                context.state[messages.STATISTICS] = record
-            else:
-                content[messages.STATISTICS] = record
+            (content if packed else context.state)[messages.STATISTICS] = messages.pack(
+                update.statistics
+            )
         return Message(content, reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
@@ -160,15 +165,23 @@ class _Client:
         _, record = messages.parameters_of(message.content)
         parameters = aggregate.cast(messages.unpack(record), trainer.spec)
         statistics = self._statistics(trainer, message, context)
-        metrics: dict[str, Any] = dict(trainer.evaluate(parameters, statistics, data.test))
+        metrics: dict[str, Any] = dict(
+            trainer.evaluate(parameters, statistics, data.test, _own(context))
+        )
         return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
     def _statistics(self, trainer: Trainer, message: Message, context: Context) -> dict:
-        """Running statistics: from the message, this client's own, or the model's first ones."""
+        """Running statistics: from the message, past the mods, or the model's first ones."""
         for source in (context.state, message.content):
             if record := source.array_records.get(messages.STATISTICS):
                 return messages.unpack(record)
         return trainer.statistics()
+
+
+def _own(context: Context) -> dict | None:
+    """What this client has kept of its last update."""
+    record = context.state.array_records.get(_OWN)
+    return messages.unpack(record) if record else None
 
 
 _UNPICKLED: dict[str, _Client] = {}

@@ -44,6 +44,7 @@ class MLXClient(NumPyClient):
         self.client = client
         self.seed = seed
         self.round = 0
+        self.own: Mapping[str, mx.array] = {}
 
     def get_parameters(self, config: Mapping[str, Any]) -> list[np.ndarray]:
         """The model's parameters and running statistics, in order."""
@@ -85,7 +86,9 @@ class MLXClient(NumPyClient):
             self.data,
             settings,
             client=self.client,
+            own=self.own,
         )
+        self.own = update.own
         weights.put(self.trainer.slots.parameters, update.parameters)
         weights.put(self.trainer.slots.statistics, update.statistics)
         metrics = dict(update.metrics)
@@ -99,7 +102,7 @@ class MLXClient(NumPyClient):
         if self.data.test is None:
             raise ValueError("This client has no test examples: Data.test is None.")
         metrics = self.trainer.evaluate(
-            self.trainer.parameters(), self.trainer.statistics(), self.data.test
+            self.trainer.parameters(), self.trainer.statistics(), self.data.test, self.own
         )
         return float(metrics.pop("loss")), int(metrics.pop("num-examples")), metrics
 

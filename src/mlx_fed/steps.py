@@ -7,7 +7,7 @@ mapped over many clients at once for a simulation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -31,9 +31,9 @@ class Client(NamedTuple):
     leading axis, one entry a client.
     """
 
-    parameters: Arrays
-    statistics: Arrays
-    state: Arrays
+    parameters: Mapping[str, mx.array]
+    statistics: Mapping[str, mx.array]
+    state: Mapping[str, mx.array]
     key: mx.array
 
 
@@ -84,10 +84,8 @@ def training_step(
         )
         if shared.anchor:
             start, mu = shared.anchor
-            grads = {
-                name: grad + mu.astype(grad.dtype) * (before[name] - start[name])
-                for name, grad in grads.items()
-            }
+            for name, at_start in start.items():  # what is personal has no global value
+                grads[name] += mu.astype(grads[name].dtype) * (before[name] - at_start)
         if max_norm is not None:
             grads, _ = optim.clip_grad_norm(grads, float(max_norm))
         optimizer.state = tree_unflatten([*shared.counters.items(), *client.state.items()])

@@ -61,7 +61,7 @@ class Task:
             vector a last batch that is not full is padded and masked, so that one compiled
             program serves all batches.
         optimizer (callable): ``optimizer(config)`` returns a new ``mlx.optimizers`` optimizer.
-            Its state is fresh in every round.
+            Its state is fresh in every round, unless ``keep_optimizer``.
         data (callable): ``data(partition_id, num_partitions)`` returns the client's
             :class:`Data`; the number is ``None`` on a node that was not told one.
         metrics (dict): Names to ``metric(model, *batch)``, each a mean or a vector, computed
@@ -78,6 +78,11 @@ class Task:
         statistics (str): What becomes of running statistics (BatchNorm's mean and variance):
             ``"average"`` averages them over clients by examples, ``"local"`` leaves each
             client its own, as in FedBN (https://arxiv.org/abs/2102.07623).
+        personal (callable, optional): ``personal(name)`` says of which parameters each client
+            keeps its own: they are trained with the others and never travel, as in FedPer
+            (https://arxiv.org/abs/1912.00818). ``lambda name: name.startswith("head")``
+        keep_optimizer (bool): Let each client's optimizer go on from round to round, instead of
+            beginning anew. Default: ``False``.
 
     Example:
         >>> task = Task(
@@ -102,6 +107,8 @@ class Task:
     max_grad_norm: float | None = None
     augment: Callable[..., Sequence[mx.array]] | None = None
     statistics: Literal["average", "local"] = "average"
+    personal: Callable[[str], bool] | None = None
+    keep_optimizer: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "local_epochs", "local_steps", "eval_batch_size"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -32,11 +33,16 @@ Batch = tuple[tuple[mx.array, ...], mx.array | None, int]
 
 
 class Update(NamedTuple):
-    """What a round of local training gives: arrays by name, and metrics in kebab-case."""
+    """What a round of local training gives: arrays by name, and metrics in kebab-case.
+
+    ``own`` is what the client keeps until it trains or evaluates again: see
+    :meth:`Trainer.train`.
+    """
 
     parameters: Mapping[str, mx.array]
     statistics: Mapping[str, mx.array]
     metrics: dict[str, int | float]
+    own: Mapping[str, mx.array] = MappingProxyType({})
 
 
 class Trainer:
@@ -48,8 +54,9 @@ class Trainer:
             initial and frozen values.
 
     Attributes:
-        spec (dict): Shape and dtype of each parameter, by name.
+        spec (dict): Shape and dtype of each parameter that is trained together, by name.
         statistics_spec (dict): The same of the running statistics.
+        keeps (bool): Whether clients keep arrays of their own from round to round.
     """
 
     def __init__(self, task: Task, seed: int = 0):
@@ -60,7 +67,16 @@ class Trainer:
             raise weights.WeightsError(
                 "The model has no trainable floating-point parameters: nothing to federate."
             )
-        self.spec = weights.spec(weights.get(self.slots.parameters))
+        personal = task.personal or (lambda name: False)
+        self._shared = [name for name in self.slots.parameters if not personal(name)]
+        if not self._shared:
+            raise weights.WeightsError(
+                "Every parameter is personal (Task.personal): nothing to federate."
+            )
+        self._personal = [name for name in self.slots.parameters if personal(name)]
+        self._keeps_statistics = task.statistics == "local" and bool(self.slots.statistics)
+        self.keeps = bool(self._personal) or self._keeps_statistics or task.keep_optimizer
+        self.spec = weights.spec(self.parameters())
         self.statistics_spec = weights.spec(weights.get(self.slots.statistics))
         self._training: tuple[Any, Callable] | None = None
         self._evaluation: Callable | None = None
@@ -68,8 +84,8 @@ class Trainer:
         self._arrays: dict[int, tuple[Sequence[Any], tuple[mx.array, ...]]] = {}
 
     def parameters(self) -> Arrays:
-        """The model's parameters by name."""
-        return weights.get(self.slots.parameters)
+        """The model's parameters that are trained together, by name."""
+        return {name: self.slots.parameters[name].get() for name in self._shared}
 
     def statistics(self) -> Arrays:
         """The model's running statistics by name."""
@@ -83,6 +99,7 @@ class Trainer:
         config: Config,
         *,
         client: int = 0,
+        own: Mapping[str, mx.array] | None = None,
     ) -> Update:
         """Trains from the given arrays on ``data.train``.
 
@@ -95,6 +112,8 @@ class Trainer:
                 ``max-grad-norm`` stand over the task's own, ``proximal-mu`` adds FedProx's
                 proximal term (https://arxiv.org/abs/1812.06127).
             client (int): The client's partition, for its random keys.
+            own (dict, optional): What the client kept of its last update: its personal
+                parameters, its statistics and its optimizer's state, as the task says.
 
         Returns:
             Update: The metrics are ``num-examples``, the number of examples in a pass (of a
@@ -108,8 +127,10 @@ class Trainer:
         weights.check(self.statistics_spec, weights.spec(statistics))
         moment = moment_of(config, client)
         optimizer = self.task.optimizer(config)
-        counters, state = initial_state(optimizer, parameters)
-        at = Client(parameters, statistics, state, randomness.key(*moment, "layers"))
+        everything, statistics = self.with_own(parameters, statistics, own)
+        counters, state = initial_state(optimizer, everything)
+        counters, state = _kept(own, "counters", counters), _kept(own, "state", state)
+        at = Client(everything, statistics, state, randomness.key(*moment, "layers"))
         mu = float(config.get("proximal-mu", 0.0))
         anchor = (parameters, mx.array(mu)) if mu else None
         step = self.training_program(optimizer, config)
@@ -128,8 +149,8 @@ class Trainer:
         if not callable(data.train):
             num_examples = len(data.train[0])
         metrics = {"num-examples": num_examples, "loss": loss}
-        metrics |= self.first_loss(parameters, statistics, data, config)
-        return Update(at.parameters, at.statistics, metrics)
+        metrics |= self.first_loss(everything, statistics, data, config)
+        return self.update(at, counters, metrics)
 
     def first_loss(
         self, parameters: Arrays, statistics: Arrays, data: Data, config: Config
@@ -138,15 +159,47 @@ class Trainer:
         key = config.get("train-loss-key")
         if not key:
             return {}
-        return {str(key): self.evaluate(parameters, statistics, data.train)["loss"]}
+        return {str(key): self._evaluate(parameters, statistics, data.train)["loss"]}
+
+    def with_own(
+        self, parameters: Arrays, statistics: Arrays, own: Mapping[str, mx.array] | None
+    ) -> tuple[Arrays, Arrays]:
+        """All parameters in the model's order, and the statistics: the client's own ones of
+        those that it keeps, the model's first ones before it has any."""
+        if not self.keeps:
+            return parameters, statistics
+        if self._keeps_statistics:
+            statistics = _kept(own, "statistics", self.statistics())
+        personal = {name: self.slots.parameters[name].get() for name in self._personal}
+        both = {**parameters, **_kept(own, "parameters", personal)}
+        return {name: both[name] for name in self.slots.parameters}, statistics
+
+    def update(self, at: Client, counters: Arrays, metrics: dict[str, int | float]) -> Update:
+        """What is sent of what a client has come to, and what it keeps."""
+        if not self.keeps:
+            return Update(at.parameters, at.statistics, metrics)
+        own = {f"parameters/{name}": at.parameters[name] for name in self._personal}
+        statistics = at.statistics
+        if self._keeps_statistics:
+            own |= {f"statistics/{name}": array for name, array in statistics.items()}
+            statistics = {}
+        if self.task.keep_optimizer:
+            own |= {f"counters/{name}": array for name, array in counters.items()}
+            own |= {f"state/{name}": array for name, array in at.state.items()}
+            mx.eval(own)
+        shared = {name: at.parameters[name] for name in self._shared}
+        return Update(shared, statistics, metrics, own)
 
     def evaluate(
         self,
         parameters: Arrays,
         statistics: Arrays,
         examples: Sequence[Any] | Callable[[mx.array], Iterable[Sequence[mx.array]]],
+        own: Mapping[str, mx.array] | None = None,
     ) -> dict[str, int | float]:
         """Loss and metrics of the given arrays on ``examples``, in evaluation mode.
+
+        ``own`` is what the client has kept, as for :meth:`train`.
 
         Returns:
             dict: ``num-examples``, ``loss`` and the task's metrics, each the mean over the
@@ -154,6 +207,11 @@ class Trainer:
         """
         weights.check(self.spec, weights.spec(parameters))
         weights.check(self.statistics_spec, weights.spec(statistics))
+        return self._evaluate(*self.with_own(parameters, statistics, own), examples)
+
+    def _evaluate(
+        self, parameters: Arrays, statistics: Arrays, examples: Any
+    ) -> dict[str, int | float]:
         step = self.evaluation_program()
         results, num_examples = [], 0
         for batch, mask, size in self._evaluation_batches(examples):
@@ -284,6 +342,16 @@ def lengths(task: Task, config: Config) -> Lengths:
 def moment_of(config: Config, client: int) -> tuple[int, int, int]:
     """What a client's random keys in a round come from: seed, round and partition."""
     return int(config.get("seed", 0)), int(config.get("server-round", 0)), client
+
+
+def _kept(own: Mapping[str, mx.array] | None, kind: str, otherwise: Arrays) -> Arrays:
+    """What a client has kept of a kind, by name; ``otherwise`` before it has kept anything."""
+    kept = {
+        name.removeprefix(f"{kind}/"): array
+        for name, array in (own or {}).items()
+        if name.startswith(f"{kind}/")
+    }
+    return {**otherwise, **kept}
 
 
 def weighted_mean(values: Sequence[float], shares: Sequence[float]) -> float:

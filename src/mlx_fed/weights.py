@@ -169,7 +169,7 @@ class StackedRow(Mapping[str, mx.array]):
         index (int): Which entry this is.
     """
 
-    def __init__(self, stack: Arrays, host: dict[str, np.ndarray], index: int):
+    def __init__(self, stack: Mapping[str, mx.array], host: dict[str, np.ndarray], index: int):
         self._stack, self._host, self._index = stack, host, index
 
     def __getitem__(self, name: str) -> mx.array:

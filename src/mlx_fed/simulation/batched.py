@@ -7,7 +7,7 @@ that what it ends with is what it would end with alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -23,11 +23,11 @@ from .feeding import Feed, HostStacks, device_feed, host_can_read
 
 
 class Member(NamedTuple):
-    """A client to train: its partition, its examples, and the statistics that it starts from."""
+    """A client to train: its partition, its examples, and what it has kept of its last update."""
 
     client: int
     examples: tuple[mx.array, ...]
-    statistics: Arrays
+    own: Mapping[str, mx.array] | None = None
 
 
 class _Group(NamedTuple):
@@ -49,17 +49,27 @@ class BatchedTrainer:
         self._program: tuple[Any, Callable[..., Step]] | None = None
         self._stacks = HostStacks()
 
-    def train(self, parameters: Arrays, members: Sequence[Member], config: Config) -> list[Update]:
+    def train(
+        self,
+        parameters: Arrays,
+        statistics: Arrays,
+        members: Sequence[Member],
+        config: Config,
+    ) -> list[Update]:
         """What each client ends with.
 
         Args:
             parameters (dict): The global parameters, from which all start.
+            statistics (dict): The global running statistics.
             members (list): The clients. None may have no examples.
             config (dict): The server's settings, as for ``Trainer.train``.
         """
         trainer = self.trainer
+        if trainer.task.keep_optimizer:
+            raise ValueError("each keeps its own optimizer's state, which are at different steps")
         optimizer = trainer.task.optimizer(config)
-        counters, state = initial_state(optimizer, parameters)
+        starts = [trainer.with_own(parameters, statistics, member.own) for member in members]
+        counters, state = initial_state(optimizer, starts[0][0])
         step = self._step(optimizer, config)
         mu = float(config.get("proximal-mu", 0.0))
         anchor = (parameters, mx.array(mu)) if mu else None
@@ -75,8 +85,8 @@ class BatchedTrainer:
             _Group(
                 tuple(range(len(members))),
                 Client(
-                    _repeat(parameters, len(members)),
-                    _stack([member.statistics for member in members]),
+                    _stacked([everything for everything, _ in starts]),
+                    _stacked([running for _, running in starts]),
                     _repeat(state, len(members)),
                     mx.stack([randomness.key(*moment, "layers") for moment in moments]),
                 ),
@@ -94,10 +104,11 @@ class BatchedTrainer:
                 losses.append((places, loss, weight))
                 moved.append(_Group(places, at))
             groups = moved
-        updates = _updates([*done, *groups], losses, members)
-        for update, member in zip(updates, members, strict=True):
-            before = (parameters, member.statistics, Data(member.examples), config)
-            update.metrics.update(trainer.first_loss(*before))
+        ends = _ends([*done, *groups], losses, members)
+        updates = []
+        for (at, metrics), start, member in zip(ends, starts, members, strict=True):
+            metrics |= trainer.first_loss(*start, Data(member.examples), config)
+            updates.append(trainer.update(at, counters, metrics))
         return updates
 
     def _step(self, optimizer: Any, config: Config) -> Callable[..., Step]:
@@ -133,8 +144,16 @@ def _repeat(arrays: Arrays, times: int) -> Arrays:
     return {name: mx.broadcast_to(a, (times, *a.shape)) for name, a in arrays.items()}
 
 
-def _stack(many: Sequence[Arrays]) -> Arrays:
-    return {name: mx.stack([arrays[name] for arrays in many]) for name in many[0]}
+def _stacked(many: Sequence[Arrays]) -> Arrays:
+    """Each array of all clients; one that all share is not copied."""
+    stacked = {}
+    for name, first in many[0].items():
+        columns = [arrays[name] for arrays in many]
+        shared = all(array is first for array in columns)
+        stacked[name] = (
+            mx.broadcast_to(first, (len(many), *first.shape)) if shared else mx.stack(columns)
+        )
+    return stacked
 
 
 def _batch(
@@ -180,11 +199,12 @@ def _regroup(
     return regrouped
 
 
-def _updates(
+def _ends(
     groups: list[_Group],
     losses: list[tuple[tuple[int, ...], mx.array, mx.array]],
     members: Sequence[Member],
-) -> list[Update]:
+) -> list[tuple[Client, dict[str, int | float]]]:
+    """Where each client has come to, its arrays sliced where they are asked for; its metrics."""
     values: list[tuple[list[float], list[float]]] = [([], []) for _ in members]
     mx.eval([at for _, at in groups], [step[1:] for step in losses])
     for places, loss, weight in losses:
@@ -193,14 +213,17 @@ def _updates(
         for place, mean, share in zip(places, means, shares, strict=True):
             values[place][0].append(mean)
             values[place][1].append(share)
-    updates: dict[int, Update] = {}
+    ends: dict[int, tuple[Client, dict[str, int | float]]] = {}
     for places, at in groups:
-        stacks: list[tuple[Arrays, dict]] = [(at.parameters, {}), (at.statistics, {})]
+        hosts: list[dict] = [{}, {}]
         for index, place in enumerate(places):
-            parameters, statistics = (StackedRow(*stack, index) for stack in stacks)
+            parameters, statistics = (
+                StackedRow(stack, host, index)
+                for stack, host in zip((at.parameters, at.statistics), hosts, strict=True)
+            )
             metrics: dict[str, int | float] = {
                 "num-examples": len(members[place].examples[0]),
                 "loss": weighted_mean(*values[place]),
             }
-            updates[place] = Update(parameters, statistics, metrics)
-    return [updates[place] for place in range(len(members))]
+            ends[place] = Client(parameters, statistics, {}, at.key), metrics
+    return [ends[place] for place in range(len(members))]

@@ -19,7 +19,7 @@ from ..training import Trainer, Update, lengths, moment_of
 from ..weights import Arrays
 from .batched import BatchedTrainer, Member
 from .faults import Faults
-from .own_statistics import OwnStatistics
+from .kept import Kept
 from .partitions import Partitions
 
 # A step's examples and the clients' parameters should stay in a core's cache; a GPU has to be
@@ -101,12 +101,9 @@ class Worker:
         self.trainer = Trainer(make_task(job.source, job.config), job.seed)
         self.batched = BatchedTrainer(self.trainer) if job.batched else None
         self.partitions = Partitions(self.trainer.task, job.num_clients, job.most_bytes)
-        self.own = OwnStatistics(job.folder / "statistics") if self._keeps_statistics() else None
+        self.kept = Kept(job.folder / "clients") if self.trainer.keeps else None
         self.note: str | None = None
         self.phase: Phase | None = None
-
-    def _keeps_statistics(self) -> bool:
-        return bool(self.trainer.slots.statistics) and self.trainer.task.statistics == "local"
 
     def work(self, request: Request, seats: Sequence[Seat]) -> Outcome:
         """Lets clients train or evaluate, in the order of their places."""
@@ -150,8 +147,8 @@ class Worker:
                 data = self.partitions.get(client)
                 if data.test is None:
                     raise FedError(f"Partition {client} has no test examples: Data.test is None.")
-                statistics = self._statistics(phase, client, later=True)
-                metrics = self.trainer.evaluate(phase.parameters, statistics, data.test)
+                own = self._own(phase, client, later=True)
+                metrics = self.trainer.evaluate(phase.parameters, phase.statistics, data.test, own)
             except SimulationError:
                 raise
             except Exception as error:
@@ -222,11 +219,13 @@ class Worker:
         why: Exception | None = None
         if self.batched is not None and len(chunk) > 1:
             members = [
-                Member(seat.client, _examples(data), self._statistics(phase, seat.client))
+                Member(seat.client, _examples(data), self._own(phase, seat.client))
                 for seat, data in chunk
             ]
             try:
-                return list(self.batched.train(phase.parameters, members, phase.config))
+                return list(
+                    self.batched.train(phase.parameters, phase.statistics, members, phase.config)
+                )
             except Exception as error:  # one client's, or the model's: one by one it shows
                 why = error
         updates = [self._train_one(phase, seat.client, data) for seat, data in chunk]
@@ -237,18 +236,16 @@ class Worker:
 
     def _train_one(self, phase: Phase, client: int, data: Data) -> Update | Exception:
         try:
-            statistics = self._statistics(phase, client)
-            return self.trainer.train(
-                phase.parameters, statistics, data, phase.config, client=client
-            )
+            own = self._own(phase, client)
+            start = phase.parameters, phase.statistics
+            return self.trainer.train(*start, data, phase.config, client=client, own=own)
         except Exception as error:
             return error
 
     def _finish(self, phase: Phase, client: int, update: Update) -> Update:
         """What a client sends of its update, and what it keeps."""
-        if self.own is not None:
-            self.own.save(client, int(phase.config["server-round"]), update.statistics)
-            update = update._replace(statistics={})
+        if self.kept is not None:
+            self.kept.save(client, int(phase.config["server-round"]), update.own)
         if self.job.faults.is_hostile(self.job.seed, client):
             update = self.job.faults.on_update(update, phase.parameters)
         return update
@@ -271,14 +268,11 @@ class Worker:
             return self.job.faults.on_data(data)
         return data
 
-    def _statistics(self, phase: Phase, client: int, later: bool = False) -> Arrays:
-        """Running statistics: the client's own, those that were sent, or the model's first."""
-        if self.own is not None:
-            number = int(phase.config["server-round"]) + later
-            own = self.own.load(client, number)
-            if own is not None:
-                return own
-        return phase.statistics or self.trainer.statistics()
+    def _own(self, phase: Phase, client: int, later: bool = False) -> Arrays | None:
+        """What the client has kept of the rounds before, or with this one."""
+        if self.kept is None:
+            return None
+        return self.kept.load(client, int(phase.config["server-round"]) + later)
 
     def _chunk_size(self, phase: Phase, data: Data) -> int:
         """How many clients like this one train together."""

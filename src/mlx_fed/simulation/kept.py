@@ -1,4 +1,4 @@
-"""The running statistics that each client keeps for itself, on disk between rounds."""
+"""What each client keeps for itself, on disk between rounds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import mlx.core as mx
 from ..weights import Arrays
 
 
-class OwnStatistics:
-    """Each client's statistics as of the last rounds that it trained in.
+class Kept:
+    """Each client's own arrays as of the last rounds that it trained in.
 
     The round before is kept too: when a worker dies, its clients are trained again from what
     they had before.
@@ -33,13 +33,13 @@ class OwnStatistics:
         loaded: Any = mx.load(str(self._path(client, max(rounds))), format="safetensors")
         return dict(loaded)
 
-    def save(self, client: int, number: int, statistics: Mapping[str, mx.array]) -> None:
+    def save(self, client: int, number: int, arrays: Mapping[str, mx.array]) -> None:
         """Keeps what the client has after the round."""
         self.folder.joinpath(str(client)).mkdir(parents=True, exist_ok=True)
         path = self._path(client, number)
         half = path.with_suffix(f".{os.getpid()}")
         with half.open("wb") as file:
-            mx.save_safetensors(file, dict(statistics))
+            mx.save_safetensors(file, dict(arrays))
         half.replace(path)
         for old in sorted(self._rounds(client))[:-2]:
             self._path(client, old).unlink(missing_ok=True)
