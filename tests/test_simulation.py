@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import (
-    Bulyan,
     DifferentialPrivacyServerSideFixedClipping,
     FedAdam,
     FedAvg,
@@ -59,7 +58,6 @@ STRATEGIES = {
     "FedProx": partial(FedProx, **HALF, proximal_mu=0.3),
     "FedMedian": partial(FedMedian, **HALF),
     "Krum": partial(Krum, **HALF, num_malicious_nodes=3),
-    "Bulyan": partial(Bulyan, **HALF, num_malicious_nodes=3),
     "QFedAvg": partial(QFedAvg, **HALF, client_learning_rate=0.2, train_loss_key="train_loss"),
     "metrics of one's own": partial(FedAvg, **HALF, train_metrics_aggr_fn=spread),
     "settings of one's own": partial(OwnRates, **HALF),

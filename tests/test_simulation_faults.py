@@ -107,7 +107,8 @@ def test_the_mean_falls_to_an_attack(attack, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("strategy", "attack"),
-    [("Bulyan", "sign-flip")]  # which takes Flower a second a round
+    # Bulyan takes Flower a second a round.
+    [pytest.param("Bulyan", "sign-flip", marks=pytest.mark.slow)]
     + [(strategy, attack) for strategy in ROBUST for attack in ATTACKS if strategy != "Bulyan"],
 )
 def test_robust_strategies_hold(strategy: str, attack: str, tmp_path: Path):

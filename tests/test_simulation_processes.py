@@ -74,6 +74,29 @@ def test_clients_are_redone_from_the_statistics_that_they_had(tmp_path: Path):
     assert_same(one, simulate(FedAvg(), tmp_path, LOCAL, name="other"))
 
 
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+def test_workers_that_are_killed_while_they_wait_are_replaced(phase: str, tmp_path: Path):
+    """All of them, each time before a phase of round 2 and 3."""
+    (tmp_path / "workers").mkdir()
+
+    def load_and_tell(partition_id: int, num_partitions: int | None) -> fed.Data:
+        (tmp_path / "workers" / str(os.getpid())).touch()
+        return load(partition_id, num_partitions)
+
+    def kill(event: str, fields: dict) -> None:
+        if event == "phase" and fields["phase"] == phase and fields["round"] > 1:
+            for path in (tmp_path / "workers").iterdir():
+                os.kill(int(path.name), signal.SIGKILL)
+                path.unlink()
+                killed.append(path.name)
+
+    killed: list[str] = []
+    task = replace(TASK, data=load_and_tell)
+    one = simulate(FedAvg(), tmp_path, task, name="one", workers=2, listeners=(kill,))
+    assert len(killed) >= 3
+    assert_same(one, simulate(FedAvg(), tmp_path, name="other"))
+
+
 @pytest.mark.parametrize("strategy", [FedAvg, FedMedian])
 def test_clients_that_kill_every_worker_are_named(strategy, tmp_path: Path):
     def load_or_die(partition_id: int, num_partitions: int | None) -> fed.Data:
@@ -266,3 +289,15 @@ def test_when_a_run_is_killed_its_workers_end_and_nothing_stays(tmp_path: Path):
     run.ends()
     assert all_end(workers)
     assert run.left_behind() == []
+
+
+def test_all_workers_have_a_share_of_a_small_round(tmp_path: Path):
+    (tmp_path / "seen").mkdir()
+
+    def load_and_tell(partition_id: int, num_partitions: int | None) -> fed.Data:
+        (tmp_path / "seen" / str(os.getpid())).touch()
+        return load(partition_id, num_partitions)
+
+    task = replace(TASK, data=load_and_tell)
+    simulate(FedMedian(), tmp_path, task, num_clients=2 * 16, num_rounds=1, workers=2)
+    assert len(list((tmp_path / "seen").iterdir())) == 2

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from itertools import groupby
+from itertools import groupby, product
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
@@ -130,12 +130,12 @@ class Pool:
         deaths: Counter[int] = Counter()
         try:
             while True:
-                for worker in range(self.size):
-                    held = sum(at == worker for at, _ in at_work.values())
-                    for _ in range(_AHEAD - held):
-                        if (following := _next(waiting, worker)) is None:
-                            break
+                held = Counter(worker for worker, _ in at_work.values())
+                # All workers get their next span before one is given another ahead.
+                for depth, worker in product(range(_AHEAD), range(self.size)):
+                    if held[worker] <= depth and (following := _next(waiting, worker)):
                         at_work[self._submit(worker, following)] = (worker, following)
+                        held[worker] += 1
                 if not at_work:
                     return
                 done, _ = wait(at_work, return_when=FIRST_COMPLETED)
