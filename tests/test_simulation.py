@@ -11,6 +11,7 @@ import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -103,6 +104,23 @@ def test_running_statistics_end_as_in_a_federation(strategy, statistics, tmp_pat
     make = STRATEGIES[strategy]
     one = simulate(make(), tmp_path, task, workers=2)
     assert_same(one, federate(make(), tmp_path / "apps", task))
+
+
+KEEPING = {
+    "personal": {"personal": lambda name: name.startswith("layers.4")},
+    "optimizer": {"keep_optimizer": True, "optimizer": lambda config: optim.Adam(0.02)},
+}
+
+
+@pytest.mark.parametrize("kept", KEEPING.values(), ids=KEEPING)
+def test_what_clients_keep_goes_on_as_in_a_federation(kept: dict, tmp_path: Path):
+    task = replace(TASK, **kept)
+    make = STRATEGIES["FedAvg"]
+    one = simulate(make(), tmp_path, task, workers=2)
+    assert_same(one, federate(make(), tmp_path / "apps", task))
+    plain = simulate(make(), tmp_path, replace(task, personal=None, keep_optimizer=False))
+    assert one.rounds[-1]["evaluate"]["loss"] != plain.rounds[-1]["evaluate"]["loss"]
+    assert ("layers.4.weight" in one.parameters) == ("personal" not in kept)
 
 
 @pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])

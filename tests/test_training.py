@@ -585,3 +585,41 @@ def test_arrays_that_do_not_fit_are_refused():
         of.train(parameters, {}, data, {})
     with pytest.raises(WeightsError, match=complaint):
         of.evaluate(parameters, {}, data.train)
+
+
+# -- what a client keeps -------------------------------------------------------------------
+
+
+def test_an_optimizer_goes_on_where_it_stopped():
+    """Two rounds of an epoch each are as one of two, but for the order of the examples."""
+    settings = {"optimizer": lambda config: optim.Adam(optim.cosine_decay(0.05, 8))}
+    kept = trainer(keep_optimizer=True, **settings)
+    data = fed.Data(examples(8))  # one batch: no order to speak of
+    first = kept.train(kept.parameters(), {}, data, {"server-round": 1})
+    assert {name.partition("/")[0] for name in first.own} == {"counters", "state"}
+    second = kept.train(first.parameters, {}, data, {"server-round": 2}, own=first.own)
+    through = trainer(local_epochs=2, **settings)
+    assert_close(
+        second._replace(metrics={**second.metrics, "loss": 0.0}),
+        train(through, data)._replace(metrics={**second.metrics, "loss": 0.0}),
+    )
+
+
+def test_personal_parameters_stay():
+    of = trainer(personal=lambda name: name.startswith("layers"))
+    assert list(of.spec) == ["first.weight", "first.bias"]
+    data = fed.Data(examples(24))
+    update = of.train(of.parameters(), {}, data, {})
+    assert list(update.parameters) == list(of.spec)
+    assert set(update.own) == {
+        f"parameters/layers.{n}.{kind}" for n in (0, 1) for kind in ("weight", "bias")
+    }
+    again = of.train(update.parameters, {}, data, {}, own=update.own)
+    assert again.metrics["loss"] < update.metrics["loss"]
+    first = of.evaluate(update.parameters, {}, data.train)["loss"]
+    assert of.evaluate(update.parameters, {}, data.train, update.own)["loss"] != first
+
+
+def test_a_model_that_is_all_personal_is_refused():
+    with pytest.raises(WeightsError, match="Every parameter is personal"):
+        trainer(personal=lambda name: True)
