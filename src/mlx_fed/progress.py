@@ -15,6 +15,8 @@ _LONGEST = 1000
 _STYLES = {
     "serving": "bold",
     "finished": "bold",
+    "resumed": "bold",
+    "note": "yellow",
     "joined": "dim",
     "left": "yellow",
     "waiting": "yellow",
@@ -38,6 +40,9 @@ def server_line(event: str, fields: dict[str, Any]) -> str:
             return f"{fields['node']} left"
         case "refused":
             return f"{fields['node']} refused: {fields['reason']}"
+        case "resumed":
+            done = fields["round"]
+            return f"Going on after round {done}" if done else "Starting over: no round was done"
         case "note":
             return f"Note: {fields['text']}"
         case "failed":

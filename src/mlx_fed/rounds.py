@@ -13,10 +13,13 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from . import aggregate, checks, strategies, weights
+from . import aggregate, checks, strategies, strategy_state, weights
+from .checkpoint import Checkpoints
 from .errors import RunError
 from .history import History, Result
 from .phase import Model, Phase, Run, timed
+from .resume import Position, identity_of
+from .resume import resume as taken_up
 from .roster import Members, Roster
 from .settings import Settings
 from .train_phase import train
@@ -32,8 +35,13 @@ def run(
     settings: Settings,
     history: History,
     roster: Members | None = None,
+    *,
+    resume: bool = False,
 ) -> Result:
     """Trains for ``settings.num_rounds`` rounds.
+
+    Each is on disk, with all that the run needs to go on from there, before the one after the
+    next begins.
 
     Args:
         grid (Grid): Takes messages to nodes and brings their replies.
@@ -42,31 +50,46 @@ def run(
         settings (Settings): How the run is led.
         history (History): Where it is recorded.
         roster (Members, optional): Who takes part. Default: who answers the roll call.
+        resume (bool): Go on with the run in the history's folder.
 
     Raises:
         RunError: If too few nodes come, no reply of a round counts, or the strategy fails. The
             model of the last whole round is saved.
-        HistoryError: If the run's folder cannot be written.
+        StateError: If the strategy holds what cannot be kept.
+        CheckpointError: If the run to resume is not the same any more.
+        HistoryError: If the run's folder cannot be written, or another process leads the run.
     """
     started = time.monotonic()
     run = _set_up(grid, strategy, trainer, settings, history, roster)
     min_nodes = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
-    model = Model(aggregate.to_masters(trainer.parameters()), trainer.statistics())
-    history.write_settings(
-        {
-            **settings.for_the_record(),
-            "config": run.config,
-            "strategy": strategies.describe(strategy),
-        }
-    )
-    try:
-        for number in range(1, settings.num_rounds + 1):
-            run.roster.wait_for(min_nodes, settings.wait)
-            model = _round(run, model, number)
-    finally:
-        path = _save(run, model)
+    checkpoints = Checkpoints(history.folder, settings.keep)
+    identity = identity_of(run)
+    if settings.keep:
+        strategy_state.snapshot(strategy)  # what cannot be kept is refused now, not after a round
+    with history.held():
+        position = (taken_up(run, checkpoints, identity) if resume else None) or Position(
+            0, Model(aggregate.to_masters(trainer.parameters()), trainer.statistics()), None
+        )
+        history.write_settings(
+            {
+                **settings.for_the_record(),
+                "config": run.config,
+                "strategy": strategies.describe(strategy),
+            }
+        )
+        try:
+            for number in range(position.round + 1, settings.num_rounds + 1):
+                run.roster.wait_for(min_nodes, settings.wait)
+                position = _round(run, position, number)
+                if settings.keep:
+                    checkpoints.save(position.checkpoint(strategy, identity), history.sync)
+        finally:
+            path = _save(run, position.model)
+            checkpoints.wait()
+            best = _save_best(run, position, checkpoints)
     history.notify("finished", model=path, seconds=time.monotonic() - started)
-    return Result(trainer.parameters(), model.statistics, history.rounds, history.folder, path)
+    statistics = position.model.statistics
+    return Result(trainer.parameters(), statistics, history.rounds, history.folder, path, best)
 
 
 def _set_up(
@@ -97,8 +120,20 @@ def _save(run: Run, model: Model) -> Path:
     return run.history.save_model(weights.get(whole))
 
 
-def _round(run: Run, model: Model, number: int) -> Model:
-    """The model after the round, which is whole once its record is written."""
+def _save_best(run: Run, position: Position, checkpoints: Checkpoints) -> Path | None:
+    """Writes the model of the best round, beside that of the last."""
+    checkpoint = checkpoints.best(position.best) if position.best else None
+    if checkpoint is None:
+        return None
+    model = Model(checkpoint.masters, checkpoint.statistics)
+    parameters = model.parameters(run.trainer.spec)
+    frozen = weights.get(run.trainer.slots.frozen)
+    whole = {**parameters, **model.statistics, **frozen}
+    return run.history.save_model(whole, "best.safetensors")
+
+
+def _round(run: Run, position: Position, number: int) -> Position:
+    """Where the run is after the round, which is whole once its record is written."""
     record: dict[str, Any] = {
         "round": number,
         "train": {},
@@ -107,11 +142,11 @@ def _round(run: Run, model: Model, number: int) -> Model:
         "bytes": {"down": 0, "up": 0},
         "refused": [],
     }
-    model = train(run, model, record)
+    model = train(run, position.model, record)
     _evaluate(run, model, record)
     _evaluate_centrally(run, model, record)
     run.history.add_round(record)
-    return model
+    return position.after(record, model)
 
 
 def _evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:

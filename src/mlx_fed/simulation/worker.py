@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -41,7 +40,7 @@ class Job(NamedTuple):
     batched: bool
     chunk_size: int | None
     faults: Faults
-    states: Path
+    own: OwnStatistics
 
 
 class Request(NamedTuple):
@@ -95,7 +94,7 @@ class Worker:
         self.trainer = Trainer(make_task(job.source, job.config), job.seed)
         self.batched = BatchedTrainer(self.trainer) if job.batched else None
         self.partitions = Partitions(self.trainer.task, job.num_clients)
-        self.own = OwnStatistics(job.states) if self._keeps_statistics() else None
+        self.own = job.own if self._keeps_statistics() else None
         self.note: str | None = None
 
     def _keeps_statistics(self) -> bool:
