@@ -169,4 +169,5 @@ def timed(record: dict[str, Any], name: str) -> Iterator[None]:
     """Records how long it takes, in seconds."""
     start = time.monotonic()
     yield
-    record["seconds"][name] = round(time.monotonic() - start, 6)
+    before = record["seconds"].get(name, 0.0)
+    record["seconds"][name] = round(before + time.monotonic() - start, 6)

@@ -79,7 +79,7 @@ def _blocks(phase: Phase, outgoing: list[Message], nodes: list[str]) -> list[sum
         return _summed_by_grid(phase, outgoing, nodes)
     places = {node: place for place, node in enumerate(nodes)}
     updates = _updates(phase, outgoing)
-    with phase.timed("sum"):
+    with phase.timed("aggregate"):
         return sums.blocks(
             (
                 sums.Counted(places[node], update.weight, update.metrics),
@@ -115,7 +115,7 @@ def _updates(phase: Phase, outgoing: list[Message]) -> list[tuple[str, Message, 
     updates: dict[str, checks.Reply] = {}
     accepted: list[tuple[str, Message]] = []
     replies = phase.exchange(outgoing)
-    with phase.timed("check"):
+    with phase.timed("aggregate"):
         for node, reply in replies:
             with phase.refusing(node):
                 updates[node] = checks.check_update(
