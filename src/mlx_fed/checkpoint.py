@@ -129,7 +129,9 @@ class Checkpoints:
         earlier = [path for path in paths if _round_of(path) < number]
         kept = {newest, *earlier[: self.keep - 1]}
         kept |= {path for path in earlier if best and _round_of(path) == best.round}
-        for path in set(paths) - kept:
+        # A process that was killed leaves the half of one.
+        halves = [part for part in self.folder.glob("*.part") if part.stem < f"{number:05}"]
+        for path in {*paths, *halves} - kept:
             path.unlink(missing_ok=True)
 
     def paths(self) -> list[Path]:

@@ -93,7 +93,10 @@ class _Snapshot:
         if type(value) is bytes:
             return {"bytes": value.hex()}
         if id(value) in self.seen:
-            return {"same": self.seen[id(value)]}
+            same = self.seen[id(value)]
+            if path.startswith(same) and type(value) is tuple:
+                raise StateError(f"{path} is a tuple within itself, which a run cannot keep.")
+            return {"same": same}
         self.seen[id(value)] = path
         self.alive.append(value)  # or another object may come to have its id
         return self._object(value, path)
