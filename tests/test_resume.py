@@ -188,6 +188,22 @@ def test_a_run_that_is_done_can_be_asked_for_more_rounds_only(tmp_path: Path):
     assert told == ["resumed", "finished"]
 
 
+class InColumns(FedAvg):
+    """Gives its arrays as Fortran lays them out."""
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        turned = {name: Array(np.asfortranarray(a.numpy())) for name, a in arrays.items()}
+        return ArrayRecord(turned), metrics
+
+
+def test_how_a_strategy_lays_out_its_arrays_is_of_no_account(tmp_path: Path):
+    expected = federate(InColumns(), tmp_path / "whole", num_rounds=3)
+    federate(InColumns(), tmp_path / "parts", num_rounds=1)
+    resumed = federate(InColumns(), tmp_path / "parts", num_rounds=3, resume=True)
+    assert_same_end(resumed, expected)
+
+
 # -- only if it is the same run ------------------------------------------------------------
 
 
@@ -339,7 +355,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, tmp_p
 
 def test_a_file_that_was_given_a_checkpoints_name_is_not_read(stopped, tmp_path: Path):
     folder = copy_of(stopped, tmp_path)
-    (folder / "checkpoints" / "00009-0123456789abcdef.safetensors").write_bytes(b"\xff" * 100)
+    (folder / "checkpoints" / "00009-01234567.safetensors").write_bytes(b"\xff" * 100)
     (folder / "checkpoints" / "00003.part").write_bytes(b"half")
     (folder / "checkpoints" / "notes.safetensors").write_bytes(b"mine")
     told = resume_to(stopped[1], folder)
@@ -418,3 +434,32 @@ def test_a_disk_that_is_full_ends_the_run_with_what_was_reached(tmp_path: Path):
     assert {2}.issubset(checkpoints(tmp_path))
     resumed = federate(FedAvg(), tmp_path, num_rounds=5, resume=True)
     assert [record["round"] for record in resumed.rounds] == [1, 2, 3, 4, 5]
+
+
+# -- the commands --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "mlx_fed", "serve", "tests.tasks:moons", "--port", "0"),
+        ("-m", "mlx_fed", "simulate", "tests.tasks:moons", "--workers", "0"),
+        ("server.py", "--port", "0"),
+    ],
+    ids=["serve", "simulate", "server.py"],
+)
+def test_a_command_says_which_run_there_is_not(command: tuple, start, tmp_path: Path):
+    process = start(*command, "--runs", tmp_path, "--resume", "gone")
+    assert process.ends() == 1
+    assert "Error: There is no run 'gone' to resume" in process.text
+
+
+def test_a_command_goes_on_with_its_run(start, tmp_path: Path):
+    command = ("-m", "mlx_fed", "simulate", "tests.tasks:moons", "--workers", "0", "--clients", "3")
+    first = start(*command, "--runs", tmp_path, "--name", "run", "--rounds", 2, "--keep", 1)
+    assert first.ends() == 0, first.text
+    assert checkpoints(tmp_path / "run").keys() == {2}
+    second = start(*command, "--resume", tmp_path / "run", "--rounds", 3)
+    assert second.ends() == 0, second.text
+    assert "Going on after round 2" in second.text
+    assert [record["round"] for record in read_history(tmp_path / "run")] == [1, 2, 3]

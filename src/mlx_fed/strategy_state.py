@@ -157,7 +157,8 @@ class _Restoration:
                 raise StateError(f"{path} was a function, and the strategy has none there now.")
             return now
         if "scalar" in node:
-            return np.frombuffer(bytes.fromhex(node["bytes"]), np.dtype(node["scalar"]))[0]
+            dtype, data = np.dtype(node["scalar"]), bytes.fromhex(node["bytes"])
+            return np.frombuffer(data, dtype)[0] if data else dtype.type()
         if "bytes" in node:
             return bytes.fromhex(node["bytes"])
         if "same" in node:
