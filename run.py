@@ -34,6 +34,10 @@ def main(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The server's.")] = 8080,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with a run, all else as it was.")
+    ] = None,
+    keep: Annotated[int, typer.Option(min=0, help="Checkpoints to keep, beside the best.")] = 3,
 ) -> None:
     """Start a server and clients on this machine and train the MNIST example."""
     num_partitions = num_partitions or max(3, clients)
@@ -50,6 +54,7 @@ def main(
 
     server = ["server.py", f"--port={port}", f"--dataset={dataset}", f"--min-clients={clients}"]
     server += [f"--strategy={strategy}", f"--seed={seed}", f"--runs={runs}"]
+    server += [f"--keep={keep}", *([f"--resume={resume}"] if resume else [])]
     server += [f"--rounds={rounds}"] if rounds else []
     client = ["client.py", f"--server=127.0.0.1:{port}", f"--dataset={dataset}"]
     client += [f"--partitioner={partitioner}", f"--num-partitions={num_partitions}"]

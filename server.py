@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_fed.cli import errors_as_messages, find_strategy
+from mlx_fed.cli import Keep, Resume, errors_as_messages, find_strategy
 
 
 def main(
@@ -27,6 +27,8 @@ def main(
         str | None, typer.Option(help="The run's name.", show_default="the time")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+    resume: Resume = None,
+    keep: Keep = 3,
 ) -> None:
     """Serve the MNIST example to clients, and save the model that they train."""
     # To be ended is to end cleanly: nodes are told, and the terminal is left as it was.
@@ -48,6 +50,8 @@ def main(
             seed=seed,
             name=name,
             runs=runs,
+            resume=resume,
+            keep=keep,
             config={"dataset": dataset},
         )
 

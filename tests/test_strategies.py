@@ -141,6 +141,7 @@ def federate(
     seed: int = SEED,
     node_ids: Sequence[int] | None = None,
     listener: Callable[[str, dict], None] | None = None,
+    resume: bool = False,
     **settings: Any,
 ) -> rounds.Result:
     """Our loop. Its nodes are listed, and reply, in another order than that of partitions."""
@@ -151,6 +152,7 @@ def federate(
         Trainer(task, seed),
         Settings(num_rounds=num_rounds, seed=seed, **settings),
         History(folder, (listener,) if listener else ()),
+        resume=resume,
     )
 
 

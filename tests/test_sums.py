@@ -20,7 +20,7 @@ BLOCK = sums.block_size(ALL)
 
 
 def blocks(updates) -> list[sums.Block]:
-    return sums.blocks(updates, ALL)
+    return list(sums.blocks(updates, ALL))
 
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

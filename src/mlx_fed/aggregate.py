@@ -48,7 +48,7 @@ def from_strategy(record: ArrayRecord, expected: Spec) -> ArrayRecord:
     arrays = {name: array.numpy() for name, array in record.items()}
     got = {name: (array.shape, "float32") for name, array in arrays.items()}
     check({name: (shape, "float32") for name, (shape, _) in expected.items()}, got)
-    masters = {name: np.asarray(arrays[name], dtype=np.float32) for name in expected}
+    masters = {name: np.asarray(arrays[name], np.float32, order="C") for name in expected}
     for name, (_, dtype) in expected.items():
         if not np.isfinite(masters[name]).all():
             raise WeightsError(f"parameter {name!r} is not finite after aggregation")

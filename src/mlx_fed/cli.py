@@ -53,6 +53,13 @@ TestName = Annotated[
 ]
 RunName = Annotated[str | None, typer.Option(help="The run's name.", show_default="the time")]
 RunsFolder = Annotated[Path, typer.Option(help="Where runs are kept.")]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN", help="Go on with a run, by its name or folder; all else as it was."
+    ),
+]
+Keep = Annotated[int, typer.Option(min=0, help="Checkpoints to keep, beside the best; 0: none.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the other side.")]
 
 
@@ -89,6 +96,8 @@ def serve(
     seed: int = 0,
     name: RunName = None,
     runs: RunsFolder = Path("runs"),
+    resume: Resume = None,
+    keep: Keep = 3,
     gpu: Annotated[bool, typer.Option("--gpu", help="Aggregate on the GPU.")] = False,
     test: TestName = None,
     config: Settings = None,
@@ -111,6 +120,8 @@ def serve(
             min_nodes=min_nodes,
             name=name,
             runs=runs,
+            resume=resume,
+            keep=keep,
             device="gpu" if gpu else "cpu",
             config=settings,
             test=find_test(test, settings) if test else None,
@@ -222,6 +233,8 @@ def simulate(
     seed: int = 0,
     name: RunName = None,
     runs: RunsFolder = Path("runs"),
+    resume: Resume = None,
+    keep: Keep = 3,
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
     config: Settings = None,
 ) -> None:
@@ -254,6 +267,8 @@ def simulate(
             seed=seed,
             name=name,
             runs=runs,
+            resume=resume,
+            keep=keep,
             device="gpu" if gpu else "cpu",
             config=settings,
             test=find_test(test, settings) if test else None,

@@ -1,4 +1,4 @@
-"""A run's folder: its settings, one line of history a round, and the model.
+"""A run's folder: its settings, one line of history a round, and the models it ends with.
 
 The record is append-only JSON lines, readable while the run goes on. Whoever wants to watch (a
 progress display, a tracker) listens here and keeps no books of its own.
@@ -6,6 +6,7 @@ progress display, a tracker) listens here and keeps no books of its own.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlx.core as mx
 
@@ -34,8 +35,9 @@ class History:
     Args:
         folder (Path): Where the run is kept, from :func:`new_run_folder`.
         listeners (tuple): Each is called ``listener(event, fields)`` for what happens, with
-            the events ``joined``, ``left``, ``refused``, ``waiting``, ``phase``, ``reply``,
-            ``failed``, ``round`` and ``finished``. Only rounds are written down.
+            the events ``joined``, ``left``, ``refused``, ``waiting``, ``resumed``, ``phase``,
+            ``reply``, ``failed``, ``note``, ``round`` and ``finished``. Only rounds are written
+            down.
     """
 
     def __init__(self, folder: Path, listeners: tuple[Listener, ...] = ()):
@@ -66,7 +68,7 @@ class History:
         """
         line = json.dumps(record, default=float) + "\n"
         path = self.folder / "history.jsonl"
-        with _errors_named(path):
+        with errors_named(path):
             size = path.stat().st_size if path.exists() else 0
             try:
                 with path.open("a", encoding="utf-8") as file:
@@ -78,13 +80,65 @@ class History:
         self.rounds.append(record)
         self.notify("round", **record)
 
-    def save_model(self, arrays: Arrays) -> Path:
-        """Writes ``model.safetensors``: the whole model, which ``load_weights`` reads.
+    def sync(self) -> None:
+        """Brings the rounds so far to disk, past the system's memory.
+
+        Raises:
+            HistoryError: If they cannot be written.
+        """
+        path = self.folder / "history.jsonl"
+        with errors_named(path), path.open("rb") as file:
+            sync(file)
+
+    def go_on_after(self, number: int) -> None:
+        """Takes up the rounds up to that one, and drops what was written after it.
+
+        Raises:
+            HistoryError: If ``history.jsonl`` cannot be read or written.
+        """
+        path = self.folder / "history.jsonl"
+        with errors_named(path):
+            lines = path.read_bytes().splitlines() if path.exists() else []
+        rounds = {}
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError):  # half a line of a run that was killed
+                record = json.loads(line)
+                rounds[int(record["round"])] = record
+        self.rounds = [rounds[n] for n in sorted(rounds) if n <= number]
+        text = "".join(json.dumps(record) + "\n" for record in self.rounds)
+        with _replacing(path) as half_written:
+            half_written.write_text(text, encoding="utf-8")
+        self.notify("resumed", round=number)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes from leading the same run meanwhile.
+
+        Raises:
+            HistoryError: If one does.
+        """
+        with errors_named(self.folder):
+            folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise HistoryError(
+                    f"The run in {self.folder} is being led by another process: end it first."
+                ) from error
+            except OSError:  # some network drives hold nothing for anyone
+                pass
+            yield
+        finally:
+            os.close(folder)
+
+    def save_model(self, arrays: Arrays, name: str = "model.safetensors") -> Path:
+        """Writes the whole model, in a file which ``load_weights`` reads.
 
         Raises:
             HistoryError: If it cannot be written. A model saved before stays as it is.
         """
-        path = self.folder / "model.safetensors"
+        path = self.folder / name
         # Through a file of Python's, whose errors say what was wrong.
         with _replacing(path) as half_written, half_written.open("wb") as file:
             mx.save_safetensors(file, arrays, {"format": "mlx"})
@@ -101,6 +155,8 @@ class Result:
         rounds (list): One record a round, as in ``history.jsonl``.
         folder (Path): The run's folder.
         model (Path): The whole model as safetensors.
+        best (Path, optional): The same of the round with the lowest loss, as the server itself
+            or else its nodes measured it.
     """
 
     parameters: Arrays
@@ -108,6 +164,22 @@ class Result:
     rounds: list[dict[str, Any]]
     folder: Path
     model: Path
+    best: Path | None = None
+
+
+def run_folder(
+    runs: Path | str = "runs", name: str | None = None, resume: Path | str | None = None
+) -> Path:
+    """The folder of a new run, or of the one that is resumed.
+
+    Raises:
+        HistoryError: If there is no such folder, or it cannot be made.
+    """
+    if resume is None:
+        return new_run_folder(runs, name)
+    if name is not None:
+        raise HistoryError(f"Run {str(resume)!r} has its name: leave out --name to resume it.")
+    return _folder_to_resume(runs, resume)
 
 
 def new_run_folder(runs: Path | str = "runs", name: str | None = None) -> Path:
@@ -135,21 +207,70 @@ def new_run_folder(runs: Path | str = "runs", name: str | None = None) -> Path:
     raise HistoryError(f"There is a run named {base!r} in {runs}/ already: choose another name.")
 
 
+def _folder_to_resume(runs: Path | str, name: Path | str) -> Path:
+    """The folder of a run that goes on: by its name below ``runs``, or by its path.
+
+    Raises:
+        HistoryError: If there is no such run.
+    """
+    for folder in (Path(runs) / name, Path(name)):
+        if (folder / "settings.json").exists():
+            return folder
+        # It may have been killed before anything was written.
+        if folder.is_dir() and not any(p for p in folder.iterdir() if ".part" not in p.name):
+            return folder
+    raise HistoryError(
+        f"There is no run {str(name)!r} to resume, neither in {runs}/ nor as a path: a run's "
+        "folder has a settings.json."
+    )
+
+
+def recorded_rounds(folder: Path) -> int | None:
+    """The rounds that the run in the folder was last asked for, if it was ever started."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((folder / "settings.json").read_bytes())["num_rounds"])
+    return None
+
+
+def sync(file: IO) -> None:
+    """Brings a file to disk, past the system's memory."""
+    file.flush()
+    # macOS leaves it in the drive's memory unless it is asked for more, which not all drives do.
+    if full := getattr(fcntl, "F_FULLFSYNC", None):
+        with suppress(OSError):
+            fcntl.fcntl(file, full)
+            return
+    os.fsync(file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names of a folder's files to disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A file to write, which then takes the place of ``path``: all of it or nothing."""
     half_written = path.with_suffix(f".part{path.suffix}")
-    with _errors_named(path):
+    with errors_named(path):
         try:
             yield half_written
+            with half_written.open("rb") as file:
+                sync(file)
             half_written.replace(path)
+            sync_folder(path.parent)
         finally:
             with suppress(OSError):
                 half_written.unlink(missing_ok=True)
 
 
 @contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def errors_named(path: Path) -> Iterator[None]:
+    """Says of what the system refuses which file it was, and what to do."""
     try:
         yield
     except OSError as error:

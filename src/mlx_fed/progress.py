@@ -17,6 +17,8 @@ _MOST_FAILURES = 10
 _STYLES = {
     "serving": "bold",
     "finished": "bold",
+    "resumed": "bold",
+    "note": "yellow",
     "joined": "dim",
     "left": "yellow",
     "waiting": "yellow",
@@ -40,6 +42,9 @@ def server_line(event: str, fields: dict[str, Any]) -> str:
             return f"{fields['node']} left"
         case "refused":
             return f"{fields['node']} refused: {fields['reason']}"
+        case "resumed":
+            done = fields["round"]
+            return f"Going on after round {done}" if done else "Starting over: no round was done"
         case "note":
             return f"Note: {fields['text']}"
         case "failed":

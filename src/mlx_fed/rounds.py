@@ -6,22 +6,26 @@ Nothing here knows where the clients are or how the loop is watched.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from . import aggregate, checks, exchange, strategies, sums, weights
+from . import aggregate, checks, strategies, strategy_state, weights
+from .checkpoint import Checkpoints
 from .errors import RunError
 from .history import History, Result
-from .roster import Members, Roster, RosterGrid
+from .phase import Model, Phase, Run, timed
+from .resume import Position, identity_of
+from .resume import resume as taken_up
+from .roster import Members, Roster
 from .settings import Settings
+from .train_phase import train
 from .training import Trainer
-from .weights import Arrays
+
+__all__ = ["Result", "RunError", "run"]
 
 
 def run(
@@ -31,8 +35,13 @@ def run(
     settings: Settings,
     history: History,
     roster: Members | None = None,
+    *,
+    resume: bool = False,
 ) -> Result:
     """Trains for ``settings.num_rounds`` rounds.
+
+    Each is on disk, with all that the run needs to go on from there, before the one after the
+    next begins.
 
     Args:
         grid (Grid): Takes messages to nodes and brings their replies.
@@ -41,331 +50,134 @@ def run(
         settings (Settings): How the run is led.
         history (History): Where it is recorded.
         roster (Members, optional): Who takes part. Default: who answers the roll call.
+        resume (bool): Go on with the run in the history's folder.
 
     Raises:
         RunError: If too few nodes come, no reply of a round counts, or the strategy fails. The
             model of the last whole round is saved.
-        HistoryError: If the run's folder cannot be written.
+        StateError: If the strategy holds what cannot be kept.
+        CheckpointError: If the run to resume is not the same any more.
+        HistoryError: If the run's folder cannot be written, or another process leads the run.
     """
-    return _Run(grid, strategy, trainer, settings, history, roster).run()
-
-
-class _Model(NamedTuple):
-    """The global model: a strategy's float32 masters, and running statistics."""
-
-    masters: ArrayRecord
-    statistics: Arrays
-
-
-class _Run:
-    """The state of a run that lives from round to round."""
-
-    def __init__(
-        self,
-        grid: Grid,
-        strategy: Strategy,
-        trainer: Trainer,
-        settings: Settings,
-        history: History,
-        roster: Members | None,
-    ):
-        self.grid, self.strategy, self.trainer = grid, strategy, trainer
-        self.settings, self.history = settings, history
-        self.model = _Model(aggregate.to_masters(trainer.parameters()), trainer.statistics())
-        # The statistics that travel: none where each client keeps its own.
-        self.averaged = trainer.statistics_spec if trainer.task.statistics == "average" else {}
-        self.config = {**trainer.task.config, **settings.config, "seed": settings.seed}
-        self.roster: Members = roster or Roster(
-            grid,
-            trainer.spec,
-            trainer.statistics_spec,
-            {**self.config, "prepare": True},
-            history.notify,
+    started = time.monotonic()
+    run = _set_up(grid, strategy, trainer, settings, history, roster)
+    min_nodes = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
+    checkpoints = Checkpoints(history.folder, settings.keep)
+    identity = identity_of(run)
+    if settings.keep:
+        strategy_state.snapshot(strategy)  # what cannot be kept is refused now, not after a round
+    with history.held():
+        position = (taken_up(run, checkpoints, identity) if resume else None) or Position(
+            0, Model(aggregate.to_masters(trainer.parameters()), trainer.statistics()), None
         )
-        self.members = RosterGrid(grid, self.roster)
-        self.weighted_by = strategies.attribute(strategy, "weighted_by_key") or "num-examples"
-        self.min_nodes = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
-
-    def run(self) -> Result:
-        started = time.monotonic()
-        self.history.write_settings(
+        history.write_settings(
             {
-                **self.settings.for_the_record(),
-                "config": self.config,
-                "strategy": strategies.describe(self.strategy),
+                **settings.for_the_record(),
+                "config": run.config,
+                "strategy": strategies.describe(strategy),
             }
         )
         try:
-            for number in range(1, self.settings.num_rounds + 1):
-                self.roster.wait_for(self.min_nodes, self.settings.wait)
-                self.model = self._round(number)
+            for number in range(position.round + 1, settings.num_rounds + 1):
+                run.roster.wait_for(min_nodes, settings.wait)
+                position = _round(run, position, number)
+                if settings.keep:
+                    checkpoints.save(position.checkpoint(strategy, identity), history.sync)
         finally:
-            path = self._save()
-        self.history.notify("finished", model=path, seconds=time.monotonic() - started)
-        return Result(
-            self.trainer.parameters(),
-            self.model.statistics,
-            self.history.rounds,
-            self.history.folder,
-            path,
-        )
+            path = _save(run, position.model)
+            checkpoints.wait()
+            best = _save_best(run, position, checkpoints)
+    history.notify("finished", model=path, seconds=time.monotonic() - started)
+    statistics = position.model.statistics
+    return Result(trainer.parameters(), statistics, history.rounds, history.folder, path, best)
 
-    def _save(self) -> Path:
-        """Writes the model of the last whole round."""
-        slots = self.trainer.slots
-        weights.put(slots.parameters, self._parameters(self.model))
-        weights.put(slots.statistics, self.model.statistics)
-        return self.history.save_model(
-            weights.get({**slots.parameters, **slots.statistics, **slots.frozen})
-        )
 
-    def _parameters(self, model: _Model) -> Arrays:
-        return aggregate.masters_to_arrays(model.masters, self.trainer.spec)
+def _set_up(
+    grid: Grid,
+    strategy: Strategy,
+    trainer: Trainer,
+    settings: Settings,
+    history: History,
+    roster: Members | None,
+) -> Run:
+    config = {**trainer.task.config, **settings.config, "seed": settings.seed}
+    roster = roster or Roster(
+        grid,
+        trainer.spec,
+        trainer.statistics_spec,
+        {**config, "prepare": True},
+        history.notify,
+    )
+    return Run(grid, strategy, trainer, settings, history, roster, config)
 
-    # -- one round -------------------------------------------------------------------------
 
-    def _round(self, number: int) -> _Model:
-        """The model after the round, which is whole once its record is written."""
-        record: dict[str, Any] = {
-            "round": number,
-            "train": {},
-            "evaluate": {},
-            "seconds": {},
-            "bytes": {"down": 0, "up": 0},
-            "refused": [],
-        }
-        model = self._train(record)
-        self._evaluate(model, record)
-        self._evaluate_centrally(model, record)
-        self.history.add_round(record)
-        return model
+def _save(run: Run, model: Model) -> Path:
+    """Writes the model of the last whole round."""
+    slots = run.trainer.slots
+    weights.put(slots.parameters, model.parameters(run.trainer.spec))
+    weights.put(slots.statistics, model.statistics)
+    whole = {**slots.parameters, **slots.statistics, **slots.frozen}
+    return run.history.save_model(weights.get(whole))
 
-    def _train(self, record: dict[str, Any]) -> _Model:
-        outgoing = self._configure("train", self.model, record)
-        if strategies.is_linear(self.strategy):
-            return self._train_to_a_mean(outgoing, record)
-        updates = self._updates(outgoing, record)
-        with _timed(record, "aggregate"):
-            for _, reply, update in updates:
-                reply.content = update.for_strategy()
-            replies = [reply for _, reply, _ in updates]
-            masters, metrics = self._aggregate(
-                record, lambda number: self.strategy.aggregate_train(number, replies)
+
+def _save_best(run: Run, position: Position, checkpoints: Checkpoints) -> Path | None:
+    """Writes the model of the best round, beside that of the last."""
+    checkpoint = checkpoints.best(position.best) if position.best else None
+    if checkpoint is None:
+        return None
+    model = Model(checkpoint.masters, checkpoint.statistics)
+    parameters = model.parameters(run.trainer.spec)
+    frozen = weights.get(run.trainer.slots.frozen)
+    whole = {**parameters, **model.statistics, **frozen}
+    return run.history.save_model(whole, "best.safetensors")
+
+
+def _round(run: Run, position: Position, number: int) -> Position:
+    """Where the run is after the round, which is whole once its record is written."""
+    record: dict[str, Any] = {
+        "round": number,
+        "train": {},
+        "evaluate": {},
+        "seconds": {},
+        "bytes": {"down": 0, "up": 0},
+        "refused": [],
+    }
+    model = train(run, position.model, record)
+    _evaluate(run, model, record)
+    _evaluate_centrally(run, model, record)
+    run.history.add_round(record)
+    return position.after(record, model)
+
+
+def _evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
+    """What the strategy's nodes see of the model."""
+    phase = Phase(run, "evaluate", record)
+    accepted: list[tuple[str, Message]] = []
+    for node, reply in phase.exchange(phase.configure(model)):
+        with phase.refusing(node):
+            checks.check_metrics(reply, run.weighted_by)
+            accepted.append((node, reply))
+    counting = phase.with_one_set_of_names(accepted)
+    metrics = None
+    if counting:
+        with phase.hook("aggregate_evaluate"):
+            metrics = run.strategy.aggregate_evaluate(
+                phase.number, [reply for _, reply in counting]
             )
-            statistics = self.model.statistics
-            if self.averaged and updates:
-                weighed = [(update.statistics, update.weight) for *_, update in updates]
-                statistics = aggregate.mean_statistics(weighed)
-        record["train"] = {**metrics, "nodes": [name for name, *_ in updates]}
-        return _Model(masters, statistics)
-
-    def _train_to_a_mean(self, outgoing: list[Message], record: dict[str, Any]) -> _Model:
-        """A round of a strategy that needs no more than the mean, which we take."""
-        names = [self._name(message) for message in outgoing]
-        if exchange.can_sum(self.grid, outgoing):
-            blocks = self._summed(outgoing, names, record)
-        else:
-            places = {name: place for place, name in enumerate(names)}
-            updates = self._updates(outgoing, record)
-            with _timed(record, "aggregate"):
-                blocks = sums.blocks(
-                    (
-                        (
-                            sums.Counted(places[name], update.weight, update.metrics),
-                            update.parameters,
-                            update.statistics,
-                        )
-                        for name, _, update in updates
-                    ),
-                    len(outgoing),
-                )
-        with _timed(record, "aggregate"):
-            mean = sums.mean(blocks)
-            self._require(len(mean.counted), outgoing, record)
-            if not mean.counted:
-                return self.model
-            content = mean.as_reply(self.model.masters, self.weighted_by)
-            each = [counted.metrics for counted in mean.counted]
-            masters, metrics = self._aggregate(
-                record,
-                lambda number: strategies.aggregate_mean(self.strategy, number, content, each),
-            )
-            statistics = self.model.statistics
-            if self.averaged:
-                statistics = mean.running_statistics(self.averaged)
-        record["train"] = {**metrics, "nodes": [names[c.place] for c in mean.counted]}
-        return _Model(masters, statistics)
-
-    def _summed(
-        self, outgoing: list[Message], names: list[str], record: dict[str, Any]
-    ) -> list[sums.Block]:
-        """Sums that a grid on this machine makes where its clients train."""
-        self._begin("train", outgoing, record)
-        blocks: list[sums.Block] = []
-        sizes = exchange.sizes(outgoing)
-        with _timed(record, "train"):
-            for outcome in exchange.sum_updates(self.grid, outgoing, self.weighted_by):
-                blocks += outcome.blocks
-                for place, reason in outcome.failed:
-                    self._refuse("train", names[place], reason, record)
-                came = [counted.place for block in outcome.blocks for counted in block.counted]
-                # An update has the arrays of the message, in as many bytes.
-                record["bytes"]["up"] += sum(sizes[place] for place in came)
-                self.history.notify("replies", count=len(came) + len(outcome.failed))
-        record["bytes"]["down"] += sum(sizes)
-        return blocks
-
-    def _updates(
-        self, outgoing: list[Message], record: dict[str, Any]
-    ) -> list[tuple[str, Message, checks.Reply]]:
-        """Each node's name, its reply, and what is in it; only of replies that count."""
-        updates: dict[str, checks.Reply] = {}
-        accepted: list[tuple[str, Message]] = []
-        replies = self._exchange("train", outgoing, record)
-        with _timed(record, "aggregate"):
-            for name, reply in replies:
-                with self._refusing("train", name, record):
-                    updates[name] = checks.check_update(
-                        reply, self.trainer.spec, self.averaged, self.weighted_by
-                    )
-                    accepted.append((name, reply))
-            accepted = self._same_names("train", accepted, record)
-        self._require(len(accepted), outgoing, record)
-        return [(name, reply, updates[name]) for name, reply in accepted]
-
-    def _require(self, count: int, outgoing: list[Message], record: dict[str, Any]) -> None:
-        if outgoing and not count:
-            raise RunError(
-                f"Round {record['round']}: none of {len(outgoing)} nodes gave a train reply that "
-                "counts. The reasons stand above; the model of the round before is kept."
-            )
-
-    def _aggregate(
-        self, record: dict[str, Any], hook: Callable[[int], tuple]
-    ) -> tuple[ArrayRecord, dict[str, Any]]:
-        """The strategy's new masters, or the old ones if it gives none, and its metrics."""
-        with self._hook("aggregate_train", record["round"]):
-            masters, metrics = hook(record["round"])
-            if masters is None:
-                return self.model.masters, {**(metrics or {})}
-            return aggregate.from_strategy(masters, self.trainer.spec), {**(metrics or {})}
-
-    def _evaluate(self, model: _Model, record: dict[str, Any]) -> None:
-        number = record["round"]
-        outgoing = self._configure("evaluate", model, record)
-        accepted: list[tuple[str, Message]] = []
-        for name, reply in self._exchange("evaluate", outgoing, record):
-            with self._refusing("evaluate", name, record):
-                checks.check_metrics(reply, self.weighted_by)
-                accepted.append((name, reply))
-        accepted = self._same_names("evaluate", accepted, record)
-        metrics: MetricRecord | None = None
-        if accepted:
-            with self._hook("aggregate_evaluate", number):
-                metrics = self.strategy.aggregate_evaluate(number, [r for _, r in accepted])
-        record["evaluate"] = {**(metrics or {}), "nodes": [name for name, _ in accepted]}
-
-    def _evaluate_centrally(self, model: _Model, record: dict[str, Any]) -> None:
-        """What the server itself sees of the model."""
-        test, evaluate = self.settings.test, self.settings.evaluate_fn
-        if test is None and evaluate is None:
-            return
-        with _timed(record, "central"):
-            parameters = self._parameters(model)
-            metrics: dict[str, Any] = {}
-            if test is not None:
-                metrics |= self.trainer.evaluate(parameters, model.statistics, test)
-                del metrics["num-examples"]
-            if evaluate is not None:
-                metrics |= evaluate(record["round"], parameters, model.statistics) or {}
-        record["central"] = metrics
-
-    def _configure(self, phase: str, model: _Model, record: dict[str, Any]) -> list[Message]:
-        """The strategy's messages, as they travel."""
-        number = record["round"]
-        configure = getattr(self.strategy, f"configure_{phase}")
-        config = {**self.config, "server-round": number}
-        if phase == "train" and (loss := strategies.attribute(self.strategy, "train_loss_key")):
-            config["train-loss-key"] = loss
-        statistics = model.statistics if self.averaged else {}
-        with self._hook(f"configure_{phase}", number):
-            outgoing = list(configure(number, model.masters, ConfigRecord(config), self.members))
-            for message in outgoing:
-                if (node_id := message.metadata.dst_node_id) not in self.roster.nodes:
-                    raise RunError(f"a message to node {node_id}, which has no part in the run")
-            exchange.pack(outgoing, self.trainer.spec, statistics, config)
-        return sorted(outgoing, key=self._place)
-
-    def _place(self, message: Message) -> tuple[int, str]:
-        """Orders nodes as the roster does."""
-        node = self.roster.nodes[message.metadata.dst_node_id]
-        return node.partition, node.name
-
-    def _name(self, message: Message) -> str:
-        return self.roster.nodes[message.metadata.dst_node_id].name
-
-    def _begin(self, phase: str, outgoing: list[Message], record: dict[str, Any]) -> None:
-        fields = {"phase": phase, "round": record["round"], "of": self.settings.num_rounds}
-        self.history.notify("phase", **fields, nodes=len(outgoing))
-
-    def _exchange(
-        self, phase: str, outgoing: list[Message], record: dict[str, Any]
-    ) -> list[tuple[str, Message]]:
-        """The replies, by name and in the messages' order; who has none is left out."""
-        self._begin(phase, outgoing, record)
-        with _timed(record, phase):
-            replies, missing, down, up = exchange.exchange(
-                self.grid,
-                outgoing,
-                {message.metadata.dst_node_id: self._name(message) for message in outgoing},
-                self.settings.round_timeout,
-                lambda name: self.history.notify("reply", node=name, phase=phase),
-            )
-        record["bytes"]["down"] += down
-        record["bytes"]["up"] += up
-        for name, reason in missing.items():
-            self._refuse(phase, name, reason, record)
-        return replies
-
-    def _same_names(
-        self, phase: str, accepted: list[tuple[str, Message]], record: dict[str, Any]
-    ) -> list[tuple[str, Message]]:
-        """Those with the names of most: FedAvg and its kin would end the run over others."""
-        if not strategies.wants_same_names(self.strategy):
-            return accepted
-        odd = checks.odd_names({name: checks.names_in(r.content) for name, r in accepted})
-        for name, reason in odd.items():
-            self._refuse(phase, name, reason, record)
-        return [(name, reply) for name, reply in accepted if name not in odd]
-
-    @contextmanager
-    def _refusing(self, phase: str, name: str, record: dict[str, Any]) -> Iterator[None]:
-        """Goes on without a reply that is refused."""
-        try:
-            yield
-        except checks.Refused as error:
-            self._refuse(phase, name, str(error), record)
-
-    def _refuse(self, phase: str, name: str, reason: str, record: dict[str, Any]) -> None:
-        record["refused"].append({"node": name, "phase": phase, "reason": reason})
-        self.history.notify("failed", node=name, phase=phase, reason=reason)
-
-    @contextmanager
-    def _hook(self, hook: str, number: int) -> Iterator[None]:
-        """What the strategy draws is decided by the seed; what it raises says where."""
-        try:
-            with strategies.seeded(self.strategy, self.settings.seed, number, hook):
-                yield
-        except Exception as error:
-            raise RunError(
-                f"Round {number}: {type(self.strategy).__name__}.{hook} failed: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+    record["evaluate"] = {**(metrics or {}), "nodes": [node for node, _ in counting]}
 
 
-@contextmanager
-def _timed(record: dict[str, Any], name: str) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    before = record["seconds"].get(name, 0.0)
-    record["seconds"][name] = round(before + time.monotonic() - start, 6)
+def _evaluate_centrally(run: Run, model: Model, record: dict[str, Any]) -> None:
+    """What the server itself sees of the model."""
+    test, evaluate = run.settings.test, run.settings.evaluate_fn
+    if test is None and evaluate is None:
+        return
+    with timed(record, "central"):
+        parameters = model.parameters(run.trainer.spec)
+        metrics: dict[str, Any] = {}
+        if test is not None:
+            metrics |= run.trainer.evaluate(parameters, model.statistics, test)
+            del metrics["num-examples"]
+        if evaluate is not None:
+            metrics |= evaluate(record["round"], parameters, model.statistics) or {}
+    record["central"] = metrics

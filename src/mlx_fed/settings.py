@@ -24,6 +24,7 @@ class Settings:
         wait (float): Seconds to wait for them. Default: ``600``.
         round_timeout (float): Seconds a phase may take; later replies are dropped.
             Default: ``3600``.
+        keep (int): Checkpoints to keep, beside the best; 0 writes none. Default: ``3``.
         test (tuple, optional): Held-out examples of the server's own, as ``Data.test``: the
             task's loss and metrics of the global model on them are recorded each round.
         evaluate_fn (callable, optional): ``evaluate_fn(round, parameters, statistics)`` returns
@@ -36,6 +37,7 @@ class Settings:
     min_nodes: int | None = None
     wait: float = 600.0
     round_timeout: float = 3600.0
+    keep: int = 3
     test: Sequence[Any] | None = None
     evaluate_fn: EvaluateFn | None = None
 

@@ -24,6 +24,10 @@ def default(min_nodes: int | None = None) -> Strategy:
     return FedAvg(min_train_nodes=least, min_evaluate_nodes=least, min_available_nodes=least)
 
 
+LEAST_NODES = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
+"""What strategies call the numbers of nodes that they wait for."""
+
+
 def describe(strategy: Strategy) -> dict[str, Any]:
     """A strategy's name and its plain settings, for the record of a run."""
     plain = {k: v for k, v in vars(strategy).items() if isinstance(v, (int, float, str, bool))}
@@ -47,8 +51,7 @@ def attribute(strategy: Strategy, name: str) -> Any:
 
 def least_nodes(strategy: Strategy) -> int:
     """The number of nodes that the strategy waits for."""
-    names = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
-    return max(1, *(int(attribute(strategy, name) or 1) for name in names))
+    return max(1, *(int(attribute(strategy, name) or 1) for name in LEAST_NODES))
 
 
 _FLOWERS_MEAN = FedAvg().train_metrics_aggr_fn

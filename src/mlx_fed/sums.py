@@ -8,7 +8,7 @@ bits, and only the sums have to be kept, however many clients there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ def block_size(num_places: int) -> int:
     return max(1, min(_LARGEST_BLOCK, num_places // _FEWEST_BLOCKS))
 
 
-def blocks(updates: Iterable[CountedUpdate], num_places: int) -> list[Block]:
+def blocks(updates: Iterable[CountedUpdate], num_places: int) -> Iterator[Block]:
     """Sums updates, each block by itself.
 
     Args:
@@ -85,10 +85,8 @@ def blocks(updates: Iterable[CountedUpdate], num_places: int) -> list[Block]:
         num_places (int): How many clients were asked, whether they answered or not.
     """
     size = block_size(num_places)
-    return [
-        sum_block(number, group)
-        for number, group in groupby(updates, lambda update: update[0].place // size)
-    ]
+    for number, group in groupby(updates, lambda update: update[0].place // size):
+        yield sum_block(number, group)
 
 
 def sum_block(number: int, updates: Iterable[CountedUpdate]) -> Block:

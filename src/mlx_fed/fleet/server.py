@@ -19,7 +19,7 @@ from ..errors import FedError
 from ..flower.grid import LinkGrid
 from ..flower.link import Link
 from ..flower.routes import FleetRoutes
-from ..history import History, Listener, Result, new_run_folder
+from ..history import History, Listener, Result, recorded_rounds, run_folder
 from ..progress import ServerProgress, quiet_flower
 from ..settings import Settings
 from ..task import TaskSource, make_task
@@ -44,6 +44,7 @@ def serve(
     insecure: bool = False,
     name: str | None = None,
     runs: Path | str = "runs",
+    resume: Path | str | None = None,
     device: str | None = "cpu",
     listeners: tuple[Listener, ...] | None = None,
     **settings: Any,
@@ -63,11 +64,14 @@ def serve(
         insecure (bool): Allow plaintext on other addresses than the loopback.
         name (str, optional): The run's name, of the folder below ``runs``. Default: the time.
         runs (Path): Where runs are kept. Default: ``"runs"``.
+        resume (str or Path, optional): Go on with the run of this name below ``runs``, or in this
+            folder, from its last whole round; the rest of the arguments are as they were, but for
+            ``num_rounds``, whose default is then what the run was started with.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
         listeners (tuple, optional): Who is told what happens (see
             :class:`~mlx_fed.history.History`), in place of the progress display.
-        settings: ``config``, ``seed``, ``min_nodes``, ``wait``, ``round_timeout`` and
-            ``evaluate_fn``, as :class:`~mlx_fed.settings.Settings` has them.
+        settings: ``config``, ``seed``, ``min_nodes``, ``wait``, ``round_timeout``, ``keep``,
+            ``test`` and ``evaluate_fn``, as :class:`~mlx_fed.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.
@@ -83,20 +87,27 @@ def serve(
     leading = Settings(**settings)
     strategy = strategy or strategies.default(leading.min_nodes)
     made = make_task(task, leading.config)
-    leading.num_rounds = num_rounds or int(made.config.get("num-rounds", leading.num_rounds))
+    leading.num_rounds = int(made.config.get("num-rounds", leading.num_rounds))
     quiet_flower()
     with _socket(host, port) as listening:
         port = listening.getsockname()[1]
         devices.use(device)
         trainer = Trainer(made, leading.seed)
         shown = ServerProgress()
-        history = History(
-            new_run_folder(runs, name), (shown,) if listeners is None else tuple(listeners)
-        )
+        folder = run_folder(runs, name, resume)
+        leading.num_rounds = num_rounds or recorded_rounds(folder) or leading.num_rounds
+        history = History(folder, (shown,) if listeners is None else tuple(listeners))
         with _serving(listening) as link:
             history.notify("serving", address=address.join(host, port), insecure=insecure)
             try:
-                return rounds.run(LinkGrid(link), strategy, trainer, leading, history)
+                return rounds.run(
+                    LinkGrid(link),
+                    strategy,
+                    trainer,
+                    leading,
+                    history,
+                    resume=resume is not None,
+                )
             finally:
                 shown.close()
                 _say_goodbye(link)

@@ -13,17 +13,18 @@ from ..weights import Arrays
 
 
 class Kept:
-    """Each client's own arrays as of the last rounds that it trained in.
+    """Each client's own arrays as of the rounds that it trained in.
 
-    The round before is kept too: when a worker dies, its clients are trained again from what
-    they had before.
+    Those from before are kept too: when a worker dies, its clients are trained again from what
+    they had, and so are all when the run goes on from a checkpoint.
 
     Args:
         folder (Path): Where they are kept.
+        keep (int): Checkpoints that the run can go on from.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, keep: int = 0):
+        self.folder, self.keep = folder, keep
 
     def load(self, client: int, before: int) -> Arrays | None:
         """What the client had before the round, or None if it has not trained yet."""
@@ -41,8 +42,16 @@ class Kept:
         with half.open("wb") as file:
             mx.save_safetensors(file, dict(arrays))
         half.replace(path)
-        for old in sorted(self._rounds(client))[:-2]:
+        # The last checkpoint is of two rounds before, or newer, and one of those to keep.
+        start = number - self.keep - 2
+        for old in sorted(n for n in self._rounds(client) if n <= start)[:-1]:
             self._path(client, old).unlink(missing_ok=True)
+
+    def forget_after(self, number: int) -> None:
+        """Drops what clients had after later rounds, which are going to be repeated."""
+        for path in self.folder.glob("*/*.safetensors"):
+            if int(path.stem) > number:
+                path.unlink()
 
     def _path(self, client: int, number: int) -> Path:
         return self.folder / str(client) / f"{number}.safetensors"

@@ -12,13 +12,14 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from .. import devices, rounds
 from ..errors import SimulationError
-from ..history import History, Listener, new_run_folder
+from ..history import History, Listener, recorded_rounds, run_folder
 from ..progress import ServerProgress, quiet_flower
 from ..settings import Settings
 from ..task import TaskSource, make_task
 from ..training import Trainer
 from .faults import Faults
 from .grid import SimulationGrid
+from .kept import Kept
 from .pool import InProcess, Pool, data_bytes, default_workers
 from .roster import SimulatedRoster
 from .worker import Job
@@ -36,6 +37,7 @@ def simulate(
     faults: Faults | None = None,
     name: str | None = None,
     runs: Path | str = "runs",
+    resume: Path | str | None = None,
     device: str | None = None,
     listeners: tuple[Listener, ...] | None = None,
     **settings: Any,
@@ -62,11 +64,14 @@ def simulate(
         faults (Faults, optional): Clients that fail, straggle or attack. Default: none.
         name (str, optional): The run's name, of the folder below ``runs``. Default: the time.
         runs (Path): Where runs are kept. Default: ``"runs"``.
+        resume (str or Path, optional): Go on with the run of this name below ``runs``, or in this
+            folder, from its last whole round; the rest of the arguments are as they were, but for
+            ``num_rounds``, whose default is then what the run was started with.
         device (str, optional): ``"cpu"`` or ``"gpu"``. Default: MLX's own choice.
         listeners (tuple, optional): Who is told what happens (see
             :class:`~mlx_fed.history.History`), in place of the progress display.
-        settings: ``config``, ``seed``, ``round_timeout`` and ``evaluate_fn``, as
-            :class:`~mlx_fed.settings.Settings` has them.
+        settings: ``config``, ``seed``, ``round_timeout``, ``keep``, ``test`` and ``evaluate_fn``,
+            as :class:`~mlx_fed.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.
@@ -90,14 +95,20 @@ def simulate(
     devices.use(device)
     leading = Settings(**settings)
     made = make_task(task, leading.config)
-    leading.num_rounds = num_rounds or int(made.config.get("num-rounds", leading.num_rounds))
+    leading.num_rounds = int(made.config.get("num-rounds", leading.num_rounds))
     strategy = strategy or FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     trainer = Trainer(made, leading.seed)
     size = default_workers(device) if workers is None else workers
     shown = ServerProgress()
-    history = History(
-        new_run_folder(runs, name), (shown,) if listeners is None else tuple(listeners)
-    )
+    run = run_folder(runs, name, resume)
+    leading.num_rounds = num_rounds or recorded_rounds(run) or leading.num_rounds
+    kept = Kept(run.resolve() / "clients", leading.keep)
+
+    def forget(event: str, fields: dict[str, Any]) -> None:
+        if event == "resumed":
+            kept.forget_after(fields["round"])
+
+    history = History(run, (forget, *((shown,) if listeners is None else listeners)))
     with tempfile.TemporaryDirectory(prefix="mlx-fed-") as folder:
         job = Job(
             task,
@@ -109,6 +120,7 @@ def simulate(
             faults or Faults(),
             Path(folder),
             data_bytes(size or 1),
+            kept,
         )
         with _pool(job, size, device) as pool:
             grid = SimulationGrid(
@@ -116,7 +128,9 @@ def simulate(
             )
             roster = SimulatedRoster(num_clients)
             try:
-                return rounds.run(grid, strategy, trainer, leading, history, roster)
+                return rounds.run(
+                    grid, strategy, trainer, leading, history, roster, resume=resume is not None
+                )
             finally:
                 shown.close()
 

@@ -46,6 +46,7 @@ class Job(NamedTuple):
     faults: Faults
     folder: Path
     most_bytes: int
+    kept: Kept
 
 
 class Request(NamedTuple):
@@ -101,7 +102,7 @@ class Worker:
         self.trainer = Trainer(make_task(job.source, job.config), job.seed)
         self.batched = BatchedTrainer(self.trainer) if job.batched else None
         self.partitions = Partitions(self.trainer.task, job.num_clients, job.most_bytes)
-        self.kept = Kept(job.folder / "clients") if self.trainer.keeps else None
+        self.kept = job.kept if self.trainer.keeps else None
         self.note: str | None = None
         self.phase: Phase | None = None
 

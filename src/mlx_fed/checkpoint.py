@@ -1,0 +1,249 @@
+"""A run's checkpoints: what it was after a round, on disk, so that it can go on from there.
+
+Each is one file of safetensors, ``checkpoints/00012-<checksum>.safetensors``. It is written under
+another name, forced to the disk, and given its own name last, so that a crash at any byte leaves
+whole checkpoints only; and one whose bytes are no longer those that were written is known by its
+name, before anything in it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable
+from concurrent import futures
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from flwr.app import Array, ArrayRecord
+
+from .errors import FedError
+from .history import errors_named, sync, sync_folder
+from .strategy_state import State
+from .weights import Arrays
+
+_NAME = re.compile(r"(\d{5,})-([0-9a-f]{8})\.safetensors")
+_KINDS = ("parameters", "statistics", "strategy")
+
+
+class CheckpointError(FedError):
+    """A checkpoint that a run cannot go on from."""
+
+
+class Best(NamedTuple):
+    """The round with the lowest loss so far."""
+
+    round: int
+    loss: float
+
+
+class Checkpoint(NamedTuple):
+    """What a run was after a round.
+
+    Attributes:
+        round (int): The round.
+        masters (ArrayRecord): The parameters as the strategy computes with them, in float32.
+        statistics (dict): The model's running statistics.
+        strategy (State): The strategy's own state.
+        best (Best, optional): The best round so far.
+        identity (dict): What the run trains, and how: a run that goes on has the same.
+    """
+
+    round: int
+    masters: ArrayRecord
+    statistics: Arrays
+    strategy: State
+    best: Best | None
+    identity: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        folder (Path): The run's.
+        keep (int): How many of the last ones are kept, beside the best; 0 writes none.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder / "checkpoints", keep
+        self._writer = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: futures.Future[None] | None = None
+
+    def save(self, checkpoint: Checkpoint, before: Callable[[], None]) -> None:
+        """Writes a checkpoint beside what comes next, once the one before it is on disk.
+
+        Args:
+            checkpoint (Checkpoint): What to write; nothing of it changes any more.
+            before (callable): Called first, to bring to disk what belongs to it.
+
+        Raises:
+            HistoryError: If the one before it could not be written.
+        """
+        self.wait()
+        if self.keep:
+            self._writing = self._writer.submit(self._save, checkpoint, before)
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on disk.
+
+        Raises:
+            HistoryError: If it could not be written.
+        """
+        if self._writing is not None:
+            futures.wait([self._writing])  # Ctrl-C leaves it to the next one who waits
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _save(self, checkpoint: Checkpoint, before: Callable[[], None]) -> None:
+        before()
+        number = checkpoint.round
+        part = self.folder / f"{number:05}.part"
+        with errors_named(part):
+            try:
+                if not self.folder.exists():
+                    self.folder.mkdir()
+                    sync_folder(self.folder.parent)
+                with part.open("wb") as file:
+                    counted = _Checked(file)
+                    _write(counted, checkpoint)
+                    sync(file)
+                path = self.folder / f"{number:05}-{counted.checksum:08x}.safetensors"
+                part.replace(path)
+                sync_folder(self.folder)
+            finally:
+                with suppress(OSError):
+                    part.unlink(missing_ok=True)
+            self._prune(path, checkpoint.best)
+
+    def _prune(self, newest: Path, best: Best | None) -> None:
+        """Leaves the newest, those before it, and the best."""
+        paths = self.paths()
+        number = _round_of(newest)
+        # Those of later rounds are from before the run went on from an earlier one.
+        earlier = [path for path in paths if _round_of(path) < number]
+        kept = {newest, *earlier[: self.keep - 1]}
+        kept |= {path for path in earlier if best and _round_of(path) == best.round}
+        # A process that was killed leaves the half of one.
+        halves = [part for part in self.folder.glob("*.part") if part.stem < f"{number:05}"]
+        for path in {*paths, *halves} - kept:
+            path.unlink(missing_ok=True)
+
+    def paths(self) -> list[Path]:
+        """All checkpoints, the newest first."""
+        found = [path for path in self.folder.glob("*.safetensors") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: (_round_of(path), path.name), reverse=True)
+
+    def last(self, damaged: Callable[[Path, str], None]) -> Checkpoint | None:
+        """The newest that is whole, or None if there is none.
+
+        Args:
+            damaged (callable): Told of each newer one that is not, and why.
+        """
+        for path in self.paths():
+            try:
+                return read(path)
+            except CheckpointError as error:
+                damaged(path, str(error))
+        return None
+
+    def best(self, best: Best) -> Checkpoint | None:
+        """The checkpoint of the best round, if it is there and whole."""
+        for path in self.paths():
+            if _round_of(path) == best.round:
+                with suppress(CheckpointError):
+                    return read(path)
+        return None
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads a checkpoint.
+
+    Raises:
+        CheckpointError: If its bytes are not those that were written.
+    """
+    named = _NAME.fullmatch(path.name)
+    try:
+        with path.open("rb") as file:
+            if named is None or _checksum(file) != int(named[2], 16):
+                raise CheckpointError("its bytes do not have the checksum of its name")
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+        arrays, metadata = loaded
+        kinds: dict[str, Arrays] = {kind: {} for kind in _KINDS}
+        for name, array in arrays.items():
+            kind, _, rest = name.partition("/")
+            kinds[kind][rest] = array
+        about = json.loads(metadata["run"])
+        masters = {name: Array(np.array(kinds["parameters"][name])) for name in about["order"]}
+        mx.eval(kinds)
+        return Checkpoint(
+            int(metadata["round"]),
+            ArrayRecord(masters),
+            {name: kinds["statistics"][name] for name in about["statistics"]},
+            State(json.loads(metadata["strategy"]), kinds["strategy"]),
+            Best(*about["best"]) if about["best"] else None,
+            about["identity"],
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"it cannot be read: {error}") from error
+
+
+class _Checked:
+    """A file to write to, and the checksum of what was to be written."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]):
+        self.write_to, self.tell, self.seek = file.write, file.tell, file.seek
+        self.checksum = 0
+
+    def write(self, data: memoryview) -> int:
+        self.checksum = zlib.crc32(data, self.checksum)
+        return self.write_to(data)
+
+
+def _write(file: Any, checkpoint: Checkpoint) -> None:
+    masters = {name: mx.array(_view(array)) for name, array in checkpoint.masters.items()}
+    arrays = {
+        **{f"parameters/{name}": array for name, array in masters.items()},
+        **{f"statistics/{name}": array for name, array in checkpoint.statistics.items()},
+        **{f"strategy/{name}": array for name, array in checkpoint.strategy.as_mlx().items()},
+    }
+    about = {
+        "order": list(masters),
+        "statistics": list(checkpoint.statistics),
+        "best": checkpoint.best,
+        "identity": checkpoint.identity,
+    }
+    metadata = {
+        "format": "mlx",
+        "round": str(checkpoint.round),
+        "run": json.dumps(about),
+        "strategy": json.dumps(checkpoint.strategy.tree),
+    }
+    mx.save_safetensors(file, arrays, metadata)
+
+
+def _view(array: Array) -> np.ndarray:
+    """The values of a master where they lie, after the header of NumPy's format."""
+    file = BytesIO(array.data)
+    np.lib.format.read_magic(file)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    values = np.frombuffer(array.data, dtype, offset=file.tell())
+    return values.reshape(shape, order="F" if fortran else "C")
+
+
+def _checksum(file: IO[bytes]) -> int:
+    checksum = 0
+    while data := file.read(2**20):
+        checksum = zlib.crc32(data, checksum)
+    return checksum
+
+
+def _round_of(path: Path) -> int:
+    return int(path.name.partition("-")[0])

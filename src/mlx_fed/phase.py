@@ -1,0 +1,173 @@
+"""One phase of a round: the strategy's messages to nodes, and their replies that count.
+
+Training and evaluation go the same way here; what is made of the replies is not known here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from . import aggregate, checks, exchange, strategies
+from .errors import RunError
+from .history import History
+from .roster import Members, RosterGrid
+from .settings import Settings
+from .training import Trainer
+from .weights import Arrays, Spec
+
+Named = Sequence[tuple[str, Message]]
+"""Replies by the names of their nodes, in the roster's order."""
+
+
+class Model(NamedTuple):
+    """The global model: a strategy's float32 masters, and running statistics."""
+
+    masters: ArrayRecord
+    statistics: Arrays
+
+    def parameters(self, spec: Spec) -> Arrays:
+        """The parameters in the model's dtypes."""
+        return aggregate.masters_to_arrays(self.masters, spec)
+
+
+class Run(NamedTuple):
+    """What a run is led with, the same in every round; ``config`` is sent with each message."""
+
+    grid: Grid
+    strategy: Strategy
+    trainer: Trainer
+    settings: Settings
+    history: History
+    roster: Members
+    config: dict[str, Any]
+
+    @property
+    def averaged(self) -> Spec:
+        """The running statistics that travel: none where each client keeps its own."""
+        trainer = self.trainer
+        return trainer.statistics_spec if trainer.task.statistics == "average" else {}
+
+    @property
+    def weighted_by(self) -> str:
+        """The metric that weighs a reply."""
+        return strategies.attribute(self.strategy, "weighted_by_key") or "num-examples"
+
+
+class Phase:
+    """A phase, ``"train"`` or ``"evaluate"``, of the round whose record it writes to."""
+
+    def __init__(self, run: Run, name: str, record: dict[str, Any]):
+        self.run, self.name, self.record = run, name, record
+        self.number: int = record["round"]
+
+    def configure(self, model: Model) -> list[Message]:
+        """The strategy's messages, as they travel and in the roster's order."""
+        run = self.run
+        config = {**run.config, "server-round": self.number}
+        if self.name == "train" and (loss := strategies.attribute(run.strategy, "train_loss_key")):
+            config["train-loss-key"] = loss
+        hook = f"configure_{self.name}"
+        with self.hook(hook):
+            outgoing: list[Message] = list(
+                getattr(run.strategy, hook)(
+                    self.number,
+                    model.masters,
+                    ConfigRecord(config),
+                    RosterGrid(run.grid, run.roster),
+                )
+            )
+            for message in outgoing:
+                if (node_id := message.metadata.dst_node_id) not in run.roster.nodes:
+                    raise RunError(f"a message to node {node_id}, which has no part in the run")
+            statistics = model.statistics if run.averaged else {}
+            exchange.pack(outgoing, run.trainer.spec, statistics, config)
+        return sorted(outgoing, key=self._place)
+
+    def _place(self, message: Message) -> tuple[int, str]:
+        node = self.run.roster.nodes[message.metadata.dst_node_id]
+        return node.partition, node.name
+
+    def node_of(self, message: Message) -> str:
+        """The name of the node that a message goes to."""
+        return self.run.roster.nodes[message.metadata.dst_node_id].name
+
+    def begin(self, outgoing: list[Message]) -> None:
+        """Says that the messages are on their way."""
+        fields = {"phase": self.name, "round": self.number, "of": self.run.settings.num_rounds}
+        self.run.history.notify("phase", **fields, nodes=len(outgoing))
+
+    def exchange(self, outgoing: list[Message]) -> Named:
+        """The replies; who has none is left out."""
+        self.begin(outgoing)
+        with self.timed(self.name):
+            replies, missing, down, up = exchange.exchange(
+                self.run.grid,
+                outgoing,
+                {message.metadata.dst_node_id: self.node_of(message) for message in outgoing},
+                self.run.settings.round_timeout,
+                lambda node: self.run.history.notify("reply", node=node, phase=self.name),
+            )
+        self.count_bytes(down, up)
+        for node, reason in missing.items():
+            self.refuse(node, reason)
+        return replies
+
+    def with_one_set_of_names(self, replies: Named) -> Named:
+        """Those with the names of most: FedAvg and its kin would end the run over others."""
+        if not strategies.wants_same_names(self.run.strategy):
+            return replies
+        odd = checks.odd_names({node: checks.names_in(reply.content) for node, reply in replies})
+        for node, reason in odd.items():
+            self.refuse(node, reason)
+        return [(node, reply) for node, reply in replies if node not in odd]
+
+    @contextmanager
+    def refusing(self, node: str) -> Iterator[None]:
+        """Goes on without a reply that is refused."""
+        try:
+            yield
+        except checks.Refused as error:
+            self.refuse(node, str(error))
+
+    def refuse(self, node: str, reason: str) -> None:
+        """Records why a node has no part in the phase."""
+        self.record["refused"].append({"node": node, "phase": self.name, "reason": reason})
+        self.run.history.notify("failed", node=node, phase=self.name, reason=reason)
+
+    def count_bytes(self, down: int, up: int) -> None:
+        """Records the size of arrays that went to nodes and came from them."""
+        self.record["bytes"]["down"] += down
+        self.record["bytes"]["up"] += up
+
+    @contextmanager
+    def hook(self, name: str) -> Iterator[None]:
+        """What the strategy draws is decided by the seed; what it raises says where."""
+        strategy = self.run.strategy
+        try:
+            with strategies.seeded(strategy, self.run.settings.seed, self.number, name):
+                yield
+        except Exception as error:
+            raise RunError(
+                f"Round {self.number}: {type(strategy).__name__}.{name} failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def timed(self, name: str) -> AbstractContextManager[None]:
+        """Records how long it takes."""
+        return timed(self.record, name)
+
+
+@contextmanager
+def timed(record: dict[str, Any], name: str) -> Iterator[None]:
+    """Records how long it takes, in seconds."""
+    start = time.monotonic()
+    yield
+    before = record["seconds"].get(name, 0.0)
+    record["seconds"][name] = round(before + time.monotonic() - start, 6)

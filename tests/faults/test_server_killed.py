@@ -1,0 +1,125 @@
+"""The server is killed, at any moment and at any byte, and its run ends as if it had not been.
+
+``MLX_FED_KILLS=50 pytest -m slow tests/faults`` kills it as often as that.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import free_port
+from tests.test_resume import checkpoints, figures, read_history
+
+pytestmark = pytest.mark.slow
+KILLS = int(os.environ.get("MLX_FED_KILLS", "20"))
+FED = ("-m", "mlx_fed")
+SIZE = ("-c", "hidden=50000", "-c", "local-steps=1")
+TASK = ("tests.tasks:moons", "--strategy", "FedAdam", *SIZE)
+"""A quarter of the time a checkpoint is being written, so that kills come in the middle of it."""
+
+
+def seconds_a_round(folder: Path) -> float:
+    """How long a round of the run took, whatever the machine."""
+    started = (folder / "settings.json").stat().st_mtime
+    ended = (folder / "model.safetensors").stat().st_mtime
+    return (ended - started) / len(read_history(folder))
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    assert figures(read_history(one)) == figures(read_history(other))
+    for name in ("model.safetensors", "best.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.mark.timeout(60 + 12 * KILLS)
+def test_a_simulation_that_is_killed_again_and_again(start, tmp_path: Path):
+    rng = random.Random(4)
+    rounds = 20 * KILLS
+    options = ("--rounds", rounds, "--workers", 0, "--clients", 3, "--runs", tmp_path)
+    command = (*FED, "simulate", *TASK, *options)
+    whole = start(*command, "--name", "whole")
+    assert whole.ends(600) == 0, whole.text
+
+    folder, a_round = tmp_path / "killed", seconds_a_round(tmp_path / "whole")
+    kills = halves = 0
+    reached = set()
+    while kills < KILLS:
+        run = start(*command, *(("--resume",) if folder.exists() else ("--name",)), "killed")
+        if rng.random() < 0.8:  # the others are killed while they start
+            run.line(r"round \d+ ")
+        time.sleep(rng.uniform(0, 15) * a_round)
+        assert run.process.poll() is None, "it was to be killed, and is done: more rounds!"
+        run.process.send_signal(signal.SIGKILL)
+        assert run.ends() == -signal.SIGKILL
+        kills += 1
+        halves += any((folder / "checkpoints").glob("*.part"))
+        reached.add(max(checkpoints(folder), default=0) if folder.exists() else 0)
+    last = start(*command, "--resume", "killed")
+    assert last.ends(600) == 0, last.text
+    print(f"{kills} kills, {halves} while a checkpoint was written, after rounds {sorted(reached)}")
+    assert halves > 0
+    assert_same_end(folder, tmp_path / "whole")
+
+
+@pytest.mark.timeout(60 + 12 * KILLS)
+def test_a_simulation_that_is_killed_at_a_byte(start, tmp_path: Path):
+    """The system ends the process as it writes that byte, of whichever file comes to it first."""
+    whole = start("-m", "tests.faults.limited", tmp_path / "whole", 0, 0)
+    assert whole.ends() == 0, whole.text
+    size = max(p.stat().st_size for p in checkpoints(tmp_path / "whole" / "run").values())
+
+    rng = random.Random(5)
+    places = [0, 1, 7, 8, 9, size // 2, size - 1]
+    places += [rng.randrange(size) for _ in range(KILLS - len(places))]
+    killed = 0
+    for number, place in enumerate(places):
+        runs = tmp_path / str(number)
+        run = start("-m", "tests.faults.limited", runs, rng.randint(1, 6), place)
+        killed += run.ends() == -signal.SIGXFSZ
+        assert run.process.returncode in (0, -signal.SIGXFSZ), run.text
+        resumed = start("-m", "tests.faults.limited", runs, 0, 0)
+        assert resumed.ends() == 0, resumed.text
+        assert_same_end(runs / "run", tmp_path / "whole" / "run")
+    print(f"{killed} of {len(places)} runs killed at a byte")
+    assert killed > len(places) // 2
+
+
+@pytest.mark.timeout(300)
+def test_a_server_that_is_killed_while_its_nodes_go_on(start, tmp_path: Path):
+    rng = random.Random(6)
+    port = free_port()
+    command = (*FED, "serve", *TASK, "--rounds", 120, "--runs", tmp_path, "--port", port)
+
+    def with_nodes() -> list:
+        address = f"127.0.0.1:{port}"
+        join = (*FED, "join", TASK[0], "--server", address, *SIZE)
+        return [start(*join, "--node-id", number) for number in range(2)]
+
+    nodes = with_nodes()
+    whole = start(*command, "--name", "whole")
+    assert whole.ends(120) == 0, whole.text
+    assert [node.ends() for node in nodes] == [0, 0]
+
+    a_round = seconds_a_round(tmp_path / "whole")
+    nodes = with_nodes()
+    for number in range(6):
+        server = start(*command, *(("--resume",) if number else ("--name",)), "killed")
+        server.line(r"round \d+ ")
+        time.sleep(rng.uniform(0, 15) * a_round)
+        assert server.process.poll() is None, "it was to be killed, and is done: more rounds!"
+        server.process.send_signal(signal.SIGKILL)
+        server.ends()
+    last = start(*command, "--resume", "killed")
+    assert last.ends(120) == 0, last.text
+    assert [node.ends() for node in nodes] == [0, 0], nodes[0].text
+    ours, theirs = (read_history(tmp_path / name) for name in ("killed", "whole"))
+    assert len(ours) == len(theirs) == 120
+    assert [r["train"] for r in ours] == [r["train"] for r in theirs]
+    for name in ("model.safetensors", "best.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
