@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import os
 import re
 import signal
@@ -15,13 +14,11 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
-import cloudpickle
 import mlx.core as mx
 from loky import ProcessPoolExecutor
 
 from ..errors import SimulationError
-from ..weights import dtype_name
-from . import process
+from . import pickling, process
 from .worker import Job, Outcome, Seat, Worker
 
 _AHEAD = 2
@@ -34,9 +31,6 @@ _ENVIRONMENT = {
     # loky would take the data that a worker keeps for a leak, and end it.
     "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",
 }
-
-# Tasks hold dtypes, which MLX cannot pickle.
-copyreg.pickle(mx.Dtype, lambda dtype: (getattr, (mx, dtype_name(dtype))))
 
 
 class Span(NamedTuple):
@@ -98,7 +92,7 @@ class Pool:
     def __init__(self, job: Job, size: int, device: str | None):
         self.size = size
         try:
-            self._start = (cloudpickle.dumps(job), device, os.getpid(), job.folder)
+            self._start = (pickling.dumps(job), device, os.getpid(), job.folder)
         except Exception as error:
             raise SimulationError(
                 f"The task cannot be sent to worker processes: {error}. Make what it holds when "

@@ -1,0 +1,46 @@
+"""Tasks as bytes for other processes: lambdas, closures and what a script or notebook defines."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from collections import ChainMap
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any, ClassVar
+
+import cloudpickle
+import mlx.core as mx
+
+from ..weights import dtype_name
+
+
+def dumps(value: Any) -> bytes:
+    """The value as bytes that ``pickle.loads`` reads in a process that has not run this script."""
+    file = BytesIO()
+    _Pickler(file).dump(value)
+    return file.getvalue()
+
+
+def _dtype(dtype: mx.Dtype) -> tuple[Any, ...]:
+    """MLX cannot pickle its dtypes."""
+    return getattr, (mx, dtype_name(dtype))
+
+
+def _cached(function: Any) -> str | tuple[Any, ...]:
+    """A script's function under ``functools.cache``, which pickle would look for in the script."""
+    if function.__module__ != "__main__":
+        return str(function.__qualname__)
+    return _cache_again, (function.__wrapped__, function.cache_parameters())
+
+
+def _cache_again(function: Callable, parameters: dict[str, Any]) -> Callable:
+    return functools.lru_cache(**parameters)(function)
+
+
+class _Pickler(cloudpickle.Pickler):
+    dispatch_table: ClassVar = ChainMap(
+        {mx.Dtype: _dtype, type(functools.cache(len)): _cached},
+        cloudpickle.Pickler.dispatch_table,
+        copyreg.dispatch_table,
+    )
