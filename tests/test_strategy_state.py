@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from mlx_fed.checkpoint import Checkpoint, Checkpoints
 from mlx_fed.strategy_state import State, StateError, restore, snapshot
 
 from .test_strategies import STRATEGIES, Wrapper
@@ -29,11 +30,14 @@ class Holding(FedAvg):
 
 
 def through_a_file(state: State) -> State:
-    """The state as a checkpoint's file holds it."""
-    file = BytesIO()
-    mx.save_safetensors(file, state.as_mlx())
-    loaded: Any = mx.load(BytesIO(file.getvalue()), format="safetensors")
-    return State(json.loads(json.dumps(state.tree)), dict(loaded))
+    """The state as it is read from a checkpoint."""
+    with TemporaryDirectory() as folder:
+        kept = Checkpoints(Path(folder), 1)
+        kept.save(Checkpoint(1, ArrayRecord(), {}, state, None, {}), lambda: None)
+        kept.wait()
+        checkpoint = kept.last(lambda path, why: pytest.fail(why))
+    assert checkpoint is not None
+    return checkpoint.strategy
 
 
 def there_and_back(held: Any) -> Any:

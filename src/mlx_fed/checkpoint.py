@@ -28,7 +28,14 @@ from .strategy_state import State
 from .weights import Arrays
 
 _NAME = re.compile(r"(\d{5,})-([0-9a-f]{8})\.safetensors")
+_BITS = (8, 16, 32, 64)
 _KINDS = ("parameters", "statistics", "strategy")
+_DTYPES = {
+    "bool": "BOOL",
+    "complex64": "C64",
+    **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in _BITS},
+    **{f"float{bits}": f"F{bits}" for bits in (16, 32)},
+}
 
 
 class CheckpointError(FedError):
@@ -76,18 +83,13 @@ class Checkpoints:
         self._writing: futures.Future[None] | None = None
 
     def save(self, checkpoint: Checkpoint, before: Callable[[], None]) -> None:
-        """Writes a checkpoint beside what comes next, once the one before it is on disk.
+        """Writes a checkpoint beside what comes next; :meth:`wait` for the one before it first.
 
         Args:
             checkpoint (Checkpoint): What to write; nothing of it changes any more.
             before (callable): Called first, to bring to disk what belongs to it.
-
-        Raises:
-            HistoryError: If the one before it could not be written.
         """
-        self.wait()
-        if self.keep:
-            self._writing = self._writer.submit(self._save, checkpoint, before)
+        self._writing = self._writer.submit(self._save, checkpoint, before)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on disk.
@@ -196,26 +198,18 @@ def read(path: Path) -> Checkpoint:
 class _Checked:
     """A file to write to, and the checksum of what was to be written."""
 
-    closed = False
-
     def __init__(self, file: IO[bytes]):
-        self.write_to, self.tell, self.seek = file.write, file.tell, file.seek
+        self.file = file
         self.checksum = 0
 
-    def write(self, data: memoryview) -> int:
+    def write(self, data: bytes | memoryview) -> None:
         self.checksum = zlib.crc32(data, self.checksum)
-        return self.write_to(data)
+        self.file.write(data)
 
 
-def _write(file: Any, checkpoint: Checkpoint) -> None:
-    masters = {name: mx.array(_view(array)) for name, array in checkpoint.masters.items()}
-    arrays = {
-        **{f"parameters/{name}": array for name, array in masters.items()},
-        **{f"statistics/{name}": array for name, array in checkpoint.statistics.items()},
-        **{f"strategy/{name}": array for name, array in checkpoint.strategy.as_mlx().items()},
-    }
+def _write(file: _Checked, checkpoint: Checkpoint) -> None:
     about = {
-        "order": list(masters),
+        "order": list(checkpoint.masters),
         "statistics": list(checkpoint.statistics),
         "best": checkpoint.best,
         "identity": checkpoint.identity,
@@ -226,7 +220,44 @@ def _write(file: Any, checkpoint: Checkpoint) -> None:
         "run": json.dumps(about),
         "strategy": json.dumps(checkpoint.strategy.tree),
     }
-    mx.save_safetensors(file, arrays, metadata)
+    arrays: dict[str, mx.array | np.ndarray] = {
+        **{f"parameters/{name}": _view(array) for name, array in checkpoint.masters.items()},
+        **{f"statistics/{name}": array for name, array in checkpoint.statistics.items()},
+        **{f"strategy/{name}": array for name, array in checkpoint.strategy.arrays.items()},
+    }
+    _write_safetensors(file, arrays, metadata)
+
+
+def _write_safetensors(
+    file: _Checked, arrays: dict[str, mx.array | np.ndarray], metadata: dict[str, str]
+) -> None:
+    """Writes arrays from where they lie: MLX would make a copy of NumPy's, and of a large model.
+
+    The format: https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    values: list[np.ndarray] = []
+    end = 0
+    for name, array in arrays.items():
+        dtype, value = _stored(array)
+        start, end = end, end + value.nbytes
+        header[name] = {"dtype": dtype, "shape": value.shape, "data_offsets": [start, end]}
+        values.append(value)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for value in values:
+        file.write(value.reshape(-1).view(np.uint8).data)
+
+
+def _stored(array: mx.array | np.ndarray) -> tuple[str, np.ndarray]:
+    """What safetensors call an array's dtype, and its values, as NumPy has them."""
+    if isinstance(array, mx.array):
+        if array.dtype == mx.bfloat16:
+            return "BF16", np.asarray(array.view(mx.uint16))
+        array = np.asarray(array)
+    return _DTYPES[array.dtype.name], array
 
 
 def _view(array: Array) -> np.ndarray:

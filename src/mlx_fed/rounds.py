@@ -81,6 +81,7 @@ def run(
             for number in range(position.round + 1, settings.num_rounds + 1):
                 run.roster.wait_for(min_nodes, settings.wait)
                 position = _round(run, position, number)
+                checkpoints.wait()
                 if settings.keep:
                     checkpoints.save(position.checkpoint(strategy, identity), history.sync)
         finally:

@@ -8,7 +8,7 @@ holds is refused by its name, unless it says itself what to keep, with ``state()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from io import BytesIO
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -38,15 +38,12 @@ class State(NamedTuple):
 
     Attributes:
         tree (dict): Values in JSON's types; arrays by name.
-        arrays (dict): NumPy's and MLX's arrays, and bytes. None is changed by the strategy later.
+        arrays (dict): Arrays, NumPy's or MLX's, of dtypes that safetensors hold. The strategy
+            changes none of them later.
     """
 
     tree: Any
-    arrays: dict[str, Any]
-
-    def as_mlx(self) -> dict[str, mx.array]:
-        """The arrays as safetensors hold them."""
-        return {name: _as_mlx(array) for name, array in self.arrays.items()}
+    arrays: Mapping[str, mx.array | np.ndarray]
 
 
 def snapshot(strategy: Strategy) -> State:
@@ -67,7 +64,7 @@ def restore(strategy: Strategy, state: State) -> None:
 
     Args:
         strategy (Strategy): The new one.
-        state (State): From :func:`snapshot`; its arrays as :meth:`State.as_mlx` gives them.
+        state (State): From :func:`snapshot`.
 
     Raises:
         StateError: If the strategy is of another class, or lacks a function that the other had.
@@ -79,7 +76,7 @@ class _Snapshot:
     """A walk over values. What is met twice is kept once, and is one object again afterwards."""
 
     def __init__(self) -> None:
-        self.arrays: dict[str, Any] = {}
+        self.arrays: dict[str, mx.array | np.ndarray] = {}
         self.seen: dict[int, str] = {}
         self.alive: list[Any] = []
 
@@ -118,10 +115,12 @@ class _Snapshot:
             return {"record": kind.__name__, "items": self._items(value, path), "at": path}
         if kind is Array:
             about = [value.dtype, list(value.shape), value.stype]
-            return {"Array": self._keep(value.data, path), "about": about, "at": path}
+            data = np.frombuffer(value.data, np.uint8)
+            return {"Array": self._keep(data, path), "about": about, "at": path}
         if kind is np.ndarray and not value.dtype.hasobject:
-            kept = self._keep(value.copy(order="K"), path)
-            return {"numpy": kept, "as_it_is": _is_as_it_is(value), "at": path}
+            as_it_is = _is_as_it_is(value)
+            kept = self._keep(value.copy() if as_it_is else _as_bytes(value), path)
+            return {"numpy": kept, "as_it_is": as_it_is, "at": path}
         if kind is mx.array and value.dtype != mx.float64:
             mx.eval(value)
             return {"mlx": self._keep(value, path), "at": path}
@@ -137,7 +136,7 @@ class _Snapshot:
             for key, item in value.items()
         ]
 
-    def _keep(self, array: Any, path: str) -> str:
+    def _keep(self, array: mx.array | np.ndarray, path: str) -> str:
         self.arrays[path] = array
         return path
 
@@ -145,7 +144,7 @@ class _Snapshot:
 class _Restoration:
     """The walk back. ``now`` is what the new strategy has in a value's place."""
 
-    def __init__(self, arrays: dict[str, mx.array]):
+    def __init__(self, arrays: Mapping[str, mx.array | np.ndarray]):
         self.arrays = arrays
         self.made: dict[str, Any] = {}
 
@@ -158,7 +157,7 @@ class _Restoration:
             return now
         if "scalar" in node:
             dtype, data = np.dtype(node["scalar"]), bytes.fromhex(node["bytes"])
-            return np.frombuffer(data, dtype)[0] if data else dtype.type()
+            return np.frombuffer(data, dtype)[0] if dtype.itemsize else dtype.type()
         if "bytes" in node:
             return bytes.fromhex(node["bytes"])
         if "same" in node:
@@ -232,13 +231,8 @@ def _is_as_it_is(array: np.ndarray) -> bool:
     return held and dtype.isnative and array.flags.c_contiguous
 
 
-def _as_mlx(array: Any) -> mx.array:
-    if isinstance(array, np.ndarray):
-        if _is_as_it_is(array):
-            return mx.array(array)
-        buffer = BytesIO()
-        np.save(buffer, array, allow_pickle=False)
-        array = buffer.getvalue()
-    if isinstance(array, bytes):
-        return mx.array(np.frombuffer(array, np.uint8))
-    return array
+def _as_bytes(array: np.ndarray) -> np.ndarray:
+    """NumPy's own format."""
+    buffer = BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return np.frombuffer(buffer.getbuffer(), np.uint8)
