@@ -67,6 +67,14 @@ class Started:
         self.process.wait()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded datasets of the tests stay out of the user's cache; processes inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_FED_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
     """Starts a Python command in the repository, such as ``start("server.py", "--port", "0")``."""
