@@ -91,6 +91,16 @@ class History:
         return path
 
 
+    def save_with(self, save: Callable[[Path], Path]) -> Path:
+        """Lets ``save(folder)`` write the model, in a form of its own.
+
+        Raises:
+            HistoryError: If it cannot be written.
+        """
+        with _errors_named(self.folder):
+            return save(self.folder)
+
+
 @dataclass
 class Result:
     """What a run ends with.

@@ -6,7 +6,7 @@ Nothing here knows where the clients are or how the loop is watched.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,11 @@ from .errors import RunError
 from .history import History, Result
 from .roster import Members, Roster, RosterGrid
 from .settings import Settings
-from .training import Trainer
+from .training import Trainer, derived
 from .weights import Arrays
+
+_MOST_SHOWN = 32
+"""Nodes in a phase whose own metrics are recorded."""
 
 
 def run(
@@ -81,6 +84,7 @@ class _Run:
             trainer.statistics_spec,
             {**self.config, "prepare": True},
             history.notify,
+            trainer.fingerprint,
         )
         self.members = RosterGrid(grid, self.roster)
         self.weighted_by = strategies.attribute(strategy, "weighted_by_key") or "num-examples"
@@ -115,6 +119,8 @@ class _Run:
         slots = self.trainer.slots
         weights.put(slots.parameters, self._parameters(self.model))
         weights.put(slots.statistics, self.model.statistics)
+        if save := self.trainer.task.save:
+            return self.history.save_with(lambda folder: save(self.trainer.model, folder))
         return self.history.save_model(
             weights.get({**slots.parameters, **slots.statistics, **slots.frozen})
         )
@@ -157,6 +163,7 @@ class _Run:
                 weighed = [(update.statistics, update.weight) for *_, update in updates]
                 statistics = aggregate.mean_statistics(weighed)
         record["train"] = {**metrics, "nodes": [name for name, *_ in updates]}
+        _record_each(record, "train", {name: update.metrics for name, _, update in updates})
         return _Model(masters, statistics)
 
     def _train_to_a_mean(self, outgoing: list[Message], record: dict[str, Any]) -> _Model:
@@ -191,6 +198,7 @@ class _Run:
             if self.averaged:
                 statistics = mean.running_statistics(self.averaged)
         record["train"] = {**metrics, "nodes": [names[c.place] for c in mean.counted]}
+        _record_each(record, "train", {names[c.place]: c.metrics for c in mean.counted})
         return _Model(masters, statistics)
 
     def _summed(
@@ -251,16 +259,20 @@ class _Run:
         number = record["round"]
         outgoing = self._configure("evaluate", model, record)
         accepted: list[tuple[str, Message]] = []
+        each: dict[str, MetricRecord] = {}
         for name, reply in self._exchange("evaluate", outgoing, record):
             with self._refusing("evaluate", name, record):
-                checks.check_metrics(reply, self.weighted_by)
+                each[name] = checks.check_metrics(reply, self.weighted_by)
                 accepted.append((name, reply))
         accepted = self._same_names("evaluate", accepted, record)
         metrics: MetricRecord | None = None
         if accepted:
             with self._hook("aggregate_evaluate", number):
                 metrics = self.strategy.aggregate_evaluate(number, [r for _, r in accepted])
+        if metrics:
+            metrics = MetricRecord({**metrics, **derived(self.trainer.task, metrics)})
         record["evaluate"] = {**(metrics or {}), "nodes": [name for name, _ in accepted]}
+        _record_each(record, "evaluate", {name: each[name] for name, _ in accepted})
 
     def _evaluate_centrally(self, model: _Model, record: dict[str, Any]) -> None:
         """What the server itself sees of the model."""
@@ -358,6 +370,15 @@ class _Run:
                 f"Round {number}: {type(self.strategy).__name__}.{hook} failed: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _record_each(
+    record: dict[str, Any], phase: str, metrics: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Each node's own metrics, unless there are so many that they would be most of the record."""
+    if len(metrics) <= _MOST_SHOWN:
+        own = {node: {**figures} for node, figures in metrics.items()}
+        record.setdefault("each", {})[phase] = own
 
 
 @contextmanager

@@ -7,6 +7,7 @@ that what it ends with is what it would end with alone.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from .. import randomness
 from ..batches import Rows
 from ..steps import Client, Shared, Step, initial_state, training_step
 from ..task import Config, Data
-from ..training import Trainer, Update, moment_of, weighted_mean
+from ..training import Trainer, Update, counted, moment_of, weighted_mean
 from ..weights import Arrays
 from .feeding import Feed, HostStacks, device_feed, host_can_read
 
@@ -83,6 +84,7 @@ class BatchedTrainer:
             )
         ]
         done: list[_Group] = []
+        began = time.perf_counter()
         losses: list[tuple[tuple[int, ...], mx.array, mx.array]] = []
         for number in range(max(map(len, rows))):
             groups = _regroup(groups, rows, number, done)
@@ -94,7 +96,10 @@ class BatchedTrainer:
                 losses.append((places, loss, weight))
                 moved.append(_Group(places, at))
             groups = moved
-        updates = _updates([*done, *groups], losses, members)
+        updates, weights = _updates([*done, *groups], losses, members)
+        seconds = time.perf_counter() - began
+        for update, shares in zip(updates, weights, strict=True):
+            update.metrics.update(counted(trainer.task, shares, seconds))
         for update, member in zip(updates, members, strict=True):
             before = (parameters, member.statistics, Data(member.examples), config)
             update.metrics.update(trainer.first_loss(*before))
@@ -105,6 +110,7 @@ class BatchedTrainer:
         trainer = self.trainer
         key = trainer.training_key(optimizer, config)
         if self._program is None or self._program[0] != key:
+            mx.eval(trainer.model.parameters())
             one = training_step(trainer.model, trainer.slots, trainer.task, optimizer, config)
             self._program = (key, mx.compile(_mapped(one)))
         return self._program[1]
@@ -184,7 +190,8 @@ def _updates(
     groups: list[_Group],
     losses: list[tuple[tuple[int, ...], mx.array, mx.array]],
     members: Sequence[Member],
-) -> list[Update]:
+) -> tuple[list[Update], list[list[float]]]:
+    """What each client ends with, and the weights of its steps' losses."""
     values: list[tuple[list[float], list[float]]] = [([], []) for _ in members]
     mx.eval([at for _, at in groups], [step[1:] for step in losses])
     for places, loss, weight in losses:
@@ -207,4 +214,4 @@ def _updates(
             )
     ordered = [updates[place] for place in range(len(members))]
     mx.eval([update[:2] for update in ordered])
-    return ordered
+    return ordered, [shares for _, shares in values]
