@@ -312,7 +312,7 @@ def counted(
     """
     if task.weight_unit is None:
         return {}
-    total = math.fsum(shares)
+    total = round(math.fsum(shares))
     counts: dict[str, int | float] = {f"num-{task.weight_unit}": total}
     if seconds:
         counts[f"{task.weight_unit}-per-second"] = total / seconds

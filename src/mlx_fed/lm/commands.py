@@ -53,7 +53,7 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
                 get_type_hints(cls)[item.name] | None,
                 typer.Option(
                     help=item.metadata["help"],
-                    show_default=str(item.default),
+                    show_default=False if item.default is None else str(item.default),
                     rich_help_panel=panel,
                 ),
             ],
