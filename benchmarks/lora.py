@@ -125,7 +125,13 @@ def their_loop(model: Path, data: Path, iters: int) -> dict:
             steps_per_report=iters,
             adapter_file=str(Path(folder, "adapters.safetensors")),
         )
-        train(loaded, optim.Adam(1e-5), CacheDataset(texts), args=arguments, training_callback=Reports())
+        train(
+            loaded,
+            optim.Adam(1e-5),
+            CacheDataset(texts),
+            args=arguments,
+            training_callback=Reports(),
+        )
     return {"rates": rates[1:], "peak": peak()}
 
 
@@ -170,9 +176,7 @@ def simulated(model: Path, data: Path, clients: int) -> float:
 
     task = lora_task(configure(model, data, 4), note=lambda text: None)
     with tempfile.TemporaryDirectory() as runs:
-        fed.simulate(
-            task, num_clients=clients, num_rounds=2, workers=0, runs=runs, listeners=()
-        )
+        fed.simulate(task, num_clients=clients, num_rounds=2, workers=0, runs=runs, listeners=())
     return peak()
 
 

@@ -238,7 +238,9 @@ def test_texts_that_are_too_long_are_cut_and_named(llama, tmp_path):
 
 
 def test_a_folder_of_texts_is_dealt_out(llama, tmp_path):
-    folder = tiny_llama.write_texts(tmp_path / "all", tiny_llama.lines("anna", 10), ["a valid", "b"])
+    folder = tiny_llama.write_texts(
+        tmp_path / "all", tiny_llama.lines("anna", 10), ["a valid", "b"]
+    )
     task = lora_task(configure(llama, folder))
     parts = [task.data(number, 2).train for number in range(2)]
     assert [len(part) for part in parts] == [5, 5]

@@ -1,4 +1,4 @@
-"""The example of examples/lora on a real model: it learns, and all together more than each alone."""
+"""The example of examples/lora on a real model: all learn, and together more than alone."""
 
 from __future__ import annotations
 

@@ -289,16 +289,21 @@ def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path
         "layers": lambda: replace(config, num_layers=1),
     }[what]()
     task = lora_task(config)
-    alone = lambda task: replace(task, data=lambda number, of: task.data(number, None))  # noqa: E731
-    apps = [fed.client_app(alone(lora_task(c))) for c in (config, config, other)]
+    apps = [fed.client_app(with_all_texts(lora_task(c))) for c in (config, config, other)]
     told: list[tuple[str, str]] = []
-    history = History(
-        tmp_path,
-        (lambda event, fields: event == "refused" and told.append((fields["node"], fields["reason"])),),
-    )
+
+    def listen(event: str, fields: dict) -> None:
+        if event == "refused":
+            told.append((fields["node"], fields["reason"]))
+
+    history = History(tmp_path, (listen,))
     rounds.run(LoopbackGrid(apps), default(), Trainer(task), Settings(num_rounds=1), history)
     assert [node for node, _ in told] == ["node-2"]
     assert told[0][1].startswith(message)
+
+
+def with_all_texts(task: fed.Task) -> fed.Task:
+    return replace(task, data=lambda number, of: task.data(number, None))
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):

@@ -27,7 +27,7 @@ def write_model(
     dtype: mx.Dtype = mx.float32,
     words: Sequence[str] = (),
 ) -> Path:
-    """A random Llama as mlx-lm loads it, quantized to ``bits`` if given; ``words`` are more tokens."""
+    """A random Llama as mlx-lm loads it, quantized to ``bits``; ``words`` are more tokens."""
     from mlx_lm.models import llama
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,9 @@ def write_tokenizer(folder: Path, words: Sequence[str] = ()) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_texts(folder: Path, texts: Sequence[str | dict], valid: Sequence[str | dict] = ()) -> Path:
+def write_texts(
+    folder: Path, texts: Sequence[str | dict], valid: Sequence[str | dict] = ()
+) -> Path:
     """Texts as mlx-lm's jsonl, those to validate on beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", texts), ("valid", valid)):
@@ -88,4 +90,6 @@ def write_texts(folder: Path, texts: Sequence[str | dict], valid: Sequence[str |
 
 def lines(speaker: str, count: int, first: int = 0) -> list[str]:
     """Short texts of about one length, another's for each speaker."""
-    return [f"{speaker} says {number}" + "." * (number % 3) for number in range(first, first + count)]
+    return [
+        f"{speaker} says {number}" + "." * (number % 3) for number in range(first, first + count)
+    ]

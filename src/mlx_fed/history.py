@@ -90,7 +90,6 @@ class History:
             mx.save_safetensors(file, arrays, {"format": "mlx"})
         return path
 
-
     def save_with(self, save: Callable[[Path], Path]) -> Path:
         """Lets ``save(folder)`` write the model, in a form of its own.
 

@@ -118,11 +118,8 @@ def save(model: nn.Module, folder: Path, config: LoraConfig) -> Path:
     target.mkdir(exist_ok=True)
     arrays: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     if config.fine_tune_type != "full":  # frozen ones too: FFA-LoRA's A
-        arrays = {
-            name: array
-            for name, array in tree_flatten(model.parameters())
-            if name.rsplit(".", 1)[-1] in _LEAVES
-        }
+        whole: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+        arrays = {n: array for n, array in whole.items() if n.rsplit(".", 1)[-1] in _LEAVES}
     half_written = target / "adapters.part.safetensors"
     with half_written.open("wb") as file:  # through Python's file, whose errors say what was wrong
         mx.save_safetensors(file, arrays, {"format": "mlx"})

@@ -19,7 +19,7 @@ _SAMPLES = 16
 """Places in each array of a base model that its identity looks at."""
 _PROBES = (
     "The quick brown fox jumps over 13 lazy dogs.\n\n\tdef f(x): return x ** 2",
-    "Zwölf Boxkämpfer, œuvre, Привет мир, 你好，世界, こんにちは, مرحبا, 🙂",
+    "Zwölf Boxkämpfer, œuvre, Привет мир, 你好世界, こんにちは, مرحبا, 🙂",
 )
 
 

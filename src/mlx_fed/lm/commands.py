@@ -52,7 +52,7 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
             annotation=Annotated[
                 get_type_hints(cls)[item.name] | None,
                 typer.Option(
-                    help=item.metadata["help"],
+                    help=get_type_hints(cls, include_extras=True)[item.name].__metadata__[0],
                     show_default=False if item.default is None else str(item.default),
                     rich_help_panel=panel,
                 ),
@@ -79,7 +79,7 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [file, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *flags]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del run.__wrapped__  # type: ignore[attr-defined]
+    del run.__wrapped__
     return run
 
 

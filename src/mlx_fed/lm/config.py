@@ -6,10 +6,10 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from ..errors import FedError
 
@@ -18,60 +18,62 @@ class ConfigError(FedError):
     """A configuration that cannot be; the message names the key."""
 
 
-def _key(default: Any, help: str) -> Any:
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class Federation:
     """The section ``federation:``."""
 
-    rounds: int = _key(10, "Rounds to train.")
-    local_iters: int | None = _key(None, "Iterations a node takes in a round; else iters / rounds.")
-    local_epochs: int | None = _key(None, "Passes over a node's texts in a round, instead.")
-    nodes: int | None = _key(None, "Nodes that a round needs, or clients of a simulation.")
-    fraction: float = _key(1.0, "The share of nodes that train in a round.")
-    strategy: str = _key("FedAvg", "A Flower strategy's name, or MODULE:STRATEGY of your own.")
-    strategy_options: dict = _key({}, "Its arguments.")
-    weighting: str = _key("examples", "What weighs a node in the average: examples or tokens.")
-    freeze_a: bool = _key(False, "Train and average B alone, as FFA-LoRA does.")
-    partitioner: str = _key("iid", "How a Hugging Face dataset is partitioned (see the docs).")
-    partitioner_options: dict = _key({}, "The partitioner's arguments.")
-    sample_prompt: str | None = _key(None, "A prompt that the server continues after rounds.")
-    sample_every: int = _key(1, "After which rounds.")
-    sample_tokens: int = _key(64, "With how many tokens.")
+    rounds: Annotated[int, "Rounds to train."] = 10
+    local_iters: Annotated[
+        int | None, "Iterations a node takes in a round; else iters / rounds."
+    ] = None
+    local_epochs: Annotated[int | None, "Passes over a node's texts in a round, instead."] = None
+    nodes: Annotated[int | None, "Nodes that a round needs, or clients of a simulation."] = None
+    fraction: Annotated[float, "The share of nodes that train in a round."] = 1.0
+    strategy: Annotated[str, "A Flower strategy's name, or MODULE:STRATEGY of your own."] = "FedAvg"
+    strategy_options: Annotated[dict, "Its arguments."] = field(default_factory=dict)
+    weighting: Annotated[str, "What weighs a node in the average: examples or tokens."] = "examples"
+    freeze_a: Annotated[bool, "Train and average B alone, as FFA-LoRA does."] = False
+    partitioner: Annotated[str, "How a Hugging Face dataset is partitioned (see the docs)."] = "iid"
+    partitioner_options: Annotated[dict, "The partitioner's arguments."] = field(
+        default_factory=dict
+    )
+    sample_prompt: Annotated[str | None, "A prompt that the server continues after rounds."] = None
+    sample_every: Annotated[int, "After which rounds."] = 1
+    sample_tokens: Annotated[int, "With how many tokens."] = 64
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """mlx-lm's keys, with mlx-lm's defaults, and the federation's."""
 
-    model: str = _key("Qwen/Qwen3-0.6b", "A model's folder, or its id on the Hugging Face hub.")
-    data: str = _key("mlx-community/WikiSQL", "A folder of jsonl files, or a dataset's id.")
-    fine_tune_type: str = _key("lora", "lora, dora or full.")
-    optimizer: str = _key("adam", "adam, adamw, muon, sgd or adafactor.")
-    optimizer_config: dict = _key({}, "Arguments of each optimizer, by its name.")
-    seed: int = _key(0, "Decides initial adapters, shuffling, dropout and sampling.")
-    num_layers: int = _key(16, "Layers to fine-tune, from the last; -1 is all.")
-    batch_size: int = _key(4, "Texts in a training step.")
-    iters: int = _key(1000, "Iterations that a node takes in all.")
-    val_batches: int = _key(25, "Batches to validate on; -1 is all.")
-    learning_rate: float = _key(1e-5, "The optimizer's learning rate.")
-    lr_schedule: dict | None = _key(None, "A schedule over all iterations.")
-    max_seq_length: int = _key(2048, "Tokens of a text; what is longer is cut.")
-    mask_prompt: bool = _key(False, "Leave prompts out of the loss.")
-    grad_checkpoint: bool = _key(False, "Use less memory, and more time.")
-    lora_parameters: dict = _key(
-        {"rank": 8, "dropout": 0.0, "scale": 20.0}, "rank, scale, dropout and keys."
+    model: Annotated[str, "A model's folder, or its id on the Hugging Face hub."] = (
+        "Qwen/Qwen3-0.6b"
     )
-    resume_adapter_file: str | None = _key(None, "Adapters that the server starts from.")
-    trust_remote_code: bool = _key(False, "Run code that comes with the model.")
-    prompt_feature: str = _key("prompt", "The key of prompts in the data.")
-    completion_feature: str = _key("completion", "The key of completions.")
-    chat_feature: str = _key("messages", "The key of chats.")
-    text_feature: str = _key("text", "The key of plain texts.")
+    data: Annotated[str, "A folder of jsonl files, or a dataset's id."] = "mlx-community/WikiSQL"
+    fine_tune_type: Annotated[str, "lora, dora or full."] = "lora"
+    optimizer: Annotated[str, "adam, adamw, muon, sgd or adafactor."] = "adam"
+    optimizer_config: Annotated[dict, "Arguments of each optimizer, by its name."] = field(
+        default_factory=dict
+    )
+    seed: Annotated[int, "Decides initial adapters, shuffling, dropout and sampling."] = 0
+    num_layers: Annotated[int, "Layers to fine-tune, from the last; -1 is all."] = 16
+    batch_size: Annotated[int, "Texts in a training step."] = 4
+    iters: Annotated[int, "Iterations that a node takes in all."] = 1000
+    val_batches: Annotated[int, "Batches to validate on; -1 is all."] = 25
+    learning_rate: Annotated[float, "The optimizer's learning rate."] = 1e-5
+    lr_schedule: Annotated[dict | None, "A schedule over all iterations."] = None
+    max_seq_length: Annotated[int, "Tokens of a text; what is longer is cut."] = 2048
+    mask_prompt: Annotated[bool, "Leave prompts out of the loss."] = False
+    grad_checkpoint: Annotated[bool, "Use less memory, and more time."] = False
+    lora_parameters: Annotated[dict, "rank, scale, dropout and keys."] = field(
+        default_factory=lambda: {"rank": 8, "dropout": 0.0, "scale": 20.0}
+    )
+    resume_adapter_file: Annotated[str | None, "Adapters that the server starts from."] = None
+    trust_remote_code: Annotated[bool, "Run code that comes with the model."] = False
+    prompt_feature: Annotated[str, "The key of prompts in the data."] = "prompt"
+    completion_feature: Annotated[str, "The key of completions."] = "completion"
+    chat_feature: Annotated[str, "The key of chats."] = "messages"
+    text_feature: Annotated[str, "The key of plain texts."] = "text"
     federation: Federation = field(default_factory=Federation)
 
     def local_steps(self) -> int | None:
@@ -167,10 +169,12 @@ def _read(path: Path) -> dict[str, Any]:
         """As mlx-lm's: ``1e-5`` is a number, which YAML 1.1 takes for text."""
 
     Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
     )
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a safe one
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -218,11 +222,13 @@ def _check_value(where: str, key: str, value: Any, kind: Any) -> None:
 
 def _check_nested(values: dict[str, Any], where: str, local_epochs: int | None) -> None:
     """Checks the sections in mlx-lm's own part, and fills in what they leave out."""
-    lora = {**_default("lora_parameters"), **(values.get("lora_parameters") or {})}
+    lora = {**LoraConfig().lora_parameters, **(values.get("lora_parameters") or {})}
     known = {"rank": int, "scale": float, "dropout": float, "keys": list}
     for key, value in lora.items():
         if key == "alpha":
-            raise ConfigError(f"{where}: mlx-lm has lora_parameters.scale (alpha / rank), no alpha.")
+            raise ConfigError(
+                f"{where}: mlx-lm has lora_parameters.scale (alpha / rank), no alpha."
+            )
         if key not in known:
             meant = nearest(str(key), known)
             raise ConfigError(
@@ -248,8 +254,3 @@ def _check_nested(values: dict[str, Any], where: str, local_epochs: int | None) 
                 f"{where}: lr_schedule has a name, one of {', '.join(_SCHEDULES)}, and a list of "
                 f"arguments, such as [1e-5, 1000]; not {schedule!r}."
             )
-
-
-def _default(name: str) -> Any:
-    item = next(item for item in fields(LoraConfig) if item.name == name)
-    return item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]

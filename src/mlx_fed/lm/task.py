@@ -74,9 +74,9 @@ def build(config: LoraConfig) -> nn.Module:
     from . import adapters
 
     # Loading draws numbers, too, and only the first time: what is drawn here comes before it.
-    seed = mx.random.randint(0, 2**31 - 1).item()
+    seed: Any = mx.random.randint(0, 2**31 - 1).item()
     model = base.share(_base(config).model)
-    mx.random.seed(int(seed))
+    mx.random.seed(seed)
     adapters.attach(model, config)
     if config.resume_adapter_file:
         adapters.start_from(model, Path(config.resume_adapter_file).expanduser())
@@ -118,9 +118,7 @@ def fingerprint(config: LoraConfig) -> dict[str, str]:
     return prints
 
 
-def load_texts(
-    config: LoraConfig, note: Note, partition: int, num_partitions: int | None
-) -> Data:
+def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: int | None) -> Data:
     """A node's texts, read and checked before its base model is looked for."""
     splits = texts.read_splits(config, partition, num_partitions)
     tokenizer = _base(config).tokenizer

@@ -1,4 +1,4 @@
-"""A node's texts: read, checked, tokenized by mlx-lm's datasets, and given out in ragged batches."""
+"""A node's texts: read, checked, tokenized by mlx-lm's datasets, given out in ragged batches."""
 
 from __future__ import annotations
 
@@ -57,7 +57,11 @@ def read_splits(config: LoraConfig, partition: int, num_partitions: int | None) 
     splits = _from_folder(folder, config)
     if num_partitions is None:
         return splits
-    return Splits(*(rows and _dealt(rows, partition, num_partitions) for rows in splits))
+    train, valid = splits
+    return Splits(
+        _dealt(train, partition, num_partitions),
+        _dealt(valid, partition, num_partitions) if valid else None,
+    )
 
 
 def folders_of_texts(folder: Path) -> list[Path]:
@@ -76,7 +80,8 @@ def _from_one_of(
         raise TextError(f"There is no train.jsonl in {folder}, but in {names}: name one of these.")
     if num_partitions != len(folders):
         raise TextError(
-            f"{folder} has {len(folders)} folders of texts, for as many nodes, not {num_partitions}."
+            f"{folder} has {len(folders)} folders of texts, for as many nodes, "
+            f"not {num_partitions}."
         )
     return _from_folder(folders[partition], config)
 
@@ -140,7 +145,7 @@ def read_jsonl(path: Path, config: LoraConfig) -> Rows:
         records.append(record)
         lines.append(number)
     if not records:
-        raise TextError(f"{path} is empty: it has a record such as {{\"text\": \"...\"}} a line.")
+        raise TextError(f'{path} is empty: it has a record such as {{"text": "..."}} a line.')
     _check_alike(records, lines, path, config)
     return Rows(records, lambda i: f"{path}, line {lines[i]}")
 
@@ -176,10 +181,16 @@ def _check_record(record: Any, where: str, config: LoraConfig) -> None:
 
 
 def _is_turn(message: Any) -> bool:
-    return isinstance(message, dict) and "role" in message and message.keys() & {
-        "content",
-        "tool_calls",
-    } != set()
+    return (
+        isinstance(message, dict)
+        and "role" in message
+        and message.keys()
+        & {
+            "content",
+            "tool_calls",
+        }
+        != set()
+    )
 
 
 def _check_alike(
