@@ -25,6 +25,7 @@ SESSIONS = {
     "three terminals": ["python3 server.py", "python3 client.py"],
     "two Macs": ["mlx-fed serve examples.mnist:task", "mlx-fed join examples.mnist:task"],
     "your own model": ["mlx-fed serve my_task:task", "mlx-fed join my_task:task"],
+    "language models": ["mlx-fed lora serve", "mlx-fed lora join"],
 }
 
 
@@ -49,9 +50,9 @@ class Session:
             self.port = free.getsockname()[1]
 
     def __call__(self, line: str):
-        line = line.replace("192.168.1.20:8080", f"127.0.0.1:{self.port}").replace(
-            "0.0.0.0", "127.0.0.1"
-        )
+        for elsewhere in ("192.168.1.20:8080", "HOST:PORT"):
+            line = line.replace(elsewhere, f"127.0.0.1:{self.port}")
+        line = line.replace("0.0.0.0", "127.0.0.1")
         words = [word for word in shlex.split(line) if word != "--gpu"]
         serves = "serve" in words or "server.py" in words
         if serves:
@@ -100,6 +101,22 @@ def test_your_own_model(start, tmp_path):
         assert [node.ends() for node in nodes] == [0, 0]
     losses = [float(loss) for loss in re.findall(r"round \d.*?   loss (\S+)", server.text)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_language_models(start, tmp_path):
+    pytest.importorskip("mlx_lm")
+    from . import tiny_llama
+
+    model = tiny_llama.write_model(tmp_path / "model")
+    tiny_llama.write_texts(tmp_path / "my" / "texts", tiny_llama.lines("anna", 8), ["anna says"])
+    (tmp_path / "lora.yaml").write_text(
+        f"model: {model}\nnum_layers: 2\niters: 8\nfederation: {{rounds: 2, nodes: 1}}\n"
+    )
+    session = Session(start, tmp_path, tmp_path / "runs")
+    server, node = (session(line) for line in commands(*SESSIONS["language models"]))
+    assert server.ends(120) == 0, server.text
+    assert node.ends() == 0, node.text
 
 
 @pytest.mark.slow
