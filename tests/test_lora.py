@@ -247,6 +247,20 @@ def test_a_folder_of_texts_is_dealt_out(llama, tmp_path):
     assert len(task.data(0, None).train) == 10
 
 
+def test_a_dataset_is_partitioned(llama, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("flwr_datasets")
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    rows = datasets.Dataset.from_dict({"text": tiny_llama.lines("anna", 20)})
+    rows.to_parquet(folder / "train.parquet")
+    task = lora_task(configure(llama, folder))
+    parts = [task.data(number, 2) for number in range(2)]
+    assert [(len(part.train), len(part.test)) for part in parts] == [(8, 2), (8, 2)]
+    with pytest.raises(fed.FedError, match="say which part of how many is this node's"):
+        task.data(0, None)
+
+
 def test_a_schedule_goes_on_from_round_to_round(llama, data):
     schedule = {"name": "linear_schedule", "arguments": [1e-2, 0.0, 12], "warmup": 2}
     config = replace(configure(llama, data, local_iters=6), lr_schedule=schedule)

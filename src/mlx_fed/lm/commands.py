@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from .. import randomness
-from .config import Federation, LoraConfig, load_config
+from .config import ConfigError, Federation, LoraConfig, load_config
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -144,6 +144,8 @@ def join(
     from ..fleet.node import join
     from .task import lora_task
 
+    if num_partitions is not None and node_id is None:
+        raise ConfigError("--num-partitions needs --node-id, which of the parts is this node's.")
     if name is None and node_id is None:
         name = f"{socket.gethostname().split('.')[0]}-{Path(config.data).resolve().name}"[:64]
     if node_id is None:

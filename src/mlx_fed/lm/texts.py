@@ -42,7 +42,8 @@ def read_splits(config: LoraConfig, partition: int, num_partitions: int | None) 
 
     Args:
         config (LoraConfig): Whose ``data`` is a folder with ``train.jsonl`` and perhaps
-            ``valid.jsonl``, a folder of such folders, one for each partition, or a dataset.
+            ``valid.jsonl``, a folder of such folders, one for each partition, or a dataset on the
+            hub or as parquet files.
         partition (int): Which part is wanted.
         num_partitions (int, optional): Of how many; ``None`` is a node with texts of its own.
 
@@ -50,7 +51,7 @@ def read_splits(config: LoraConfig, partition: int, num_partitions: int | None) 
         TextError: If a file is missing, empty or not laid out as mlx-lm's, with its line.
     """
     folder = Path(config.data).expanduser()
-    if not folder.exists():
+    if not folder.exists() or any(folder.rglob("*.parquet")):
         return _from_dataset(config, partition, num_partitions)
     if not (folder / "train.jsonl").exists():
         return _from_one_of(folder, config, partition, num_partitions)
@@ -97,8 +98,9 @@ def _from_dataset(config: LoraConfig, partition: int, num_partitions: int | None
 
     if num_partitions is None:
         raise TextError(
-            f"There is no folder {config.data}. If it is a dataset of the Hugging Face hub, say "
-            "which part of how many is this node's: --node-id and --num-partitions."
+            f"{config.data} is no folder with train.jsonl. If it is a dataset, on the Hugging Face "
+            "hub or as parquet files, say which part of how many is this node's: --node-id and "
+            "--num-partitions."
         )
     federation = config.federation
     options = {k.replace("-", "_"): v for k, v in federation.partitioner_options.items()}
