@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,6 +197,13 @@ def test_plain_text_has_no_prompt_to_mask(llama, data):
 
 def build(model: Path | str, **flags):
     return lora_task(load_config(None, {"model": str(model), "num_layers": 2, **flags})).model()
+
+
+def test_mlx_lm_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    base.find.cache_clear()
+    with refused('needs mlx-lm: pip install "mlx-fed[lm]"'):
+        build("anything")
 
 
 def test_a_model_that_is_not_there(tmp_path):

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from .. import randomness
+from .base import require_mlx_lm
 from .config import ConfigError, Federation, LoraConfig, load_config
 
 if TYPE_CHECKING:
@@ -39,44 +41,47 @@ RunName = Annotated[str | None, typer.Option(help="The run's name.", show_defaul
 RunsFolder = Annotated[Path, typer.Option(help="Where runs are kept.")]
 
 
+def _flags(cls: type, panel: str) -> list[inspect.Parameter]:
+    """An option for each key of a part of the configuration; sections are the file's alone."""
+    kinds, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
+    flags = []
+    for item in fields(cls):
+        if not isinstance(item.default, (int, float, str, NoneType)) or item.name == "lr_schedule":
+            continue
+        option = typer.Option(
+            help=annotated[item.name].__metadata__[0],
+            show_default=False if item.default is None else str(item.default),
+            rich_help_panel=panel,
+        )
+        kind: Any = Annotated[kinds[item.name] | None, option]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        flags.append(inspect.Parameter(item.name, keyword, default=None, annotation=kind))
+    return flags
+
+
+_FLAGS = [*_flags(LoraConfig, "mlx-lm's keys"), *_flags(Federation, "The federation")]
+
+
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the option ``--config`` and a flag for each key of the configuration.
 
     The command itself is called with the :class:`LoraConfig` that comes of them.
     """
-    flags = [
-        inspect.Parameter(
-            item.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                get_type_hints(cls)[item.name] | None,
-                typer.Option(
-                    help=get_type_hints(cls, include_extras=True)[item.name].__metadata__[0],
-                    show_default=False if item.default is None else str(item.default),
-                    rich_help_panel=panel,
-                ),
-            ],
-        )
-        for cls, panel in ((LoraConfig, "mlx-lm's keys"), (Federation, "The federation"))
-        for item in fields(cls)
-        if item.default is None or isinstance(item.default, (int, float, str))
-        if item.name != "lr_schedule"
-    ]
 
     @wraps(command)
     def run(**values: Any) -> None:
         from ..cli import errors_as_messages
 
-        given = {flag.name: values.pop(flag.name) for flag in flags}
+        given = {flag.name: values.pop(flag.name) for flag in _FLAGS}
         with errors_as_messages():
+            require_mlx_lm()
             command(load_config(values.pop("config"), given), **values)
 
     _, *own = inspect.signature(command, eval_str=True).parameters.values()
     file = inspect.Parameter(
         "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigFile
     )
-    parameters = [file, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *flags]
+    parameters = [file, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *_FLAGS]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     del run.__wrapped__
