@@ -30,6 +30,7 @@ SESSIONS = {
         "mlx-fed simulate my_task:task",
         "mlx-fed simulate examples.mnist:task",
     ],
+    "language models": ["mlx-fed lora serve", "mlx-fed lora join"],
 }
 
 
@@ -52,9 +53,9 @@ class Session:
         self.port = free_port()
 
     def __call__(self, line: str):
-        line = line.replace("192.168.1.20:8080", f"127.0.0.1:{self.port}").replace(
-            "0.0.0.0", "127.0.0.1"
-        )
+        for elsewhere in ("192.168.1.20:8080", "HOST:PORT"):
+            line = line.replace(elsewhere, f"127.0.0.1:{self.port}")
+        line = line.replace("0.0.0.0", "127.0.0.1")
         words = [word for word in shlex.split(line) if word != "--gpu"]
         serves = "serve" in words or "server.py" in words
         if serves:
@@ -116,6 +117,22 @@ def test_a_thousand_clients(start, tmp_path):
         assert run.ends(120) == 0, run.text
         losses = [float(loss) for loss in re.findall(r"round \d.*?   loss (\S+)", run.text)]
         assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_language_models(start, tmp_path):
+    pytest.importorskip("mlx_lm")
+    from . import tiny_llama
+
+    model = tiny_llama.write_model(tmp_path / "model")
+    tiny_llama.write_texts(tmp_path / "my" / "texts", tiny_llama.lines("anna", 8), ["anna says"])
+    (tmp_path / "lora.yaml").write_text(
+        f"model: {model}\nnum_layers: 2\niters: 8\nfederation: {{rounds: 2, nodes: 1}}\n"
+    )
+    session = Session(start, tmp_path, tmp_path / "runs")
+    server, node = (session(line) for line in commands(*SESSIONS["language models"]))
+    assert server.ends(120) == 0, server.text
+    assert node.ends() == 0, node.text
 
 
 @pytest.mark.slow

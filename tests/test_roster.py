@@ -9,11 +9,13 @@ from pathlib import Path
 
 import mlx_fed as fed  # before mlx.core
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
+from mlx.utils import tree_flatten
 
 from mlx_fed import roster, rounds
 from mlx_fed.history import History
@@ -145,3 +147,43 @@ def test_a_name_is_one_nodes_alone(tmp_path: Path):
     assert name == "mac"
     assert "its name is taken by the node with id 0" in reason
     assert result.rounds[0]["train"]["nodes"] == ["mac", "node-2"]
+
+
+def test_a_node_with_another_fingerprint_is_turned_away(tmp_path: Path):
+    """Whatever a task says has to be the same, beside its parameters' names and shapes."""
+    told: list[dict] = []
+
+    def listen(event: str, fields: dict) -> None:
+        if event == "refused":
+            told.append(fields)
+
+    same, other = (
+        replace(TASK, fingerprint=lambda digest=digest: {"base model": digest})
+        for digest in ("3f2a", "9c1b")
+    )
+    apps = [fed.client_app(task) for task in (same, same, other, TASK)]
+    history = History(tmp_path, (listen,))
+    leading = Settings(num_rounds=1, seed=SEED)
+    result = rounds.run(LoopbackGrid(apps), FedAvg(), Trainer(same, SEED), leading, history)
+    assert result.rounds[0]["train"]["nodes"] == ["node-0", "node-1"]
+    assert [fields["reason"] for fields in told] == [
+        "its base model is not the server's: 9c1b, expected 3f2a",
+        "its base model is not the server's: None, expected 3f2a",
+    ]
+
+
+def test_a_task_saves_the_model_in_a_form_of_its_own(tmp_path: Path):
+    def save(model: nn.Module, folder: Path) -> Path:
+        model.save_weights(str(folder / "weights.npz"))
+        return folder / "weights.npz"
+
+    apps = [CLIENT] * 2
+    trainer = Trainer(replace(TASK, save=save), SEED)
+    leading = Settings(num_rounds=1, seed=SEED)
+    result = rounds.run(LoopbackGrid(apps), FedAvg(), trainer, leading, History(tmp_path))
+    assert result.model == tmp_path / "weights.npz"
+    assert not (tmp_path / "model.safetensors").exists()
+    model = TASK.model()
+    model.load_weights(str(result.model))
+    for name, array in result.parameters.items():
+        assert mx.array_equal(dict(tree_flatten(model.parameters()))[name], array)

@@ -54,6 +54,13 @@ def weighted(model, x, y):
     return (vector(model, x, y) * chosen).sum() / mx.maximum(weight, 1), weight
 
 
+def divided(model, x, y):
+    """The same with their number as it comes, a whole one, which also divides the sum."""
+    chosen = y > 0
+    weight = chosen.sum()
+    return (vector(model, x, y) * chosen).sum() / weight, weight
+
+
 def accuracy(model, x, y):
     return mx.argmax(model(x), axis=1) == y
 
@@ -623,3 +630,46 @@ def test_personal_parameters_stay():
 def test_a_model_that_is_all_personal_is_refused():
     with pytest.raises(WeightsError, match="Every parameter is personal"):
         trainer(personal=lambda name: True)
+
+
+# -- what a task says of itself ------------------------------------------------------------
+
+
+def test_a_loss_divided_by_its_whole_weight_is_the_plain_loop():
+    of = trainer(loss=divided)
+    data = fed.Data(examples(21))
+    assert_close(train(of, data), plain_train(of, data))
+    expected = trainer(loss=weighted).evaluate(of.parameters(), {}, examples(21))
+    assert of.evaluate(of.parameters(), {}, examples(21))["loss"] == pytest.approx(expected["loss"])
+
+
+def test_a_client_reports_what_weights_count():
+    of = trainer(loss=weighted, weight_unit="words", local_epochs=2)
+    words = int((examples(21)[1] > 0).sum())
+    metrics = train(of, fed.Data(examples(21))).metrics
+    assert metrics["num-words"] == 2 * words
+    assert metrics["words-per-second"] > 0
+    assert of.evaluate(of.parameters(), {}, examples(21))["num-words"] == words
+
+
+def test_further_metrics_follow_from_the_means():
+    of = trainer(
+        metrics={"accuracy": accuracy}, derived=lambda known: {"error": 1 - known["accuracy"]}
+    )
+    metrics = of.evaluate(of.parameters(), {}, examples(21))
+    assert metrics["error"] == 1 - metrics["accuracy"]
+
+
+def test_a_stream_may_say_how_many_examples_it_has():
+    class Stream:
+        def __len__(self):
+            return 21
+
+        def __call__(self, key):
+            x, y = map(mx.array, examples(21))
+            yield from ((x[at : at + 8], y[at : at + 8]) for at in range(0, 21, 8))
+
+    steps = train(trainer(), fed.Data(Stream()), local_steps=7)
+    assert steps.metrics["num-examples"] == 21
+    nameless = train(trainer(), fed.Data(lambda key: Stream()(key)), local_steps=1)
+    assert nameless.metrics["num-examples"] == 8

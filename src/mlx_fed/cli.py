@@ -13,6 +13,7 @@ import typer
 
 from . import __version__
 from .errors import FedError
+from .lm.commands import lora
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -26,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(lora, name="lora")
 
 TaskName = Annotated[
     str, typer.Argument(metavar="MODULE:TASK", help="The task, such as examples.mnist:task.")

@@ -110,6 +110,7 @@ class _Client:
             "partition-id": partition,
             "parameters": json.dumps(trainer.spec),
             "statistics": json.dumps(trainer.statistics_spec),
+            "fingerprint": json.dumps(trainer.fingerprint),
         }
         return Message(RecordDict({"node": ConfigRecord(answer)}), reply_to=message)
 

@@ -144,6 +144,18 @@ class History:
             mx.save_safetensors(file, arrays, {"format": "mlx"})
         return path
 
+    def save_with(self, save: Callable[[Path], Path], name: str = "model") -> Path:
+        """Lets ``save(folder)`` write the model in a form of its own, in the run's folder or, what
+        is not the last one, in a folder NAME below it.
+
+        Raises:
+            HistoryError: If it cannot be written.
+        """
+        folder = self.folder if name == "model" else self.folder / name
+        with errors_named(folder):
+            folder.mkdir(exist_ok=True)
+            return save(folder)
+
 
 @dataclass
 class Result:

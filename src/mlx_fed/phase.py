@@ -6,7 +6,7 @@ Training and evaluation go the same way here; what is made of the replies is not
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ from .roster import Members, RosterGrid
 from .settings import Settings
 from .training import Trainer
 from .weights import Arrays, Spec
+
+_MOST_SHOWN = 32
+"""Nodes in a phase whose own metrics are recorded."""
 
 Named = Sequence[tuple[str, Message]]
 """Replies by the names of their nodes, in the roster's order."""
@@ -140,6 +143,12 @@ class Phase:
         """Records why a node has no part in the phase."""
         self.record["refused"].append({"node": node, "phase": self.name, "reason": reason})
         self.run.history.notify("failed", node=node, phase=self.name, reason=reason)
+
+    def record_each(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Records each node's own metrics, unless they would be most of the record."""
+        if len(metrics) <= _MOST_SHOWN:
+            own = {node: {**figures} for node, figures in metrics.items()}
+            self.record.setdefault("each", {})[self.name] = own
 
     def count_bytes(self, down: int, up: int) -> None:
         """Records the size of arrays that went to nodes and came from them."""

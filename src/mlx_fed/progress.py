@@ -134,6 +134,9 @@ class ServerProgress:
             self._show(server_line(event, fields))
         elif line := server_line(event, fields):
             _print(self.console, line, _STYLES.get(event, ""))
+            for name, text in fields.get("central", {}).items():
+                if isinstance(text, str):  # such as a sample of what a model writes
+                    _print(self.console, f"{name}: {text}", "dim")
 
     def _show(self, text: str, done: int | None = None, of: int | None = None) -> None:
         self.bar.update(self.task, description=text, completed=done, total=of)
@@ -204,7 +207,11 @@ def _figures(record: dict[str, Any]) -> dict[str, float]:
     """A round's losses and metrics, by the names that they are shown with."""
     named = {"train loss": record["train"].get("loss")} | record["evaluate"]
     named |= {f"central {name}": value for name, value in record.get("central", {}).items()}
-    return {name: value for name, value in named.items() if isinstance(value, float)}
+    return {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, float) and not name.startswith("num-")
+    }
 
 
 def _floats(metrics: dict[str, Any]) -> list[str]:

@@ -20,6 +20,8 @@ from .errors import FedError, RunError
 from .exchange import pause, push
 from .weights import Spec
 
+_LONGEST = 200
+"""Characters of a fingerprint that are shown."""
 _PATIENCE = 60.0
 """Seconds without an answer to the roll call after which a run no longer waits for more."""
 
@@ -52,6 +54,7 @@ class Roster:
         statistics (dict): The same of its running statistics.
         config (dict): Sent with the roll call.
         notify (callable): Told what happens: ``notify("joined", node="node-0")``.
+        fingerprint (dict, optional): What else has to be the same on a node as on the server.
 
     Attributes:
         nodes (dict): The nodes that take part and are online, by id, in order.
@@ -65,8 +68,10 @@ class Roster:
         statistics: Spec,
         config: dict[str, Any],
         notify: Callable[..., None],
+        fingerprint: Mapping[str, str] | None = None,
     ):
         self.grid = grid
+        self.fingerprint = fingerprint or {}
         self.specs = {"parameters": parameters, "statistics": statistics}
         self.config = config
         self.notify = notify
@@ -145,6 +150,7 @@ class Roster:
             _, record = messages.config_of(answer.content)
             node = Node(node_id, str(record["name"]), int(str(record["partition-id"])))
             name = node.name
+            self._check_fingerprint(record)
             self._check_model(record)
             self._check_free(node)
         except (FedError, KeyError, TypeError, ValueError) as error:
@@ -156,6 +162,14 @@ class Roster:
         by_place = sorted(self.nodes.values(), key=lambda node: (node.partition, node.name))
         self.nodes = {node.id: node for node in by_place}
         self.notify("joined", node=node.name, nodes=len(self.nodes))
+
+    def _check_fingerprint(self, record: ConfigRecord) -> None:
+        theirs = json.loads(str(record.get("fingerprint", "{}")))
+        for what, ours in self.fingerprint.items():
+            if (other := theirs.get(what)) != ours:
+                raise checks.Refused(
+                    f"its {what} is not the server's: {str(other)[:_LONGEST]}, expected {ours}"
+                )
 
     def _check_model(self, record: ConfigRecord) -> None:
         for kind, ours in self.specs.items():

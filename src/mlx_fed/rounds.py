@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -23,7 +23,7 @@ from .resume import resume as taken_up
 from .roster import Members, Roster
 from .settings import Settings
 from .train_phase import train
-from .training import Trainer
+from .training import Trainer, derived
 
 __all__ = ["Result", "RunError", "run"]
 
@@ -108,17 +108,19 @@ def _set_up(
         trainer.statistics_spec,
         {**config, "prepare": True},
         history.notify,
+        trainer.fingerprint,
     )
     return Run(grid, strategy, trainer, settings, history, roster, config)
 
 
-def _save(run: Run, model: Model) -> Path:
-    """Writes the model of the last whole round."""
+def _save(run: Run, model: Model, name: str = "model") -> Path:
+    """Puts a model into the trainer and writes it: as the task says, or as NAME.safetensors."""
+    _put(run, model)
     slots = run.trainer.slots
-    weights.put(slots.parameters, model.parameters(run.trainer.spec))
-    weights.put(slots.statistics, model.statistics)
+    if save := run.trainer.task.save:
+        return run.history.save_with(lambda folder: save(run.trainer.model, folder), name)
     whole = {**slots.parameters, **slots.statistics, **slots.frozen}
-    return run.history.save_model(weights.get(whole))
+    return run.history.save_model(weights.get(whole), f"{name}.safetensors")
 
 
 def _save_best(run: Run, position: Position, checkpoints: Checkpoints) -> Path | None:
@@ -126,11 +128,15 @@ def _save_best(run: Run, position: Position, checkpoints: Checkpoints) -> Path |
     checkpoint = checkpoints.best(position.best) if position.best else None
     if checkpoint is None:
         return None
-    model = Model(checkpoint.masters, checkpoint.statistics)
-    parameters = model.parameters(run.trainer.spec)
-    frozen = weights.get(run.trainer.slots.frozen)
-    whole = {**parameters, **model.statistics, **frozen}
-    return run.history.save_model(whole, "best.safetensors")
+    path = _save(run, Model(checkpoint.masters, checkpoint.statistics), "best")
+    _put(run, position.model)
+    return path
+
+
+def _put(run: Run, model: Model) -> None:
+    slots = run.trainer.slots
+    weights.put(slots.parameters, model.parameters(run.trainer.spec))
+    weights.put(slots.statistics, model.statistics)
 
 
 def _round(run: Run, position: Position, number: int) -> Position:
@@ -154,9 +160,10 @@ def _evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
     """What the strategy's nodes see of the model."""
     phase = Phase(run, "evaluate", record)
     accepted: list[tuple[str, Message]] = []
+    each: dict[str, MetricRecord] = {}
     for node, reply in phase.exchange(phase.configure(model)):
         with phase.refusing(node):
-            checks.check_metrics(reply, run.weighted_by)
+            each[node] = checks.check_metrics(reply, run.weighted_by)
             accepted.append((node, reply))
     counting = phase.with_one_set_of_names(accepted)
     metrics = None
@@ -165,7 +172,9 @@ def _evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
             metrics = run.strategy.aggregate_evaluate(
                 phase.number, [reply for _, reply in counting]
             )
-    record["evaluate"] = {**(metrics or {}), "nodes": [node for node, _ in counting]}
+    known = {**metrics, **derived(run.trainer.task, metrics)} if metrics else {}
+    record["evaluate"] = {**known, "nodes": [node for node, _ in counting]}
+    phase.record_each({node: each[node] for node, _ in counting})
 
 
 def _evaluate_centrally(run: Run, model: Model, record: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .weights import Arrays
 
-EvaluateFn = Callable[[int, Arrays, Arrays], Mapping[str, float] | None]
+EvaluateFn = Callable[[int, Arrays, Arrays], Mapping[str, float | str] | None]
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Settings:
         test (tuple, optional): Held-out examples of the server's own, as ``Data.test``: the
             task's loss and metrics of the global model on them are recorded each round.
         evaluate_fn (callable, optional): ``evaluate_fn(round, parameters, statistics)`` returns
-            other metrics of the global model.
+            other metrics of the global model, or text such as a sample of what it writes.
     """
 
     num_rounds: int = 3

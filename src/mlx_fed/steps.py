@@ -195,7 +195,10 @@ def _mean_and_weight(
     """The mean over a batch of what a loss or metric returned, and the batch's weight."""
     if isinstance(output, tuple):
         mean, weight = output
-        return mean.astype(mx.float32), mx.array(weight, mx.float32)
+        # A whole number by which the loss itself was divided: MLX's compiler takes its conversion
+        # for the division's own, and then misses it among the outputs. No weight is below 0.
+        weight = mx.maximum(weight, 0).astype(mx.float32)
+        return mean.astype(mx.float32), weight
     output = output.astype(mx.float32)  # a bfloat16 cannot count to 257
     if output.ndim == 0:
         return output, mx.array(len(batch[0]), mx.float32)

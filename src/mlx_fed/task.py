@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class Data:
     Args:
         train (tuple or callable): Arrays (``mx.array`` or NumPy) that share their leading
             axis, the examples; or, for what does not fit in memory or is ragged, a callable
-            that takes a random key and returns an iterable of batches.
+            that takes a random key and returns an iterable of batches. If it has a length, that
+            is the number of its examples.
         test (tuple or callable): The held-out examples, in the same form. ``None`` where a
             client has nothing to evaluate on.
 
@@ -83,6 +85,17 @@ class Task:
             (https://arxiv.org/abs/1912.00818). ``lambda name: name.startswith("head")``
         keep_optimizer (bool): Let each client's optimizer go on from round to round, instead of
             beginning anew. Default: ``False``.
+        weight_unit (str, optional): What the weights of a loss that returns ``(mean, weight)``
+            count: with ``"tokens"`` clients report ``num-tokens``, by which a strategy may weigh
+            them (``FedAvg(weighted_by_key="num-tokens")``), and ``tokens-per-second``.
+        derived (callable, optional): ``derived(metrics)`` returns further metrics that follow from
+            the mean loss and metrics of an evaluation, a client's and the average over clients:
+            ``lambda metrics: {"perplexity": math.exp(metrics["loss"])}``.
+        fingerprint (callable, optional): ``fingerprint()`` returns what has to be the same on the
+            server and its nodes, each with a short text that tells it from others:
+            ``{"base model": "3f2a5c..."}``. A node that differs is turned away.
+        save (callable, optional): ``save(model, folder)`` writes the final model below a run's
+            folder and returns the path. Default: all arrays, as ``model.safetensors``.
 
     Example:
         >>> task = Task(
@@ -109,6 +122,10 @@ class Task:
     statistics: Literal["average", "local"] = "average"
     personal: Callable[[str], bool] | None = None
     keep_optimizer: bool = False
+    weight_unit: str | None = None
+    derived: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
+    fingerprint: Callable[[], Mapping[str, str]] | None = None
+    save: Callable[[nn.Module, Path], Path] | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "local_epochs", "local_steps", "eval_batch_size"):

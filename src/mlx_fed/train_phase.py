@@ -49,6 +49,7 @@ def _train_to_replies(phase: Phase, model: Model, outgoing: list[Message]) -> Mo
             weighed = [(update.statistics, update.weight) for *_, update in updates]
             statistics = aggregate.mean_statistics(weighed)
     phase.record["train"] = {**metrics, "nodes": [node for node, *_ in updates]}
+    phase.record_each({node: update.metrics for node, _, update in updates})
     return Model(masters, statistics)
 
 
@@ -70,6 +71,7 @@ def _train_to_a_mean(phase: Phase, model: Model, outgoing: list[Message]) -> Mod
         )
         statistics = mean.running_statistics(run.averaged) if run.averaged else model.statistics
     phase.record["train"] = {**metrics, "nodes": [nodes[c.place] for c in mean.counted]}
+    phase.record_each({nodes[c.place]: c.metrics for c in mean.counted})
     return Model(masters, statistics)
 
 

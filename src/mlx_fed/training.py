@@ -6,7 +6,8 @@ Knows nothing of Flower: named arrays come in, named arrays and metrics go out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain, count, islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ class Trainer:
         spec (dict): Shape and dtype of each parameter that is trained together, by name.
         statistics_spec (dict): The same of the running statistics.
         keeps (bool): Whether clients keep arrays of their own from round to round.
+        fingerprint (dict): What the task says has to be the same on every machine.
     """
 
     def __init__(self, task: Task, seed: int = 0):
@@ -67,6 +69,7 @@ class Trainer:
             raise weights.WeightsError(
                 "The model has no trainable floating-point parameters: nothing to federate."
             )
+        mx.eval(weights.get(self.slots.statistics))
         personal = task.personal or (lambda name: False)
         self._shared = [name for name in self.slots.parameters if not personal(name)]
         if not self._shared:
@@ -78,6 +81,7 @@ class Trainer:
         self.keeps = bool(self._personal) or self._keeps_statistics or task.keep_optimizer
         self.spec = weights.spec(self.parameters())
         self.statistics_spec = weights.spec(weights.get(self.slots.statistics))
+        self.fingerprint = dict(task.fingerprint()) if task.fingerprint else {}
         self._training: tuple[Any, Callable] | None = None
         self._evaluation: Callable | None = None
         self._paddable: dict[tuple, bool] = {}
@@ -117,7 +121,8 @@ class Trainer:
 
         Returns:
             Update: The metrics are ``num-examples``, the number of examples in a pass (of a
-            stream: those that it gave), and ``loss``, the mean over all steps.
+            stream without a length: those that it gave), and ``loss``, the mean over all steps;
+            and what :func:`counted` gives.
 
         Raises:
             WeightsError: If the arrays do not fit the model.
@@ -136,6 +141,7 @@ class Trainer:
         step = self.training_program(optimizer, config)
 
         losses, shares, num_examples = [], [], 0
+        began = time.perf_counter()
         for batch, mask, size in self._training_batches(data, config, moment):
             at, counters, loss, weight = step(at, Shared(counters, anchor), batch, mask)
             mx.async_eval(at, loss)
@@ -145,10 +151,15 @@ class Trainer:
         if not losses:
             raise ValueError("The client has no training examples.")
         mx.eval(at, losses, shares)
-        loss = weighted_mean([v.item() for v in losses], [v.item() for v in shares])
+        seconds = time.perf_counter() - began
+        counts = [share.item() for share in shares]
+        loss = weighted_mean([v.item() for v in losses], counts)
         if not callable(data.train):
             num_examples = len(data.train[0])
+        elif isinstance(data.train, Sized):
+            num_examples = len(data.train)
         metrics = {"num-examples": num_examples, "loss": loss}
+        metrics |= counted(self.task, counts, seconds)
         metrics |= self.first_loss(everything, statistics, data, config)
         return self.update(at, counters, metrics)
 
@@ -203,7 +214,7 @@ class Trainer:
 
         Returns:
             dict: ``num-examples``, ``loss`` and the task's metrics, each the mean over the
-            examples.
+            examples, and what follows from them.
         """
         weights.check(self.spec, weights.spec(parameters))
         weights.check(self.statistics_spec, weights.spec(statistics))
@@ -225,7 +236,8 @@ class Trainer:
         columns: Any = mx.stack(results, axis=-1).tolist()
         means = [weighted_mean(*column) for column in columns]
         names = ("loss", *self.task.metrics)
-        return {"num-examples": num_examples, **dict(zip(names, means, strict=True))}
+        metrics = {"num-examples": num_examples, **dict(zip(names, means, strict=True))}
+        return metrics | counted(self.task, columns[0][1]) | derived(self.task, metrics)
 
     def warm_up(self, data: Data, config: Config) -> None:
         """Compiles the programs on one batch, so that the first round does not wait for it."""
@@ -305,6 +317,7 @@ class Trainer:
         """The compiled training step, traced anew only when what is baked into it changes."""
         key = self.training_key(optimizer, config)
         if self._training is None or self._training[0] != key:
+            mx.eval(self.model.parameters())  # or each step would compute the frozen ones anew
             step = training_step(self.model, self.slots, self.task, optimizer, config)
             self._training = (key, mx.compile(step))
         return self._training[1]
@@ -316,6 +329,7 @@ class Trainer:
     def evaluation_program(self) -> Callable[..., mx.array]:
         """The compiled evaluation step."""
         if self._evaluation is None:
+            mx.eval(self.model.parameters())
             step = evaluation_step(self.model, self.slots, self.task)
             self._evaluation = mx.compile(step)
         return self._evaluation
@@ -352,6 +366,30 @@ def _kept(own: Mapping[str, mx.array] | None, kind: str, otherwise: Arrays) -> A
         if name.startswith(f"{kind}/")
     }
     return {**otherwise, **kept}
+
+
+def counted(
+    task: Task, shares: Sequence[float], seconds: float | None = None
+) -> dict[str, int | float]:
+    """What the weights of a client's losses add up to, where the task says what they count.
+
+    Args:
+        task (Task): Whose ``weight_unit`` may be ``"tokens"``.
+        shares (list): The weight of each step's loss.
+        seconds (float, optional): What the steps took together.
+    """
+    if task.weight_unit is None:
+        return {}
+    total = round(math.fsum(shares))
+    counts: dict[str, int | float] = {f"num-{task.weight_unit}": total}
+    if seconds:
+        counts[f"{task.weight_unit}-per-second"] = total / seconds
+    return counts
+
+
+def derived(task: Task, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that follow from others."""
+    return dict(task.derived(metrics)) if task.derived else {}
 
 
 def weighted_mean(values: Sequence[float], shares: Sequence[float]) -> float:

@@ -48,12 +48,16 @@ class Slots(NamedTuple):
 
 
 def build_model(model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The module, its random initial values drawn from ``seed`` and evaluated."""
+    """The module, its random initial values drawn from ``seed``.
+
+    What it trains is evaluated. Frozen arrays, a base model's from a file, need not be in memory
+    before they are computed with: a server that only aggregates never reads them.
+    """
     randomness.seed_mlx(seed, "initial weights")
     module = model()
     if not isinstance(module, nn.Module):
         raise TypeError(f"Task.model must return an mlx.nn.Module, not a {type(module).__name__}.")
-    mx.eval(module.parameters())
+    mx.eval(module.trainable_parameters())
     return module
 
 

@@ -7,6 +7,7 @@ that what it ends with is what it would end with alone.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from mlx.utils import tree_map
 from .. import randomness
 from ..batches import Rows
 from ..steps import Client, Shared, Step, initial_state, training_step
-from ..task import Config, Data
-from ..training import Trainer, Update, moment_of, weighted_mean
+from ..task import Config, Data, Task
+from ..training import Trainer, Update, counted, moment_of, weighted_mean
 from ..weights import Arrays, StackedRow
 from .feeding import Feed, HostStacks, device_feed, host_can_read
 
@@ -93,6 +94,7 @@ class BatchedTrainer:
             )
         ]
         done: list[_Group] = []
+        began = time.perf_counter()
         losses: list[tuple[tuple[int, ...], mx.array, mx.array]] = []
         for number in range(max(map(len, rows))):
             groups = _regroup(groups, rows, number, done)
@@ -104,7 +106,7 @@ class BatchedTrainer:
                 losses.append((places, loss, weight))
                 moved.append(_Group(places, at))
             groups = moved
-        ends = _ends([*done, *groups], losses, members)
+        ends = _ends([*done, *groups], losses, members, trainer.task, began)
         updates = []
         for (at, metrics), start, member in zip(ends, starts, members, strict=True):
             metrics |= trainer.first_loss(*start, Data(member.examples), config)
@@ -116,6 +118,7 @@ class BatchedTrainer:
         trainer = self.trainer
         key = trainer.training_key(optimizer, config)
         if self._program is None or self._program[0] != key:
+            mx.eval(trainer.model.parameters())
             one = training_step(trainer.model, trainer.slots, trainer.task, optimizer, config)
             self._program = (key, mx.compile(_mapped(one)))
         return self._program[1]
@@ -203,10 +206,16 @@ def _ends(
     groups: list[_Group],
     losses: list[tuple[tuple[int, ...], mx.array, mx.array]],
     members: Sequence[Member],
+    task: Task,
+    began: float,
 ) -> list[tuple[Client, dict[str, int | float]]]:
-    """Where each client has come to, its arrays sliced where they are asked for; its metrics."""
+    """Where each client has come to, its arrays sliced where they are asked for; its metrics.
+
+    ``began`` is when the training did, on the clock of ``time.perf_counter``.
+    """
     values: list[tuple[list[float], list[float]]] = [([], []) for _ in members]
     mx.eval([at for _, at in groups], [step[1:] for step in losses])
+    seconds = time.perf_counter() - began
     for places, loss, weight in losses:
         means: Any = loss.tolist()
         shares: Any = weight.tolist()
@@ -225,5 +234,6 @@ def _ends(
                 "num-examples": len(members[place].examples[0]),
                 "loss": weighted_mean(*values[place]),
             }
+            metrics |= counted(task, values[place][1], seconds)
             ends[place] = Client(parameters, statistics, {}, at.key), metrics
     return [ends[place] for place in range(len(members))]

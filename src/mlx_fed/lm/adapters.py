@@ -1,0 +1,131 @@
+"""What is trained of a base model, and the folder that mlx-lm reads it from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import FedError
+from .config import LoraConfig, nearest
+
+FOLDER = "adapters"
+_LEAVES = ("lora_a", "lora_b", "m")
+"""What mlx-lm calls the arrays of an adapter."""
+
+
+class AdapterError(FedError):
+    """Adapters that the base model has no place for."""
+
+
+def attach(model: nn.Module, config: LoraConfig) -> None:
+    """Makes what the configuration asks for trainable in a frozen base model.
+
+    Raises:
+        AdapterError: If the model has not so many layers, or none of the name that a key gives.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    layers = model.layers
+    if config.num_layers > len(layers):
+        raise AdapterError(
+            f"num_layers is {config.num_layers}, and the model has {len(layers)} layers: -1 is all."
+        )
+    chosen = layers[-max(config.num_layers, 0) :]
+    if config.fine_tune_type == "full":
+        for layer in chosen:
+            layer.unfreeze()
+    else:
+        _check_keys(model, chosen, config.lora_parameters.get("keys"))
+        use_dora = config.fine_tune_type == "dora"
+        try:
+            linear_to_lora_layers(model, config.num_layers, config.lora_parameters, use_dora)
+        except ValueError as error:
+            raise AdapterError(f"mlx-lm cannot adapt this model: {error}.") from error
+        if config.federation.freeze_a:
+            for module in model.modules():
+                if "lora_a" in module:
+                    module.freeze(recurse=False, keys=["lora_a"])
+    if config.grad_checkpoint:
+        for layer in layers:
+            _checkpoint(layer)
+
+
+def _check_keys(model: nn.Module, layers: list[nn.Module], keys: list[str] | None) -> None:
+    if keys is None:
+        return
+    known = {name for layer in layers for name, _ in layer.named_modules() if name}
+    known |= {name for name, _ in model.named_modules() if name}
+    for key in keys:
+        if key not in known:
+            within = {name for layer in layers for name, _ in layer.named_modules() if name}
+            raise AdapterError(
+                f"lora_parameters.keys names {key!r}, which no layer has. "
+                f"Did you mean {nearest(str(key), within)!r}?"
+            )
+
+
+def _checkpoint(layer: nn.Module) -> None:
+    """Lets one layer compute its activations again in the backward pass, rather than keep them.
+
+    mlx-lm changes the layer's class, and so all models of the process.
+    """
+    kind = type(layer)
+    call: Callable[..., Any] = kind.__call__
+
+    def checkpointed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def inner(parameters: dict, *args: Any, **kwargs: Any) -> Any:
+            self.update(parameters)
+            return call(self, *args, **kwargs)
+
+        return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+
+    layer.__class__ = type(kind.__name__, (kind,), {"__call__": checkpointed})
+
+
+def start_from(model: nn.Module, path: Path) -> None:
+    """Loads adapters that were trained before.
+
+    Raises:
+        AdapterError: If the file cannot be read or does not fit.
+    """
+    own = dict(tree_flatten(model.parameters()))
+    try:
+        arrays: Any = mx.load(str(path))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"Cannot read resume_adapter_file {path}: {error}") from error
+    for name, array in arrays.items():
+        if name not in own or own[name].shape != array.shape:
+            expected = own[name].shape if name in own else "none of that name"
+            raise AdapterError(
+                f"{path} has {name!r} of shape {array.shape}, the model {expected}: was it trained "
+                "with the same lora_parameters and num_layers?"
+            )
+    model.load_weights(list(arrays.items()), strict=False)
+
+
+def save(model: nn.Module, folder: Path, config: LoraConfig) -> Path:
+    """Writes ``adapters.safetensors`` and ``adapter_config.json``, as mlx-lm does.
+
+    Each file takes the place of another of its name whole or not at all.
+    """
+    target = folder / FOLDER
+    target.mkdir(exist_ok=True)
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    if config.fine_tune_type != "full":  # frozen ones too: FFA-LoRA's A
+        whole: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+        arrays = {n: array for n, array in whole.items() if n.rsplit(".", 1)[-1] in _LEAVES}
+    half_written = target / "adapters.part.safetensors"
+    with half_written.open("wb") as file:  # through Python's file, whose errors say what was wrong
+        mx.save_safetensors(file, arrays, {"format": "mlx"})
+    half_written.replace(target / "adapters.safetensors")
+    text = json.dumps(config.for_mlx_lm(), indent=4, sort_keys=True) + "\n"
+    half_written = target / "adapter_config.part.json"
+    half_written.write_text(text, encoding="utf-8")
+    half_written.replace(target / "adapter_config.json")
+    return target

@@ -1,0 +1,222 @@
+"""``mlx-fed lora``: the same three commands for language models, with mlx-lm's configuration."""
+
+from __future__ import annotations
+
+import inspect
+import socket
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import wraps
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from .. import randomness
+from .base import require_mlx_lm
+from .config import ConfigError, Federation, LoraConfig, load_config
+
+if TYPE_CHECKING:
+    from flwr.serverapp.strategy import Strategy
+
+lora = typer.Typer(
+    help="Fine-tune a language model that mlx-lm knows, on texts that stay where they are.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="mlx-lm's YAML file, with a section federation:."),
+]
+Gpu = Annotated[
+    bool | None, typer.Option("--gpu/--cpu", help="Where to compute.", show_default="MLX's choice")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Allow unencrypted connections beyond this machine.")
+]
+Wait = Annotated[float, typer.Option(help="Seconds to wait for the other side.")]
+RunName = Annotated[str | None, typer.Option(help="The run's name.", show_default="the time")]
+RunsFolder = Annotated[Path, typer.Option(help="Where runs are kept.")]
+
+
+def _flags(cls: type, panel: str) -> list[inspect.Parameter]:
+    """An option for each key of a part of the configuration; sections are the file's alone."""
+    kinds, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
+    flags = []
+    for item in fields(cls):
+        if not isinstance(item.default, (int, float, str, NoneType)) or item.name == "lr_schedule":
+            continue
+        option = typer.Option(
+            help=annotated[item.name].__metadata__[0],
+            show_default=False if item.default is None else str(item.default),
+            rich_help_panel=panel,
+        )
+        kind: Any = Annotated[kinds[item.name] | None, option]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        flags.append(inspect.Parameter(item.name, keyword, default=None, annotation=kind))
+    return flags
+
+
+_FLAGS = [*_flags(LoraConfig, "mlx-lm's keys"), *_flags(Federation, "The federation")]
+
+
+def with_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the option ``--config`` and a flag for each key of the configuration.
+
+    The command itself is called with the :class:`LoraConfig` that comes of them.
+    """
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        from ..cli import errors_as_messages
+
+        given = {flag.name: values.pop(flag.name) for flag in _FLAGS}
+        with errors_as_messages():
+            require_mlx_lm()
+            command(load_config(values.pop("config"), given), **values)
+
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    file = inspect.Parameter(
+        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigFile
+    )
+    parameters = [file, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *_FLAGS]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del run.__wrapped__
+    return run
+
+
+@lora.command()
+@with_config
+def serve(
+    config: LoraConfig,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
+    insecure: Insecure = False,
+    wait: Wait = 600.0,
+    round_timeout: Annotated[float, typer.Option(help="Seconds that a phase may take.")] = 3600.0,
+    name: RunName = None,
+    runs: RunsFolder = Path("runs"),
+    gpu: Gpu = False,
+) -> None:
+    """Serve a federation: wait for nodes, train, save the adapters."""
+    from ..fleet.server import serve
+    from .samples import sampler
+    from .task import lora_task
+
+    nodes = config.federation.nodes or 2
+    task = lora_task(config)
+    serve(
+        task,
+        make_strategy(config, nodes),
+        host=host,
+        port=port,
+        insecure=insecure,
+        wait=wait,
+        round_timeout=round_timeout,
+        seed=config.seed,
+        min_nodes=nodes,
+        name=name,
+        runs=runs,
+        device=_device(gpu),
+        evaluate_fn=sampler(config, task),
+    )
+
+
+@lora.command()
+@with_config
+def join(
+    config: LoraConfig,
+    server: Annotated[str, typer.Option(metavar="HOST:PORT")] = "127.0.0.1:8080",
+    name: Annotated[
+        str | None,
+        typer.Option(help="How the server calls this node.", show_default="machine-folder"),
+    ] = None,
+    node_id: Annotated[
+        int | None,
+        typer.Option(min=0, help="A number of its own.", show_default="follows from the name"),
+    ] = None,
+    num_partitions: Annotated[
+        int | None, typer.Option(min=1, help="Of how many parts it holds that one, if shared.")
+    ] = None,
+    insecure: Insecure = False,
+    wait: Wait = 600.0,
+    gpu: Gpu = None,
+) -> None:
+    """Join a federation with the texts in --data, until the run is over."""
+    from ..fleet.node import join
+    from .task import lora_task
+
+    if num_partitions is not None and node_id is None:
+        raise ConfigError("--num-partitions needs --node-id, which of the parts is this node's.")
+    if name is None and node_id is None:
+        name = f"{socket.gethostname().split('.')[0]}-{Path(config.data).resolve().name}"[:64]
+    if node_id is None:
+        node_id = randomness.derive(0, str(name)) % 2**31
+    # Adapters to start from are the server's, which sends them.
+    task = lora_task(replace(config, resume_adapter_file=None))
+    data = task.data(node_id, num_partitions)
+    task.model()  # what is wrong with it is said now, and not when the server asks
+    join(
+        replace(task, data=lambda partition_id, num_partitions: data),
+        server,
+        partition_id=node_id,
+        num_partitions=num_partitions,
+        name=name,
+        device=_device(gpu),
+        insecure=insecure,
+        wait=wait,
+    )
+
+
+@lora.command()
+@with_config
+def simulate(
+    config: LoraConfig,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes, each with the model; 0 is none but this.")
+    ] = 0,
+    name: RunName = None,
+    runs: RunsFolder = Path("runs"),
+    gpu: Gpu = None,
+) -> None:
+    """Simulate a federation on this machine: a client for each folder of texts in --data."""
+    from ..simulation.simulate import simulate
+    from .samples import sampler
+    from .task import lora_task
+    from .texts import folders_of_texts
+
+    folders = folders_of_texts(Path(config.data).expanduser())
+    clients = config.federation.nodes or len(folders) or 2
+    task = lora_task(config)
+    data = [task.data(client, clients) for client in range(clients)]  # all are looked at first
+    simulate(
+        replace(task, data=lambda partition_id, num_partitions: data[partition_id]),
+        make_strategy(config, 1),
+        clients,
+        workers=workers,
+        seed=config.seed,
+        name=name,
+        runs=runs,
+        device=_device(gpu),
+        evaluate_fn=sampler(config, task),
+    )
+
+
+def make_strategy(config: LoraConfig, min_nodes: int) -> Strategy:
+    """The strategy that a configuration names, with its share of nodes and their weights."""
+    from ..cli import find_strategy
+
+    federation = config.federation
+    options: dict[str, Any] = {}
+    if federation.fraction != 1.0:
+        options["fraction-train"] = federation.fraction
+    if federation.weighting == "tokens":
+        options["weighted-by-key"] = "num-tokens"
+    return find_strategy(federation.strategy, min_nodes, {**options, **federation.strategy_options})
+
+
+def _device(gpu: bool | None) -> str | None:
+    return None if gpu is None else "gpu" if gpu else "cpu"

@@ -1,0 +1,185 @@
+"""A language model's fine-tuning as a task like any other."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..task import Config, Data, Task
+from . import base, texts
+from .config import LoraConfig
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+
+Note = Callable[[str], None]
+
+
+def lora_task(config: LoraConfig, note: Note = print) -> Task:
+    """The task that a configuration describes.
+
+    A node's texts are read and checked before its base model is looked for, and that before any of
+    it is loaded.
+
+    Args:
+        config (LoraConfig): From :func:`~mlx_fed.lm.load_config`.
+        note (callable): Told what is worth knowing of the data. Default: ``print``.
+
+    Example:
+        >>> task = lora_task(load_config("lora.yaml"))
+        >>> fed.simulate(task, FedAvg(weighted_by_key="num-tokens"), num_clients=3, workers=0)
+    """
+    steps = config.local_steps()
+    length: dict[str, int] = (
+        {"local-epochs": config.federation.local_epochs or 1}
+        if steps is None
+        else {"local-steps": steps}
+    )
+    return Task(
+        model=partial(build, config),
+        loss=token_loss,
+        optimizer=make_optimizer,
+        data=partial(load_texts, config, note),
+        config={
+            "learning-rate": config.learning_rate,
+            "optimizer": config.optimizer,
+            "optimizer-config": json.dumps(config.optimizer_config.get(config.optimizer) or {}),
+            "lr-schedule": json.dumps(config.lr_schedule),
+            "num-rounds": config.federation.rounds,
+            **length,
+        },
+        batch_size=config.batch_size,
+        weight_unit="tokens",
+        derived=perplexity,
+        fingerprint=partial(fingerprint, config),
+        save=partial(_save, config),
+    )
+
+
+def build(config: LoraConfig) -> nn.Module:
+    """The base model with new adapters, drawn from MLX's random state as it is now.
+
+    Raises:
+        FedError: If there is no such base model, or it has no place for the adapters.
+    """
+    import mlx.core as mx
+
+    from . import adapters
+
+    # Loading draws numbers, too, and only the first time: what is drawn here comes before it.
+    seed: Any = mx.random.randint(0, 2**31 - 1).item()
+    model = base.share(_base(config).model)
+    mx.random.seed(seed)
+    adapters.attach(model, config)
+    if config.resume_adapter_file:
+        adapters.start_from(model, Path(config.resume_adapter_file).expanduser())
+    return model
+
+
+def _base(config: LoraConfig) -> base.Base:
+    return base.load(base.find(config.model), config.trust_remote_code)
+
+
+def _save(config: LoraConfig, model: nn.Module, folder: Path) -> Path:
+    from . import adapters
+
+    return adapters.save(model, folder, config)
+
+
+def token_loss(model: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[mx.array, mx.array]:
+    """mlx-lm's loss: the mean over tokens, and how many they are."""
+    from mlx_lm.tuner.trainer import default_loss
+
+    mean, count = default_loss(model, tokens, spans)
+    return mean, count
+
+
+def perplexity(metrics: Any) -> dict[str, float]:
+    return {"perplexity": math.exp(min(float(metrics["loss"]), 700.0))}  # above, exp overflows
+
+
+def fingerprint(config: LoraConfig) -> dict[str, str]:
+    """What has to be the same on the server and its nodes."""
+    prints = {
+        "base model": base.identity(base.find(config.model)),
+        "tokenizer": base.tokenizer_identity(_base(config).tokenizer),
+        "fine_tune_type": config.fine_tune_type,
+    }
+    if config.fine_tune_type != "full":
+        rank, scale = (config.lora_parameters[key] for key in ("rank", "scale"))
+        prints |= {"LoRA rank": str(rank), "LoRA scale": str(float(scale))}
+    return prints
+
+
+def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: int | None) -> Data:
+    """A node's texts, read and checked before its base model is looked for."""
+    splits = texts.read_splits(config, partition, num_partitions)
+    tokenizer = _base(config).tokenizer
+    most = None if config.val_batches < 0 else config.val_batches
+    train = texts.tokenize(splits.train, tokenizer, config)
+    valid = texts.tokenize(splits.valid, tokenizer, config) if splits.valid else None
+    if cut := [*train.cut, *(valid.cut if valid else [])]:
+        note(
+            f"Note: {len(cut)} texts are longer than max_seq_length {config.max_seq_length} and "
+            f"are cut, the first is {cut[0]}."
+        )
+    if valid is None:
+        note("Note: there is no valid.jsonl, so this node trains and does not validate.")
+    return Data(
+        train=texts.Batches(train, config.batch_size),
+        test=texts.Batches(valid, config.batch_size, most) if valid else None,
+    )
+
+
+# -- the optimizer -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning rate over all rounds, though the optimizer is new in each.
+
+    The steps before this round are in the state of the optimizer that it belongs to, so that one
+    compiled step serves all rounds. Two are equal that have the same settings.
+    """
+
+    settings: str
+    optimizers: list[optim.Optimizer] = field(default_factory=list, compare=False)
+
+    def __call__(self, step: mx.array) -> mx.array:
+        from mlx_lm.tuner.utils import build_schedule
+
+        before = sum(optimizer.state["steps-before"] for optimizer in self.optimizers)
+        rate: mx.array = build_schedule(json.loads(self.settings))(step + before)
+        return rate
+
+
+def make_optimizer(config: Config) -> optim.Optimizer:
+    """mlx-lm's optimizer of that name, with the server's settings."""
+    import mlx.core as mx
+    import mlx.optimizers as optim
+
+    kinds = {
+        "adam": optim.Adam,
+        "adamw": optim.AdamW,
+        "muon": optim.Muon,
+        "sgd": optim.SGD,
+        "adafactor": optim.Adafactor,
+    }
+    kind = kinds[config["optimizer"]]
+    arguments = json.loads(config["optimizer-config"])
+    if json.loads(config["lr-schedule"]) is None:
+        return kind(learning_rate=config["learning-rate"], **arguments)
+    schedule = Schedule(config["lr-schedule"])
+    optimizer = kind(learning_rate=schedule, **arguments)
+    rounds_before = max(int(config.get("server-round", 1)) - 1, 0)
+    before = rounds_before * int(config["local-steps"])
+    optimizer.state["steps-before"] = mx.array(before, mx.uint64)
+    schedule.optimizers.append(optimizer)
+    return optimizer

@@ -1,0 +1,287 @@
+"""A node's texts: read, checked, tokenized by mlx-lm's datasets, given out in ragged batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import FedError
+from .config import LoraConfig
+
+_PAD_TO = 32
+"""Lengths of batches are multiples of it, as mlx-lm's: each length is one program to compile."""
+
+
+class TextError(FedError):
+    """Texts that cannot be trained on; the message says where they are."""
+
+
+class Rows(NamedTuple):
+    """Records of texts, and where each one is."""
+
+    records: Sequence[dict[str, Any]]
+    where: Callable[[int], str]
+
+
+class Splits(NamedTuple):
+    """A node's texts to train and to validate on, the latter none where it has none."""
+
+    train: Rows
+    valid: Rows | None
+
+
+def read_splits(config: LoraConfig, partition: int, num_partitions: int | None) -> Splits:
+    """The texts of a node.
+
+    Args:
+        config (LoraConfig): Whose ``data`` is a folder with ``train.jsonl`` and perhaps
+            ``valid.jsonl``, a folder of such folders, one for each partition, or a dataset on the
+            hub or as parquet files.
+        partition (int): Which part is wanted.
+        num_partitions (int, optional): Of how many; ``None`` is a node with texts of its own.
+
+    Raises:
+        TextError: If a file is missing, empty or not laid out as mlx-lm's, with its line.
+    """
+    folder = Path(config.data).expanduser()
+    if not folder.exists() or any(folder.rglob("*.parquet")):
+        return _from_dataset(config, partition, num_partitions)
+    if not (folder / "train.jsonl").exists():
+        return _from_one_of(folder, config, partition, num_partitions)
+    splits = _from_folder(folder, config)
+    if num_partitions is None:
+        return splits
+    train, valid = splits
+    return Splits(
+        _dealt(train, partition, num_partitions),
+        _dealt(valid, partition, num_partitions) if valid else None,
+    )
+
+
+def folders_of_texts(folder: Path) -> list[Path]:
+    """The folders below one that have texts, in the order of their names."""
+    return sorted(path.parent for path in folder.glob("*/train.jsonl"))
+
+
+def _from_one_of(
+    folder: Path, config: LoraConfig, partition: int, num_partitions: int | None
+) -> Splits:
+    folders = folders_of_texts(folder)
+    if not folders:
+        raise TextError(f"There is no train.jsonl in {folder}.")
+    if num_partitions is None:
+        names = ", ".join(path.name for path in folders[:5])
+        raise TextError(f"There is no train.jsonl in {folder}, but in {names}: name one of these.")
+    if num_partitions != len(folders):
+        raise TextError(
+            f"{folder} has {len(folders)} folders of texts, for as many nodes, "
+            f"not {num_partitions}."
+        )
+    return _from_folder(folders[partition], config)
+
+
+def _from_folder(folder: Path, config: LoraConfig) -> Splits:
+    train = read_jsonl(folder / "train.jsonl", config)
+    valid = folder / "valid.jsonl"
+    return Splits(train, read_jsonl(valid, config) if valid.exists() else None)
+
+
+def _from_dataset(config: LoraConfig, partition: int, num_partitions: int | None) -> Splits:
+    from ..data import load_partition
+
+    if num_partitions is None:
+        raise TextError(
+            f"{config.data} is no folder with train.jsonl. If it is a dataset, on the Hugging Face "
+            "hub or as parquet files, say which part of how many is this node's: --node-id and "
+            "--num-partitions."
+        )
+    federation = config.federation
+    options = {k.replace("-", "_"): v for k, v in federation.partitioner_options.items()}
+    parts = load_partition(
+        config.data, partition, num_partitions, partitioner=federation.partitioner, **options
+    )
+    where = f"{config.data}, partition {partition}"
+    rows = [Rows(part.dataset(), lambda i: f"{where}, example {i}") for part in parts]
+    for part in rows:
+        _check_record(part.records[0], part.where(0), config)
+    return Splits(rows[0], rows[1])
+
+
+def _dealt(rows: Rows, partition: int, num_partitions: int) -> Rows:
+    mine = range(partition, len(rows.records), num_partitions)
+    if not mine:
+        raise TextError(
+            f"{rows.where(0).rsplit(',', 1)[0]} has {len(rows.records)} texts, too few for "
+            f"{num_partitions} nodes."
+        )
+    return Rows([rows.records[i] for i in mine], lambda i: rows.where(mine[i]))
+
+
+def read_jsonl(path: Path, config: LoraConfig) -> Rows:
+    """The records of a file, one a line.
+
+    Raises:
+        TextError: Naming the first line that is wrong, and why.
+    """
+    records: list[dict[str, Any]] = []
+    lines: list[int] = []
+    try:
+        content = path.read_bytes().splitlines()
+    except OSError as error:
+        raise TextError(f"Cannot read {path}: {error.strerror}.") from error
+    for number, line in enumerate(content, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise TextError(f"{path}, line {number} is not JSON: {error}.") from error
+        _check_record(record, f"{path}, line {number}", config)
+        records.append(record)
+        lines.append(number)
+    if not records:
+        raise TextError(f'{path} is empty: it has a record such as {{"text": "..."}} a line.')
+    _check_alike(records, lines, path, config)
+    return Rows(records, lambda i: f"{path}, line {lines[i]}")
+
+
+def _form(record: dict[str, Any], config: LoraConfig) -> tuple[str, ...]:
+    """The keys by which mlx-lm takes a record for a completion, a chat or a text."""
+    completion = (config.prompt_feature, config.completion_feature)
+    for keys in (completion, (config.chat_feature,), (config.text_feature,)):
+        if all(key in record for key in keys):
+            return keys
+    return ()
+
+
+def _check_record(record: Any, where: str, config: LoraConfig) -> None:
+    if not isinstance(record, dict):
+        raise TextError(f"{where} is not a record: it begins with {str(record)[:30]!r}.")
+    form = _form(record, config)
+    if not form:
+        has = ", ".join(map(repr, list(record)[:5])) or "no keys"
+        raise TextError(
+            f"{where} has {has}: mlx-lm wants {config.text_feature!r}, {config.chat_feature!r}, or "
+            f"{config.prompt_feature!r} and {config.completion_feature!r}."
+        )
+    for key in form:
+        value = record[key]
+        if key == config.chat_feature:
+            if not isinstance(value, list) or not value or not all(map(_is_turn, value)):
+                raise TextError(f"{where}: {key!r} is a list of messages with a role and content.")
+        elif not isinstance(value, str) or not value:
+            raise TextError(f"{where}: {key!r} is {'empty' if value == '' else 'not text'}.")
+    if config.mask_prompt and form == (config.text_feature,):
+        raise TextError(f"{where} is plain text, which has no prompt: leave out mask_prompt.")
+
+
+def _is_turn(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and "role" in message
+        and message.keys()
+        & {
+            "content",
+            "tool_calls",
+        }
+        != set()
+    )
+
+
+def _check_alike(
+    records: list[dict[str, Any]], lines: list[int], path: Path, config: LoraConfig
+) -> None:
+    """mlx-lm takes the first record's form for all."""
+    first = _form(records[0], config)
+    for record, line in zip(records, lines, strict=True):
+        if not all(key in record for key in first):
+            raise TextError(
+                f"{path}, line {line} has no {first[0]!r}, which line {lines[0]} has: all lines "
+                "are of one form."
+            )
+
+
+class Tokenized(NamedTuple):
+    """Token ids of texts, where in each the loss begins, and how many were cut."""
+
+    tokens: list[np.ndarray]
+    starts: list[int]
+    cut: list[str]
+
+
+def tokenize(rows: Rows, tokenizer: Any, config: LoraConfig) -> Tokenized:
+    """Texts as tokens, cut to ``max_seq_length``.
+
+    Raises:
+        TextError: If the tokenizer cannot take a record, or nothing of it is left to train on.
+    """
+    from mlx_lm.tuner.datasets import create_dataset
+
+    features = {f"{kind}_feature" for kind in ("prompt", "completion", "chat", "text")}
+    settings = {name: getattr(config, name) for name in (*features, "mask_prompt")}
+    dataset = create_dataset(rows.records, tokenizer, SimpleNamespace(**settings))
+    result = Tokenized([], [], [])
+    limit = config.max_seq_length
+    for number, record in enumerate(rows.records):
+        try:
+            ids, start = dataset.process(record)
+        except Exception as error:  # whatever a chat template raises
+            raise TextError(f"{rows.where(number)} cannot be tokenized: {error}") from error
+        if max(start, 1) >= min(len(ids), limit):
+            raise TextError(
+                f"{rows.where(number)} has nothing to learn within max_seq_length {limit}: its "
+                f"prompt takes {start} of {len(ids)} tokens."
+            )
+        if len(ids) > limit:
+            result.cut.append(f"{rows.where(number)} ({len(ids)} tokens)")
+        result.tokens.append(np.asarray(ids[:limit], np.int32))
+        result.starts.append(start)
+    return result
+
+
+class Batches:
+    """Tokenized texts as a stream of batches: ``batches(key)`` goes through all of them once.
+
+    Texts of about one length are together, as with mlx-lm; unlike there, the last batch may be
+    smaller, so that every text counts and a node may have fewer than a batch.
+
+    Args:
+        texts (Tokenized): The texts.
+        batch_size (int): Texts in a batch.
+        most (int, optional): Batches in a pass, drawn from all.
+    """
+
+    def __init__(self, texts: Tokenized, batch_size: int, most: int | None = None):
+        self.texts, self.batch_size, self.most = texts, batch_size, most
+        self.lengths = np.array([len(ids) for ids in texts.tokens])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __call__(self, key: mx.array) -> Iterator[tuple[mx.array, mx.array]]:
+        random = np.random.default_rng(np.array(key))
+        order = random.permutation(len(self))
+        order = order[np.argsort(self.lengths[order], kind="stable")]
+        starts = range(0, len(order), self.batch_size)
+        groups = [order[start : start + self.batch_size] for start in starts]
+        for number in islice(random.permutation(len(groups)), self.most):
+            yield self._collate(groups[number])
+
+    def _collate(self, group: np.ndarray) -> tuple[mx.array, mx.array]:
+        """Token ids of shape (texts, 1 + a multiple of 32), and of each text where its loss
+        begins and ends; the last token's own is the last: padding is never learnt."""
+        longest = int(self.lengths[group].max())
+        tokens = np.zeros((len(group), 1 + _PAD_TO * -(-(longest - 1) // _PAD_TO)), np.int32)
+        spans = np.zeros((len(group), 2), np.int32)
+        for row, index in enumerate(group):
+            ids = self.texts.tokens[index]
+            tokens[row, : len(ids)] = ids
+            spans[row] = self.texts.starts[index], len(ids) - 1
+        return mx.array(tokens), mx.array(spans)

@@ -1,0 +1,319 @@
+"""Language models as tasks: what is trained, on which texts, and what comes of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import mlx_fed as fed  # before mlx.core
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from flwr.serverapp.strategy import FedAvg
+
+pytest.importorskip("mlx_lm")
+
+from mlx_lm.utils import load as mlx_lm_load
+
+from mlx_fed import messages
+from mlx_fed.lm import base, texts
+from mlx_fed.lm.config import load_config
+from mlx_fed.lm.task import lora_task
+from mlx_fed.training import Trainer
+
+from . import tiny_llama
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uncompiled():
+    """Many different programs, each run a few times, are not worth compiling."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return tiny_llama.write_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """The texts of three nodes; the last has fewer than a batch."""
+    for name, count in (("anna", 10), ("ben", 7), ("cleo", 2)):
+        train, valid = tiny_llama.lines(name, count), tiny_llama.lines(name, 4, 20)
+        tiny_llama.write_texts(tmp_path / "data" / name, train, valid)
+    return tmp_path / "data"
+
+
+def configure(model: Path, data: Path, **flags):
+    flags = {"num_layers": 2, "learning_rate": 1e-2, "local_iters": 6, "rounds": 2, **flags}
+    config = load_config(None, {"model": str(model), "data": str(data), **flags})
+    return replace(config, lora_parameters={"rank": 4, "scale": 10.0, "dropout": 0.0})
+
+
+def simulate(config, runs: Path, name="run", clients=3, **settings):
+    return fed.simulate(
+        lora_task(config), num_clients=clients, workers=0, runs=runs, name=name, **settings
+    )
+
+
+def test_all_nodes_learn_and_each_says_how_well(llama, data, tmp_path):
+    result = simulate(configure(llama, data), tmp_path)
+    first, last = result.rounds
+    assert last["train"]["loss"] < first["train"]["loss"]
+    assert last["evaluate"]["perplexity"] == pytest.approx(np.exp(last["evaluate"]["loss"]))
+    each = last["each"]["evaluate"]
+    assert each.keys() == {"node-0", "node-1", "node-2"}
+    for own in each.values():
+        assert own["perplexity"] == pytest.approx(np.exp(own["loss"]))
+    trained = last["each"]["train"]
+    assert [own["num-examples"] for own in trained.values()] == [10, 7, 2]
+    assert all(own["tokens-per-second"] > 0 for own in trained.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "flags"),
+    [
+        ("lora", 4, {}),
+        ("dora", None, {}),
+        ("dora", 8, {}),
+        ("full", None, {}),
+        ("lora", None, {"freeze_a": True}),
+        ("lora", None, {"grad_checkpoint": True}),
+    ],
+)
+def test_ways_to_fine_tune(kind, bits, flags, data, tmp_path):
+    model = tiny_llama.write_model(tmp_path / "base", bits=bits)
+    config = configure(model, data, fine_tune_type=kind, **flags)
+    result = simulate(config, tmp_path)
+    assert result.rounds[-1]["train"]["loss"] < result.rounds[0]["train"]["loss"]
+    assert result.model == tmp_path / "run" / "adapters"
+    # What mlx-lm makes of the folder computes what our model does.
+    theirs, _ = mlx_lm_load(str(model), adapter_path=str(result.model))
+    trainer = Trainer(lora_task(config))
+    expected = trainer.evaluate(result.parameters, {}, lora_task(config).data(0, 3).test)
+    loss = Trainer(replace(lora_task(config), model=lambda: unfrozen(theirs)))
+    got = loss.evaluate(loss.parameters(), {}, lora_task(config).data(0, 3).test)
+    assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def unfrozen(model):
+    model.unfreeze()
+    return model
+
+
+def test_a_federation_of_bfloat16_layers_sends_them_as_they_are(data, tmp_path):
+    model = tiny_llama.write_model(tmp_path / "base", dtype=mx.bfloat16)
+    config = configure(model, data, fine_tune_type="full")
+    trainer = Trainer(lora_task(config))
+    assert {dtype for _, dtype in trainer.spec.values()} == {"bfloat16"}
+    sent = messages.unpack(messages.pack(trainer.parameters()))
+    for name, array in trainer.parameters().items():
+        assert sent[name].dtype == mx.bfloat16
+        assert mx.array_equal(sent[name].view(mx.uint16), array.view(mx.uint16))
+    result = simulate(config, tmp_path)
+    assert result.rounds[1]["train"]["loss"] < result.rounds[0]["train"]["loss"]
+    saved = mx.load(str(result.model / "adapters.safetensors"))
+    assert {array.dtype for array in saved.values()} == {mx.bfloat16}
+
+
+def test_freezing_a_sends_b_alone_and_saves_both(llama, data, tmp_path):
+    config = configure(llama, data, freeze_a=True)
+    result = simulate(config, tmp_path)
+    assert all(name.endswith("lora_b") for name in result.parameters)
+    saved = mx.load(str(result.model / "adapters.safetensors"))
+    kinds = {name.rsplit(".", 1)[-1] for name in saved}
+    assert kinds == {"lora_a", "lora_b"}
+    # Whoever builds the model from the run's seed has the same A.
+    first, again = Trainer(lora_task(config)), Trainer(lora_task(config))
+    for name, slot in first.slots.frozen.items():
+        assert mx.array_equal(slot.get(), again.slots.frozen[name].get()), name
+        if name.endswith("lora_a"):
+            assert mx.array_equal(slot.get(), saved[name])
+
+
+def test_gradient_checkpoints_change_nothing_but_memory(llama, data):
+    losses = []
+    for flag in (False, True):
+        task = lora_task(configure(llama, data, grad_checkpoint=flag))
+        trainer = Trainer(task)
+        settings = {**task.config, "seed": 0, "server-round": 1}
+        update = trainer.train(trainer.parameters(), {}, task.data(0, 3), settings)
+        losses.append(update.metrics["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_base_is_loaded_once_and_its_arrays_are_shared(llama, data):
+    task = lora_task(configure(llama, data))
+    one, other = task.model(), task.model()
+    layers = [model.layers[0].self_attn.q_proj for model in (one, other)]
+    assert layers[0] is not layers[1]
+    assert layers[0].linear.weight is layers[1].linear.weight
+    assert "linear" not in base.load(llama).model.layers[0].self_attn.q_proj
+
+
+def test_the_loss_is_the_mean_over_tokens_whatever_the_batches(llama, data):
+    losses = []
+    for size in (1, 3, 10):
+        task = lora_task(configure(llama, data, batch_size=size, val_batches=-1))
+        trainer = Trainer(task)
+        found = trainer.evaluate(trainer.parameters(), {}, task.data(0, 3).train)
+        losses.append(found["loss"])
+        tokens = sum(len(f"{text}!") - 1 for text in tiny_llama.lines("anna", 10))
+        assert found["num-tokens"] == tokens  # an end for each text, and no first token to guess
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
+
+
+def test_weighing_by_tokens_is_one_step_on_all_texts(llama, data, tmp_path):
+    """A step of gradient descent on each node, averaged by tokens, is the step on all texts."""
+    flags = {
+        "optimizer": "sgd",
+        "learning_rate": 0.1,
+        "batch_size": 100,
+        "local_iters": 1,
+        "rounds": 1,
+        "weighting": "tokens",
+    }
+    apart = simulate(
+        configure(llama, data, **flags),
+        tmp_path,
+        strategy=FedAvg(
+            weighted_by_key="num-tokens",
+            min_train_nodes=1,
+            min_evaluate_nodes=1,
+            min_available_nodes=1,
+        ),
+    )
+    everyone = [
+        json.loads(line)
+        for folder in texts.folders_of_texts(data)
+        for line in (folder / "train.jsonl").read_text().splitlines()
+    ]
+    pooled = tiny_llama.write_texts(tmp_path / "pooled", everyone)
+    task = lora_task(configure(llama, pooled, **flags))
+    trainer = Trainer(task)
+    settings = {**task.config, "seed": 0, "server-round": 1}
+    whole = trainer.train(trainer.parameters(), {}, task.data(0, None), settings)
+    for name, array in whole.parameters.items():
+        assert mx.allclose(array, apart.parameters[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_prompts_are_left_out_of_the_loss(llama, tmp_path):
+    pairs = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(8)]
+    folder = tiny_llama.write_texts(tmp_path / "pairs", pairs, pairs)
+    counts = []
+    for mask in (False, True):
+        config = configure(llama, folder, mask_prompt=mask, val_batches=-1)
+        task = lora_task(config)
+        trainer = Trainer(task)
+        counts.append(
+            trainer.evaluate(trainer.parameters(), {}, task.data(0, None).test)["num-tokens"]
+        )
+    # The template writes "<assistant>", which is the prompt's, then the answer and a line's end.
+    assert counts[1] == sum(len(pair["completion"]) + 1 for pair in pairs)
+    assert counts[0] > counts[1]
+
+
+def test_chats_with_tools_are_taken(llama, tmp_path):
+    chat = {
+        "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}],
+        "tools": [{"type": "function", "function": {"name": "add"}}],
+    }
+    folder = tiny_llama.write_texts(tmp_path / "chats", [chat], [chat])
+    task = lora_task(configure(llama, folder, mask_prompt=True))
+    assert len(task.data(0, None).train) == 1
+
+
+def test_texts_that_are_too_long_are_cut_and_named(llama, tmp_path):
+    folder = tiny_llama.write_texts(tmp_path / "long", ["short", "x" * 100], ["short"])
+    notes: list[str] = []
+    task = lora_task(configure(llama, folder, max_seq_length=32), note=notes.append)
+    tokens = [batch for batch, _ in task.data(0, None).train(mx.random.key(0))]
+    assert max(batch.shape[1] for batch in tokens) == 33
+    assert "1 texts are longer than max_seq_length 32 and are cut" in notes[0]
+    assert "train.jsonl, line 2 (101 tokens)" in notes[0]
+
+
+def test_a_folder_of_texts_is_dealt_out(llama, tmp_path):
+    folder = tiny_llama.write_texts(
+        tmp_path / "all", tiny_llama.lines("anna", 10), ["a valid", "b"]
+    )
+    task = lora_task(configure(llama, folder))
+    parts = [task.data(number, 2).train for number in range(2)]
+    assert [len(part) for part in parts] == [5, 5]
+    assert len(task.data(0, None).train) == 10
+
+
+def test_a_dataset_is_partitioned(llama, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("flwr_datasets")
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    rows = datasets.Dataset.from_dict({"text": tiny_llama.lines("anna", 20)})
+    rows.to_parquet(folder / "train.parquet")
+    task = lora_task(configure(llama, folder))
+    parts = [task.data(number, 2) for number in range(2)]
+    assert [(len(part.train), len(part.test)) for part in parts] == [(8, 2), (8, 2)]
+    with pytest.raises(fed.FedError, match="say which part of how many is this node's"):
+        task.data(0, None)
+
+
+def test_a_schedule_goes_on_from_round_to_round(llama, data):
+    schedule = {"name": "linear_schedule", "arguments": [1e-2, 0.0, 12], "warmup": 2}
+    config = replace(configure(llama, data, local_iters=6), lr_schedule=schedule)
+    task = lora_task(config)
+    rates = []
+    for number in (1, 2):
+        optimizer = task.optimizer({**task.config, "server-round": number})
+        for _ in range(6):
+            optimizer.apply_gradients({"w": mx.array(1.0)}, {"w": mx.array(1.0)})
+            rates.append(optimizer.learning_rate.item())
+    from mlx_lm.tuner.utils import build_schedule
+
+    expected = [build_schedule(schedule)(mx.array(step)).item() for step in range(12)]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_sample_is_written_after_rounds(llama, data, tmp_path):
+    from mlx_fed.lm.samples import sampler
+
+    config = configure(
+        llama, data, rounds=2, sample_prompt="anna says ", sample_every=2, sample_tokens=5
+    )
+    task = lora_task(config)
+    result = simulate(config, tmp_path, evaluate_fn=sampler(config, task))
+    assert result.rounds[0]["central"] == {}
+    assert result.rounds[1]["central"]["sample"].startswith("anna says ")
+    assert len(result.rounds[1]["central"]["sample"]) > len("anna says ")
+
+
+def test_training_goes_on_from_adapters(llama, data, tmp_path):
+    config = configure(llama, data)
+    first = simulate(config, tmp_path, name="first")
+    path = str(first.model / "adapters.safetensors")
+    trainer = Trainer(lora_task(replace(config, resume_adapter_file=path)))
+    for name, array in trainer.parameters().items():
+        assert mx.array_equal(array, first.parameters[name])
+
+
+def test_the_identity_of_a_base_tells_values_and_not_files(llama, tmp_path):
+    same = tiny_llama.write_model(tmp_path / "same")
+    other = tiny_llama.write_model(tmp_path / "other", seed=1)
+    arrays = mx.load(str(same / "model.safetensors"))
+    (same / "model.safetensors").unlink()
+    names = sorted(arrays)
+    for number, part in enumerate((names[::2], names[1::2])):
+        shard = {name: arrays[name] for name in part}
+        mx.save_safetensors(str(same / f"model-{number}.safetensors"), shard)
+    assert base.identity(same) == base.identity(llama)
+    assert base.identity(other) != base.identity(llama)
+
+
+def test_the_identity_of_a_tokenizer_tells_its_words(llama, tmp_path):
+    longer = tiny_llama.write_model(tmp_path / "longer", words=["anna"])
+    found = [base.tokenizer_identity(base.load_tokenizer(path)) for path in (llama, longer)]
+    assert found[0] != found[1]
+    assert found[0] == base.tokenizer_identity(base.load_tokenizer(llama))

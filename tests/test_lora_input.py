@@ -1,0 +1,323 @@
+"""What cannot be fine-tuned is refused at the start, by name and with what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx_fed as fed  # before mlx.core
+
+import mlx.core as mx
+import pytest
+
+pytest.importorskip("mlx_lm")
+
+from mlx_fed import rounds
+from mlx_fed.errors import FedError
+from mlx_fed.history import History
+from mlx_fed.lm import base
+from mlx_fed.lm.config import LoraConfig, load_config
+from mlx_fed.lm.task import lora_task
+from mlx_fed.settings import Settings
+from mlx_fed.strategies import default
+from mlx_fed.training import Trainer
+
+from . import tiny_llama
+from .loopback import LoopbackGrid
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uncompiled():
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return tiny_llama.write_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return tiny_llama.write_texts(tmp_path / "data", ["one", "two", "three"], ["four"])
+
+
+def refused(message: str):
+    return pytest.raises(FedError, match=re.escape(message))
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "lora.yaml"
+    path.write_text(text)
+    return path
+
+
+# -- the configuration ---------------------------------------------------------------------
+
+
+def test_defaults_are_mlx_lms():
+    from mlx_lm.lora import CONFIG_DEFAULTS
+
+    ours = vars(LoraConfig())
+    for key, value in CONFIG_DEFAULTS.items():
+        if key in ours and key != "optimizer_config":
+            assert ours[key] == value, key
+    path = CONFIG_DEFAULTS.keys() - ours.keys()
+    assert path == {
+        "adapter_path",
+        "clear_cache_threshold",
+        "config",
+        "grad_accumulation_steps",
+        "project_name",
+        "report_to",
+        "save_every",
+        "steps_per_eval",
+        "steps_per_report",
+        "test",
+        "test_batches",
+        "train",
+    }
+
+
+def test_a_file_of_mlx_lms_is_taken_with_flags_over_it(tmp_path):
+    path = written(
+        tmp_path,
+        "model: base\ntrain: true\nlearning_rate: 1e-5\niters: 100\nadapter_path: adapters\n"
+        "lora_parameters: {rank: 4}\nfederation: {rounds: 3, nodes: 2}\n",
+    )
+    config = load_config(path, {"batch_size": 2, "rounds": 8, "seed": None})
+    assert (config.model, config.learning_rate, config.batch_size) == ("base", 1e-5, 2)
+    assert config.lora_parameters == {"rank": 4, "dropout": 0.0, "scale": 20.0}
+    assert (config.federation.rounds, config.federation.nodes) == (8, 2)
+    assert config.local_steps() == 13
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "unknown key lerning_rate. Did you mean learning_rate?"),
+        ("federation: {round: 1}", "federation.round. Did you mean federation.rounds?"),
+        ("rounds: 3", "unknown key rounds. Put it below federation: as federation.rounds."),
+        ("federation: {model: x}", "Put model at the top, beside model and data."),
+        ("lora_parameters: {rang: 1}", "lora_parameters.rang. Did you mean lora_parameters.rank?"),
+        ("lora_parameters: {alpha: 16}", "mlx-lm has lora_parameters.scale"),
+        ("lora_parameters: {rank: 0}", "lora_parameters.rank is 1 or more, not 0"),
+        ("batch_size: four", "batch_size is a whole number, not 'four'"),
+        ("batch_size: 0", "batch_size is 1 or more, not 0"),
+        ("mask_prompt: 1", "mask_prompt is true or false, not 1"),
+        ("optimizer: lion", "optimizer is one of adam, adamw, muon, sgd, adafactor, not 'lion'"),
+        ("federation: {fraction: 2.0}", "federation.fraction is above 0 and at most 1, not 2.0"),
+        ("lr_schedule: {name: cosine}", "lr_schedule has a name, one of cosine_decay"),
+        ("grad_accumulation_steps: 2", "grad_accumulation_steps is not supported yet"),
+        ("federation: 3", "federation is a section of keys, not 3"),
+        ("- model", "has no keys"),
+        ("model: [", "is not YAML"),
+    ],
+)
+def test_a_configuration_that_cannot_be(text, message, tmp_path):
+    with refused(message) as raised:
+        load_config(written(tmp_path, text))
+    assert "lora.yaml" in str(raised.value)
+
+
+def test_the_command_says_so_and_ends(start, tmp_path):
+    path = written(tmp_path, "modle: base")
+    command = start("-m", "mlx_fed", "lora", "serve", "-c", path)
+    assert command.ends() == 1
+    assert "unknown key modle. Did you mean model?" in command.text
+    assert "Traceback" not in command.text
+
+
+# -- texts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "train.jsonl is empty"),
+        ("\n\n", "train.jsonl is empty"),
+        ('{"text": "a"}\n{"text": ', "train.jsonl, line 2 is not JSON"),
+        ('{"text": "a"}\n\n["b"]', "train.jsonl, line 3 is not a record"),
+        ('{"txt": "a"}', "train.jsonl, line 1 has 'txt': mlx-lm wants 'text', 'messages'"),
+        ('{"text": ""}', "line 1: 'text' is empty"),
+        ('{"text": 3}', "line 1: 'text' is not text"),
+        ('{"messages": []}', "line 1: 'messages' is a list of messages with a role and content"),
+        ('{"prompt": "a", "completion": null}', "line 1: 'completion' is not text"),
+        (
+            '{"text": "a"}\n{"prompt": "a", "completion": "b"}',
+            "train.jsonl, line 2 has no 'text', which line 1 has",
+        ),
+    ],
+)
+def test_texts_that_are_not_laid_out_as_mlx_lms(content, message, tmp_path):
+    (tmp_path / "train.jsonl").write_text(content)
+    # They are read before the model is looked for.
+    config = load_config(None, {"model": "./nowhere", "data": str(tmp_path)})
+    with refused(message):
+        lora_task(config).data(0, None)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b'{"text": "caf\xe9"}')
+    with refused("train.jsonl, line 1 is not JSON"):
+        lora_task(load_config(None, {"data": str(tmp_path)})).data(0, None)
+
+
+def test_a_folder_without_texts(tmp_path):
+    config = load_config(None, {"data": str(tmp_path)})
+    with refused(f"There is no train.jsonl in {tmp_path}."):
+        lora_task(config).data(0, None)
+    tiny_llama.write_texts(tmp_path / "anna", ["a"])
+    with refused("but in anna: name one of these"):
+        lora_task(config).data(0, None)
+    with refused("has 1 folders of texts, for as many nodes, not 3"):
+        lora_task(config).data(0, 3)
+
+
+def test_a_prompt_that_leaves_nothing_to_learn(llama, tmp_path):
+    pair = {"prompt": "x" * 50, "completion": "y"}
+    folder = tiny_llama.write_texts(tmp_path / "pairs", [pair])
+    flags = {"model": str(llama), "data": str(folder), "max_seq_length": 32, "mask_prompt": True}
+    with refused("line 1 has nothing to learn within max_seq_length 32: its prompt takes"):
+        lora_task(load_config(None, flags)).data(0, None)
+
+
+def test_plain_text_has_no_prompt_to_mask(llama, data):
+    flags = {"model": str(llama), "data": str(data), "mask_prompt": True}
+    with refused("train.jsonl, line 1 is plain text, which has no prompt"):
+        lora_task(load_config(None, flags)).data(0, None)
+
+
+# -- the base model ------------------------------------------------------------------------
+
+
+def build(model: Path | str, **flags):
+    return lora_task(load_config(None, {"model": str(model), "num_layers": 2, **flags})).model()
+
+
+def test_mlx_lm_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    base.find.cache_clear()
+    with refused('needs mlx-lm: pip install "mlx-fed[lm]"'):
+        build("anything")
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with refused("There is no model in ./models/nowhere: no such folder"):
+        build("./models/nowhere")
+
+
+def test_a_model_without_weights(tmp_path):
+    model = tiny_llama.write_model(tmp_path / "empty")
+    (model / "model.safetensors").unlink()
+    with refused("has no weights: no file model*.safetensors"):
+        build(model)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with refused(f"{tmp_path} is no model: its config.json"):
+        build(tmp_path)
+
+
+def test_an_architecture_that_mlx_lm_does_not_know(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "perceptron"}))
+    with refused("a model of type 'perceptron', which mlx-lm does not know"):
+        build(tmp_path)
+
+
+def test_weights_that_are_cut_off(tmp_path):
+    model = tiny_llama.write_model(tmp_path / "cut")
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:1000])
+    with refused(f"mlx-lm cannot load {model}"):
+        build(model)
+
+
+def test_a_model_without_a_tokenizer(tmp_path):
+    model = tiny_llama.write_model(tmp_path / "mute")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    with refused(f"Cannot load the tokenizer in {model}"):
+        build(model)
+
+
+def test_more_layers_than_there_are(llama):
+    with refused("num_layers is 16, and the model has 2 layers: -1 is all"):
+        build(llama, num_layers=16)
+
+
+def test_lora_keys_that_match_nothing(llama):
+    config = load_config(None, {"model": str(llama), "num_layers": 2})
+    keys = {**config.lora_parameters, "keys": ["self_attn.q_porj"]}
+    with refused("names 'self_attn.q_porj', which no layer has. Did you mean 'self_attn.q_proj'?"):
+        lora_task(replace(config, lora_parameters=keys)).model()
+
+
+def test_adapters_to_start_from_that_do_not_fit(llama, tmp_path):
+    with refused("Cannot read resume_adapter_file"):
+        build(llama, resume_adapter_file=str(tmp_path / "none.safetensors"))
+    path = str(tmp_path / "other.safetensors")
+    mx.save_safetensors(path, {"model.layers.0.self_attn.q_proj.lora_a": mx.zeros((64, 3))})
+    with refused("was it trained with the same lora_parameters and num_layers?"):
+        build(llama, resume_adapter_file=path)
+
+
+# -- another node's ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("base", "its base model is not the server's: "),
+        ("tokenizer", "its tokenizer is not the server's: "),
+        ("rank", "its LoRA rank is not the server's: 2, expected 8"),
+        ("scale", "its LoRA scale is not the server's: 5.0, expected 20.0"),
+        ("kind", "its fine_tune_type is not the server's: dora, expected lora"),
+        ("layers", "its model is not the server's: parameter 'model.layers.0."),
+    ],
+)
+def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path):
+    config = load_config(
+        None, {"model": str(llama), "data": str(data), "num_layers": 2, "local_iters": 1}
+    )
+    other = {
+        "base": lambda: replace(
+            config, model=str(tiny_llama.write_model(tmp_path / "other", seed=1))
+        ),
+        "tokenizer": lambda: replace(
+            config, model=str(tiny_llama.write_model(tmp_path / "other", words=["one"]))
+        ),
+        "rank": lambda: replace(config, lora_parameters={**config.lora_parameters, "rank": 2}),
+        "scale": lambda: replace(config, lora_parameters={**config.lora_parameters, "scale": 5}),
+        "kind": lambda: replace(config, fine_tune_type="dora"),
+        "layers": lambda: replace(config, num_layers=1),
+    }[what]()
+    task = lora_task(config)
+    apps = [fed.client_app(with_all_texts(lora_task(c))) for c in (config, config, other)]
+    told: list[tuple[str, str]] = []
+
+    def listen(event: str, fields: dict) -> None:
+        if event == "refused":
+            told.append((fields["node"], fields["reason"]))
+
+    history = History(tmp_path, (listen,))
+    rounds.run(LoopbackGrid(apps), default(), Trainer(task), Settings(num_rounds=1), history)
+    assert [node for node, _ in told] == ["node-2"]
+    assert told[0][1].startswith(message)
+
+
+def with_all_texts(task: fed.Task) -> fed.Task:
+    return replace(task, data=lambda number, of: task.data(number, None))
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    base.find.cache_clear()
+    with refused("neither a folder nobody/nothing nor a model of that name to be had"):
+        build("nobody/nothing")
