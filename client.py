@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_fed.cli import errors_as_messages
+from mlx_fed.arguments import errors_as_messages
 
 
 def main(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_fed.cli import Keep, Resume, errors_as_messages, find_strategy
+from mlx_fed.arguments import Keep, Resume, errors_as_messages, find_strategy
 
 
 def main(

@@ -14,7 +14,7 @@ import pytest
 
 from examples.mnist import mnist as example
 from mlx_fed import data, sources
-from mlx_fed.cli import parse_settings
+from mlx_fed.arguments import parse_settings
 from mlx_fed.data import DataError
 from mlx_fed.partitioners import EXCLUDED, PARTITIONERS
 

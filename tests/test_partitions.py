@@ -13,7 +13,7 @@ import pytest
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
-from mlx_fed.cli import find_task
+from mlx_fed.arguments import find_task
 from mlx_fed.partitions import Labels, count_labels, draw
 from mlx_fed.task import make_task
 

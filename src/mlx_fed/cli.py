@@ -1,24 +1,35 @@
-"""The ``mlx-fed`` command, and what every command of ours does about errors and Ctrl-C."""
+"""The ``mlx-fed`` command."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import __version__
-from .errors import FedError
+from .arguments import (
+    Insecure,
+    Keep,
+    Resume,
+    RunName,
+    RunsFolder,
+    Settings,
+    StrategyName,
+    StrategyOptions,
+    TaskName,
+    TestName,
+    Wait,
+    errors_as_messages,
+    find_strategy,
+    find_task,
+    find_test,
+    parse_settings,
+)
 from .lm.commands import lora
 
 if TYPE_CHECKING:
-    from flwr.serverapp.strategy import Strategy
-
-    from .task import TaskSource
+    pass
 
 app = typer.Typer(
     help="Federated learning for MLX models, on Flower's engine.",
@@ -29,57 +40,6 @@ app = typer.Typer(
 )
 
 app.add_typer(lora, name="lora")
-
-TaskName = Annotated[
-    str, typer.Argument(metavar="MODULE:TASK", help="The task, such as examples.mnist:task.")
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--config", "-c", metavar="KEY=VALUE", help="A setting; as often as needed."),
-]
-Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Allow unencrypted connections beyond this machine.")
-]
-StrategyName = Annotated[
-    str, typer.Option(help="A Flower strategy's name, or MODULE:STRATEGY of your own.")
-]
-StrategyOptions = Annotated[
-    list[str] | None,
-    typer.Option("--strategy-option", "-s", metavar="KEY=VALUE", help="Its arguments."),
-]
-TestName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODULE:FUNCTION",
-        help="Gives held-out examples of the server's own (see the docs).",
-    ),
-]
-RunName = Annotated[str | None, typer.Option(help="The run's name.", show_default="the time")]
-RunsFolder = Annotated[Path, typer.Option(help="Where runs are kept.")]
-Resume = Annotated[
-    str | None,
-    typer.Option(
-        metavar="RUN", help="Go on with a run, by its name or folder; all else as it was."
-    ),
-]
-Keep = Annotated[int, typer.Option(min=0, help="Checkpoints to keep, beside the best; 0: none.")]
-Wait = Annotated[float, typer.Option(help="Seconds to wait for the other side.")]
-
-
-@contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """Turns our errors into one message and exit code 1, and Ctrl-C into exit code 130."""
-    try:
-        yield
-    except FedError as error:
-        from .progress import printable
-
-        shown = "\n".join(printable(line) for line in str(error).splitlines())
-        typer.secho(f"Error: {shown}", fg="red", err=True)
-        raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        typer.echo("Interrupted.", err=True)
-        raise SystemExit(130) from None
 
 
 @app.command()
@@ -300,105 +260,6 @@ def version(
     if version:
         typer.echo(f"mlx-fed {__version__}")
         raise typer.Exit
-
-
-def find_task(name: str) -> TaskSource:
-    """The task, or the function that makes one, of ``module:task``.
-
-    Raises:
-        FedError: If there is no such module or name.
-    """
-    found: TaskSource = _find(name, "a task", "examples.mnist:task")
-    return found
-
-
-def find_strategy(name: str, min_nodes: int, options: dict[str, Any]) -> Strategy:
-    """One of Flower's strategies by its name, or ``module:strategy``: one, or what makes one.
-
-    Raises:
-        FedError: If there is no such strategy, or it does not take the options.
-    """
-    import flwr.serverapp.strategy as flower
-
-    from .progress import quiet_flower
-
-    quiet_flower()
-    if ":" in name:
-        made = _find(name, "a strategy", "my_app:strategy")
-    else:
-        made = getattr(flower, name, None)
-        if not (isinstance(made, type) and issubclass(made, flower.Strategy)):
-            known = ", ".join(
-                name
-                for name in flower.__all__
-                if name.startswith(("Bulyan", "Fed", "Krum", "Multi", "QFed")) and "Xgb" not in name
-            )
-            raise FedError(f"Flower has no strategy {name!r}. It has {known}.")
-        least = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
-        options = {**dict.fromkeys(least, min_nodes), **options}
-    if isinstance(made, flower.Strategy):
-        return made
-    try:
-        strategy = made(**{key.replace("-", "_"): value for key, value in options.items()})
-    except (TypeError, ValueError) as error:
-        raise FedError(f"Cannot make the strategy {name!r}: {error}") from error
-    if not isinstance(strategy, flower.Strategy):
-        raise FedError(f"{name!r} gave a {type(strategy).__name__}, not a Flower strategy.")
-    return strategy
-
-
-def find_test(name: str, config: dict[str, Any]) -> Any:
-    """The held-out examples that ``module:function`` gives for the settings.
-
-    Raises:
-        FedError: If there is no such function.
-    """
-    return _find(name, "a function that gives test examples", "examples.mnist:central_test")(config)
-
-
-def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """``{"learning-rate": 0.1}`` of ``["learning-rate=0.1"]``: numbers, true and false, or text.
-
-    Raises:
-        FedError: If one is not KEY=VALUE.
-    """
-    parsed: dict[str, Any] = {}
-    for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise FedError(f"{setting!r} is not KEY=VALUE, such as learning-rate=0.1.")
-        parsed[key] = _value(value)
-    return parsed
-
-
-def _value(text: str) -> int | float | bool | str:
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _find(name: str, what: str, example: str) -> Any:
-    module_name, colon, attribute = name.partition(":")
-    if not colon or not module_name or not attribute:
-        raise FedError(f"{name!r} does not name {what}: it is MODULE:NAME, such as {example}.")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and module_name.startswith(error.name):
-            raise FedError(
-                f"There is no module {module_name!r}, neither in {Path.cwd()} nor installed."
-            ) from error
-        raise
-    if not hasattr(module, attribute):
-        raise FedError(f"The module {module_name!r} has no {attribute!r}.")
-    return getattr(module, attribute)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from .. import randomness
+from ..arguments import Insecure, RunName, RunsFolder, Wait, errors_as_messages, find_strategy
 from .base import require_mlx_lm
 from .config import ConfigError, Federation, LoraConfig, load_config
 
@@ -33,12 +34,6 @@ ConfigFile = Annotated[
 Gpu = Annotated[
     bool | None, typer.Option("--gpu/--cpu", help="Where to compute.", show_default="MLX's choice")
 ]
-Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Allow unencrypted connections beyond this machine.")
-]
-Wait = Annotated[float, typer.Option(help="Seconds to wait for the other side.")]
-RunName = Annotated[str | None, typer.Option(help="The run's name.", show_default="the time")]
-RunsFolder = Annotated[Path, typer.Option(help="Where runs are kept.")]
 
 
 def _flags(cls: type, panel: str) -> list[inspect.Parameter]:
@@ -70,7 +65,6 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**values: Any) -> None:
-        from ..cli import errors_as_messages
 
         given = {flag.name: values.pop(flag.name) for flag in _FLAGS}
         with errors_as_messages():
@@ -207,7 +201,6 @@ def simulate(
 
 def make_strategy(config: LoraConfig, min_nodes: int) -> Strategy:
     """The strategy that a configuration names, with its share of nodes and their weights."""
-    from ..cli import find_strategy
 
     federation = config.federation
     options: dict[str, Any] = {}
