@@ -31,6 +31,7 @@ def config(tmp_path) -> Path:
         "num_layers: 2\n"
         "learning_rate: 1e-2\n"
         "iters: 8\n"
+        "grad_checkpoint: true\n"
         "lora_parameters: {rank: 4, scale: 10.0, dropout: 0.1}\n"
         "federation: {rounds: 2, nodes: 3, weighting: tokens, sample_prompt: anna}\n"
     )
