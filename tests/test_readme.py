@@ -133,6 +133,7 @@ def test_language_models(start, tmp_path):
     server, node = (session(line) for line in commands(*SESSIONS["language models"]))
     assert server.ends(120) == 0, server.text
     assert node.ends() == 0, node.text
+    assert "-texts joined" in server.text  # by its machine and its folder
 
 
 @pytest.mark.slow

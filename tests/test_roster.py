@@ -12,12 +12,12 @@ import mlx_fed as fed  # before mlx.core
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from flwr.app import Message
+from flwr.app import Context, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from mlx.utils import tree_flatten
 
-from mlx_fed import roster, rounds
+from mlx_fed import messages, roster, rounds
 from mlx_fed.history import History
 from mlx_fed.settings import Settings
 from mlx_fed.training import Trainer
@@ -187,3 +187,25 @@ def test_a_task_saves_the_model_in_a_form_of_its_own(tmp_path: Path):
     model.load_weights(str(result.model))
     for name, array in result.parameters.items():
         assert mx.array_equal(dict(tree_flatten(model.parameters()))[name], array)
+
+
+@pytest.mark.parametrize("what", ["fingerprint", "parameters"])
+def test_an_answer_to_the_roll_call_that_is_no_answer(what: str, tmp_path: Path):
+    told: list[dict] = []
+    task = replace(TASK, fingerprint=lambda: {"base model": "3f2a"})
+    node = fed.client_app(task)
+
+    def odd(message: Message, context: Context) -> Message:
+        reply = node(message, context)
+        if message.metadata.message_type == messages.ROLL_CALL:
+            reply.content["node"][what] = "[]"
+        return reply
+
+    def listen(event: str, fields: dict) -> None:
+        if event == "refused":
+            told.append(fields)
+
+    grid, history = LoopbackGrid([node, node, odd]), History(tmp_path, (listen,))
+    rounds.run(grid, FedAvg(), Trainer(task, SEED), Settings(num_rounds=1, seed=SEED), history)
+    assert [fields["node"] for fields in told] == ["node-2"]
+    assert "unreadable answer" in told[0]["reason"]

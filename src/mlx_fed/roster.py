@@ -153,7 +153,7 @@ class Roster:
             self._check_fingerprint(record)
             self._check_model(record)
             self._check_free(node)
-        except (FedError, KeyError, TypeError, ValueError) as error:
+        except (FedError, AttributeError, KeyError, TypeError, ValueError) as error:
             why = str(error) if isinstance(error, FedError) else f"unreadable answer: {error!r}"
             self._leave_out(node_id, name, why)
             return

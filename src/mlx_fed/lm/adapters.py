@@ -80,8 +80,12 @@ def _checkpoint(layer: nn.Module) -> None:
 
     def checkpointed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def inner(parameters: dict, *args: Any, **kwargs: Any) -> Any:
+            before = self.trainable_parameters()
             self.update(parameters)
-            return call(self, *args, **kwargs)
+            try:
+                return call(self, *args, **kwargs)
+            finally:  # the backward pass comes here again when the step has put its own back
+                self.update(before)
 
         return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
 
