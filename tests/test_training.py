@@ -378,6 +378,16 @@ def test_a_stream_of_batches_is_trained_on_as_it_comes():
     assert metrics == pytest.approx(whole, rel=1e-5)
 
 
+def test_a_stream_may_give_numpy_arrays():
+    x, y = examples(8)
+    of = trainer()
+    ours, numpys = (
+        train(of, fed.Data(lambda key, batch=batch: [batch]))
+        for batch in ((mx.array(x), mx.array(y)), (x, y))
+    )
+    assert bits(ours) == bits(numpys)
+
+
 @pytest.mark.parametrize("settings", [{}, {"local_steps": 3}, {"loss": mean}])
 @pytest.mark.parametrize("split", [examples(0), lambda key: iter(())], ids=["arrays", "stream"])
 def test_no_examples_are_an_error(split, settings):
@@ -576,6 +586,26 @@ def test_evaluation_uses_the_arrays_it_is_given():
 
 
 # -- what does not fit ---------------------------------------------------------------------
+
+
+def test_an_array_without_a_tuple_is_refused():
+    x, _ = examples(4)
+    for lone in (x, mx.array(x)):
+        with pytest.raises(TypeError, match=r"Data.test takes a tuple .* \(array,\)"):
+            fed.Data((x,), lone)
+
+
+@pytest.mark.parametrize("setting", ["batch-size", "local-epochs", "local-steps"])
+def test_a_setting_of_no_steps_is_refused(setting: str):
+    of = trainer()
+    with pytest.raises(ValueError, match=f"{setting} must be 1 or more, not 0"):
+        of.train(of.parameters(), {}, fed.Data(examples(4)), {setting: 0})
+
+
+@pytest.mark.parametrize("name", ["loss", "num-examples"])
+def test_a_metric_with_the_name_of_another_figure_is_refused(name: str):
+    with pytest.raises(ValueError, match=f"Task.metrics has '{name}'"):
+        trainer(metrics={name: accuracy})
 
 
 def test_a_model_with_nothing_to_train_is_refused():
