@@ -274,6 +274,27 @@ def test_the_mean_of_a_large_half_precision_batch_is_exact(dtype):
     assert update.parameters["w"].dtype == dtype
 
 
+def test_a_part_in_evaluation_mode_stays_in_it():
+    def model() -> nn.Module:
+        model = MLP(norm=True)
+        model.norm.eval()
+        return model
+
+    of = trainer(model)
+    modes = [module.training for module in of.model.modules()]
+    update = train(of, fed.Data(examples(16)))
+    assert not update.statistics["norm.running_mean"].any().item()
+    of.evaluate(of.parameters(), of.statistics(), examples(16))
+    assert [module.training for module in of.model.modules()] == modes
+
+
+def test_a_model_that_was_loaded_in_evaluation_mode_trains():
+    of = trainer(lambda: MLP(norm=True).eval())
+    update = train(of, fed.Data(examples(16)))
+    assert update.statistics["norm.running_mean"].any().item()
+    assert not any(module.training for module in of.model.modules())
+
+
 def test_only_the_factors_of_a_frozen_base_change():
     def model() -> nn.Module:
         model = MLP()
@@ -468,6 +489,24 @@ def test_rounds_share_a_program(optimizer):
         of.evaluate(of.parameters(), {}, data.test)
     train(of, fed.Data(examples(13), None))  # another client, with another number of examples
     assert len(calls) == traces
+
+
+def test_a_partial_schedule_needs_a_new_program_only_with_other_values():
+    loss, calls = counted()
+
+    def decay(rate: float, step: mx.array) -> mx.array:
+        return rate / (1 + step)
+
+    of = trainer(loss=loss, optimizer=lambda config: optim.SGD(partial(decay, config["rate"])))
+
+    def traces(rate: float) -> int:
+        before = len(calls)
+        train(of, fed.Data(examples(8)), rate=rate)
+        return len(calls) - before
+
+    assert traces(0.1) > 0
+    assert traces(0.1) == 0
+    assert traces(0.2) > 0
 
 
 def test_a_learning_rate_needs_no_new_program_and_momentum_does():
