@@ -97,15 +97,3 @@ def test_updates_smaller_than_a_bfloat16_step_add_up():
     for _ in range(10):
         masters = aggregate.from_strategy(numpy_record(w=masters["w"].numpy() + 0.001), expected)
     assert aggregate.masters_to_arrays(masters, expected)["w"].item() == 1.0078125
-
-
-def test_statistics_are_averaged_by_examples():
-    def client(mean: float, variance: float) -> dict:
-        return {"mean": mx.array([mean]), "variance": mx.array([variance], mx.bfloat16)}
-
-    average = aggregate.mean_statistics([(client(0, 1), 30), (client(4, 3), 10.0)])
-    assert average["mean"].tolist() == [1.0]
-    assert average["variance"].tolist() == [1.5]
-    assert average["variance"].dtype == mx.bfloat16
-    (alone,) = (aggregate.mean_statistics([(client(0.1, 2), 7)]),)
-    assert alone["mean"].tolist() == mx.array([0.1]).tolist()

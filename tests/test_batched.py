@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import time
 from functools import partial
 
 import mlx.core as mx
@@ -236,6 +237,17 @@ def test_a_model_is_left_as_it_was():
     after = {**of.parameters(), **of.statistics()}
     assert all(np.array_equal(before[name], np.array(after[name])) for name in before)
     assert accuracy(of.model, *members(of)[0].examples).shape == (21,)
+
+
+def test_clients_that_train_together_share_the_time():
+    """Else each would seem as much slower than alone as there are clients."""
+    of = trainer(loss=weighted, weight_unit="words")
+    clients = members(of, [24] * 16)
+    began = time.perf_counter()
+    updates = BatchedTrainer(of).train(of.parameters(), {}, clients, {})
+    seconds = time.perf_counter() - began
+    took = sum(u.metrics["num-words"] / u.metrics["words-per-second"] for u in updates)
+    assert 0 < took <= seconds
 
 
 def test_a_new_learning_rate_needs_no_new_program():

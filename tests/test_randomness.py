@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -71,6 +72,23 @@ def test_a_key_that_is_given_is_used():
     with randomness.drawing_from(randomness.Keys(mx.random.key(2))):
         assert mx.random.uniform(0, 1, (3,), mx.float32, key).tolist() == expected
         assert mx.random.uniform(shape=(3,), key=key).tolist() == expected
+
+
+def test_another_thread_draws_from_its_own_state():
+    drawn = []
+
+    def draw() -> None:
+        mx.random.seed(7)
+        drawn.append(mx.random.uniform(shape=(3,)).tolist())
+
+    draw()
+    keys = randomness.Keys(mx.random.key(2))
+    with randomness.drawing_from(keys):
+        thread = threading.Thread(target=draw)
+        thread.start()
+        thread.join()
+    assert drawn[0] == drawn[1]
+    assert keys.state.tolist() == mx.random.key(2).tolist()
 
 
 def test_every_function_that_draws_is_known():

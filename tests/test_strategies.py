@@ -48,7 +48,7 @@ from flwr.serverapp.strategy import (
 )
 
 import mlx_fed as fed
-from mlx_fed import messages, rounds
+from mlx_fed import messages, rounds, strategies
 from mlx_fed.history import History
 from mlx_fed.settings import Settings
 from mlx_fed.training import Trainer
@@ -510,6 +510,19 @@ def test_noise_for_privacy_does_not_come_from_the_seed(wrap, tmp_path: Path):
     assert difference(clean.parameters, again.parameters) == 0
     assert difference(one.parameters, two.parameters) > 0
     assert difference(one.parameters, clean.parameters) > 0
+
+
+@pytest.mark.parametrize("wrap", [lambda own: own, lambda own: Wrapper(own)])
+@pytest.mark.parametrize("private", [False, True])
+def test_a_strategy_of_ones_own_says_whether_its_noise_is_private(wrap, private):
+    class Noisy(FedAvg):
+        private_noise = private
+
+    def draw() -> float:
+        with strategies.seeded(wrap(Noisy()), SEED, 1, "aggregate_train"):
+            return np.random.normal()
+
+    assert (draw() != draw()) == private
 
 
 class Wrapper(Strategy):

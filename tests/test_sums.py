@@ -103,6 +103,18 @@ def test_who_is_missing_leaves_the_blocks_of_the_others_as_they_are():
         assert all(np.array_equal(block.parameters[k], same.parameters[k]) for k in ("w", "b"))
 
 
+def test_running_statistics_are_averaged_by_examples():
+    def client(place: int, examples: float, mean: float, variance: float) -> tuple:
+        running = {"mean": mx.array([mean]), "variance": mx.array([variance], mx.bfloat16)}
+        return Counted(place, examples, {}), {}, running
+
+    mean = sums.mean(blocks([client(0, 30, 0, 1), client(BLOCK, 10.0, 4, 3)]))
+    average = mean.running_statistics({"mean": ((1,), "float32"), "variance": ((1,), "bfloat16")})
+    assert average["mean"].tolist() == [1.0]
+    assert average["variance"].tolist() == [1.5]
+    assert average["variance"].dtype == mx.bfloat16
+
+
 def test_nobody_is_no_mean():
     empty = sums.sum_block(3, [])
     assert sums.mean([empty])[:] == ({}, {}, 0, [])

@@ -274,6 +274,27 @@ def test_the_mean_of_a_large_half_precision_batch_is_exact(dtype):
     assert update.parameters["w"].dtype == dtype
 
 
+def test_a_part_in_evaluation_mode_stays_in_it():
+    def model() -> nn.Module:
+        model = MLP(norm=True)
+        model.norm.eval()
+        return model
+
+    of = trainer(model)
+    modes = [module.training for module in of.model.modules()]
+    update = train(of, fed.Data(examples(16)))
+    assert not update.statistics["norm.running_mean"].any().item()
+    of.evaluate(of.parameters(), of.statistics(), examples(16))
+    assert [module.training for module in of.model.modules()] == modes
+
+
+def test_a_model_that_was_loaded_in_evaluation_mode_trains():
+    of = trainer(lambda: MLP(norm=True).eval())
+    update = train(of, fed.Data(examples(16)))
+    assert update.statistics["norm.running_mean"].any().item()
+    assert not any(module.training for module in of.model.modules())
+
+
 def test_only_the_factors_of_a_frozen_base_change():
     def model() -> nn.Module:
         model = MLP()
@@ -378,6 +399,16 @@ def test_a_stream_of_batches_is_trained_on_as_it_comes():
     assert metrics == pytest.approx(whole, rel=1e-5)
 
 
+def test_a_stream_may_give_numpy_arrays():
+    x, y = examples(8)
+    of = trainer()
+    ours, numpys = (
+        train(of, fed.Data(lambda key, batch=batch: [batch]))
+        for batch in ((mx.array(x), mx.array(y)), (x, y))
+    )
+    assert bits(ours) == bits(numpys)
+
+
 @pytest.mark.parametrize("settings", [{}, {"local_steps": 3}, {"loss": mean}])
 @pytest.mark.parametrize("split", [examples(0), lambda key: iter(())], ids=["arrays", "stream"])
 def test_no_examples_are_an_error(split, settings):
@@ -458,6 +489,24 @@ def test_rounds_share_a_program(optimizer):
         of.evaluate(of.parameters(), {}, data.test)
     train(of, fed.Data(examples(13), None))  # another client, with another number of examples
     assert len(calls) == traces
+
+
+def test_a_partial_schedule_needs_a_new_program_only_with_other_values():
+    loss, calls = counted()
+
+    def decay(rate: float, step: mx.array) -> mx.array:
+        return rate / (1 + step)
+
+    of = trainer(loss=loss, optimizer=lambda config: optim.SGD(partial(decay, config["rate"])))
+
+    def traces(rate: float) -> int:
+        before = len(calls)
+        train(of, fed.Data(examples(8)), rate=rate)
+        return len(calls) - before
+
+    assert traces(0.1) > 0
+    assert traces(0.1) == 0
+    assert traces(0.2) > 0
 
 
 def test_a_learning_rate_needs_no_new_program_and_momentum_does():
@@ -576,6 +625,26 @@ def test_evaluation_uses_the_arrays_it_is_given():
 
 
 # -- what does not fit ---------------------------------------------------------------------
+
+
+def test_an_array_without_a_tuple_is_refused():
+    x, _ = examples(4)
+    for lone in (x, mx.array(x)):
+        with pytest.raises(TypeError, match=r"Data.test takes a tuple .* \(array,\)"):
+            fed.Data((x,), lone)
+
+
+@pytest.mark.parametrize("setting", ["batch-size", "local-epochs", "local-steps"])
+def test_a_setting_of_no_steps_is_refused(setting: str):
+    of = trainer()
+    with pytest.raises(ValueError, match=f"{setting} must be 1 or more, not 0"):
+        of.train(of.parameters(), {}, fed.Data(examples(4)), {setting: 0})
+
+
+@pytest.mark.parametrize("name", ["loss", "num-examples"])
+def test_a_metric_with_the_name_of_another_figure_is_refused(name: str):
+    with pytest.raises(ValueError, match=f"Task.metrics has '{name}'"):
+        trainer(metrics={name: accuracy})
 
 
 def test_a_model_with_nothing_to_train_is_refused():

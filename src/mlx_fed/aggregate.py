@@ -8,7 +8,7 @@ than a bfloat16 step add up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -80,19 +80,3 @@ def cast(arrays: Arrays, expected: Spec) -> Arrays:
 def masters_to_arrays(record: ArrayRecord, expected: Spec) -> Arrays:
     """A strategy's masters as MLX arrays of the model's dtypes."""
     return cast({name: mx.array(array.numpy()) for name, array in record.items()}, expected)
-
-
-def mean_statistics(statistics: Iterable[tuple[Mapping[str, mx.array], float]]) -> Arrays:
-    """Running statistics averaged by examples, in float32 and cast back.
-
-    Args:
-        statistics (iterable): Pairs of a client's statistics by name and its examples.
-    """
-    pairs = list(statistics)
-    total = sum(examples for _, examples in pairs)
-    mean = {}
-    for name, first in pairs[0][0].items():
-        parts = [s[name].astype(mx.float32) * (examples / total) for s, examples in pairs]
-        mean[name] = sum(parts[1:], parts[0]).astype(first.dtype)
-    mx.eval(mean)
-    return mean

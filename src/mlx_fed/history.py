@@ -35,9 +35,9 @@ class History:
     Args:
         folder (Path): Where the run is kept, from :func:`new_run_folder`.
         listeners (tuple): Each is called ``listener(event, fields)`` for what happens, with
-            the events ``joined``, ``left``, ``refused``, ``waiting``, ``resumed``, ``phase``,
-            ``reply``, ``failed``, ``note``, ``round`` and ``finished``. Only rounds are written
-            down.
+            the events ``serving``, ``joined``, ``left``, ``refused``, ``waiting``, ``resumed``,
+            ``phase``, ``reply``, ``replies`` (of a simulation, several at once), ``failed``,
+            ``note``, ``round`` and ``finished``. Only rounds are written down.
     """
 
     def __init__(self, folder: Path, listeners: tuple[Listener, ...] = ()):

@@ -87,7 +87,7 @@ def drawing_from(keys: Keys) -> Iterator[None]:
 
     MLX's random state cannot be set to an array, so a traced program could not be given one of
     its own for each client. While a program is traced, ``mlx.core.random`` gets its default
-    keys from here.
+    keys from here, in the thread that traces it: another, which reads ahead, draws as ever.
     """
     import mlx.core as mx
 
@@ -103,9 +103,12 @@ def drawing_from(keys: Keys) -> Iterator[None]:
 
 
 def _with_keys(function: Callable, place: int, keys: Keys) -> Callable:
+    tracing = threading.get_ident()
+
     @wraps(function)
     def draw(*args: Any, **kwargs: Any) -> Any:
-        if len(args) <= place and kwargs.get("key") is None:
+        ours = threading.get_ident() == tracing
+        if ours and len(args) <= place and kwargs.get("key") is None:
             kwargs["key"] = keys.next()
         return function(*args, **kwargs)
 

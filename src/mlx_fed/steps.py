@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -141,17 +142,22 @@ def holding(
 ) -> Iterator[None]:
     """Puts arrays into the model while a program is traced, and the old ones back.
 
-    Without this the model is left holding tracers, which fail when next they are used.
+    Without this the model is left holding tracers, which fail when next they are used. A part
+    that ``Task.model`` put into evaluation mode stays in it, unless the whole model is in it, as
+    models often are when they have been loaded.
     """
     places = {**slots.parameters, **slots.statistics}
-    before, was_training = weights.get(places), model.training
+    before = weights.get(places)
+    modes = [(module, module.training) for module in model.modules()]
     weights.put(places, {**parameters, **statistics})
-    model.train(training)
+    if not (training and model.training):
+        model.train(training)
     try:
         yield
     finally:
         weights.put(places, before)
-        model.train(was_training)
+        for module, mode in modes:  # a module comes before its parts
+            module.train(mode)
 
 
 def gives_one_value_an_example(functions: Sequence[Callable], model: nn.Module, probe: Any) -> bool:
@@ -186,6 +192,8 @@ def _comparable(value: Any) -> Any:
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         defaults = (value.__defaults__, value.__kwdefaults__)
         return (value.__code__, _comparable(defaults), _comparable(cells))
+    if isinstance(value, partial):
+        return (partial, *map(_comparable, (value.func, value.args, value.keywords)))
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -122,7 +122,8 @@ def seeded(strategy: Strategy, seed: int, number: int, hook: str) -> Iterator[No
     """Seeds the global random states that strategies draw from, and puts them back.
 
     Noise for privacy is drawn from NumPy's; nodes know the run's seed, so under a strategy
-    for differential privacy it comes from the operating system instead.
+    for differential privacy, Flower's or one with the attribute ``private_noise = True``, it
+    comes from the operating system instead.
     """
     states = random.getstate(), np.random.get_state()
     derived = randomness.derive(seed, number, hook)
@@ -141,7 +142,7 @@ def seeded(strategy: Strategy, seed: int, number: int, hook: str) -> Iterator[No
 
 def _draws_private_noise(strategy: Strategy) -> bool:
     return any(
-        kind.__name__.startswith("DifferentialPrivacy")
+        getattr(layer, "private_noise", False)
+        or any(kind.__name__.startswith("DifferentialPrivacy") for kind in type(layer).__mro__)
         for layer in layers(strategy)
-        for kind in type(layer).__mro__
     )

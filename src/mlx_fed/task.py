@@ -44,6 +44,10 @@ class Data:
             arrays = getattr(self, split)
             if arrays is None or callable(arrays):
                 continue
+            if hasattr(arrays, "shape"):  # its rows would be taken for arrays
+                raise TypeError(
+                    f"Data.{split} takes a tuple of arrays: write (array,) where there is one."
+                )
             lengths = [len(array) for array in arrays]
             if len(set(lengths)) != 1:
                 raise ValueError(
@@ -60,14 +64,14 @@ class Task:
         model (callable): Returns a new ``mlx.nn.Module``.
         loss (callable): ``loss(model, *batch)``: the mean over the batch (a scalar), the loss
             of each example (a vector), or ``(mean, weight)`` as mlx-lm's losses do. With a
-            vector a last batch that is not full is padded and masked, so that one compiled
-            program serves all batches.
+            vector a last batch that is not full is padded and masked, so that clients of any
+            number of examples share a few compiled programs.
         optimizer (callable): ``optimizer(config)`` returns a new ``mlx.optimizers`` optimizer.
             Its state is fresh in every round, unless ``keep_optimizer``.
         data (callable): ``data(partition_id, num_partitions)`` returns the client's
             :class:`Data`; the number is ``None`` on a node that was not told one.
-        metrics (dict): Names to ``metric(model, *batch)``, each a mean or a vector, computed
-            on the held-out examples. ``{"accuracy": accuracy}``
+        metrics (dict): Names to ``metric(model, *batch)``, each a vector, a mean or
+            ``(mean, weight)``, computed on the held-out examples. ``{"accuracy": accuracy}``
         config (dict): Settings that the server sends with every message, its own over these.
             ``optimizer`` reads them, and the keys ``batch-size``, ``local-epochs``,
             ``local-steps`` and ``max-grad-norm`` stand over the fields below.
@@ -132,6 +136,12 @@ class Task:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Task.{name} must be 1 or more, not {value}.")
+        for name in ("loss", "num-examples"):
+            if name in self.metrics:
+                raise ValueError(
+                    f"Task.metrics has {name!r}, which every evaluation reports itself: give "
+                    "the metric another name."
+                )
         if self.statistics not in ("average", "local"):
             raise ValueError(
                 f'Task.statistics must be "average" or "local", not {self.statistics!r}.'

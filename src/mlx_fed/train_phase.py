@@ -6,7 +6,7 @@ other gets them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flwr.app import ArrayRecord, Message
@@ -36,6 +36,7 @@ def train(run: Run, model: Model, record: dict[str, Any]) -> Model:
 
 def _train_to_replies(phase: Phase, model: Model, outgoing: list[Message]) -> Model:
     run = phase.run
+    asked = [phase.node_of(message) for message in outgoing]
     updates = _updates(phase, outgoing)
     with phase.timed("aggregate"):
         for _, reply, update in updates:
@@ -46,8 +47,11 @@ def _train_to_replies(phase: Phase, model: Model, outgoing: list[Message]) -> Mo
         )
         statistics = model.statistics
         if run.averaged and updates:
-            weighed = [(update.statistics, update.weight) for *_, update in updates]
-            statistics = aggregate.mean_statistics(weighed)
+            running: Iterable[sums.CountedUpdate] = (
+                (counted, {}, update.statistics) for counted, update in _counted(updates, asked)
+            )
+            mean = sums.mean(sums.blocks(running, len(asked)))
+            statistics = mean.running_statistics(run.averaged)
     phase.record["train"] = {**metrics, "nodes": [node for node, *_ in updates]}
     phase.record_each({node: update.metrics for node, _, update in updates})
     return Model(masters, statistics)
@@ -79,21 +83,22 @@ def _total(phase: Phase, outgoing: list[Message], nodes: list[str]) -> sums.Tota
     """The sum of the updates, made where the clients train if the grid can do that."""
     if exchange.can_sum(phase.run.grid, outgoing):
         return _summed_by_grid(phase, outgoing, nodes)
-    places = {node: place for place, node in enumerate(nodes)}
     updates = _updates(phase, outgoing)
     total = sums.Total()
     with phase.timed("aggregate"):
-        counted = (
-            (
-                sums.Counted(places[node], update.weight, update.metrics),
-                update.parameters,
-                update.statistics,
-            )
-            for node, _, update in updates
-        )
-        for block in sums.blocks(counted, len(outgoing)):
+        counted = ((c, u.parameters, u.statistics) for c, u in _counted(updates, nodes))
+        for block in sums.blocks(counted, len(nodes)):
             total.add(block)
     return total
+
+
+def _counted(
+    updates: list[tuple[str, Message, checks.Reply]], nodes: list[str]
+) -> Iterator[tuple[sums.Counted, checks.Reply]]:
+    """Each update with its place among the nodes that were asked, and its weight."""
+    places = {node: place for place, node in enumerate(nodes)}
+    for node, _, update in updates:
+        yield sums.Counted(places[node], update.weight, update.metrics), update
 
 
 def _summed_by_grid(phase: Phase, outgoing: list[Message], nodes: list[str]) -> sums.Total:

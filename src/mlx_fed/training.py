@@ -344,12 +344,19 @@ class Lengths(NamedTuple):
 
 
 def lengths(task: Task, config: Config) -> Lengths:
-    """A task's lengths, with the server's settings over them."""
+    """A task's lengths, with the server's settings over them.
+
+    Raises:
+        ValueError: If a setting is below 1.
+    """
+    for name in ("batch-size", "local-epochs", "local-steps"):
+        if name in config and int(config[name]) < 1:
+            raise ValueError(f"The setting {name} must be 1 or more, not {config[name]}.")
     steps = config.get("local-steps", task.local_steps)
     return Lengths(
         int(config.get("batch-size", task.batch_size)),
         int(config.get("local-epochs", task.local_epochs)),
-        int(steps) if steps else None,
+        None if steps is None else int(steps),
     )
 
 
@@ -408,7 +415,8 @@ def _streamed(examples: Callable, keys: Iterable[mx.array]) -> Iterator[Batch]:
         empty = True
         for batch in examples(key):
             empty = False
-            yield tuple(batch), None, len(batch[0])
+            arrays = tuple(a if isinstance(a, mx.array) else mx.array(a) for a in batch)
+            yield arrays, None, len(arrays[0])
         if empty:
             return
 

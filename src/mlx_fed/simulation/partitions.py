@@ -45,7 +45,7 @@ class Partitions:
             self._check(client, data)
             data = self._load(client)
         self._check(client, data)
-        size = sum(array.nbytes for array in _arrays(data))
+        size = size_of(data)
         self._held[client] = (data, size)
         self._bytes += size
         while self._bytes > self.most_bytes and len(self._held) > 1:
@@ -76,6 +76,11 @@ def _converted(examples: Any) -> Any:
 def _arrays(data: Data) -> list[mx.array]:
     splits = (data.train, data.test)
     return [a for split in splits if split is not None and not callable(split) for a in split]
+
+
+def size_of(data: Data) -> int:
+    """The bytes of a client's arrays."""
+    return sum(array.nbytes for array in _arrays(data))
 
 
 def _fingerprint(data: Data) -> int:

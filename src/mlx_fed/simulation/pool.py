@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import groupby, product
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -24,10 +25,11 @@ from .worker import Job, Outcome, Seat, Worker
 _AHEAD = 2
 """Spans that a process has at hand, so that it never waits for the next one."""
 _MOST_DEATHS = 3
-_MOST_DATA = 512 * 2**20
+_CONTAINERS_MEMORY = Path("/sys/fs/cgroup/memory.max")
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
+    "VECLIB_MAXIMUM_THREADS": "1",  # Accelerate's, on macOS
     # loky would take the data that a worker keeps for a leak, and end it.
     "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",
 }
@@ -49,7 +51,9 @@ def default_workers(device: str | None) -> int:
 def data_bytes(workers: int) -> int:
     """How much of the clients' data each worker keeps: together an eighth of the memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(_MOST_DATA, memory // 8 // workers)
+    with suppress(OSError, ValueError):  # there is none, or it says "max"
+        memory = min(memory, int(_CONTAINERS_MEMORY.read_text()))
+    return memory // 8 // workers
 
 
 def _cores() -> Sequence[int]:

@@ -20,21 +20,22 @@ from ..weights import Arrays
 from .batched import BatchedTrainer, Member
 from .faults import Faults
 from .kept import Kept
-from .partitions import Partitions
+from .partitions import Partitions, size_of
 
 # A step's examples and the clients' parameters should stay in a core's cache; a GPU has to be
 # given enough to do.
 _CHUNK_BYTES = {mx.DeviceType.cpu: 8 * 2**20, mx.DeviceType.gpu: 2**30}
 _LARGEST_CHUNK = {mx.DeviceType.cpu: 32, mx.DeviceType.gpu: 256}
 _WINDOW = 4
-"""Chunks of clients that are looked at together, so that those of one size are together."""
+"""Chunks of clients that are looked at together, so that those of one size are together: or fewer,
+when their data comes to as much as is kept."""
 
 
 class Job(NamedTuple):
     """What all workers of a run are set up with.
 
     ``folder`` is for what lasts as long as the run, ``most_bytes`` how much of the data each
-    worker keeps.
+    worker keeps, and about as much as it has at hand beside that.
     """
 
     source: TaskSource
@@ -164,7 +165,7 @@ class Worker:
     ) -> Iterator[tuple[int, Update]]:
         """Updates in the order of places; what they need is loaded a window at a time."""
         window: list[tuple[Seat, Data]] = []
-        limit = 1
+        limit, held = 1, 0
         for seat in seats:
             try:
                 self._require_answer(phase, seat.client)
@@ -177,9 +178,10 @@ class Worker:
             if not window:
                 limit = _WINDOW * self._chunk_size(phase, data)
             window.append((seat, data))
-            if len(window) >= limit:
+            held += size_of(data)
+            if len(window) >= limit or held >= self.job.most_bytes:
                 yield from self._train_window(phase, window, failed)
-                window = []
+                window, held = [], 0
         if window:
             yield from self._train_window(phase, window, failed)
 
