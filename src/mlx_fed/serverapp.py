@@ -66,7 +66,7 @@ def server_app(
         leading = Settings(**{**settings, **own, "config": sent})
         devices.use(device)
         made = make_task(task, config)
-        asked = context.run_config.get("num-rounds") or settings.get("num_rounds")
+        asked: Any = context.run_config.get("num-rounds") or settings.get("num_rounds")
         decide_rounds(leading, made.config, asked)
         given = strategy(config) if callable(strategy) else strategy
         chosen = given or strategies.default(leading.min_nodes)
