@@ -1,7 +1,5 @@
 """The server of the MNIST example: start it, then two clients or more."""
 
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,8 +29,6 @@ def main(
     keep: Keep = 3,
 ) -> None:
     """Serve the MNIST example to clients, and save the model that they train."""
-    # To be ended is to end cleanly: nodes are told, and the terminal is left as it was.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with errors_as_messages():
         from examples.mnist import task
         from examples.mnist.mnist import settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -12,14 +13,16 @@ import pytest
 from mlx_fed import devices
 from mlx_fed.devices import DeviceError
 
+from .conftest import ROOT
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX has its own BLAS")
 
 
-def python(code: str, **env: str) -> subprocess.CompletedProcess:
+def python(code: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
     """Runs code in a process of its own, in which nothing is imported yet."""
     environment = {k: v for k, v in os.environ.items() if k != "MLX_FED_BLAS"} | env
     command = [sys.executable, "-W", "always", "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -100,6 +103,27 @@ def test_a_gpu_that_is_not_there_is_an_error():
     with pytest.raises(DeviceError, match=r"no GPU here \(.*\)\. Without --gpu it uses the CPU"):
         devices.use("gpu")
     assert mx.default_device() == before
+
+
+@pytest.mark.parametrize("device", ["metal", "GPU", "cuda", ""])
+def test_a_device_of_another_name_is_an_error(device: str):
+    with pytest.raises(DeviceError, match=r'no device .*: it is "gpu", "cpu" or None'):
+        devices.use(device)
+
+
+@linux
+def test_a_slow_blas_is_told_of_in_a_run(tmp_path):
+    code = """if True:
+        import mlx_fed as fed
+        from tests.simulated import simulate
+        from pathlib import Path
+        told = lambda event, fields: event == "note" and print(fields["text"])
+        simulate(None, Path("."), num_clients=1, num_rounds=1, device="cpu", listeners=(told,))
+        """
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {"MLX_FED_BLAS": "off", "PYTHONPATH": path}
+    shown = python(code, cwd=tmp_path, **environment).stdout.splitlines()
+    assert shown == ["computing on cpu, reference BLAS (MLX_FED_BLAS=off)"]
 
 
 def test_the_cpu_says_which_blas():

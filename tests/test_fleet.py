@@ -313,12 +313,13 @@ def test_ctrl_c_while_a_command_starts(start, tmp_path, command):
     assert "Traceback" not in process.text
 
 
-def test_ctrl_c_ends_the_server_and_its_nodes_and_keeps_the_model(start, tmp_path):
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_who_ends_the_server_ends_its_nodes_and_keeps_the_model(start, tmp_path, by):
     server, address = serve(start, tmp_path, "--rounds", 1000)
     nodes = [join(start, address, number) for number in range(2)]
     server.line("round 2 ")
-    server.interrupt()
-    assert server.ends() == 130
+    server.process.send_signal(by)
+    assert server.ends() == 128 + by
     assert "Traceback" not in server.text
     assert [node.ends() for node in nodes] == [0, 0]
     assert (tmp_path / "run" / "model.safetensors").exists()

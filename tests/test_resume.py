@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,16 @@ def frozen() -> nn.Module:
         ({"config": {"learning-rate": 0.3}}, "setting learning-rate was 0.2 and is 0.3"),
         ({"config": {"momentum": 0.9}}, "setting momentum was absent and is 0.9"),
         ({"batch_size": 8}, "task batch_size was 16 and is 8"),
+        ({"keep_optimizer": True}, "task keep_optimizer was False and is True"),
+        ({"weight_unit": "tokens"}, "task weight_unit was absent and is tokens"),
+        (
+            {"personal": lambda name: name == "layers.0.bias"},
+            r"layers.0.bias was float32 \(8,\) and is float32 \(8,\), personal",
+        ),
+        (
+            {"fingerprint": lambda: {"base model": "3f2a"}},
+            "fingerprint base model was absent and is 3f2a",
+        ),
         (
             {"model": other_model(9)},
             r"layers.0.weight was float32 \(8, 5\) and is float32 \(9, 5\)",
@@ -244,7 +255,8 @@ def frozen() -> nn.Module:
 def test_a_run_that_changed_is_refused(changed: dict, difference: str, tmp_path: Path):
     federate(FedAdam(), tmp_path, (fed.client_app(TASK),) * 3, num_rounds=1)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
-    fields = {key: changed[key] for key in ("batch_size", "model") if key in changed}
+    names = {field.name for field in fields_of(fed.Task)} - {"config"}
+    fields = {key: value for key, value in changed.items() if key in names}
     others = {key: value for key, value in changed.items() if key not in fields}
     strategy = others.pop("strategy", None) or FedAdam()
     with pytest.raises(CheckpointError, match=rf"cannot go on.*: .*{difference}"):

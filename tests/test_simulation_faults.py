@@ -22,7 +22,9 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from .simulated import CLIENTS, TASK, assert_same, load, simulate
+from mlx_fed.training import Trainer
+
+from .simulated import CLIENTS, SEED, TASK, assert_same, load, simulate
 
 TEST = tuple(
     np.concatenate(arrays)
@@ -113,6 +115,14 @@ def test_the_mean_falls_to_an_attack(attack, tmp_path: Path):
 )
 def test_robust_strategies_hold(strategy: str, attack: str, tmp_path: Path):
     assert accuracy(ROBUST[strategy](), tmp_path, ATTACKS[attack]) > 0.7
+
+
+@pytest.mark.parametrize("attack", ["sign-flip", "scale"])
+def test_an_update_that_is_multiplied_by_zero_is_none(attack: str, tmp_path: Path):
+    faults = fed.Faults(hostile=1.0, attack=attack, scale=0.0)
+    one = simulate(FedAvg(), tmp_path, num_clients=4, num_rounds=1, faults=faults)
+    for name, array in Trainer(TASK, SEED).parameters().items():
+        assert np.allclose(one.parameters[name], array, atol=1e-7), name
 
 
 def test_labels_are_flipped_for_those_who_attack(tmp_path: Path):

@@ -98,7 +98,7 @@ def test_one_client_is_a_federation(tmp_path: Path):
     ("options", "message"),
     [
         ({"num_clients": 0}, "num_clients is 1 or more, not 0"),
-        ({"num_rounds": 0}, "num_rounds is 1 or more, not 0"),
+        ({"num_rounds": 0}, "num_rounds is a whole number, 1 or more, not 0"),
         ({"chunk_size": 0}, "chunk_size is 1 or more, not 0"),
         ({"workers": -1}, "workers is 0 or more, not -1"),
     ],

@@ -286,6 +286,18 @@ def test_ctrl_c_ends_it_all_and_leaves_what_was_reached(moment: str, tmp_path: P
         assert len(read_history(folder)) >= 2
 
 
+def test_who_ends_the_run_ends_it_all_and_leaves_what_was_reached(tmp_path: Path):
+    run = Terminal(SLOW, tmp_path)
+    run.until(r"round 1 .*train loss")
+    workers = descendants(run.pid)
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.ends() == 128 + signal.SIGTERM, run.shown
+    assert "Traceback" not in run.shown
+    assert all_end(workers)
+    assert run.left_behind() == []
+    assert mx.load(str(tmp_path / "runs" / "run" / "model.safetensors"))
+
+
 def test_when_a_run_is_killed_its_workers_end_and_nothing_stays(tmp_path: Path):
     run = Terminal(SLOW, tmp_path)
     run.until(r"round 1 .*train loss")

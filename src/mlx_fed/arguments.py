@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,12 +52,18 @@ Resume = Annotated[
     ),
 ]
 Keep = Annotated[int, typer.Option(min=0, help="Checkpoints to keep, beside the best; 0: none.")]
-Wait = Annotated[float, typer.Option(help="Seconds to wait for the other side.")]
+RoundTimeout = Annotated[float, typer.Option(min=0, help="Seconds that a phase may take.")]
+Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait for the other side.")]
 
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Turns our errors into one message and exit code 1, and Ctrl-C into exit code 130."""
+    """Turns our errors into one message and exit code 1, and Ctrl-C into exit code 130.
+
+    To be ended by SIGTERM is to end as cleanly: nodes and workers are told, and the terminal is
+    left as it was.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
     except FedError as error:
@@ -68,6 +75,8 @@ def errors_as_messages() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("Interrupted.", err=True)
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def find_task(name: str) -> TaskSource:
@@ -105,6 +114,11 @@ def find_strategy(name: str, min_nodes: int, options: dict[str, Any]) -> Strateg
         least = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
         options = {**dict.fromkeys(least, min_nodes), **options}
     if isinstance(made, flower.Strategy):
+        if options:
+            given = ", ".join(options)
+            raise FedError(
+                f"{name!r} is a strategy already, with its arguments: leave out {given}."
+            )
         return made
     try:
         strategy = made(**{key.replace("-", "_"): value for key, value in options.items()})
@@ -159,7 +173,7 @@ def _find(name: str, what: str, example: str) -> Any:
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and module_name.startswith(error.name):
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise FedError(
                 f"There is no module {module_name!r}, neither in {Path.cwd()} nor installed."
             ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from .arguments import (
     Insecure,
     Keep,
     Resume,
+    RoundTimeout,
     RunName,
     RunsFolder,
     Settings,
@@ -27,9 +28,6 @@ from .arguments import (
     parse_settings,
 )
 from .lm.commands import lora
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="Federated learning for MLX models, on Flower's engine.",
@@ -55,7 +53,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
     insecure: Insecure = False,
     wait: Wait = 600.0,
-    round_timeout: Annotated[float, typer.Option(help="Seconds that a phase may take.")] = 3600.0,
+    round_timeout: RoundTimeout = 3600.0,
     seed: int = 0,
     name: RunName = None,
     runs: RunsFolder = Path("runs"),
@@ -164,11 +162,23 @@ def simulate(
         int | None, typer.Option(min=1, help="Rounds to train.", show_default="the task's, or 3")
     ] = None,
     fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="The share of clients that train in a round.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="The share of clients that train in a round.",
+            show_default="the strategy's",
+        ),
+    ] = None,
     fraction_evaluate: Annotated[
-        float, typer.Option(min=0, max=1, help="The share of clients that evaluate after it.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="The share of clients that evaluate after it.",
+            show_default="the strategy's",
+        ),
+    ] = None,
     strategy: StrategyName = "FedAvg",
     strategy_option: StrategyOptions = None,
     test: TestName = None,
@@ -186,10 +196,18 @@ def simulate(
     failure_rate: Annotated[
         float, typer.Option(min=0, max=1, help="The share of messages that go unanswered.")
     ] = 0.0,
+    mean_delay: Annotated[
+        float, typer.Option(min=0, help="Seconds that clients take beyond training, on average.")
+    ] = 0.0,
+    round_timeout: RoundTimeout = 3600.0,
     hostile: Annotated[
         float, typer.Option(min=0, max=1, help="The share of clients that attack.")
     ] = 0.0,
     attack: Annotated[str, typer.Option(help="sign-flip, scale or label-flip.")] = "sign-flip",
+    scale: Annotated[
+        float | None,
+        typer.Option(help="The attack's factor.", show_default="1 of sign-flip, 10 of scale"),
+    ] = None,
     num_classes: Annotated[
         int | None, typer.Option(min=2, help="Labels that there are, for label-flip.")
     ] = None,
@@ -207,11 +225,9 @@ def simulate(
         from .simulation.faults import Faults
         from .simulation.simulate import simulate
 
-        options = {
-            "fraction-train": fraction,
-            "fraction-evaluate": fraction_evaluate,
-            **parse_settings(strategy_option),
-        }
+        fractions = {"fraction-train": fraction, "fraction-evaluate": fraction_evaluate}
+        options = {key: share for key, share in fractions.items() if share is not None}
+        options |= parse_settings(strategy_option)
         found = find_task(task)
         simulate(
             found,
@@ -223,10 +239,13 @@ def simulate(
             workers=workers,
             faults=Faults(
                 failure_rate=failure_rate,
+                mean_delay=mean_delay,
                 hostile=hostile,
                 attack=attack,
+                scale=scale,
                 num_classes=num_classes,
             ),
+            round_timeout=round_timeout,
             seed=seed,
             name=name,
             runs=runs,

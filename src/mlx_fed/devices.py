@@ -108,9 +108,12 @@ def use(device: str | None) -> str:
         str: The device in words, such as ``"gpu"`` or ``"cpu, OpenBLAS (...)"``.
 
     Raises:
-        DeviceError: If there is no GPU that this MLX can use.
+        DeviceError: If there is no such device, or no GPU that this MLX can use.
     """
     import mlx.core as mx
+
+    if device not in ("gpu", "cpu", None):
+        raise DeviceError(f'There is no device {device!r}: it is "gpu", "cpu" or None.')
 
     if device == "gpu" and not mx.is_available(mx.gpu):
         remedy = (
@@ -125,3 +128,8 @@ def use(device: str | None) -> str:
         return "gpu"
     blas = load_fast_blas()
     return f"cpu, {blas.name}" + (f" ({blas.hint})" if blas.hint else "")
+
+
+def is_slow(device: str) -> bool:
+    """Whether the device, in the words of :func:`use`, could be a faster one."""
+    return device != "gpu" and bool(load_fast_blas().hint)

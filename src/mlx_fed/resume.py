@@ -87,16 +87,21 @@ def resume(run: Run, checkpoints: Checkpoints, identity: dict[str, Any]) -> Posi
 def identity_of(run: Run) -> dict[str, Any]:
     """What a run trains and how: all that must not change when it goes on, in JSON's types."""
     task = run.trainer.task
-    fields = ("batch_size", "local_epochs", "local_steps", "eval_batch_size", "max_grad_norm")
+    fields = (
+        *("batch_size", "local_epochs", "local_steps", "eval_batch_size", "max_grad_norm"),
+        *("statistics", "keep_optimizer", "weight_unit"),
+    )
+    personal = run.trainer.slots.parameters.keys() - run.trainer.spec.keys()
     free = ("num-rounds", "seed")
     identity = {
         "seed": run.settings.seed,
         "strategy": _without_least_nodes(strategies.describe(run.strategy)),
         "setting": {key: value for key, value in run.config.items() if key not in free},
-        "task": {name: getattr(task, name) for name in (*fields, "statistics")},
+        "task": {name: getattr(task, name) for name in fields},
+        "fingerprint": run.trainer.fingerprint,
         "model": {
             kind: {
-                name: f"{dtype} {shape}"
+                name: f"{dtype} {shape}{', personal' if name in personal else ''}"
                 for name, (shape, dtype) in weights.spec(weights.get(slots)).items()
             }
             for kind, slots in run.trainer.slots._asdict().items()

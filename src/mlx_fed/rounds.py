@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from flwr.app import Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -21,7 +22,7 @@ from .phase import Model, Phase, Run, timed
 from .resume import Position, identity_of
 from .resume import resume as taken_up
 from .roster import Members, Roster
-from .settings import Settings
+from .settings import Settings, require_one_model
 from .train_phase import train
 from .training import Trainer, derived
 
@@ -53,6 +54,7 @@ def run(
         resume (bool): Go on with the run in the history's folder.
 
     Raises:
+        SettingsError: If the server is to evaluate what never travels.
         RunError: If too few nodes come, no reply of a round counts, or the strategy fails. The
             model of the last whole round is saved.
         StateError: If the strategy holds what cannot be kept.
@@ -101,6 +103,7 @@ def _set_up(
     history: History,
     roster: Members | None,
 ) -> Run:
+    require_one_model(settings, trainer)
     config = {**trainer.task.config, **settings.config, "seed": settings.seed}
     roster = roster or Roster(
         grid,
@@ -189,5 +192,6 @@ def _evaluate_centrally(run: Run, model: Model, record: dict[str, Any]) -> None:
             metrics |= run.trainer.evaluate(parameters, model.statistics, test)
             del metrics["num-examples"]
         if evaluate is not None:
-            metrics |= evaluate(record["round"], parameters, model.statistics) or {}
+            given = evaluate(record["round"], parameters, model.statistics) or {}
+            metrics |= {k: v.item() if isinstance(v, mx.array) else v for k, v in given.items()}
     record["central"] = metrics

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from . import devices, rounds, strategies
 from .history import History, new_run_folder
 from .progress import server_line
-from .settings import Settings
+from .settings import Settings, decide_rounds
 from .task import Config, TaskSource, make_task
 from .training import Trainer
 
@@ -36,7 +36,7 @@ def server_app(
 
     Args:
         task (Task or callable): What is trained, or a function that makes it from the run's
-            settings (``context.run_config``).
+            settings (``context.run_config``), which stand over ``config``.
         strategy (Strategy or callable): Any Flower strategy, or a function of the settings
             that makes one. Default: FedAvg, of ``min_nodes`` nodes or 2.
         runs (Path, optional): Where runs are kept. Default: the setting ``runs``, or ``runs``;
@@ -54,19 +54,22 @@ def server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         config = dict(context.run_config)
-        leading = Settings(**settings)
-        for key, kind in _SETTINGS.items():
-            if key in config:
-                setattr(leading, key.replace("-", "_"), kind(config[key]))
+        if config.get("num-rounds") == 0:
+            del config["num-rounds"]  # an app's settings need a default for what may be changed
+        config = {**settings.get("config", {}), **config}
+        own = {
+            key.replace("-", "_"): kind(config[key])
+            for key, kind in _SETTINGS.items()
+            if key in config
+        }
         sent = {key: value for key, value in config.items() if key not in _SERVERS_OWN}
-        leading.config = {**sent, **leading.config}
+        leading = Settings(**{**settings, **own, "config": sent})
         devices.use(device)
         made = make_task(task, config)
-        task_rounds = made.config.get("num-rounds", leading.num_rounds)
-        leading.num_rounds = int(config.get("num-rounds") or task_rounds)
-        leading.config["num-rounds"] = leading.num_rounds
-        own = strategy(config) if callable(strategy) else strategy
-        chosen = own or strategies.default(leading.min_nodes)
+        asked: Any = context.run_config.get("num-rounds") or settings.get("num_rounds")
+        decide_rounds(leading, made.config, asked)
+        given = strategy(config) if callable(strategy) else strategy
+        chosen = given or strategies.default(leading.min_nodes)
         place = Path(runs or str(config.get("runs", "runs"))).expanduser().resolve()
         history = History(new_run_folder(place, _name(config)), (_log,))
         _FLOWER.info("The run's folder: %s", history.folder)

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .errors import FedError
 from .weights import Arrays
 
+if TYPE_CHECKING:
+    from .task import Config
+    from .training import Trainer
+
 EvaluateFn = Callable[[int, Arrays, Arrays], Mapping[str, float | str] | None]
+
+
+_DEFAULT_ROUNDS = 3
+_LEAST = {"num_rounds": 1, "min_nodes": 1, "wait": 0, "round_timeout": 0, "keep": 0}
+
+
+class SettingsError(FedError, ValueError):
+    """Settings that a run cannot be led with."""
 
 
 @dataclass
@@ -31,7 +44,7 @@ class Settings:
             other metrics of the global model, or text such as a sample of what it writes.
     """
 
-    num_rounds: int = 3
+    num_rounds: int = _DEFAULT_ROUNDS
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     min_nodes: int | None = None
@@ -41,6 +54,14 @@ class Settings:
     test: Sequence[Any] | None = None
     evaluate_fn: EvaluateFn | None = None
 
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:  # as NaN is not, either
+                raise SettingsError(f"{name} is {least} or more, not {value}.")
+        if self.test is not None:
+            _check_arrays(self.test)
+
     def for_the_record(self) -> dict[str, Any]:
         """The settings as plain values."""
         return {
@@ -48,3 +69,59 @@ class Settings:
             "test": None if self.test is None else len(self.test[0]),
             "evaluate_fn": self.evaluate_fn is not None,
         }
+
+
+def decide_rounds(
+    settings: Settings, task: Config, num_rounds: int | None = None, recorded: int | None = None
+) -> None:
+    """Settles how many rounds there are, for the server and in what is sent to clients.
+
+    Args:
+        settings (Settings): Gets the number, and its ``config`` as ``num-rounds``.
+        task (dict): The task's own settings.
+        num_rounds (int, optional): The argument, which stands over all else; ``num-rounds`` in
+            ``settings.config`` comes next.
+        recorded (int, optional): What a run that is resumed was last asked for, which stands
+            over the task's.
+
+    Raises:
+        SettingsError: If it is not a whole number of 1 or more.
+    """
+    given = (num_rounds, settings.config.get("num-rounds"), recorded, task.get("num-rounds"))
+    rounds = next((each for each in given if each is not None), _DEFAULT_ROUNDS)
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise SettingsError(f"num_rounds is a whole number, 1 or more, not {rounds!r}.")
+    settings.num_rounds = rounds
+    settings.config = {**settings.config, "num-rounds": rounds}
+
+
+def require_one_model(settings: Settings, trainer: Trainer) -> None:
+    """Says where the server cannot evaluate: what clients keep to themselves never gets there.
+
+    Raises:
+        SettingsError: If there are test examples and clients keep a part of the model.
+    """
+    if settings.test is None:
+        return
+    if len(trainer.spec) < len(trainer.slots.parameters):
+        kept = "parameters of its own (Task.personal)"
+    elif trainer.task.statistics == "local" and trainer.statistics_spec:
+        kept = 'running statistics of its own (Task.statistics="local")'
+    else:
+        return
+    raise SettingsError(
+        f"The server cannot evaluate on test: each client keeps {kept}, which never travel. "
+        "Leave out test; clients evaluate on their own examples."
+    )
+
+
+def _check_arrays(test: Any) -> None:
+    if not isinstance(test, (tuple, list)) or not test:
+        kind = "a stream" if callable(test) else type(test).__name__
+        raise SettingsError(
+            f"test is a tuple of arrays that share their leading axis, not {kind}: "
+            "test=(images, labels)."
+        )
+    sizes = [len(array) if getattr(array, "shape", ()) else None for array in test]
+    if None in sizes or len(set(sizes)) != 1:
+        raise SettingsError(f"test takes arrays of one length; these have {sizes}.")

@@ -21,7 +21,7 @@ from ..flower.link import Link
 from ..flower.routes import FleetRoutes
 from ..history import History, Listener, Result, recorded_rounds, run_folder
 from ..progress import ServerProgress, quiet_flower
-from ..settings import Settings
+from ..settings import Settings, decide_rounds
 from ..task import TaskSource, make_task
 from ..training import Trainer
 from . import address
@@ -58,7 +58,8 @@ def serve(
         task (Task or callable): What is trained, or a function of ``config`` that makes it.
         strategy (flwr.serverapp.strategy.Strategy): Any Flower strategy. Default:
             FedAvg, of ``min_nodes`` nodes or 2.
-        num_rounds (int, optional): Rounds to train. Default: the task's ``num-rounds``, or 3.
+        num_rounds (int, optional): Rounds to train. Default: ``num-rounds`` of ``config`` or
+            else of the task, or 3.
         host (str): The address to listen on. Default: ``"127.0.0.1"``.
         port (int): The port; 0 takes a free one. Default: ``8080``.
         insecure (bool): Allow plaintext on other addresses than the loopback.
@@ -87,18 +88,20 @@ def serve(
     leading = Settings(**settings)
     strategy = strategy or strategies.default(leading.min_nodes)
     made = make_task(task, leading.config)
-    leading.num_rounds = int(made.config.get("num-rounds", leading.num_rounds))
+    recorded = recorded_rounds(run_folder(runs, name, resume)) if resume is not None else None
+    decide_rounds(leading, made.config, num_rounds, recorded)
     quiet_flower()
     with _socket(host, port) as listening:
         port = listening.getsockname()[1]
-        devices.use(device)
+        computing_on = devices.use(device)
         trainer = Trainer(made, leading.seed)
         shown = ServerProgress()
         folder = run_folder(runs, name, resume)
-        leading.num_rounds = num_rounds or recorded_rounds(folder) or leading.num_rounds
         history = History(folder, (shown,) if listeners is None else tuple(listeners))
         with _serving(listening) as link:
             history.notify("serving", address=address.join(host, port), insecure=insecure)
+            if devices.is_slow(computing_on):
+                history.notify("note", text=f"computing on {computing_on}")
             try:
                 return rounds.run(
                     LinkGrid(link),

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from .. import randomness
-from ..arguments import Insecure, RunName, RunsFolder, Wait, errors_as_messages, find_strategy
+from ..arguments import (
+    Insecure,
+    RoundTimeout,
+    RunName,
+    RunsFolder,
+    Wait,
+    errors_as_messages,
+    find_strategy,
+)
 from .base import require_mlx_lm
 from .config import ConfigError, Federation, LoraConfig, load_config
 
@@ -90,7 +98,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
     insecure: Insecure = False,
     wait: Wait = 600.0,
-    round_timeout: Annotated[float, typer.Option(help="Seconds that a phase may take.")] = 3600.0,
+    round_timeout: RoundTimeout = 3600.0,
     name: RunName = None,
     runs: RunsFolder = Path("runs"),
     gpu: Gpu = False,

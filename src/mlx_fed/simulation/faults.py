@@ -97,7 +97,9 @@ class Faults:
         """What a hostile client sends after it has trained from ``start``."""
         if self.attack == "label-flip":
             return update
-        factor = -(self.scale or 1.0) if self.attack == "sign-flip" else (self.scale or 10.0)
+        usual = 1.0 if self.attack == "sign-flip" else 10.0
+        scale = usual if self.scale is None else self.scale
+        factor = -scale if self.attack == "sign-flip" else scale
         parameters = {
             name: (start[name] + factor * (array - start[name])).astype(array.dtype)
             for name, array in update.parameters.items()

@@ -14,7 +14,7 @@ from .. import devices, rounds
 from ..errors import SimulationError
 from ..history import History, Listener, recorded_rounds, run_folder
 from ..progress import ServerProgress, quiet_flower
-from ..settings import Settings
+from ..settings import Settings, decide_rounds
 from ..task import TaskSource, make_task
 from ..training import Trainer
 from .faults import Faults
@@ -55,7 +55,8 @@ def simulate(
         strategy (flwr.serverapp.strategy.Strategy): Any Flower strategy; ``fraction_train``
             is the share of clients that train in a round. Default: ``FedAvg()``, all of them.
         num_clients (int): How many clients there are. Default: ``100``.
-        num_rounds (int, optional): Rounds to train. Default: the task's ``num-rounds``, or 3.
+        num_rounds (int, optional): Rounds to train. Default: ``num-rounds`` of ``config`` or
+            else of the task, or 3.
         batched (bool): Train clients many at once where that is possible; otherwise, and where
             it is not, one after another. Both give the same. Default: ``True``.
         chunk_size (int, optional): Clients at once. Default: what fits the device's cache.
@@ -85,23 +86,23 @@ def simulate(
     """
     for what, value, least in (
         ("num_clients", num_clients, 1),
-        ("num_rounds", num_rounds, 1),
         ("chunk_size", chunk_size, 1),
         ("workers", workers, 0),
     ):
         if value is not None and value < least:
             raise SimulationError(f"A simulation's {what} is {least} or more, not {value}.")
     quiet_flower()
-    devices.use(device)
+    computing_on = devices.use(device)
     leading = Settings(**settings)
     made = make_task(task, leading.config)
-    leading.num_rounds = int(made.config.get("num-rounds", leading.num_rounds))
+    recorded = recorded_rounds(run_folder(runs, name, resume)) if resume is not None else None
+    made_from = leading.config
+    decide_rounds(leading, made.config, num_rounds, recorded)
     strategy = strategy or FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     trainer = Trainer(made, leading.seed)
     size = default_workers(device) if workers is None else workers
     shown = ServerProgress()
     run = run_folder(runs, name, resume)
-    leading.num_rounds = num_rounds or recorded_rounds(run) or leading.num_rounds
     kept = Kept(run.resolve() / "clients", leading.keep)
 
     def forget(event: str, fields: dict[str, Any]) -> None:
@@ -109,10 +110,12 @@ def simulate(
             kept.forget_after(fields["round"])
 
     history = History(run, (forget, *((shown,) if listeners is None else listeners)))
+    if devices.is_slow(computing_on):
+        history.notify("note", text=f"computing on {computing_on}")
     with tempfile.TemporaryDirectory(prefix="mlx-fed-") as folder:
         job = Job(
             task,
-            leading.config,
+            made_from,
             leading.seed,
             num_clients,
             batched,

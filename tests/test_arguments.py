@@ -1,0 +1,71 @@
+"""What commands make of their arguments."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+OWN = """
+from flwr.serverapp.strategy import FedAvg
+
+def make(proximal=0.0):
+    return FedAvg(fraction_train=0.5, min_train_nodes=1)
+
+ready = FedAvg(fraction_train=0.5, min_train_nodes=1)
+"""
+
+
+def simulate(start, folder: Path, *arguments: object):
+    small = ("--clients", 4, "--rounds", 1, "--workers", 0, "--name", "run")
+    return start(
+        *("-m", "mlx_fed", "simulate", "tests.simulated:TASK", *small, *arguments), cwd=folder
+    )
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "runs" / "run" / "history.jsonl").read_text())
+
+
+@pytest.mark.parametrize("name", ["make", "ready"])
+def test_a_strategy_of_ones_own_is_taken_as_it_is(name: str, start, tmp_path: Path):
+    (tmp_path / "own.py").write_text(OWN)
+    run = simulate(start, tmp_path, "--strategy", f"own:{name}")
+    assert run.ends() == 0, run.text
+    assert len(record(tmp_path)["train"]["nodes"]) == 2
+
+
+@pytest.mark.parametrize("arguments", [("--fraction", 1.0), ("-s", "fraction-train=1.0")])
+def test_a_strategy_that_is_made_already_takes_no_arguments(arguments, start, tmp_path: Path):
+    (tmp_path / "own.py").write_text(OWN)
+    run = simulate(start, tmp_path, "--strategy", "own:ready", *arguments)
+    assert run.ends() == 1
+    assert "'own:ready' is a strategy already" in run.text
+    assert "leave out fraction-train" in run.text
+    assert "Traceback" not in run.text
+
+
+def test_the_fraction_is_a_named_strategys(start, tmp_path: Path):
+    run = simulate(start, tmp_path, "--fraction", 0.25, "--fraction-evaluate", 0.5)
+    assert run.ends() == 0, run.text
+    phases = ("train", "evaluate")
+    assert [len(record(tmp_path)[phase]["nodes"]) for phase in phases] == [1, 2]
+
+
+def test_what_a_module_does_not_find_is_not_the_module(start, tmp_path: Path):
+    (tmp_path / "my_task.py").write_text("import my\n")
+    run = start("-m", "mlx_fed", "simulate", "my_task:task", cwd=tmp_path)
+    assert run.ends() == 1
+    assert "No module named 'my'" in run.text
+    assert "There is no module 'my_task'" not in run.text
+
+
+def test_faults_of_the_command_line(start, tmp_path: Path):
+    slow = ("--mean-delay", 10, "--round-timeout", 4)
+    attack = ("--hostile", 1, "--attack", "scale", "--scale", 0)
+    run = simulate(start, tmp_path, "--clients", 20, *slow, *attack)
+    assert run.ends() == 0, run.text
+    late = [refused["reason"] for refused in record(tmp_path)["refused"]]
+    assert late
+    assert all(reason.startswith("no reply within 4 seconds") for reason in late)
