@@ -13,10 +13,16 @@ import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import mlx.core as mx
 import pytest
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
+from mlx_fed import messages
+from mlx_fed.fleet.server import _serving, _socket
+from mlx_fed.flower.grid import LinkGrid
 from mlx_fed.progress import printable, server_line
+from mlx_fed.training import Trainer
 
 from .conftest import ROOT, free_port
+from .tasks import moons
 
 TASK = "tests.tasks:moons"
 FED = ("-m", "mlx_fed")
@@ -211,6 +217,33 @@ def test_nodes_go_over_to_a_server_that_was_started_again(start, tmp_path):
     assert last.ends() == 0, last.text
     assert [node.ends() for node in nodes] == [0, 0]
     assert len(history(tmp_path / "last")) == 3
+
+
+def test_what_a_node_keeps_is_there_when_its_run_goes_on(start, tmp_path):
+    port = free_port()
+    personal = ("-c", "personal=true")
+    serve_on = ("--port", port, "--runs", tmp_path, "--name", "run", "--min-nodes", 1)
+    server = start(*FED, "serve", TASK, *serve_on, "--rounds", 1000, *personal)
+    node = join(start, f"127.0.0.1:{port}", 0, *personal)
+    server.line("round 2 ")
+    server.end()
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())["config"]
+    parameters = messages.pack(Trainer(moons({"personal": True})).parameters())
+
+    with _serving(_socket("127.0.0.1", port)) as link:
+        grid = LinkGrid(link)
+        while not (nodes := list(grid.get_node_ids())):
+            time.sleep(0.05)
+        losses = []
+        for changed in ({}, {"run-id": "another"}, {}):
+            config = ConfigRecord({**settings, **changed})
+            content = RecordDict({"arrays": parameters, "config": config})
+            message = Message(content, nodes[0], MessageType.EVALUATE)
+            (answer,) = grid.send_and_receive([message], timeout=30)
+            losses.append(answer.content["metrics"]["loss"])
+        link.finish()
+        assert node.ends() == 0, node.text
+    assert losses[0] == losses[2] != losses[1]
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def identity_of(run: Run) -> dict[str, Any]:
     """What a run trains and how: all that must not change when it goes on, in JSON's types."""
     task = run.trainer.task
     fields = ("batch_size", "local_epochs", "local_steps", "eval_batch_size", "max_grad_norm")
-    free = ("num-rounds", "seed")
+    free = ("num-rounds", "seed", "run-id")
     identity = {
         "seed": run.settings.seed,
         "strategy": _without_least_nodes(strategies.describe(run.strategy)),

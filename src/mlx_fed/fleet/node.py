@@ -113,7 +113,7 @@ class _Node:
     ):
         self.client, self.app, self.node_config = client, app, node_config
         self.server, self.wait, self.notify = server, wait, notify
-        self.contexts: dict[int, Context] = {}
+        self.kept: dict[str, RecordDict] = {}
 
     def run(self) -> None:
         self._register()
@@ -140,14 +140,14 @@ class _Node:
 
     def _answer(self, message: Message) -> None:
         kind, run_id = message.metadata.message_type, message.metadata.run_id
+        _, config = messages.config_of(message.content)
         if kind == messages.LEAVE:
-            _, config = messages.config_of(message.content)
             raise JoinError(
                 f"The server at {self.server} sent this node away: {config['reason']!s}"
             )
-        context = self.contexts.setdefault(
-            run_id, Context(run_id, self.client.node_id, self.node_config, RecordDict(), {})
-        )
+        # A run that goes on is another one to Flower: only its server knows that it is the same.
+        kept = self.kept.setdefault(str(config.get("run-id", run_id)), RecordDict())
+        context = Context(run_id, self.client.node_id, self.node_config, kept, {})
         self.notify("working", kind=kind, round=message.metadata.group_id)
         started = time.monotonic()
         try:
