@@ -7,11 +7,14 @@ import os
 import signal
 import socket
 import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
-import mlx_fed as fed  # noqa: F401  before mlx.core
+import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
@@ -244,6 +247,28 @@ def test_what_a_node_keeps_is_there_when_its_run_goes_on(start, tmp_path):
         link.finish()
         assert node.ends() == 0, node.text
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_a_node_holds_its_examples_once(start, tmp_path):
+    task = moons({})
+    theirs: list[weakref.ref] = []
+    alive: list[bool] = []
+
+    def load(partition_id, num_partitions):
+        data = task.data(partition_id, num_partitions)
+        data = fed.Data(tuple(map(np.copy, data.train)), tuple(map(np.copy, data.test)))
+        theirs.extend(map(weakref.ref, (*data.train, *data.test)))
+        return data
+
+    def optimizer(settings):
+        alive.extend(array() is not None for array in theirs)
+        return task.optimizer(settings)
+
+    _, address = serve(start, tmp_path, "--min-nodes", 1, "--rounds", 1)
+    holding = replace(task, data=load, optimizer=optimizer)
+    fed.join(holding, address, wait=60, notify=lambda *_, **__: None)
+    assert alive
+    assert not any(alive)
 
 
 @pytest.mark.slow

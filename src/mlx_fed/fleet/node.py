@@ -15,7 +15,7 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from .. import clientapp, devices, messages
+from .. import batches, clientapp, devices, messages
 from ..errors import FedError
 from ..flower.client import FleetClient, Refused, Unreachable
 from ..flower.replies import error_reply
@@ -84,7 +84,7 @@ def join(
     quiet_flower()
     where = devices.use(device)
     made = make_task(task, config)
-    data = made.data(partition_id, num_partitions)
+    data = batches.load(made, partition_id, num_partitions)
     notify("ready", device=where, partition=partition_id)
     node_config: dict[str, Any] = {"partition-id": partition_id}
     if num_partitions is not None:
