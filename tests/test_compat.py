@@ -4,6 +4,7 @@ import logging
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import mlx_fed as fed  # before mlx.core
 
@@ -96,6 +97,26 @@ def test_a_wrong_shape_names_the_parameter_and_both_shapes():
     arrays[0] = arrays[0].T
     with pytest.raises(WeightsError, match=r"'first\.weight' has shape \(2, 16\).*\(16, 2\)"):
         client.set_parameters(arrays)
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        ({"personal": lambda name: name.startswith("last")}, {"last.weight", "last.bias"}),
+        ({"statistics": "local"}, {"norm.running_mean", "norm.running_var"}),
+    ],
+)
+def test_what_a_client_keeps_does_not_travel(kept, left):
+    task = replace(moons_task(), **kept)
+    client = MLXClient(task, task.data(0, 2))
+    trainer = client.trainer
+    before = client.get_parameters({})
+    assert len(before) == len({*trainer.slots.parameters, *trainer.statistics_spec} - left)
+    after, _, _ = client.fit(before, {})
+    assert len(after) == len(before)
+    loss = client.evaluate(after, {})[0]
+    client.own = {}
+    assert client.evaluate(after, {})[0] != loss
 
 
 def test_runs_under_flowers_start_server(pytestconfig):

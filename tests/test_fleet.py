@@ -7,16 +7,25 @@ import os
 import signal
 import socket
 import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
-import mlx_fed as fed  # noqa: F401  before mlx.core
+import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
+from mlx_fed import messages
+from mlx_fed.fleet.server import _serving, _socket
+from mlx_fed.flower.grid import LinkGrid
 from mlx_fed.progress import printable, server_line
+from mlx_fed.training import Trainer
 
 from .conftest import ROOT, free_port
+from .tasks import moons
 
 TASK = "tests.tasks:moons"
 FED = ("-m", "mlx_fed")
@@ -211,6 +220,55 @@ def test_nodes_go_over_to_a_server_that_was_started_again(start, tmp_path):
     assert last.ends() == 0, last.text
     assert [node.ends() for node in nodes] == [0, 0]
     assert len(history(tmp_path / "last")) == 3
+
+
+def test_what_a_node_keeps_is_there_when_its_run_goes_on(start, tmp_path):
+    port = free_port()
+    personal = ("-c", "personal=true")
+    serve_on = ("--port", port, "--runs", tmp_path, "--name", "run", "--min-nodes", 1)
+    server = start(*FED, "serve", TASK, *serve_on, "--rounds", 1000, *personal)
+    node = join(start, f"127.0.0.1:{port}", 0, *personal)
+    server.line("round 2 ")
+    server.end()
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())["config"]
+    parameters = messages.pack(Trainer(moons({"personal": True})).parameters())
+
+    with _serving(_socket("127.0.0.1", port)) as link:
+        grid = LinkGrid(link)
+        while not (nodes := list(grid.get_node_ids())):
+            time.sleep(0.05)
+        losses = []
+        for changed in ({}, {"run-id": "another"}, {}):
+            config = ConfigRecord({**settings, **changed})
+            content = RecordDict({"arrays": parameters, "config": config})
+            message = Message(content, nodes[0], MessageType.EVALUATE)
+            (answer,) = grid.send_and_receive([message], timeout=30)
+            losses.append(answer.content["metrics"]["loss"])
+        link.finish()
+        assert node.ends() == 0, node.text
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_a_node_holds_its_examples_once(start, tmp_path):
+    task = moons({})
+    theirs: list[weakref.ref] = []
+    alive: list[bool] = []
+
+    def load(partition_id, num_partitions):
+        data = task.data(partition_id, num_partitions)
+        data = fed.Data(tuple(map(np.copy, data.train)), tuple(map(np.copy, data.test)))
+        theirs.extend(map(weakref.ref, (*data.train, *data.test)))
+        return data
+
+    def optimizer(settings):
+        alive.extend(array() is not None for array in theirs)
+        return task.optimizer(settings)
+
+    _, address = serve(start, tmp_path, "--min-nodes", 1, "--rounds", 1)
+    holding = replace(task, data=load, optimizer=optimizer)
+    fed.join(holding, address, wait=60, notify=lambda *_, **__: None)
+    assert alive
+    assert not any(alive)
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
 from mlx_fed import messages
+from mlx_fed.exchange import exchange
 from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower.client import FleetClient, Refused, Unreachable
 from mlx_fed.flower.grid import LinkGrid
@@ -350,6 +351,35 @@ def test_a_second_reply_changes_nothing(fleet):
     (reply,) = fleet.grid.pull_messages([message_id])
     assert reply.content["metrics"]["loss"] == 1.0
     node.send(second, 0.0)  # after all is over
+
+
+@pytest.mark.parametrize("at", ["not asked", "at work", "sending"])
+def test_a_message_whose_time_is_up_is_withdrawn(fleet, monkeypatch, at):
+    node = fleet.node()
+    dead = Message(RecordDict({"arrays": messages.pack(ARRAYS)}), node.node_id, MessageType.TRAIN)
+    received = []
+
+    def work(timeout):
+        """What the node does until the deadline."""
+        if at != "not asked":
+            received.append(node.receive())
+        if at == "sending":
+            node._transport.PushMessages(push_request(node, reply_to(received[0])))
+        time.sleep(timeout)
+
+    monkeypatch.setattr(fleet.grid, "wait", work)
+    _, missing, *_ = exchange(fleet.grid, [dead], {node.node_id: "node-0"}, 0.4, lambda _: None)
+    assert missing == {"node-0": "no reply within 0 seconds"}
+    assert len(fleet.link.state.object_store) == 0, "objects stay behind"
+
+    for message in received:
+        node.send(reply_to(message), 0.0)  # too late
+    message_id = fleet.message(node)
+    message = node.receive()
+    assert message.metadata.message_id == message_id
+    node.send(reply_to(message), 0.0)
+    assert len(fleet.grid.pull_messages([message_id])) == 1
+    assert len(fleet.link.state.object_store) == 0, "objects stay behind"
 
 
 def test_a_reply_to_nothing_changes_nothing(fleet):

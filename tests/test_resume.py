@@ -189,6 +189,16 @@ def test_a_run_that_is_done_can_be_asked_for_more_rounds_only(tmp_path: Path):
     assert told == ["resumed", "finished"]
 
 
+def test_a_run_that_goes_on_keeps_its_id(tmp_path: Path):
+    def run_id(name: str, **arguments: Any) -> str:
+        folder = federate(FedAvg(), tmp_path / name, **arguments).folder
+        return json.loads((folder / "settings.json").read_bytes())["config"]["run-id"]
+
+    first = run_id("run", num_rounds=1)
+    assert run_id("run", num_rounds=2, resume=True) == first
+    assert run_id("other", num_rounds=1) != first
+
+
 class InColumns(FedAvg):
     """Gives its arrays as Fortran lays them out."""
 

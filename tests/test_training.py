@@ -696,6 +696,23 @@ def test_personal_parameters_stay():
     assert of.evaluate(update.parameters, {}, data.train, update.own)["loss"] != first
 
 
+@pytest.mark.parametrize(
+    "kept", [{"personal": lambda name: name.startswith("layers")}, {"keep_optimizer": True}]
+)
+def test_nothing_is_kept_of_an_update_that_is_not_finite(kept):
+    of = trainer(**kept)
+    data = fed.Data(examples(24))
+    assert of.train(of.parameters(), {}, data, {"momentum": 0.9}).own
+    diverged = of.train(of.parameters(), {}, data, {"momentum": 0.9, "learning-rate": 1e38})
+    assert not weights.are_finite(diverged.parameters.values())
+    assert not diverged.own
+
+
+def test_an_optimizer_can_read_the_round_from_the_start():
+    of = trainer(optimizer=lambda config: optim.SGD(0.1 * 0.99 ** config["server-round"]))
+    of.warm_up(fed.Data(examples(24)), {})
+
+
 def test_a_model_that_is_all_personal_is_refused():
     with pytest.raises(WeightsError, match="Every parameter is personal"):
         trainer(personal=lambda name: True)

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from .errors import FedError
+from .task import Data, Task
+
 _TAIL_SIZES = 8
 """How many sizes a padded last batch may have: each is one more trace of a program."""
 
@@ -34,6 +37,22 @@ def as_arrays(arrays: Sequence[Any]) -> tuple[mx.array, ...]:
     converted = tuple(a if isinstance(a, mx.array) else mx.array(a) for a in arrays)
     mx.eval(converted)
     return converted
+
+
+def load(task: Task, partition_id: int, num_partitions: int | None) -> Data:
+    """A partition's data, its arrays as MLX's: NumPy's are not kept beside them.
+
+    Raises:
+        FedError: If ``task.data`` returns something else.
+    """
+    data = task.data(partition_id, num_partitions)
+    if not isinstance(data, Data):
+        raise FedError(f"Task.data must return mlx_fed.Data, not a {type(data).__name__}")
+    return Data(_converted(data.train), _converted(data.test))
+
+
+def _converted(examples: Any) -> Any:
+    return examples if examples is None or callable(examples) else as_arrays(examples)
 
 
 def epoch(num_examples: int, batch_size: int, padded: bool, seed: int | None) -> Iterator[Rows]:

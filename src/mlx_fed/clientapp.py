@@ -16,7 +16,7 @@ from uuid import uuid4
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from . import aggregate, messages
+from . import aggregate, batches, messages
 from .errors import FedError
 from .flower.replies import error_reply
 from .task import Data, TaskSource, make_task
@@ -88,7 +88,7 @@ class _Client:
         return Trainer(make_task(self.source, dict(run_config)), seed)
 
     def _load_data(self, trainer: Trainer, partition: int, num_partitions: int | None) -> Data:
-        return trainer.task.data(partition, num_partitions)
+        return batches.load(trainer.task, partition, num_partitions)
 
     def setting_out(self, message: Message, context: Context) -> tuple[Trainer, ConfigRecord]:
         _, config = messages.config_of(message.content)

@@ -24,7 +24,8 @@ class MLXClient(NumPyClient):
     Parameters travel as a list in the model's order, without their names, and as float32 where
     NumPy has no such dtype (bfloat16). Running statistics follow them, so that a strategy
     averages them too; one with an optimizer of its own, such as FedAdam, should not be given a
-    model that has any.
+    model that has any. What the task leaves with its clients, personal parameters and local
+    statistics, does not travel.
 
     Args:
         task (Task): What is trained.
@@ -47,26 +48,31 @@ class MLXClient(NumPyClient):
         self.own: Mapping[str, mx.array] = {}
 
     def get_parameters(self, config: Mapping[str, Any]) -> list[np.ndarray]:
-        """The model's parameters and running statistics, in order."""
-        return [
-            _to_numpy(a) for a in (self.trainer.parameters() | self.trainer.statistics()).values()
-        ]
+        """The parameters and running statistics that travel, in the model's order."""
+        return [_to_numpy(array) for array in weights.get(self._traveling()).values()]
 
     def set_parameters(self, parameters: list[np.ndarray]) -> None:
-        """Puts arrays into the model.
+        """Puts the arrays that travel into the model.
 
         Raises:
             WeightsError: If their number or a shape differs; the message names the parameter.
         """
-        expected = self.trainer.spec | self.trainer.statistics_spec
+        slots = self._traveling()
+        expected = weights.spec(weights.get(slots))
         if len(parameters) != len(expected):
             raise weights.WeightsError(
                 f"got {len(parameters)} arrays for the model's {len(expected)} "
                 f"({', '.join(expected)})"
             )
         named = {name: mx.array(a) for name, a in zip(expected, parameters, strict=True)}
-        slots = self.trainer.slots.parameters | self.trainer.slots.statistics
         weights.load(slots, aggregate.cast(named, expected))
+
+    def _traveling(self) -> dict[str, weights.Slot]:
+        """Where those arrays are held that are trained together."""
+        slots = self.trainer.slots
+        shared = {name: slots.parameters[name] for name in self.trainer.spec}
+        averaged = self.trainer.task.statistics == "average"
+        return shared | slots.statistics if averaged else shared
 
     def fit(
         self, parameters: list[np.ndarray], config: Mapping[str, Any]
@@ -88,7 +94,7 @@ class MLXClient(NumPyClient):
             client=self.client,
             own=self.own,
         )
-        self.own = update.own
+        self.own = update.own or self.own
         weights.put(self.trainer.slots.parameters, update.parameters)
         weights.put(self.trainer.slots.statistics, update.statistics)
         metrics = dict(update.metrics)

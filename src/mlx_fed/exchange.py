@@ -73,6 +73,8 @@ def exchange(
             arrived(names[node_id])
         if pending and not pulled:
             pause(grid)
+    if pending and (withdraw := getattr(grid, "withdraw", None)):
+        withdraw(pending)  # or nodes that are late would work through rounds that are over
     missing |= dict.fromkeys(pending.values(), f"no reply within {timeout:.0f} seconds")
     order = {node_id: place for place, node_id in enumerate(names)}
     replies.sort(key=lambda pair: order[pair[0]])

@@ -244,6 +244,13 @@ def recorded_rounds(folder: Path) -> int | None:
     return None
 
 
+def recorded_run_id(folder: Path) -> str | None:
+    """The id that the run in the folder has for its nodes, if it was ever started."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((folder / "settings.json").read_bytes())["config"]["run-id"])
+    return None
+
+
 def sync(file: IO) -> None:
     """Brings a file to disk, past the system's memory."""
     file.flush()

@@ -92,7 +92,7 @@ def identity_of(run: Run) -> dict[str, Any]:
         *("statistics", "keep_optimizer", "weight_unit"),
     )
     personal = run.trainer.slots.parameters.keys() - run.trainer.spec.keys()
-    free = ("num-rounds", "seed")
+    free = ("num-rounds", "seed", "run-id")
     identity = {
         "seed": run.settings.seed,
         "strategy": _without_least_nodes(strategies.describe(run.strategy)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import mlx.core as mx
 from flwr.app import Message, MetricRecord
@@ -17,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from . import aggregate, checks, strategies, strategy_state, weights
 from .checkpoint import Checkpoints
 from .errors import RunError
-from .history import History, Result
+from .history import History, Result, recorded_run_id
 from .phase import Model, Phase, Run, timed
 from .resume import Position, identity_of
 from .resume import resume as taken_up
@@ -62,7 +63,8 @@ def run(
         HistoryError: If the run's folder cannot be written, or another process leads the run.
     """
     started = time.monotonic()
-    run = _set_up(grid, strategy, trainer, settings, history, roster)
+    run_id = (recorded_run_id(history.folder) if resume else None) or uuid4().hex
+    run = _set_up(grid, strategy, trainer, settings, history, roster, run_id)
     min_nodes = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
     checkpoints = Checkpoints(history.folder, settings.keep)
     identity = identity_of(run)
@@ -102,9 +104,12 @@ def _set_up(
     settings: Settings,
     history: History,
     roster: Members | None,
+    run_id: str,
 ) -> Run:
     require_one_model(settings, trainer)
-    config = {**trainer.task.config, **settings.config, "seed": settings.seed}
+    # By its id nodes know a run again whose server was started again.
+    own = {"seed": settings.seed, "run-id": run_id}
+    config = {**trainer.task.config, **settings.config, **own}
     roster = roster or Roster(
         grid,
         trainer.spec,

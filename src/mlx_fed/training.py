@@ -37,7 +37,8 @@ class Update(NamedTuple):
     """What a round of local training gives: arrays by name, and metrics in kebab-case.
 
     ``own`` is what the client keeps until it trains or evaluates again: see
-    :meth:`Trainer.train`.
+    :meth:`Trainer.train`. It is empty where the update is not finite: what the client kept
+    before then stands.
     """
 
     parameters: Mapping[str, mx.array]
@@ -199,7 +200,9 @@ class Trainer:
             own |= {f"state/{name}": array for name, array in at.state.items()}
             mx.eval(own)
         shared = {name: at.parameters[name] for name in self._shared}
-        return Update(shared, statistics, metrics, own)
+        # The server passes over a round that diverged; kept, it would be in all that follow.
+        finite = weights.are_finite((*own.values(), *shared.values(), *statistics.values()))
+        return Update(shared, statistics, metrics, own if finite else {})
 
     def evaluate(
         self,
@@ -242,7 +245,7 @@ class Trainer:
     def warm_up(self, data: Data, config: Config) -> None:
         """Compiles the programs on one batch, so that the first round does not wait for it."""
         start = self.parameters(), self.statistics()
-        self.train(*start, data, {**config, "local-steps": 1})
+        self.train(*start, data, {"server-round": 1, **config, "local-steps": 1})
         if data.test is None or callable(data.test):
             return
         self.evaluate(*start, tuple(array[: self.task.eval_batch_size] for array in data.test))

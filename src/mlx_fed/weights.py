@@ -8,7 +8,7 @@ normalization layers, which training changes without a gradient. Everything else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -195,3 +195,9 @@ class StackedRow(Mapping[str, mx.array]):
 def to_float32(array: mx.array) -> np.ndarray:
     """The values of an array as float32 in NumPy: without a copy where that is what they are."""
     return np.asarray(array.astype(mx.float32))
+
+
+def are_finite(arrays: Iterable[mx.array]) -> bool:
+    """Whether no floating-point array has a value that is infinite or not a number."""
+    floating = (array for array in arrays if mx.issubdtype(array.dtype, mx.floating))
+    return all(np.isfinite(to_float32(array)).all() for array in floating)

@@ -15,7 +15,7 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from .. import clientapp, devices, messages
+from .. import batches, clientapp, devices, messages
 from ..errors import FedError
 from ..flower.client import FleetClient, Refused, Unreachable
 from ..flower.replies import error_reply
@@ -84,7 +84,7 @@ def join(
     quiet_flower()
     where = devices.use(device)
     made = make_task(task, config)
-    data = made.data(partition_id, num_partitions)
+    data = batches.load(made, partition_id, num_partitions)
     notify("ready", device=where, partition=partition_id)
     node_config: dict[str, Any] = {"partition-id": partition_id}
     if num_partitions is not None:
@@ -113,7 +113,7 @@ class _Node:
     ):
         self.client, self.app, self.node_config = client, app, node_config
         self.server, self.wait, self.notify = server, wait, notify
-        self.contexts: dict[int, Context] = {}
+        self.kept: dict[str, RecordDict] = {}
 
     def run(self) -> None:
         self._register()
@@ -140,14 +140,14 @@ class _Node:
 
     def _answer(self, message: Message) -> None:
         kind, run_id = message.metadata.message_type, message.metadata.run_id
+        _, config = messages.config_of(message.content)
         if kind == messages.LEAVE:
-            _, config = messages.config_of(message.content)
             raise JoinError(
                 f"The server at {self.server} sent this node away: {config['reason']!s}"
             )
-        context = self.contexts.setdefault(
-            run_id, Context(run_id, self.client.node_id, self.node_config, RecordDict(), {})
-        )
+        # A run that goes on is another one to Flower: only its server knows that it is the same.
+        kept = self.kept.setdefault(str(config.get("run-id", run_id)), RecordDict())
+        context = Context(run_id, self.client.node_id, self.node_config, kept, {})
         self.notify("working", kind=kind, round=message.metadata.group_id)
         started = time.monotonic()
         try:

@@ -94,12 +94,26 @@ class LinkGrid(Grid):
         replies = [self._reply_to(message_id) for message_id in complete]
         if lost:
             replies += state.get_message_res(set(lost), self._link.run_id)
-        self._link.complete -= complete
-        state.delete_messages(complete | lost)
-        for message_id in complete | lost:
+        self._forget(complete | lost)
+        return replies
+
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        """Takes messages back: nodes are not given them any more, and replies are dropped."""
+        message_ids = set(message_ids)
+        state = self._link.state
+        with state.lock:
+            replies = [state.message_ins_id_to_message_res_id.get(i) for i in message_ids]
+            self._forget(message_ids)
+        for reply_id in filter(None, replies):
+            state.object_store.delete(reply_id)
+
+    def _forget(self, message_ids: set[str]) -> None:
+        state = self._link.state
+        self._link.complete -= message_ids
+        state.delete_messages(message_ids)
+        for message_id in message_ids:
             self._receivers.pop(message_id, None)
             state.object_store.delete(message_id)  # where the node has not confirmed it
-        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..batches import as_arrays
-from ..errors import FedError, SimulationError
+from .. import batches
+from ..errors import SimulationError
 from ..task import Data, Task
 
 
@@ -54,10 +53,7 @@ class Partitions:
         return data
 
     def _load(self, client: int) -> Data:
-        data = self.task.data(client, self.num_clients)
-        if not isinstance(data, Data):
-            raise FedError(f"Task.data must return mlx_fed.Data, not a {type(data).__name__}")
-        return Data(_converted(data.train), _converted(data.test))
+        return batches.load(self.task, client, self.num_clients)
 
     def _check(self, client: int, data: Data) -> None:
         seen = self._seen.setdefault(client, now := _fingerprint(data))
@@ -67,10 +63,6 @@ class Partitions:
                 "the same ones for the same arguments: let its random choices follow from the "
                 "partition's number"
             )
-
-
-def _converted(examples: Any) -> Any:
-    return examples if examples is None or callable(examples) else as_arrays(examples)
 
 
 def _arrays(data: Data) -> list[mx.array]:

@@ -247,7 +247,7 @@ class Worker:
 
     def _finish(self, phase: Phase, client: int, update: Update) -> Update:
         """What a client sends of its update, and what it keeps."""
-        if self.kept is not None:
+        if self.kept is not None and update.own:
             self.kept.save(client, int(phase.config["server-round"]), update.own)
         if self.job.faults.is_hostile(self.job.seed, client):
             update = self.job.faults.on_update(update, phase.parameters)
