@@ -274,20 +274,6 @@ def test_the_mean_of_a_large_half_precision_batch_is_exact(dtype):
     assert update.parameters["w"].dtype == dtype
 
 
-def test_a_part_in_evaluation_mode_stays_in_it():
-    def model() -> nn.Module:
-        model = MLP(norm=True)
-        model.norm.eval()
-        return model
-
-    of = trainer(model)
-    modes = [module.training for module in of.model.modules()]
-    update = train(of, fed.Data(examples(16)))
-    assert not update.statistics["norm.running_mean"].any().item()
-    of.evaluate(of.parameters(), of.statistics(), examples(16))
-    assert [module.training for module in of.model.modules()] == modes
-
-
 def test_a_model_that_was_loaded_in_evaluation_mode_trains():
     of = trainer(lambda: MLP(norm=True).eval())
     update = train(of, fed.Data(examples(16)))

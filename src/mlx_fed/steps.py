@@ -142,22 +142,18 @@ def holding(
 ) -> Iterator[None]:
     """Puts arrays into the model while a program is traced, and the old ones back.
 
-    Without this the model is left holding tracers, which fail when next they are used. A part
-    that ``Task.model`` put into evaluation mode stays in it, unless the whole model is in it, as
-    models often are when they have been loaded.
+    Without this the model is left holding tracers, which fail when next they are used.
     """
     places = {**slots.parameters, **slots.statistics}
     before = weights.get(places)
-    modes = [(module, module.training) for module in model.modules()]
+    was_training = model.training
     weights.put(places, {**parameters, **statistics})
-    if not (training and model.training):
-        model.train(training)
+    model.train(training)
     try:
         yield
     finally:
         weights.put(places, before)
-        for module, mode in modes:  # a module comes before its parts
-            module.train(mode)
+        model.train(was_training)
 
 
 def gives_one_value_an_example(functions: Sequence[Callable], model: nn.Module, probe: Any) -> bool:
