@@ -14,6 +14,7 @@ pytest.importorskip("mlx_lm")
 
 from . import tiny_llama
 
+pytestmark = pytest.mark.slow
 LORA = ("-m", "mlx_fed", "lora")
 
 

@@ -24,6 +24,8 @@ from .conftest import ROOT
 from .simulated import CLIENTS, TASK, assert_same, load, simulate
 from .test_rounds import read_history
 
+pytestmark = pytest.mark.slow
+
 # -- workers that die ----------------------------------------------------------------------
 
 
