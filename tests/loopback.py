@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.common.constant import ErrorCode
+
+from mlx_fed.flower import local
 
 App = Callable[[Message, Context], Message]
 """A ClientApp, or a function around one."""
 
 
-class LoopbackGrid(Grid):
+class LoopbackGrid(local.OneRunGrid):
     """A grid whose nodes are ClientApps in this process.
 
     Messages and replies are copied on their way, so that neither side holds what the other may
@@ -41,9 +41,7 @@ class LoopbackGrid(Grid):
         backwards: bool = False,
         run_config: dict[str, Any] | None = None,
     ):
-        # Message reads who sends it from here; a Flower run would have set it.
-        TaskIdentity.task_id, TaskIdentity.run_id = 1, 1
-        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        local.begin_run()
         node_ids = node_ids or range(1, len(apps) + 1)
         self.apps = dict(zip(node_ids, apps, strict=True))
         self.contexts = {
@@ -59,23 +57,6 @@ class LoopbackGrid(Grid):
         self.step = -1 if backwards else 1
         self._replies: dict[str, Message] = {}
         self._numbers = itertools.count(1)
-
-    def set_run(self, run: Any) -> None:
-        raise RuntimeError("This grid has its run already.")
-
-    @property
-    def run(self) -> Any:
-        raise RuntimeError("This grid's run is not kept by Flower.")
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.apps)[:: self.step]
@@ -96,7 +77,7 @@ class LoopbackGrid(Grid):
 
     def _push(self, message: Message) -> str:
         message_id = f"message-{next(self._numbers)}"
-        message.metadata.__dict__["_message_id"] = message_id
+        local.number(message, message_id)
         self._replies[message_id] = copy.deepcopy(self._answer(copy.deepcopy(message)))
         return message_id
 

@@ -6,10 +6,9 @@ import time
 from collections.abc import Iterable
 from typing import Any, cast
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -19,10 +18,11 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from .link import Link
+from .local import OneRunGrid, number
 from .replies import error_reply
 
 
-class LinkGrid(Grid):
+class LinkGrid(OneRunGrid):
     """A Flower Grid straight on a :class:`Link`."""
 
     def __init__(self, link: Link):
@@ -30,25 +30,11 @@ class LinkGrid(Grid):
         self._seen = 0
         self._receivers: dict[str, int] = {}
 
-    def set_run(self, run: Any) -> None:
-        raise RuntimeError("This grid has its run already.")
-
     @property
     def run(self) -> Any:
         """The run, as Flower describes it."""
         (run,) = self._link.state.get_run_info(run_ids=[self._link.run_id])
         return run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """The same as Flower's ``Message(...)``, which is the way to make one."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """The ids of the nodes that are online."""
@@ -71,7 +57,7 @@ class LinkGrid(Grid):
             objects: dict[str, Any] = {}
             missing: set[str] = set()
             for message in messages:
-                message.metadata.__dict__["_message_id"] = message.object_id
+                number(message, message.object_id)
                 objects.update(get_all_nested_objects(message))
                 missing.update(store.preregister(self._link.run_id, get_object_tree(message)))
             for object_id in missing:
@@ -147,7 +133,7 @@ class LinkGrid(Grid):
                 for tree in iterate_object_tree(store.get_object_tree(reply_id))
             }
             reply = cast(Message, inflate_object_from_contents(reply_id, contents))
-            reply.metadata.__dict__["_message_id"] = reply_id
+            number(reply, reply_id)
             if reply.metadata.reply_to_message_id != message_id:
                 raise ValueError("it is another message than was announced")
         except Exception as error:

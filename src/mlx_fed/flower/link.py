@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from datetime import UTC, datetime
 from typing import cast
 
-from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID, SubStatus
+from flwr.common.constant import NOOP_FLWR_AID, SubStatus
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
@@ -20,8 +20,9 @@ from flwr.supercore.constant import (
     TaskType,
 )
 from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
+
+from . import local
 
 _SUSPENDED = 5.0
 """Seconds without a look at the nodes, after which this process may have been suspended."""
@@ -66,10 +67,7 @@ class Link:
         # Flower ends a run a minute after its last heartbeat, which a suspended laptop misses. The
         # run lives in this process and ends with it.
         self.state.task_token_store[self._task_id].active_until = datetime.max.replace(tzinfo=UTC)
-        # Message reads who sends it from here.
-        TaskIdentity.task_id = self._task_id
-        TaskIdentity.run_id = self.run_id
-        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        local.begin_run(self.run_id, self._task_id)
 
         self.finished = False
         self.loop: asyncio.AbstractEventLoop | None = None

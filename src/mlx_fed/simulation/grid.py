@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, count, pairwise
 from pathlib import Path
-from typing import Any
 
-from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Message
 
 from ..flower import local
 from ..flower.replies import failed_reply
@@ -24,7 +22,7 @@ _SPAN = 16
 _LONGEST_SPAN = 256
 
 
-class SimulationGrid(Grid):
+class SimulationGrid(local.OneRunGrid):
     """Clients of this machine as nodes: node ``k + 1`` holds partition ``k``.
 
     Its clients have a time of their own (see :class:`~mlx_fed.simulation.faults.Faults`): a
@@ -82,23 +80,6 @@ class SimulationGrid(Grid):
     ) -> Iterable[Message]:
         sent = [self._pushed.pop(id) for id in self.push_messages(messages)]
         return [reply for some in self._replies(sent) for reply in some]
-
-    def set_run(self, run: Any) -> None:
-        raise RuntimeError("A simulation's grid has its run already.")
-
-    @property
-    def run(self) -> Any:
-        raise RuntimeError("A simulation's run is not kept by Flower.")
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     # -- the work --------------------------------------------------------------------------
 
