@@ -99,3 +99,21 @@ def mnist() -> Path:
     if not MNIST.is_dir():
         pytest.skip("needs the full MNIST in ../shared/data/mnist")
     return MNIST
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a language model of a few thousand parameters."""
+    from .tiny_llama import write_model
+
+    return write_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def uncompiled() -> Iterator[None]:
+    """Many different programs, each run a few times, are not worth compiling."""
+    import mlx.core as mx
+
+    mx.disable_compile()
+    yield
+    mx.enable_compile()

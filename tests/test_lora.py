@@ -26,17 +26,7 @@ from mlx_fed.training import Trainer
 from . import tiny_llama
 
 
-@pytest.fixture(autouse=True, scope="module")
-def uncompiled():
-    """Many different programs, each run a few times, are not worth compiling."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return tiny_llama.write_model(tmp_path_factory.mktemp("llama"))
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @pytest.fixture

@@ -29,16 +29,7 @@ from . import tiny_llama
 from .loopback import LoopbackGrid
 
 
-@pytest.fixture(autouse=True, scope="module")
-def uncompiled():
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return tiny_llama.write_model(tmp_path_factory.mktemp("llama"))
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @pytest.fixture

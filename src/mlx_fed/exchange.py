@@ -36,6 +36,9 @@ class Summed(Protocol):
     failed: list[tuple[int, str]]
 
 
+SumUpdates = Callable[[list[Message], str], Iterator[Summed]]
+
+
 def exchange(
     grid: Grid,
     outgoing: list[Message],
@@ -86,20 +89,14 @@ def exchange(
     )
 
 
-def can_sum(grid: Grid, outgoing: list[Message]) -> bool:
-    """Whether the grid sums updates where they are made: all nodes were sent the same."""
-    return hasattr(grid, "sum_updates") and len({id(m.content) for m in outgoing}) == 1
+def summing(grid: Grid, outgoing: list[Message]) -> SumUpdates | None:
+    """The grid's way to sum updates where they are made, if it has one.
 
-
-def sum_updates(grid: Any, outgoing: list[Message], weighted_by: str) -> Iterator[Summed]:
-    """Lets the nodes of a grid that can do it train, and gives their updates as sums.
-
-    Args:
-        grid (Grid): One for which :func:`can_sum` holds.
-        outgoing (list): Training messages in the roster's order, which gives nodes their places.
-        weighted_by (str): The metric that weighs an update.
+    It is called with training messages, whose order gives nodes their places, and the metric that
+    weighs an update. All nodes have to be sent the same.
     """
-    yield from grid.sum_updates(outgoing, weighted_by)
+    same = len({id(message.content) for message in outgoing}) == 1
+    return getattr(grid, "sum_updates", None) if same else None
 
 
 def pack(outgoing: list[Message], spec: Spec, statistics: Arrays, config: Config) -> None:

@@ -19,13 +19,14 @@ from . import aggregate, checks, strategies, strategy_state, weights
 from .checkpoint import Checkpoints
 from .errors import RunError
 from .history import History, Result, recorded_run_id
+from .metrics import derived
 from .phase import Model, Phase, Run, timed
 from .resume import Position, identity_of
 from .resume import resume as taken_up
 from .roster import Members, Roster
 from .settings import Settings, require_one_model
 from .train_phase import train
-from .training import Trainer, derived
+from .training import Trainer
 
 __all__ = ["Result", "RunError", "run"]
 

@@ -81,8 +81,8 @@ def _train_to_a_mean(phase: Phase, model: Model, outgoing: list[Message]) -> Mod
 
 def _total(phase: Phase, outgoing: list[Message], nodes: list[str]) -> sums.Total:
     """The sum of the updates, made where the clients train if the grid can do that."""
-    if exchange.can_sum(phase.run.grid, outgoing):
-        return _summed_by_grid(phase, outgoing, nodes)
+    if sum_updates := exchange.summing(phase.run.grid, outgoing):
+        return _summed_by_grid(phase, outgoing, nodes, sum_updates)
     updates = _updates(phase, outgoing)
     total = sums.Total()
     with phase.timed("aggregate"):
@@ -101,14 +101,16 @@ def _counted(
         yield sums.Counted(places[node], update.weight, update.metrics), update
 
 
-def _summed_by_grid(phase: Phase, outgoing: list[Message], nodes: list[str]) -> sums.Total:
+def _summed_by_grid(
+    phase: Phase, outgoing: list[Message], nodes: list[str], sum_updates: exchange.SumUpdates
+) -> sums.Total:
     run = phase.run
     phase.begin(outgoing)
     total, up = sums.Total(), 0
     failed: dict[int, str] = {}
     sizes = exchange.sizes(outgoing)
     with phase.timed("train"):
-        for outcome in exchange.sum_updates(run.grid, outgoing, run.weighted_by):
+        for outcome in sum_updates(outgoing, run.weighted_by):
             came = [counted.place for block in outcome.blocks for counted in block.counted]
             for block in outcome.blocks:
                 total.add(block)

@@ -5,7 +5,6 @@ Knows nothing of Flower: named arrays come in, named arrays and metrics go out.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain, count, islice
@@ -17,6 +16,7 @@ import mlx.optimizers as optim
 
 from . import batches, randomness, weights
 from .batches import Rows
+from .metrics import counted, derived, weighted_mean
 from .steps import (
     Client,
     Shared,
@@ -376,41 +376,6 @@ def _kept(own: Mapping[str, mx.array] | None, kind: str, otherwise: Arrays) -> A
         if name.startswith(f"{kind}/")
     }
     return {**otherwise, **kept}
-
-
-def counted(
-    task: Task, shares: Sequence[float], seconds: float | None = None
-) -> dict[str, int | float]:
-    """What the weights of a client's losses add up to, where the task says what they count.
-
-    Args:
-        task (Task): Whose ``weight_unit`` may be ``"tokens"``.
-        shares (list): The weight of each step's loss.
-        seconds (float, optional): What the steps took together.
-    """
-    if task.weight_unit is None:
-        return {}
-    total = round(math.fsum(shares))
-    counts: dict[str, int | float] = {f"num-{task.weight_unit}": total}
-    if seconds:
-        counts[f"{task.weight_unit}-per-second"] = total / seconds
-    return counts
-
-
-def derived(task: Task, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that follow from others."""
-    return dict(task.derived(metrics)) if task.derived else {}
-
-
-def weighted_mean(values: Sequence[float], shares: Sequence[float]) -> float:
-    """The mean of a client's steps, each with its share.
-
-    Raises:
-        ValueError: If all shares are 0.
-    """
-    if not any(shares):
-        raise ValueError("The loss or a metric has weight 0 on all of the client's examples.")
-    return math.fsum(v * s for v, s in zip(values, shares, strict=True)) / math.fsum(shares)
 
 
 def _streamed(examples: Callable, keys: Iterable[mx.array]) -> Iterator[Batch]:

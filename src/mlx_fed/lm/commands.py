@@ -73,7 +73,6 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**values: Any) -> None:
-
         given = {flag.name: values.pop(flag.name) for flag in _FLAGS}
         with errors_as_messages():
             require_mlx_lm()
@@ -209,7 +208,6 @@ def simulate(
 
 def make_strategy(config: LoraConfig, min_nodes: int) -> Strategy:
     """The strategy that a configuration names, with its share of nodes and their weights."""
-
     federation = config.federation
     options: dict[str, Any] = {}
     if federation.fraction != 1.0:

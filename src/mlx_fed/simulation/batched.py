@@ -16,9 +16,10 @@ from mlx.utils import tree_map
 
 from .. import randomness
 from ..batches import Rows
+from ..metrics import counted, weighted_mean
 from ..steps import Client, Shared, Step, initial_state, training_step
 from ..task import Config, Data, Task
-from ..training import Trainer, Update, counted, moment_of, weighted_mean
+from ..training import Trainer, Update, moment_of
 from ..weights import Arrays, StackedRow
 from .feeding import Feed, HostStacks, device_feed, host_can_read
 
