@@ -28,6 +28,7 @@ from .arguments import (
     parse_settings,
 )
 from .lm.commands import lora
+from .runs_commands import runs_app
 
 app = typer.Typer(
     help="Federated learning for MLX models, on Flower's engine.",
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 
 app.add_typer(lora, name="lora")
+app.add_typer(runs_app, name="runs")
 
 
 @app.command()

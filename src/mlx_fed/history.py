@@ -19,7 +19,9 @@ from typing import IO, Any
 
 import mlx.core as mx
 
+from . import records
 from .errors import FedError
+from .status import Status
 from .weights import Arrays
 
 Listener = Callable[[str, dict[str, Any]], None]
@@ -35,14 +37,22 @@ class History:
     Args:
         folder (Path): Where the run is kept, from :func:`new_run_folder`.
         listeners (tuple): Each is called ``listener(event, fields)`` for what happens, with
-            the events ``serving``, ``joined``, ``left``, ``refused``, ``waiting``, ``resumed``,
-            ``phase``, ``reply``, ``replies`` (of a simulation, several at once), ``failed``,
-            ``note``, ``round`` and ``finished``. Only rounds are written down.
+            the events ``started``, ``serving``, ``joined``, ``left``, ``refused``, ``waiting``,
+            ``resumed``, ``phase``, ``reply``, ``replies`` (of a simulation, several at once),
+            ``failed``, ``note``, ``round``, ``finished`` and ``stopped``. Only rounds are written
+            down, and in ``status.json`` what the run is doing now.
+        about (dict, optional): What is known of the run beside its settings, for the record.
     """
 
-    def __init__(self, folder: Path, listeners: tuple[Listener, ...] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        listeners: tuple[Listener, ...] = (),
+        about: dict[str, Any] | None = None,
+    ):
         self.folder = folder
-        self.listeners = listeners
+        self.listeners: tuple[Listener, ...] = (Status(folder), *listeners)
+        self.about = about or {}
         self.rounds: list[dict[str, Any]] = []
 
     def notify(self, event: str, **fields: Any) -> None:
@@ -56,9 +66,11 @@ class History:
         Raises:
             HistoryError: If it cannot be written.
         """
+        settings = {**settings, **self.about}
         text = json.dumps(settings, indent=2, default=str) + "\n"
         with _replacing(self.folder / "settings.json") as half_written:
             half_written.write_text(text, encoding="utf-8")
+        self.notify("started", folder=self.folder, settings=settings)
 
     def add_round(self, record: dict[str, Any]) -> None:
         """Appends a round to ``history.jsonl``.
@@ -66,7 +78,8 @@ class History:
         Raises:
             HistoryError: If it cannot be written. The rounds before it stay as they are.
         """
-        line = json.dumps(record, default=float) + "\n"
+        record["time"] = round(time.time(), 3)
+        line = records.to_line(record) + "\n"
         path = self.folder / "history.jsonl"
         with errors_named(path):
             size = path.stat().st_size if path.exists() else 0
@@ -101,11 +114,11 @@ class History:
             lines = path.read_bytes().splitlines() if path.exists() else []
         rounds = {}
         for line in lines:
-            with suppress(ValueError, KeyError, TypeError):  # half a line of a run that was killed
-                record = json.loads(line)
-                rounds[int(record["round"])] = record
+            with suppress(ValueError):  # half a line of a run that was killed
+                record = records.from_line(line)
+                rounds[record["round"]] = record
         self.rounds = [rounds[n] for n in sorted(rounds) if n <= number]
-        text = "".join(json.dumps(record) + "\n" for record in self.rounds)
+        text = "".join(records.to_line(record) + "\n" for record in self.rounds)
         with _replacing(path) as half_written:
             half_written.write_text(text, encoding="utf-8")
         self.notify("resumed", round=number)
@@ -128,7 +141,11 @@ class History:
                 ) from error
             except OSError:  # some network drives hold nothing for anyone
                 pass
-            yield
+            try:
+                yield
+            except BaseException as error:
+                self.notify("stopped", reason=str(error) or type(error).__name__)
+                raise
         finally:
             os.close(folder)
 

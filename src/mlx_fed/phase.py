@@ -14,16 +14,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from . import aggregate, checks, exchange, strategies
+from . import aggregate, checks, exchange, records, strategies
 from .errors import RunError
 from .history import History
 from .roster import Members, RosterGrid
 from .settings import Settings
 from .training import Trainer
 from .weights import Arrays, Spec
-
-_MOST_SHOWN = 32
-"""Nodes in a phase whose own metrics are recorded."""
 
 Named = Sequence[tuple[str, Message]]
 """Replies by the names of their nodes, in the roster's order."""
@@ -145,10 +142,12 @@ class Phase:
         self.run.history.notify("failed", node=node, phase=self.name, reason=reason)
 
     def record_each(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-        """Records each node's own metrics, unless they would be most of the record."""
-        if len(metrics) <= _MOST_SHOWN:
+        """Records each node's own metrics, or their spread where there are many."""
+        if len(metrics) <= records.MANY:
             own = {node: {**figures} for node, figures in metrics.items()}
             self.record.setdefault("each", {})[self.name] = own
+        else:
+            self.record.setdefault("spread", {})[self.name] = records.spread(metrics.values())
 
     def count_bytes(self, down: int, up: int) -> None:
         """Records the size of arrays that went to nodes and came from them."""

@@ -80,6 +80,7 @@ def run(
                 **settings.for_the_record(),
                 "config": run.config,
                 "strategy": strategies.describe(strategy),
+                "model": weights.size(trainer.spec),
             }
         )
         try:

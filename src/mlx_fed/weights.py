@@ -8,6 +8,7 @@ normalization layers, which training changes without a gradient. Everything else
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -142,6 +143,13 @@ def dtype_name(dtype: mx.Dtype) -> str:
 def spec(arrays: Mapping[str, mx.array]) -> Spec:
     """The shape and dtype of each array, by name."""
     return {name: (tuple(a.shape), dtype_name(a.dtype)) for name, a in arrays.items()}
+
+
+def size(spec: Spec) -> dict[str, int]:
+    """How many arrays there are, and their numbers and bytes."""
+    numbers = {name: math.prod(shape) for name, (shape, _) in spec.items()}
+    total = sum(number * getattr(mx, spec[name][1]).size for name, number in numbers.items())
+    return {"arrays": len(spec), "parameters": sum(numbers.values()), "bytes": total}
 
 
 def check(expected: Spec, got: Spec) -> None:

@@ -97,7 +97,8 @@ def serve(
         trainer = Trainer(made, leading.seed)
         shown = ServerProgress()
         folder = run_folder(runs, name, resume)
-        history = History(folder, (shown,) if listeners is None else tuple(listeners))
+        watching = (shown,) if listeners is None else tuple(listeners)
+        history = History(folder, watching, {"engine": "fleet"})
         with _serving(listening) as link:
             history.notify("serving", address=address.join(host, port), insecure=insecure)
             if devices.is_slow(computing_on):

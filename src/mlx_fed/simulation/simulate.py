@@ -109,7 +109,9 @@ def simulate(
         if event == "resumed":
             kept.forget_after(fields["round"])
 
-    history = History(run, (forget, *((shown,) if listeners is None else listeners)))
+    faults = faults or Faults()
+    about = {"engine": "simulation", "clients": num_clients, "faults": vars(faults)}
+    history = History(run, (forget, *((shown,) if listeners is None else listeners)), about)
     if devices.is_slow(computing_on):
         history.notify("note", text=f"computing on {computing_on}")
     with tempfile.TemporaryDirectory(prefix="mlx-fed-") as folder:
@@ -120,7 +122,7 @@ def simulate(
             num_clients,
             batched,
             chunk_size,
-            faults or Faults(),
+            faults,
             Path(folder),
             data_bytes(size or 1),
             kept,

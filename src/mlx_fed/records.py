@@ -1,0 +1,134 @@
+"""A round's record as a line of a file, and as plain figures: nothing grows faster than it must.
+
+A thousand nodes a round would be most of a history. Where many took part, their names are written
+as the numbers that they end in, and those that were left out for one reason stand together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+MANY = 32
+"""Nodes of a phase up to which each is written by its name and with its own metrics."""
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_PHASES = ("train", "evaluate")
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """A round's record as one line of JSON, without its end."""
+    written = dict(record)
+    for phase in _PHASES:
+        if isinstance(nodes := record.get(phase, {}).get("nodes"), list):
+            written[phase] = {**record[phase], "nodes": _pack(nodes)}
+    refused = record.get("refused", ())
+    if len(refused) > MANY:
+        written["refused"] = _together(refused)
+    return json.dumps(written, default=float)
+
+
+def from_line(line: str | bytes) -> dict[str, Any]:
+    """The record that :func:`to_line` wrote, or a version before it had.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    record = json.loads(line)
+    try:
+        record["round"] = int(record["round"])
+        for phase in _PHASES:
+            if "nodes" in (found := record.get(phase, {})):
+                found["nodes"] = _unpack(found["nodes"])
+        if "refused" in record:
+            record["refused"] = [each for entry in record["refused"] for each in _apart(entry)]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"not a round's record: {error!r}") from error
+    return record
+
+
+def spread(each: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Least, lower quartile, median, upper quartile and most of each metric of many nodes."""
+    columns: dict[str, list[float]] = {}
+    for metrics in each:
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                columns.setdefault(name, []).append(value)
+    return {
+        name: [float(f"{value:.6g}") for value in np.quantile(values, _SHARES)]
+        for name, values in columns.items()
+    }
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """A round's numbers by flat names, such as ``train/loss`` and ``seconds/train``.
+
+    They are what a table, a tracker or a curve shows: the aggregated metrics, the server's own,
+    the median of nodes, seconds, bytes, and how many nodes counted and were left out.
+    """
+    found: dict[str, float] = {}
+    for kind in (*_PHASES, "central", "seconds", "bytes"):
+        for name, value in record.get(kind, {}).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                found[f"{kind}/{name}"] = value
+            elif name == "nodes":
+                found[f"{kind}/nodes"] = len(value)
+    for phase in _PHASES:
+        own = record.get("spread", {}).get(phase)
+        if own is None:
+            own = spread(record.get("each", {}).get(phase, {}).values())
+        found |= {f"{phase}/{name}/median": values[2] for name, values in own.items()}
+    found["refused"] = len(record.get("refused", ()))
+    return found
+
+
+# -- names ---------------------------------------------------------------------------------
+
+
+def _pack(nodes: Sequence[str]) -> Sequence[str] | dict[str, str]:
+    """``{"node-": "0-3,5"}`` for many names that differ in a rising number; others as they are."""
+    matches = [re.fullmatch(r"(.*?)(0|[1-9][0-9]{0,8})", node, re.DOTALL) for node in nodes]
+    found = [match.groups() for match in matches if match]
+    if len(nodes) <= MANY or len(found) < len(nodes) or len({prefix for prefix, _ in found}) > 1:
+        return nodes
+    numbers = [int(number) for _, number in found]
+    if any(later <= earlier for earlier, later in pairwise(numbers)):
+        return nodes
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return {found[0][0]: ",".join("-".join(map(str, run)) for run in runs)}
+
+
+def _unpack(nodes: Any) -> list[str]:
+    if not isinstance(nodes, dict):
+        return list(nodes)
+    names = []
+    for prefix, ranges in nodes.items():
+        for run in ranges.split(","):
+            first, _, last = run.partition("-")
+            names += [f"{prefix}{number}" for number in range(int(first), int(last or first) + 1)]
+    return names
+
+
+def _together(refused: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """An entry for each phase and reason, with the nodes that share it."""
+    nodes: dict[tuple[str, str], list[str]] = {}
+    for entry in refused:
+        nodes.setdefault((entry["phase"], entry["reason"]), []).append(entry["node"])
+    return [
+        {"nodes": _pack(names), "phase": phase, "reason": reason}
+        for (phase, reason), names in nodes.items()
+    ]
+
+
+def _apart(entry: Mapping[str, Any]) -> Iterable[dict[str, str]]:
+    same = {"phase": entry["phase"], "reason": entry["reason"]}
+    return ({"node": node, **same} for node in _unpack(entry.get("nodes", [entry.get("node")])))

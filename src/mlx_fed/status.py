@@ -1,0 +1,100 @@
+"""What a run is doing now, in its folder's ``status.json``, for whoever watches from outside.
+
+It is a listener of the history like any other. Its file is small and written in place of itself a
+few times a second at most; a run goes on without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_PAUSE = 0.5
+"""Seconds between two states of a phase that are written."""
+_MOST_NOTICES = 100
+_TOLD = ("joined", "left", "refused", "note", "resumed")
+"""What is worth a notice. What is secret, such as an invitation's token, is not among them."""
+
+
+class Status:
+    """Writes ``status.json`` as the run goes on.
+
+    Args:
+        folder (Path): The run's.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "status.json"
+        self.notices: list[dict[str, Any]] = []
+        self.written = 0.0
+        self.now: dict[str, Any] = {
+            "state": "waiting",
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "started": time.time(),
+        }
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        if event in _TOLD:
+            notice: dict[str, Any] = {"time": time.time(), "event": event}
+            notice |= {key: fields[key] for key in ("node", "reason", "text") if key in fields}
+            self.notices.append(notice)
+            del self.notices[:-_MOST_NOTICES]
+        match event:
+            case "waiting":
+                self.now |= {"state": "waiting", "nodes": fields["nodes"], "of": fields["needed"]}
+            case "phase":
+                self.now |= {"state": "running", **fields, "answered": 0}
+            case "reply":
+                self.now["answered"] += 1
+            case "replies":
+                self.now["answered"] += fields["count"]
+            case "finished":
+                self.now["state"] = "finished"
+            case "stopped":
+                self.now |= {"state": "stopped", "reason": fields["reason"]}
+            case "joined" | "left" | "refused" | "note" | "resumed" | "started":
+                pass
+            case _:
+                return
+        urgent = event in ("started", "finished", "stopped")
+        if urgent or time.monotonic() - self.written > _PAUSE:
+            self._write()
+
+    def _write(self) -> None:
+        self.written = time.monotonic()
+        text = json.dumps({**self.now, "time": time.time(), "notices": self.notices}, default=str)
+        half_written = self.path.with_suffix(".part.json")
+        with suppress(OSError):
+            half_written.write_text(text, encoding="utf-8")
+            half_written.replace(self.path)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What the run in the folder is doing; empty if it never said.
+
+    A run whose process is gone without a word is ``"stopped"``.
+    """
+    try:
+        status = json.loads((folder / "status.json").read_bytes())
+        is_here = status["host"] == platform.node()
+        if status["state"] in ("waiting", "running") and is_here and not _lives(status["pid"]):
+            status |= {"state": "stopped", "reason": "its process is gone"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return status
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,96 @@
+"""A round's record as a line, and as plain figures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_fed import records
+
+NAMES = st.one_of(
+    st.lists(st.text(max_size=4), max_size=60),
+    st.sets(st.integers(0, 500), max_size=300).map(lambda ns: [f"node-{n}" for n in sorted(ns)]),
+    st.lists(st.sampled_from(["a1", "a01", "a2", "b3", "7", "a999999999999"]), max_size=50),
+)
+REASONS = st.sampled_from(["no reply within 9 seconds", "parameter 'w' is missing", ""])
+
+
+def refusals(names: list[str], reasons: list[str]) -> list[dict[str, str]]:
+    return [
+        {"node": node, "phase": "train", "reason": reason}
+        for node, reason in zip(names, reasons, strict=False)
+    ]
+
+
+@given(NAMES, NAMES, st.lists(REASONS, min_size=60, max_size=300))
+def test_a_record_comes_back_as_it_was(trained, left_out, reasons):
+    record = {
+        "round": 3,
+        "train": {"loss": 0.5, "nodes": trained},
+        "evaluate": {},
+        "refused": refusals(left_out, reasons),
+    }
+    kept = json.loads(json.dumps(record))
+    line = records.to_line(record)
+    assert "\n" not in line
+    assert record == kept  # it is not changed
+    back = records.from_line(line)
+    refused = [tuple(entry.values()) for entry in back.pop("refused")]
+    assert sorted(refused) == sorted(tuple(entry.values()) for entry in record.pop("refused"))
+    assert back == record
+
+
+def test_a_thousand_nodes_take_little_room():
+    names = [f"node-{number}" for number in range(1000)]
+    record = {
+        "round": 1,
+        "train": {"nodes": names},
+        "evaluate": {"nodes": names[::2]},
+        "refused": refusals(names, ["no reply within 60 seconds"] * 300),
+    }
+    assert len(records.to_line(record)) < 3000
+
+
+@pytest.mark.parametrize(
+    "line", ["", "{", "[]", "3", "{}", '{"round": "x"}', '{"round": 1, "train": 5}']
+)
+def test_what_is_no_record_is_an_error(line):
+    with pytest.raises(ValueError, match=r"not a round's record|Expecting|invalid literal"):
+        records.from_line(line)
+
+
+def test_the_spread_of_many_nodes():
+    own = [{"loss": float(number), "text": "x"} for number in range(101)]
+    assert records.spread(own) == {"loss": [0, 25, 50, 75, 100]}
+    assert records.spread([]) == {}
+
+
+def test_figures_are_flat():
+    record = {
+        "round": 1,
+        "train": {"loss": 0.5, "nodes": ["a", "b"]},
+        "evaluate": {"accuracy": np.float64(0.25), "nodes": ["a"]},
+        "central": {"loss": 0.75, "sample": "once upon a time"},
+        "seconds": {"train": 2.0},
+        "bytes": {"down": 10, "up": 20},
+        "each": {"train": {"a": {"loss": 1.0}, "b": {"loss": 3.0}}},
+        "spread": {"evaluate": {"accuracy": [0, 0.1, 0.2, 0.3, 1]}},
+        "refused": refusals(["c"], ["no"]),
+    }
+    assert records.figures(record) == {
+        "train/loss": 0.5,
+        "train/nodes": 2,
+        "evaluate/accuracy": 0.25,
+        "evaluate/nodes": 1,
+        "central/loss": 0.75,
+        "seconds/train": 2.0,
+        "bytes/down": 10,
+        "bytes/up": 20,
+        "train/loss/median": 2.0,
+        "evaluate/accuracy/median": 0.2,
+        "refused": 1,
+    }
