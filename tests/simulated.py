@@ -75,7 +75,7 @@ def raising_for(partitions: set[int], error: Exception) -> Callable[[int, int | 
 
 
 def assert_same(one: fed.Result, other: fed.Result) -> None:
-    """The same bits, and the same record of each round, but for the seconds that it took."""
+    """The same bits, and the same record of each round, but for when and how long it was."""
     for got, expected in ((one.parameters, other.parameters), (one.statistics, other.statistics)):
         assert list(got) == list(expected)
         for name, array in expected.items():
@@ -92,7 +92,7 @@ def values(array: mx.array) -> np.ndarray:
 
 
 def without_time(record: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in record.items() if key != "seconds"}
+    kept = {key: value for key, value in record.items() if key not in ("seconds", "time")}
     refused = sorted((each["phase"], each["node"]) for each in record["refused"])
     return {**kept, "refused": refused}
 

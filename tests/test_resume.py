@@ -38,7 +38,7 @@ from .test_strategies import (
 
 def figures(rounds: list[dict]) -> list[dict]:
     """What does not differ from run to run: all but the time it took."""
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in rounds]
+    return [{k: v for k, v in record.items() if k not in ("seconds", "time")} for record in rounds]
 
 
 def read_history(folder: Path) -> list[dict]:

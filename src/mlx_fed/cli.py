@@ -28,7 +28,7 @@ from .arguments import (
     parse_settings,
 )
 from .lm.commands import lora
-from .runs_commands import runs_app
+from .runs_commands import report, runs_app
 
 app = typer.Typer(
     help="Federated learning for MLX models, on Flower's engine.",
@@ -40,6 +40,7 @@ app = typer.Typer(
 
 app.add_typer(lora, name="lora")
 app.add_typer(runs_app, name="runs")
+app.command()(report)
 
 
 @app.command()

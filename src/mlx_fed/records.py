@@ -7,6 +7,7 @@ as the numbers that they end in, and those that were left out for one reason sta
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -29,7 +30,31 @@ def to_line(record: Mapping[str, Any]) -> str:
     refused = record.get("refused", ())
     if len(refused) > MANY:
         written["refused"] = _together(refused)
-    return json.dumps(written, default=float)
+    return to_json(written)
+
+
+def to_json(value: Any) -> str:
+    """JSON as every reader takes it: what is not finite, such as a loss of NaN, becomes null."""
+    try:
+        return json.dumps(value, default=_plain, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return number if math.isfinite(number) else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_line(line: str | bytes) -> dict[str, Any]:

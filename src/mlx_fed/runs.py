@@ -41,6 +41,7 @@ class Recorded(NamedTuple):
     damaged: int
     status: dict[str, Any]
     checkpoints: list[int]
+    labels: dict[str, Any] | None
 
     @property
     def state(self) -> str:
@@ -115,6 +116,7 @@ def read(folder: Path, name: str | None = None) -> Recorded:
         damaged,
         status.read(folder),
         checkpoints(folder),
+        labels(folder),
     )
 
 
@@ -132,6 +134,16 @@ def checkpoints(folder: Path) -> list[int]:
     """The rounds that have a checkpoint."""
     found = (folder / "checkpoints").glob("*.safetensors")
     return sorted(int(path.name[:5]) for path in found if path.name[:5].isdecimal())
+
+
+def labels(folder: Path) -> dict[str, Any] | None:
+    """The labels that clients hold, where a simulation has counted them: ``classes``, and for each
+    client its number and counts."""
+    try:
+        found = json.loads((folder / "labels.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("clients") else None
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -194,7 +206,7 @@ def to_csv(runs: Iterable[Recorded]) -> str:
 
 def to_json(runs: Iterable[Recorded]) -> str:
     """All that the runs' folders tell, as a list."""
-    return json.dumps([as_plain(run) for run in runs], indent=1)
+    return records.to_json([as_plain(run) for run in runs])
 
 
 def as_plain(run: Recorded) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``mlx-fed runs``: what was run, in a terminal."""
+"""``mlx-fed runs`` and ``mlx-fed report``: what was run, in a terminal and in files."""
 
 from __future__ import annotations
 
@@ -94,6 +94,25 @@ def remove(
         for folder in found:
             recorded.remove(folder)
             typer.echo(f"Removed {folder}")
+
+
+def report(
+    names: Names,
+    runs: RunsFolder = Path("runs"),
+    output: Output = None,
+    csv: Annotated[bool, typer.Option("--csv", help="The figures as CSV, a line a round.")] = False,
+) -> None:
+    """Write runs, laid over each other, as one HTML file that can be mailed."""
+    with errors_as_messages():
+        from . import runs as recorded
+        from .report import report
+
+        found = recorded.read_all([recorded.find(runs, name) for name in names])
+        if csv:
+            write(recorded.to_csv(found), output)
+        else:
+            name = found[0].folder.name if len(found) == 1 else "runs"
+            write(report(found), output or Path(f"{name}.html"))
 
 
 def write(text: str, output: Path | None) -> None:

@@ -1,0 +1,269 @@
+"use strict";
+// The page: which runs are shown, where they come from, and what is drawn when they change.
+
+const given = JSON.parse(document.querySelector("#data").textContent);
+const $ = (selector) => document.querySelector(selector);
+const MOST_SHOWN = 8, MOST_LISTED = 30;
+
+const runs = new Map();  // by name, the newest first
+let chosen = [];         // names, in the order of their colours
+let listed = MOST_LISTED, picked = false;
+let map, labelMap, curves, costCharts;
+
+function colours() { return chosen.map((_, k) => colour(`--run-${k % 8}`)); }
+function shown() { return chosen.map((name) => runs.get(name)).filter(Boolean); }
+
+// -- drawing -----------------------------------------------------------------------------------
+
+function draw() {
+  document.documentElement.dataset.scheme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  const found = shown(), focus = found[0];
+  drawNow(focus);
+  drawRuns();
+  const withRounds = found.filter((run) => run.rounds.length);
+  section("#s-curves", withRounds.length, () => {
+    const palette = colours().filter((_, k) => found[k].rounds.length);
+    curves.draw(metricsOf(withRounds).map((metric) => curve(metric, withRounds, palette)));
+  });
+  section("#s-nodes", focus && focus.nodes.length, () => {
+    $("#h-nodes small").textContent = `${number(focus.nodes.length)} of ${focus.name}`;
+    map.draw(focus);
+    drawReasons(focus);
+    if ($("#s-nodes details").open) drawNodes(focus, $("#find").value);
+  });
+  section("#s-costs", focus && focus.rounds.length, () => {
+    $("#h-costs small").textContent = `of ${focus.name}`;
+    const wanted = [costs(focus, "seconds", "Seconds by phase", seconds), costs(focus, "bytes", "Arrays sent and received", bytes)];
+    costCharts.draw(wanted.filter((each) => each.lines.length));
+  });
+  section("#s-labels", focus && focus.labels && focus.labels.clients.length, () => {
+    $("#h-labels small").textContent = `${number(focus.labels.clients.length)} clients of ${focus.name}`;
+    labelMap.draw(focus.labels);
+  });
+  section("#s-settings", found.some((run) => Object.keys(run.settings).length), () => drawSettings(found));
+  section("#s-notes", focus, () => drawNotes(focus));
+}
+
+function section(selector, is, fill) {
+  $(selector).hidden = !is;
+  if (is) fill();
+}
+
+function drawNow(focus) {
+  const now = $("#now"), bar = $("#bar");
+  now.replaceChildren();
+  bar.hidden = true;
+  document.title = "mlx-fed";
+  if (!focus) { now.textContent = given.live ? "No run yet: this page shows it as it starts." : "No runs."; return; }
+  const { status } = focus, done = focus.rounds.length ? focus.last().round : 0;
+  now.append(make("b", focus.name), make("span", `  ${stateOf(focus)}`));
+  if (status.state === "running" || status.state === "waiting") {
+    let text = status.state === "waiting" && status.nodes !== undefined ? `, ${status.nodes} of ${status.of} nodes` : "";
+    if (status.phase) {
+      const left = focus.secondsLeft();
+      text = `, round ${status.round} of ${status.of}: ${status.phase}, ${number(status.answered)} of ${number(status.nodes)} nodes` +
+        (left === null ? "" : `, about ${seconds(left)} left`);
+      bar.hidden = false;
+      bar.firstElementChild.style.width = `${100 * done / status.of}%`;
+      document.title = `${done}/${status.of} ${focus.name}`;
+    }
+    now.append(make("span", text));
+  } else if (status.reason) {
+    now.append(make("span", `: ${status.reason}`));
+  }
+  const damaged = shown().filter((run) => run.damaged);
+  const problem = $("#problem");
+  problem.hidden = !damaged.length;
+  problem.textContent = damaged.map((run) => `${run.name}: ${run.damaged} damaged ${run.damaged === 1 ? "line" : "lines"} of history.jsonl left out.`).join(" ");
+}
+
+function stateOf(run) { return run.status.state || "recorded"; }
+
+function drawRuns() {
+  const table = $("#runs"), focused = document.activeElement && document.activeElement.dataset.run;
+  const metrics = metricsOf(shown()).slice(0, 5);
+  const head = document.createElement("tr");
+  for (const name of ["run", "state", "rounds", "strategy"]) head.append(make("th", name, name === "rounds" ? "n" : ""));
+  for (const name of [...metrics, "time", "traffic"]) head.append(make("th", name.replace("/", " "), "n"));
+  const rows = [...runs.values()].slice(0, listed).map((run) => {
+    const row = document.createElement("tr"), at = chosen.indexOf(run.name);
+    row.className = at < 0 ? "off" : "";
+    const box = document.createElement("input"), label = make("label", undefined, "run"), cell = make("td");
+    box.type = "checkbox";
+    box.checked = at >= 0;
+    box.dataset.run = run.name;
+    box.style.setProperty("--c", at >= 0 ? `var(--run-${at % 8})` : "");
+    box.addEventListener("change", () => choose(run.name, box.checked));
+    label.append(box, make("span", run.name));
+    cell.append(label);
+    row.append(cell, wrapped("td", make("span", stateOf(run), `state ${stateOf(run)}`)));
+    const of = run.settings.num_rounds, last = run.last();
+    row.append(make("td", at < 0 && !run.offset ? "" : `${run.rounds.length}${of ? ` of ${of}` : ""}`, "n"));
+    row.append(make("td", (run.settings.strategy || {}).name || ""));
+    for (const name of metrics) row.append(make("td", last ? number(last.figures[name]) : "", "n"));
+    const total = (kind) => run.rounds.reduce((sum, kept) => sum + Object.entries(kept.figures)
+      .reduce((part, [name, value]) => part + (split(name)[0] === kind ? value : 0), 0), 0);
+    row.append(make("td", last ? seconds(total("seconds")) : "", "n"), make("td", last ? bytes(total("bytes")) : "", "n"));
+    return row;
+  });
+  table.replaceChildren(head, ...rows);
+  const more = $("#more-runs");
+  more.hidden = runs.size <= listed;
+  more.textContent = `${runs.size - listed} more`;
+  if (focused) table.querySelectorAll("input").forEach((box) => { if (box.dataset.run === focused) box.focus(); });
+}
+
+function wrapped(tag, child) {
+  const element = make(tag);
+  element.append(child);
+  return element;
+}
+
+function choose(name, is) {
+  picked = true;
+  chosen = is ? [...chosen.filter((other) => other !== name), name].slice(-MOST_SHOWN) : chosen.filter((other) => other !== name);
+  draw();
+  if (given.live) poll();
+}
+
+function drawSettings(found) {
+  const each = found.map((run) => new Map(flat(run.settings)));
+  const all = [...new Set(each.flatMap((settings) => [...settings.keys()]))];
+  const write = (value) => value === undefined ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value);
+  const differs = all.filter((name) => each.some((settings) => write(settings.get(name)) !== write(each[0].get(name))));
+  const rows = (names) => {
+    const head = document.createElement("tr");
+    head.append(make("th", names === differs ? "differs in" : "setting"), ...found.map((run) => make("th", run.name)));
+    return [head, ...names.map((name) => {
+      const row = document.createElement("tr");
+      row.append(make("td", name), ...each.map((settings) => make("td", write(settings.get(name)), "text")));
+      return row;
+    })];
+  };
+  $("#differences").replaceChildren(...(differs.length ? rows(differs) : []));
+  $("#settings").replaceChildren(...rows(all));
+  $("#s-settings details").open ||= !differs.length && innerWidth > 600 && all.length < 16;
+}
+
+function drawNotes(focus) {
+  $("#h-notes small").textContent = `in ${focus.name}`;
+  $("#checkpoints").textContent = focus.checkpoints.length
+    ? `Checkpoints after ${focus.checkpoints.length === 1 ? "round" : "rounds"} ${focus.checkpoints.join(", ")}.`
+    : "No checkpoints.";
+  const last = [...focus.rounds].reverse().find((kept) => kept.texts.length);
+  $("#texts").replaceChildren(...(last ? last.texts : []).flatMap(([name, text]) =>
+    [make("h3", `${name}, round ${last.round}`), make("pre", text)]));
+  $("#notices").replaceChildren(...[...(focus.status.notices || [])].reverse().map((notice) => {
+    const item = make("li"), time = make("time", new Date(notice.time * 1000).toLocaleTimeString());
+    const text = [notice.node, notice.event === "note" ? "" : notice.event].filter(Boolean).join(" ");
+    item.append(time, make("span", [text, notice.reason || notice.text].filter(Boolean).join(": ")));
+    return item;
+  }));
+}
+
+// -- where runs come from ------------------------------------------------------------------
+
+function takeAbout(run, about) {
+  for (const key of ["settings", "status", "checkpoints", "labels"]) {
+    if (about[key] !== undefined && about[key] !== null) run[key] = about[key];
+  }
+}
+
+function fromReport() {
+  for (const about of given.runs) {
+    const run = new Run(about.name);
+    takeAbout(run, about);
+    for (const line of about.lines) run.take(line);
+    run.damaged += about.damaged;
+    runs.set(run.name, run);
+  }
+  chosen = [...runs.keys()].slice(0, MOST_SHOWN);
+  $("#foot").textContent = `Written ${new Date(given.time * 1000).toLocaleString()} by mlx-fed ${given.version}.`;
+  draw();
+}
+
+let polling = false, again = false, failures = 0;
+
+async function poll() {
+  if (polling) { again = true; return; }
+  polling = true;
+  try {
+    let changed = await list();
+    for (const run of shown()) changed = await follow(run) || changed;
+    if (failures) changed = true;
+    failures = 0;
+    if (changed) draw();
+  } catch {
+    failures += 1;
+    if (failures > 1) $("#now").textContent = "The dashboard does not answer: it has ended, or will be back.";
+  }
+  polling = false;
+  if (again) { again = false; poll(); }
+}
+
+async function ask(path) {
+  const answer = await fetch(path, { cache: "no-store" });
+  if (!answer.ok && answer.status !== 404) throw new Error(answer.statusText);
+  return answer.ok ? answer.json() : null;
+}
+
+let before = "";
+async function list() {
+  const found = (await ask("api/runs")).runs;
+  const now = JSON.stringify(found);
+  if (now === before) return false;
+  before = now;
+  const known = new Map(runs);
+  runs.clear();
+  for (const { name, state } of found) {
+    const run = known.get(name) || new Run(name);
+    if (!run.status.state) run.status = { state };
+    if (!chosen.includes(name)) run.status = { ...run.status, state };
+    runs.set(name, run);
+  }
+  chosen = chosen.filter((name) => runs.has(name));
+  // Whoever has chosen nothing sees the newest.
+  if (!picked && runs.size) chosen = [runs.keys().next().value];
+  return true;
+}
+
+async function follow(run) {
+  let changed = false;
+  for (let more = true; more;) {
+    const path = `api/runs/${encodeURIComponent(run.name)}?start=${run.offset}&mark=${encodeURIComponent(run.mark || "")}`;
+    const about = await ask(path);
+    if (!about) return changed;
+    if (about.anew) { run.clear(); changed = true; }
+    const said = JSON.stringify([about.status, about.settings, about.checkpoints, about.labels && about.labels.clients.length]);
+    if (said !== run.said || about.lines.length) changed = true;
+    run.said = said;
+    takeAbout(run, about);
+    for (const line of about.lines) run.take(line);
+    run.offset = about.end;
+    run.mark = about.mark;
+    more = about.more;
+  }
+  return changed;
+}
+
+function tick() {
+  if (!document.hidden) poll();
+}
+
+// -- start ---------------------------------------------------------------------------------
+
+map = new NodeMap();
+labelMap = new LabelMap();
+curves = new Charts($("#curves"));
+costCharts = new Charts($("#costs"));
+$("#more-runs").addEventListener("click", () => { listed += MOST_LISTED; draw(); });
+$("#find").addEventListener("input", (event) => drawNodes(shown()[0], event.target.value));
+$("#s-nodes details").addEventListener("toggle", draw);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+if (given.live) {
+  document.addEventListener("visibilitychange", tick);
+  setInterval(tick, given.pause * 1000);
+  poll();
+} else {
+  fromReport();
+}
