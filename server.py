@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from mlx_fed.arguments import Keep, Resume, errors_as_messages, find_strategy
+from mlx_fed.arguments import (
+    AsJson,
+    Dashboard,
+    DashboardPort,
+    Keep,
+    Quiet,
+    Resume,
+    Track,
+    errors_as_messages,
+    find_strategy,
+)
 
 
 def main(
@@ -27,29 +37,46 @@ def main(
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
     resume: Resume = None,
     keep: Keep = 3,
+    dashboard: Dashboard = False,
+    dashboard_port: DashboardPort = 8000,
+    track: Track = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
 ) -> None:
     """Serve the MNIST example to clients, and save the model that they train."""
     with errors_as_messages():
         from examples.mnist import task
         from examples.mnist.mnist import settings
         from mlx_fed import serve
+        from mlx_fed.watching import watching
 
         chosen = settings(dataset) | ({"num-rounds": rounds} if rounds else {})
-        typer.echo(f"{dataset}: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
-        serve(
-            task,
-            find_strategy(strategy, min_clients, {}),
-            rounds,
-            host=host,
-            port=port,
-            insecure=insecure,
-            seed=seed,
-            name=name,
-            runs=runs,
-            resume=resume,
-            keep=keep,
-            config={"dataset": dataset},
-        )
+        if not (quiet or json):
+            about = ", ".join(f"{key} {value}" for key, value in chosen.items())
+            typer.echo(f"{dataset}: {about}")
+        with watching(
+            runs,
+            dashboard=dashboard,
+            dashboard_port=dashboard_port,
+            track=track,
+            quiet=quiet,
+            json=json,
+        ) as listeners:
+            serve(
+                task,
+                find_strategy(strategy, min_clients, {}),
+                rounds,
+                host=host,
+                port=port,
+                insecure=insecure,
+                seed=seed,
+                name=name,
+                runs=runs,
+                resume=resume,
+                keep=keep,
+                listeners=listeners,
+                config={"dataset": dataset},
+            )
 
 
 if __name__ == "__main__":

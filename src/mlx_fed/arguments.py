@@ -52,6 +52,20 @@ Resume = Annotated[
     ),
 ]
 Keep = Annotated[int, typer.Option(min=0, help="Checkpoints to keep, beside the best; 0: none.")]
+Dashboard = Annotated[
+    bool, typer.Option("--dashboard", help="Show the run in a browser, as it goes.")
+]
+DashboardPort = Annotated[
+    int, typer.Option(min=0, max=65535, help="The dashboard's, on this machine; 0: a free one.")
+]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="Log to a tracker: tensorboard, wandb, or MODULE:TRACKER of your own."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Show JSON, an object a line.")]
 RoundTimeout = Annotated[float, typer.Option(min=0, help="Seconds that a phase may take.")]
 Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait for the other side.")]
 

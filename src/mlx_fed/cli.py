@@ -9,8 +9,12 @@ import typer
 
 from . import __version__
 from .arguments import (
+    AsJson,
+    Dashboard,
+    DashboardPort,
     Insecure,
     Keep,
+    Quiet,
     Resume,
     RoundTimeout,
     RunName,
@@ -20,6 +24,7 @@ from .arguments import (
     StrategyOptions,
     TaskName,
     TestName,
+    Track,
     Wait,
     errors_as_messages,
     find_strategy,
@@ -64,32 +69,50 @@ def serve(
     keep: Keep = 3,
     gpu: Annotated[bool, typer.Option("--gpu", help="Aggregate on the GPU.")] = False,
     test: TestName = None,
+    dashboard: Dashboard = False,
+    dashboard_port: DashboardPort = 8000,
+    track: Track = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
     config: Settings = None,
 ) -> None:
     """Serve a federation: wait for nodes, train, save the model."""
     with errors_as_messages():
         settings = parse_settings(config)
         from .fleet.server import serve
+        from .watching import watching
 
-        serve(
-            find_task(task),
-            find_strategy(strategy, min_nodes, parse_settings(strategy_option)),
-            rounds,
-            host=host,
-            port=port,
-            insecure=insecure,
-            wait=wait,
-            round_timeout=round_timeout,
-            seed=seed,
-            min_nodes=min_nodes,
-            name=name,
-            runs=runs,
-            resume=resume,
-            keep=keep,
-            device="gpu" if gpu else "cpu",
-            config=settings,
-            test=find_test(test, settings) if test else None,
-        )
+        found = find_task(task)
+        chosen = find_strategy(strategy, min_nodes, parse_settings(strategy_option))
+        held_out = find_test(test, settings) if test else None
+        with watching(
+            runs,
+            dashboard=dashboard,
+            dashboard_port=dashboard_port,
+            track=track,
+            quiet=quiet,
+            json=json,
+        ) as listeners:
+            serve(
+                found,
+                chosen,
+                rounds,
+                listeners=listeners,
+                host=host,
+                port=port,
+                insecure=insecure,
+                wait=wait,
+                round_timeout=round_timeout,
+                seed=seed,
+                min_nodes=min_nodes,
+                name=name,
+                runs=runs,
+                resume=resume,
+                keep=keep,
+                device="gpu" if gpu else "cpu",
+                config=settings,
+                test=held_out,
+            )
 
 
 @app.command()
@@ -220,6 +243,11 @@ def simulate(
     resume: Resume = None,
     keep: Keep = 3,
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
+    dashboard: Dashboard = False,
+    dashboard_port: DashboardPort = 8000,
+    track: Track = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
     config: Settings = None,
 ) -> None:
     """Simulate a whole federation on this machine."""
@@ -227,37 +255,65 @@ def simulate(
         settings = parse_settings(config)
         from .simulation.faults import Faults
         from .simulation.simulate import simulate
+        from .watching import watching
 
         fractions = {"fraction-train": fraction, "fraction-evaluate": fraction_evaluate}
         options = {key: share for key, share in fractions.items() if share is not None}
         options |= parse_settings(strategy_option)
         found = find_task(task)
-        simulate(
-            found,
-            find_strategy(strategy, 1, options),
-            clients,
-            rounds,
-            batched=batched,
-            chunk_size=chunk_size,
-            workers=workers,
-            faults=Faults(
-                failure_rate=failure_rate,
-                mean_delay=mean_delay,
-                hostile=hostile,
-                attack=attack,
-                scale=scale,
-                num_classes=num_classes,
-            ),
-            round_timeout=round_timeout,
-            seed=seed,
-            name=name,
-            runs=runs,
-            resume=resume,
-            keep=keep,
-            device="gpu" if gpu else "cpu",
-            config=settings,
-            test=find_test(test, settings) if test else None,
-        )
+        chosen = find_strategy(strategy, 1, options)
+        held_out = find_test(test, settings) if test else None
+        with watching(
+            runs,
+            dashboard=dashboard,
+            dashboard_port=dashboard_port,
+            track=track,
+            quiet=quiet,
+            json=json,
+        ) as listeners:
+            simulate(
+                found,
+                chosen,
+                clients,
+                rounds,
+                listeners=listeners,
+                batched=batched,
+                chunk_size=chunk_size,
+                workers=workers,
+                faults=Faults(
+                    failure_rate=failure_rate,
+                    mean_delay=mean_delay,
+                    hostile=hostile,
+                    attack=attack,
+                    scale=scale,
+                    num_classes=num_classes,
+                ),
+                round_timeout=round_timeout,
+                seed=seed,
+                name=name,
+                runs=runs,
+                resume=resume,
+                keep=keep,
+                device="gpu" if gpu else "cpu",
+                config=settings,
+                test=held_out,
+            )
+
+
+@app.command("dashboard")
+def dashboard_(
+    runs: Annotated[Path, typer.Argument(help="The folder with the runs.")] = Path("runs"),
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow addresses beyond this machine.")
+    ] = False,
+) -> None:
+    """Show the runs in a folder in a browser, those that go on as they go."""
+    with errors_as_messages():
+        from .dashboard import serve_until_interrupted
+
+        serve_until_interrupted(runs, host, port, insecure)
 
 
 @app.command()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+from . import records
 
 _LONGEST = 1000
 """Characters of a line."""
@@ -16,6 +19,7 @@ _MOST_FAILURES = 10
 """Lines about nodes that are left out of a phase."""
 _STYLES = {
     "serving": "bold",
+    "dashboard": "bold",
     "finished": "bold",
     "resumed": "bold",
     "note": "yellow",
@@ -34,6 +38,8 @@ def server_line(event: str, fields: dict[str, Any]) -> str:
         case "serving":
             open_ = "  (not encrypted: --insecure)" if fields["insecure"] else ""
             return f"Server ready on {fields['address']}{open_}"
+        case "dashboard":
+            return f"Dashboard on {fields['address']}"
         case "waiting":
             return f"Waiting for nodes: {fields['nodes']} of {fields['needed']}"
         case "joined":
@@ -124,10 +130,12 @@ class ServerProgress:
                 _print(self.console, line, "bold")
         if event in ("phase", "reply", "replies"):
             done, of = self.phase["round"] - 1, self.phase["of"]
+            nodes = max(1, self.phase["nodes"])
+            part = (self.phase["phase"] == "evaluate") + min(1.0, self.replies / nodes)
             self._show(
                 f"round {done + 1}/{of}  {self.phase['phase']}  "
-                f"{self.replies} of {self.phase['nodes']} nodes",
-                done,
+                f"{self.replies} of {self.phase['nodes']} nodes{self._so_far(of - done)}",
+                done + part / 2,
                 of,
             )
         elif event == "waiting" and not self.bar.disable:
@@ -138,7 +146,17 @@ class ServerProgress:
                 if isinstance(text, str):  # such as a sample of what a model writes
                     _print(self.console, f"{name}: {text}", "dim")
 
-    def _show(self, text: str, done: int | None = None, of: int | None = None) -> None:
+    def _so_far(self, left: int) -> str:
+        """The bytes that have travelled, and the time that the rounds still take."""
+        if not self.rounds:
+            return ""
+        moved = sum(sum(record.get("bytes", {}).values()) for record in self.rounds)
+        # The first round may compile and load.
+        lately = self.rounds[1:][-5:] or self.rounds
+        each = sum(sum(record["seconds"].values()) for record in lately) / len(lately)
+        return f"  {size_text(moved)}  about {seconds_text(left * each)} left"
+
+    def _show(self, text: str, done: float | None = None, of: int | None = None) -> None:
         self.bar.update(self.task, description=text, completed=done, total=of)
         self.bar.start()
 
@@ -153,6 +171,39 @@ class ServerProgress:
         """Takes the live line off the terminal."""
         self._count_failures()
         self.bar.stop()
+
+
+class JsonLines:
+    """Listens to a history and prints what happens as JSON, an object a line, for programs.
+
+    Args:
+        file (file, optional): Where to. Default: the standard output.
+    """
+
+    def __init__(self, file: IO[str] | None = None):
+        self.file = file or sys.stdout
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        if event not in ("reply", "replies"):
+            print(records.to_json({"event": event, **fields}), file=self.file, flush=True)
+
+
+def size_text(size: float) -> str:
+    """Bytes as people write them: ``"1.2 MB"``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def seconds_text(seconds: float) -> str:
+    """A time as people write it: ``"2 min 5 s"``."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def node_progress(console: Console | None = None) -> Callable[..., None]:

@@ -104,20 +104,12 @@ def read(folder: Path, name: str | None = None) -> Recorded:
         RunsError: If a file cannot be read.
     """
     try:
-        settings = _settings(folder)
+        known = about(folder)
         rounds, damaged = _rounds(folder)
     except OSError as error:
         raise RunsError(f"Cannot read the run in {folder}: {error.strerror or error}.") from error
-    return Recorded(
-        name or folder.resolve().name,
-        folder,
-        settings,
-        rounds,
-        damaged,
-        status.read(folder),
-        checkpoints(folder),
-        labels(folder),
-    )
+    name = name or folder.resolve().name
+    return Recorded(name=name, folder=folder, rounds=rounds, damaged=damaged, **known)
 
 
 def read_all(found: Sequence[Path]) -> list[Recorded]:
@@ -128,6 +120,16 @@ def read_all(found: Sequence[Path]) -> list[Recorded]:
         shared = Path(os.path.commonpath([path.parent for path in paths]))
         names = [str(path.relative_to(shared)) for path in paths]
     return [read(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """All that a run's folder tells beside its rounds, as plain values."""
+    return {
+        "settings": _settings(folder),
+        "status": status.read(folder),
+        "checkpoints": checkpoints(folder),
+        "labels": labels(folder),
+    }
 
 
 def checkpoints(folder: Path) -> list[int]:
