@@ -186,7 +186,7 @@ def test_a_run_that_is_done_can_be_asked_for_more_rounds_only(tmp_path: Path):
         listener=lambda event, _: told.append(event),
     )
     assert_same_end(again, expected)
-    assert told == ["resumed", "finished"]
+    assert told == ["resumed", "started", "finished"]
 
 
 def test_a_run_that_goes_on_keeps_its_id(tmp_path: Path):

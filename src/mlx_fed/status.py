@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _PAUSE = 0.5
-"""Seconds between two states of a phase that are written."""
+"""Seconds until what comes often, such as replies, is written again."""
 _MOST_NOTICES = 100
 _TOLD = ("joined", "left", "refused", "note", "resumed")
 """What is worth a notice. What is secret, such as an invitation's token, is not among them."""
@@ -62,8 +62,8 @@ class Status:
                 pass
             case _:
                 return
-        urgent = event in ("started", "finished", "stopped")
-        if urgent or time.monotonic() - self.written > _PAUSE:
+        often = event in ("reply", "replies", "joined", "left")
+        if not often or time.monotonic() - self.written > _PAUSE:
             self._write()
 
     def _write(self) -> None:

@@ -142,7 +142,6 @@ function drawSettings(found) {
   };
   $("#differences").replaceChildren(...(differs.length ? rows(differs) : []));
   $("#settings").replaceChildren(...rows(all));
-  $("#s-settings details").open ||= !differs.length && innerWidth > 600 && all.length < 16;
 }
 
 function drawNotes(focus) {

@@ -1,0 +1,287 @@
+"""The page in a real browser: Debian's chromium, headless."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_fed import records, runs
+from mlx_fed.dashboard import serving
+from mlx_fed.history import History
+from mlx_fed.report import report
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt install chromium"),
+]
+OWN = ("http://127.0.0.1", "file:", "data:")
+NASTY = "<img src=x onerror=\"document.title='owned'\"></script>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser) -> Iterator[Any]:
+    """Opens a page; what it complains of fails the test, and no other server is asked."""
+    contexts, complaints = [], []
+
+    def visit(address: str, **options: Any) -> Any:
+        size = {"width": 1200, "height": 900}
+        contexts.append(browser.new_context(**{"viewport": size, **options}))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
+        page.on("request", lambda asked: asked.url.startswith(OWN) or complaints.append(asked.url))
+        page.goto(address)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def add_round(history: History, number: int, of: int, clients: int, left_out: list[dict]) -> None:
+    chance = random.Random(number)
+    nodes = [f"node-{k}" for k in range(clients)]
+    loss = 2.0 / number
+    own = {
+        node: {"num-examples": 10, "loss": loss * (0.8 + 0.4 * chance.random())} for node in nodes
+    }
+    few = clients <= records.MANY
+    for phase in ("train", "evaluate"):
+        history.notify("phase", phase=phase, round=number, of=of, nodes=clients)
+        history.notify("replies", count=clients)
+    history.add_round(
+        {
+            "round": number,
+            "train": {"loss": loss, "nodes": nodes},
+            "evaluate": {"loss": loss, "accuracy": 1 - loss / 2, "nodes": nodes[::2]},
+            "seconds": {"train": 0.5, "aggregate": 0.01},
+            "bytes": {"down": 1_500_000, "up": 500},
+            "refused": left_out,
+            ("each" if few else "spread"): {"train": own if few else records.spread(own.values())},
+        }
+    )
+
+
+def make(
+    folder: Path, rounds: int = 5, clients: int = 4, finish: bool = True, **settings: Any
+) -> History:
+    folder.mkdir(parents=True)
+    history = History(folder, (), {"engine": "simulation", "clients": clients})
+    history.write_settings({"num_rounds": rounds, "strategy": {"name": "FedAvg"}, **settings})
+    for number in range(1, rounds + 1):
+        late = {"node": "node-1", "phase": "train", "reason": "no reply within 9 seconds"}
+        refused = {"node": NASTY, "phase": "train", "reason": f"cannot {NASTY}"}
+        add_round(history, number, rounds, clients, [late, refused] if number == 2 else [])
+    if finish:
+        history.notify("finished", model=folder, seconds=1.0)
+    return history
+
+
+def written(tmp_path: Path, *folders: Path) -> str:
+    path = tmp_path / "report.html"
+    path.write_text(report(runs.read_all(folders)))
+    return path.as_uri()
+
+
+def readout(page: Any, title: str) -> str:
+    return (
+        page.locator(".chart", has=page.get_by_role("heading", name=title))
+        .locator(".readout")
+        .inner_text()
+    )
+
+
+def test_a_report_opens_and_shows_a_run(visit, tmp_path: Path):
+    make(tmp_path / "one", seed=7)
+    page = visit(written(tmp_path, tmp_path / "one"))
+    assert "one finished" in " ".join(page.locator("#now").inner_text().split())
+    titles = page.locator("#curves h3").all_inner_texts()
+    assert titles == ["Evaluation · loss", "Evaluation · accuracy", "Training · loss"]
+    assert page.locator("#s-nodes small").inner_text() == "5 of one"
+    assert "7.5 MB" in page.locator("#runs").inner_text()
+    page.get_by_text("All settings").click()
+    assert "seed" in page.locator("#settings").inner_text()
+
+
+def test_what_nodes_send_is_shown_as_text(visit, tmp_path: Path):
+    make(tmp_path / "one", config={NASTY: NASTY})
+    page = visit(written(tmp_path, tmp_path / "one"))
+    assert f"train: cannot {NASTY}" in page.locator("#reasons").inner_text()
+    page.get_by_text("Each node").click()
+    page.locator("#nodes").get_by_text(NASTY, exact=True).wait_for()
+    assert page.locator("img").count() == 0
+    assert page.title() == "mlx-fed"
+
+
+def test_values_are_read_under_the_pointer_and_by_keyboard(visit, tmp_path: Path):
+    make(tmp_path / "one")
+    page = visit(written(tmp_path, tmp_path / "one"))
+    assert "round 5" in readout(page, "Evaluation · loss")
+    plot = page.locator("#curves .u-over").first
+    plot.hover(position={"x": 1, "y": 60})
+    assert "round 1" in readout(page, "Evaluation · loss")
+    assert "all 2" in readout(page, "Evaluation · loss")
+    page.locator("#curves .plot").nth(1).focus()
+    for key, shown in (("Home", "1"), ("ArrowRight", "2"), ("End", "5"), ("ArrowLeft", "4")):
+        page.keyboard.press(key)
+        assert f"round {shown}" in readout(page, "Evaluation · accuracy")
+    canvas = page.locator("#map canvas")
+    canvas.focus()
+    page.keyboard.press("ArrowRight")
+    assert "round 2" in page.locator("#cell").inner_text()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowUp")
+    box = canvas.bounding_box()
+    cells = set()
+    for row in range(5):
+        page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * (row + 0.5) / 5)
+        cells.add(page.locator("#cell").inner_text().partition(":")[2].partition("(")[0].strip())
+    assert cells == {"trained and evaluated", "trained", "too late", "failed or refused"}
+
+
+def test_runs_are_compared(visit, tmp_path: Path):
+    make(tmp_path / "one", config={"lr": 0.1}, seed=1)
+    make(tmp_path / "two", rounds=8, config={"lr": 0.25}, seed=1)
+    page = visit(written(tmp_path, tmp_path / "one", tmp_path / "two"))
+    differences = page.locator("#differences").inner_text().split()
+    assert {"config.lr", "0.1", "0.25", "num_rounds"} <= set(differences)
+    assert "seed" not in differences
+    shown = readout(page, "Evaluation · loss")
+    assert "two 0.25" in shown
+    assert "one" not in shown  # it has no eighth round
+    page.locator("#curves .plot").first.focus()
+    page.keyboard.press("Home")
+    assert "one 2" in readout(page, "Evaluation · loss")
+    page.get_by_label("two", exact=True).focus()
+    page.keyboard.press("Space")
+    assert "round 5" in readout(page, "Evaluation · loss")
+    assert page.locator("#differences").inner_text() == ""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_screen_in_light_and_dark(visit, tmp_path: Path, scheme: str):
+    make(tmp_path / "a-run-with-a-name-of-some-length", clients=20)
+    make(tmp_path / "two", config={"a-setting": "x" * 300})
+    folders = tmp_path / "a-run-with-a-name-of-some-length", tmp_path / "two"
+    size = {"width": 360, "height": 740}
+    page = visit(written(tmp_path, *folders), viewport=size, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(22, 23, 21)") == (scheme == "dark")
+    page.emulate_media(color_scheme="light" if scheme == "dark" else "dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != paper
+    for plot in page.locator("#curves .u-over").all():
+        assert plot.bounding_box()["width"] > 180
+
+
+def test_a_thousand_clients_in_a_thousand_rounds(visit, tmp_path: Path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    history = History(folder)
+    history.write_settings({"num_rounds": 1000})
+    for number in range(1, 1001):
+        add_round(history, number, 1000, 1000, [])
+    page = visit(written(tmp_path, folder))
+    page.locator("#curves .u-over").first.wait_for()
+    assert page.locator("#s-nodes small").inner_text() == "1,000 of many"
+    assert "median" in readout(page, "Training · loss")
+    canvas = page.locator("#map canvas")
+    box = canvas.bounding_box()
+    canvas.hover(position={"x": box["width"] - 2, "y": box["height"] - 2})
+    assert re.fullmatch(r"node-99\d, round (999|1000): .*", page.locator("#cell").inner_text())
+
+
+def test_a_damaged_history_is_said_and_the_rest_shown(visit, tmp_path: Path):
+    make(tmp_path / "runs" / "one")
+    with (tmp_path / "runs" / "one" / "history.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe{]\n{"round": "six"}\n')
+        file.write(
+            b'{"round": 6, "train": {"loss": NaN, "nodes": ["a"]}, "seconds": {"train": 3.0}}\n'
+        )
+        file.write(b'{"round": 7, "tr')
+    said = "one: 3 damaged lines of history.jsonl left out."
+    page = visit(written(tmp_path, tmp_path / "runs" / "one"))
+    assert page.locator("#problem").inner_text() == said
+    assert "train 3.0 s" in readout(page, "Seconds by phase")
+    with serving(tmp_path / "runs", port=0) as address:
+        live = visit(address)
+        live.get_by_text(said).wait_for()
+        assert "train 3.0 s" in readout(live, "Seconds by phase")
+
+
+def test_the_page_follows_a_run_as_it_goes(visit, tmp_path: Path):
+    with serving(tmp_path / "runs", port=0) as address:
+        page = visit(address)
+        page.get_by_text("No run yet").wait_for()
+        history = make(tmp_path / "runs" / "one", rounds=2, finish=False)
+        page.get_by_text("round 2 of 2: evaluate").wait_for()
+        add_round(history, 3, 4, 4, [])
+        page.locator("#runs").get_by_text("3 of 2").wait_for()
+        page.locator("#curves").get_by_text("round 3").first.wait_for()
+        history.go_on_after(1)  # it was resumed from an earlier round
+        page.locator("#runs").get_by_text("1 of 2").wait_for()
+        history.notify("finished", model="x", seconds=1.0)
+        page.locator("#now").get_by_text("finished").wait_for()
+        # A newer run is shown at once, unless someone has chosen.
+        make(tmp_path / "runs" / "two")
+        page.locator("#now").get_by_text("two").wait_for()
+        page.get_by_label("one", exact=True).check()
+        page.locator("#differences").get_by_text("num_rounds").wait_for()
+        make(tmp_path / "runs" / "three")
+        page.get_by_label("three", exact=True).wait_for()
+        assert not page.get_by_label("three", exact=True).is_checked()
+        assert page.locator("#now b").inner_text() == "two"
+
+
+def test_the_page_says_when_the_dashboard_is_gone(visit, tmp_path: Path):
+    make(tmp_path / "runs" / "one")
+    with serving(tmp_path / "runs", port=0) as address:
+        context = visit(address)
+        context.locator("#now b").wait_for()
+        context.route("**/api/**", lambda route: route.fulfill(status=200, body="not JSON"))
+        context.get_by_text("The dashboard does not answer").wait_for()
+        context.unroute("**/api/**")
+        context.locator("#now b").wait_for()
+
+
+def test_a_real_simulation_is_followed_in_a_browser(visit, start, tmp_path: Path):
+    command = (
+        "-m",
+        "mlx_fed",
+        "simulate",
+        "tests.simulated:TASK",
+        "--clients",
+        40,
+        "--rounds",
+        400,
+    )
+    options = ("--runs", tmp_path / "runs", "--name", "live", "--workers", 0)
+    run = start(*command, *options, "--dashboard", "--dashboard-port", 0)
+    page = visit(run.line(r"Dashboard on (\S+)")[1])
+    page.get_by_text("40 nodes").first.wait_for()
+    before = json.loads((tmp_path / "runs" / "live" / "status.json").read_text())["round"]
+    page.wait_for_function("before => runs.get('live').rounds.length > before + 5", arg=before)
+    page.locator("#s-nodes small").get_by_text("40 of live").wait_for()
+    run.interrupt()
+    assert run.ends() == 130
