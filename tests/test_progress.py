@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 
 from rich.console import Console
 
-from mlx_fed.progress import ServerProgress
+from mlx_fed.progress import JsonLines, ServerProgress, seconds_text, size_text
 
 
 def record(number: int, loss: float, accuracy: float) -> dict:
@@ -15,6 +16,7 @@ def record(number: int, loss: float, accuracy: float) -> dict:
         "train": {"loss": 2 * loss, "nodes": ["node-0"]},
         "evaluate": {"loss": loss, "accuracy": accuracy},
         "seconds": {"train": 0.25, "evaluate": 0.25},
+        "bytes": {"down": 3_000_000, "up": 1_000_000},
     }
 
 
@@ -77,3 +79,34 @@ def test_a_terminal_has_a_live_line_which_is_gone_in_the_end():
     assert "Waiting for nodes: 0 of 1" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is back
     assert "The model: runs/one/model.safetensors" in shown.split("\x1b[?25h")[1]
+
+
+def test_the_live_line_has_bytes_and_the_time_left():
+    progress = ServerProgress(Console(file=io.StringIO(), force_terminal=True, width=120))
+    for number in (1, 2, 3):
+        progress("phase", {"phase": "train", "round": number, "of": 4, "nodes": 8})
+        progress("replies", {"count": 3})
+        shown = progress.bar.tasks[0].description
+        progress("round", record(number, 1, 1))
+    progress.close()
+    assert shown == "round 3/4  train  3 of 8 nodes  8 MB  about 1 s left"
+
+
+def test_programs_get_an_object_a_line():
+    written = io.StringIO()
+    show(JsonLines(written), rounds=2)
+    told = [json.loads(line) for line in written.getvalue().splitlines()]
+    assert [each["event"] for each in told] == [
+        *("serving", "waiting", "joined"),
+        *("phase", "phase", "round", "phase", "phase", "round", "finished"),
+    ]
+    assert told[5]["train"]["loss"] == 2.0
+
+
+def test_sizes_and_times_are_written_as_people_do():
+    assert [size_text(size) for size in (0, 999, 1234, 56_700_000, 1e12)] == [
+        *("0 B", "999 B", "1.23 kB", "56.7 MB", "1 TB"),
+    ]
+    assert [seconds_text(seconds) for seconds in (0.4, 59.6, 125, 7260)] == [
+        *("0 s", "1 min 0 s", "2 min 5 s", "2 h 1 min"),
+    ]
