@@ -32,6 +32,7 @@ class Status:
         self.path = folder / "status.json"
         self.notices: list[dict[str, Any]] = []
         self.written = 0.0
+        self.begun = False
         self.now: dict[str, Any] = {
             "state": "waiting",
             "pid": os.getpid(),
@@ -62,7 +63,11 @@ class Status:
                 pass
             case _:
                 return
+        # A run that is refused before it goes on stays as it was.
+        self.begun = self.begun or event == "started"
         often = event in ("reply", "replies", "joined", "left")
+        if not self.begun:
+            return
         if not often or time.monotonic() - self.written > _PAUSE:
             self._write()
 
