@@ -35,7 +35,8 @@ class History:
     Args:
         folder (Path): Where the run is kept, from :func:`new_run_folder`.
         listeners (tuple): Each is called ``listener(event, fields)`` for what happens, with
-            the events ``serving``, ``joined``, ``left``, ``refused``, ``waiting``, ``resumed``,
+            the events ``serving``, ``invited``, ``joined``, ``left``, ``refused``, ``waiting``,
+            ``resumed``,
             ``phase``, ``reply``, ``replies`` (of a simulation, several at once), ``failed``,
             ``note``, ``round`` and ``finished``. Only rounds are written down.
     """
