@@ -235,7 +235,8 @@ class Members:
             log.warning("%s The nodes known before stay so.", error)  # it was edited by hand
             self._seen = seen
             return
-        self._by_key = {member.key.encode(): member for member in self._members if member.key}
+        known = sorted((member for member in self._members if member.key), key=_is_revoked)
+        self._by_key = {member.key.encode(): member for member in known}  # revoked ones last
         self._seen = seen
 
 
@@ -262,6 +263,10 @@ def _member(record: Any) -> Member:
         raise ValueError(f"{member.name} has a key or a time that cannot be")
     tokens.check_name(member.name)
     return member
+
+
+def _is_revoked(member: Member) -> bool:
+    return member.revoked
 
 
 def _hash(secret: bytes) -> str:

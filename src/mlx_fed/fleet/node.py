@@ -109,7 +109,7 @@ def join(
         notify("note", text=f"not encrypted: {who.host} and all between may read and change it")
     if who.name is not None and name not in (None, who.name):
         raise JoinError(f"The token is for {who.name}: leave out the name, or ask for another.")
-    name = name or who.name
+    name = who.name if name is None else name
     if partition_id is None:
         partition_id = who.number or 0
     clientapp.check_partition(partition_id, num_partitions)
