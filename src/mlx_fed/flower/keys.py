@@ -22,9 +22,10 @@ class KeyFileError(FedError):
 
 
 def make() -> tuple[bytes, bytes]:
-    """A new private key and its public key (PEM)."""
+    """A new private key (PEM), and its public key in OpenSSH's form, as Flower's commands take it."""
     private_key, public_key = generate_key_pairs()
-    return private_key_to_bytes(private_key), public_key_to_bytes(public_key)
+    form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    return private_key_to_bytes(private_key), public_key.public_bytes(*form) + b"\n"
 
 
 def check(pem: bytes, path: Path) -> None:
