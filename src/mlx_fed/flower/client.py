@@ -8,15 +8,16 @@ import ssl
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2, run_pb2
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.error import ApiErrorCode, FlowerError
@@ -202,6 +203,22 @@ class _Transport(FleetHttpClient):
             self._local.connection = None
 
 
+@contextmanager
+def _understood() -> Iterator[None]:
+    """Says of what cannot be read that no server of ours, and no SuperLink, sent it."""
+    try:
+        yield
+    except Exception as error:  # a stranger's bytes can bring about any
+        raise Unreachable(f"what came is not a message: {error!r:.200}") from error
+
+
+def _trees(response: fleet_pb2.PullMessagesResponse) -> Iterator[ObjectTree]:
+    for count, tree in enumerate(iterate_object_tree(response.message_object_trees[0])):
+        if count > _MOST_OBJECTS:
+            raise ValueError(f"more than {_MOST_OBJECTS} objects")
+        yield tree
+
+
 class FleetClient:
     """A node's connection to a server of ours or to a stock SuperLink.
 
@@ -294,24 +311,25 @@ class FleetClient:
         response = self._transport.PullMessages(fleet_pb2.PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return None
-        envelope = message_from_proto(response.messages_list[0])
-        message_id, run_id = envelope.metadata.message_id, envelope.metadata.run_id
+        with _understood():
+            envelope = message_from_proto(response.messages_list[0])
+            message_id, run_id = envelope.metadata.message_id, envelope.metadata.run_id
+            objects = [tree.object_id for tree in _trees(response)]
         contents: dict[str, bytes] = {}
-        for count, tree in enumerate(iterate_object_tree(response.message_object_trees[0])):
-            if count > _MOST_OBJECTS:
-                raise Unreachable("the message has too many parts")
-            if tree.object_id not in contents:
-                held = self._held.get(tree.object_id)
-                contents[tree.object_id] = held or self._pull_object(run_id, tree.object_id)
+        for object_id in objects:
+            if object_id not in contents:
+                held = self._held.get(object_id)
+                contents[object_id] = held or self._pull_object(run_id, object_id)
         with suppress(Unreachable):  # it only frees the server's memory early
             self._transport.ConfirmMessageReceived(
                 message_pb2.ConfirmMessageReceivedRequest(
                     node=self._node, run_id=run_id, message_object_id=message_id
                 )
             )
-        message = cast(
-            Message, inflate_object_from_contents(message_id, contents, keep_object_contents=True)
-        )
+        with _understood():
+            message = inflate_object_from_contents(message_id, contents, keep_object_contents=True)
+            if not isinstance(message, Message):
+                raise TypeError(f"a {type(message).__name__}")
         message.metadata.__dict__["_message_id"] = message_id
         self._held, self._run_id = contents, run_id
         return message

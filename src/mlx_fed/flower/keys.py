@@ -22,7 +22,7 @@ class KeyFileError(FedError):
 
 
 def make() -> tuple[bytes, bytes]:
-    """A new private key (PEM), and its public key in OpenSSH's form, as Flower's commands take it."""
+    """A new private key (PEM), and its public one as Flower's commands take it: OpenSSH's."""
     private_key, public_key = generate_key_pairs()
     form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     return private_key_to_bytes(private_key), public_key.public_bytes(*form) + b"\n"
