@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import socket
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -49,6 +50,7 @@ from mlx_fed import checkpoint, checks, history, messages, weights
 from mlx_fed.arguments import parse_settings
 from mlx_fed.fleet import address, certificates, tokens
 from mlx_fed.fleet.members import Members
+from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower import keys, local
 from mlx_fed.flower.client import FleetClient, Refused, Unreachable
 from mlx_fed.flower.door import Denied
@@ -197,6 +199,35 @@ def request_headers(data: bytes) -> None:
     body = heartbeat_pb2.SendNodeHeartbeatRequest(node=here.node._node, heartbeat_interval=30)
     here.post(here.node, "/v1/fleet/send-node-heartbeat", body.SerializeToString(), headers)
     here.check()
+
+
+@cache
+def _server() -> tuple[int, FleetClient]:
+    """A server on a port, for as long as this process lasts, and a node that has joined it."""
+    listening = _socket("127.0.0.1", 0)
+    running = _serving(listening)
+    _kept.append(running)
+    running.__enter__()
+    port = listening.getsockname()[1]
+    node = FleetClient("127.0.0.1", port)
+    node.register()
+    return port, node
+
+
+_kept: list[Any] = []
+
+
+def wire(data: bytes) -> None:
+    """Bytes on a connection; then the server answers a node as before."""
+    port, node = _server()
+    where = ("127.0.0.1", port)
+    with suppress(OSError), socket.create_connection(where, timeout=_SECONDS) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+    pull = fleet_pb2.PullMessagesRequest(node=node._node).SerializeToString()
+    path = "/v1/fleet/pull-messages"
+    status, _ = node._transport._post(path, pull, node._transport._signed_headers())
+    assert status == 200
 
 
 def reply_object(data: bytes) -> bool:
@@ -491,6 +522,7 @@ def _checkpoint() -> bytes:
 ENTRIES: dict[str, Callable[[bytes], object]] = {
     **{path.rpartition("/")[2]: _route(path) for path in ROUTES},
     "headers": request_headers,
+    "wire": wire,
     "reply": reply_object,
     "arrays": array_bytes,
     "invitation": invitation,
@@ -523,6 +555,10 @@ def seeds() -> dict[str, list[bytes]]:
         "headers": [
             b"content-type: " + PROTOBUF_MEDIA_TYPE.encode(),
             b"flwr-timestamp: 2026-01-01",
+        ],
+        "wire": [
+            b"POST /v1/fleet/get-run HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc",
+            b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1;a=b\r\nx\r\n0\r\na: b\r\n\r\n",
         ],
         "reply": _objects(),
         "arrays": [b"\xff" + shard.getvalue(), b"\x00" + plain.getvalue()],

@@ -23,6 +23,7 @@ from typing import Any
 
 from fastapi import HTTPException
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TIMESTAMP_HEADER
+from flwr.common.serde import message_from_proto
 from flwr.proto import fleet_pb2, message_pb2
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.error import ApiErrorCode, FlowerError
@@ -346,6 +347,10 @@ def _check_reply(request: fleet_pb2.PushMessagesRequest, run_id: int) -> None:
         raise HTTPException(HTTPStatus.FORBIDDEN, "Another run")
     if trees[0].object_id != metadata.message_id:
         raise HTTPException(HTTPStatus.BAD_REQUEST, "Not the message's object tree")
+    try:
+        message_from_proto(replies[0])
+    except Exception as error:  # such as a type that no message has
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "Not a message") from error
 
 
 def _seconds_to_wait(headers: dict[str, str]) -> float:
