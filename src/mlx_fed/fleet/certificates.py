@@ -77,7 +77,12 @@ def issue(
     signing: Any = serialization.load_pem_private_key(authority_key, None)
     if signing.public_key() != issuer.public_key():
         raise CertificateError("The authority's key is not that of its certificate.")
-    names = x509.SubjectAlternativeName([_alternative(host) for host in dict.fromkeys(hosts)])
+    try:
+        names = x509.SubjectAlternativeName([_alternative(host) for host in dict.fromkeys(hosts)])
+    except ValueError as error:
+        raise CertificateError(
+            f"No certificate has such a name: {error}. Write it as DNS does (xn--...)."
+        ) from error
     identifier = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     certificate = (
         _builder(_name("mlx-fed server"), issuer.subject, key.public_key(), _MONTHS)
@@ -180,10 +185,8 @@ def speaks_tls(host: str, port: int) -> bool:
 
 def local_addresses(host: str) -> list[str]:
     """Names and addresses by which this machine is likely to be reached."""
-    found = ["localhost", "127.0.0.1", "::1", socket.gethostname()]
-    if not ipaddress_or_none(host) or not ipaddress.ip_address(host).is_unspecified:
-        found.append(host)
-    return [*found, outward_address()]
+    found = ["localhost", "127.0.0.1", "::1", outward_address(), socket.gethostname(), host]
+    return [name for name in found if name and name.isascii() and name not in ("0.0.0.0", "::")]
 
 
 def outward_address() -> str:
