@@ -213,6 +213,19 @@ def test_a_reply_is_announced_once_at_a_time(fleet):
         assert node._transport.PushObject(request).stored == stored
 
 
+def test_replies_that_are_not_taken_leave_nothing_behind(fleet):
+    node = fleet.node()
+    reply = Message(RecordDict(), reply_to=asked(fleet, node))
+    sessions = fleet.link.state._object_push_sessions
+    for number in range(5):
+        request = push_request(node, reply, reply_to_message_id=f"{number:064x}")
+        assert not node._transport.PushMessages(request).objects_to_push
+        request = push_request(node, reply)
+        node._transport.PushMessages(request)
+    assert len(sessions) <= 1
+    assert len(fleet.link.state.object_store) < 10
+
+
 def test_a_node_confirms_nothing_of_others(fleet):
     node, other = fleet.node(), fleet.node()
     content = RecordDict({"config": ConfigRecord({"n": 1})})

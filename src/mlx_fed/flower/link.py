@@ -166,6 +166,10 @@ class Link:
         message = self.state.message_ins_store.get(message_id)
         return message is not None and message.metadata.dst_node_id == node_id
 
+    def forget_session(self, session_id: str) -> None:
+        """Drops what Flower would keep for minutes of a reply that it has not taken."""
+        self.state._cleanup_push_session(session_id, cleanup_messages=False)
+
     def is_stored(self, reply: MessageProto) -> bool:
         """Whether this is the reply to its message that counts."""
         metadata = reply.metadata

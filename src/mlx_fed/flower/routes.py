@@ -261,6 +261,7 @@ class FleetRoutes:
         if isinstance(request, fleet_pb2.PushMessagesRequest):
             (reply,) = request.messages_list
             if not self.link.is_stored(reply):  # it came too late, or it is a second one
+                self.link.forget_session(response.session_id)
                 return
             replied_to = reply.metadata.reply_to_message_id
             missing = set(response.objects_to_push)
