@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from .weights import Arrays, Spec, StackedRow, to_float32
 
 _LARGEST_BLOCK = 16
-_FEWEST_BLOCKS = 16
+_FEWEST_BLOCKS = 20
 
 Sums = dict[str, np.ndarray]
 
