@@ -6,12 +6,16 @@ from typing import Annotated
 import typer
 
 from mlx_fed.arguments import (
+    Announce,
     AsJson,
     Dashboard,
     DashboardPort,
+    FederationFolder,
+    Insecure,
     Keep,
     Quiet,
     Resume,
+    Secure,
     Track,
     errors_as_messages,
     find_strategy,
@@ -27,9 +31,10 @@ def main(
     strategy: Annotated[str, typer.Option(help="One of Flower's strategies.")] = "FedAvg",
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow unencrypted connections beyond this machine.")
-    ] = False,
+    insecure: Insecure = False,
+    secure: Secure = False,
+    federation: FederationFolder = Path("federation"),
+    announce: Announce = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     name: Annotated[
         str | None, typer.Option(help="The run's name.", show_default="the time")
@@ -69,6 +74,10 @@ def main(
                 host=host,
                 port=port,
                 insecure=insecure,
+                secure=secure,
+                federation=federation,
+                announce=announce,
+                join_command="python3 client.py",
                 seed=seed,
                 name=name,
                 runs=runs,

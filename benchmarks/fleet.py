@@ -7,7 +7,8 @@ examples each, batch 32; weights change every round. Every peer trains with our 
 around its call, and the slowest node's seconds of each phase are taken off the round's. Building
 a model, loading data and converting arrays is not training, wherever it is done.
 
-- ``mlx-fed``: ``mlx_fed.serve`` in one process, ``mlx_fed.join`` in two.
+- ``mlx-fed``: ``mlx_fed.serve`` in one process, ``mlx_fed.join`` in two; and the same with TLS and
+  node keys, as beyond the loopback.
 - ``start_server``: Flower's deprecated server and clients, a NumPyClient in each of two processes.
 - ``flwr run``: a stock SuperLink with two stock SuperNodes, on ``flower_app``, which is written
   as a user of Flower writes one: a ClientApp, and ``FedAvg().start``.
@@ -44,7 +45,7 @@ Seconds = dict[str, list[float]]
 # -- mlx-fed -------------------------------------------------------------------------------
 
 
-def our_server(port: int, rounds: int) -> list[float]:
+def our_server(port: int, rounds: int, federation: str | None = None) -> list[float]:
     """When the first round began, and when each round ended."""
     ticks: list[float] = []
 
@@ -53,11 +54,13 @@ def our_server(port: int, rounds: int) -> list[float]:
             ticks.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as runs:
-        fed.serve(task, num_rounds=rounds, port=port, runs=runs, listeners=(listen,))
+        where = {"port": port, "announce": "127.0.0.1", "federation": federation or runs}
+        secure = federation is not None
+        fed.serve(task, num_rounds=rounds, secure=secure, runs=runs, listeners=(listen,), **where)
     return ticks
 
 
-def our_node(port: int, partition: int) -> Seconds:
+def our_node(port: int, partition: int, token: str | None = None) -> Seconds:
     from mlx_fed import clientapp
 
     trainers = []
@@ -70,6 +73,7 @@ def our_node(port: int, partition: int) -> Seconds:
     fed.join(
         task,
         f"127.0.0.1:{port}",
+        token=token,
         partition_id=partition,
         device="cpu",
         notify=lambda event, **fields: None,
@@ -82,6 +86,21 @@ def run_ours(rounds: int) -> tuple[list[float], list[Seconds]]:
     ticks, *nodes = together(
         partial(our_server, port, rounds), *(partial(our_node, port, p) for p in range(2))
     )
+    return ticks, nodes
+
+
+def run_ours_encrypted(rounds: int) -> tuple[list[float], list[Seconds]]:
+    from mlx_fed.fleet.federation import Federation
+
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MLX_FED_HOME"] = folder  # of the processes below
+        federation = Federation(Path(folder, "federation"), f"127.0.0.1:{port}")
+        tokens = [federation.invite(f"node-{p}") for p in range(2)]
+        ticks, *nodes = together(
+            partial(our_server, port, rounds, str(federation.folder)),
+            *(partial(our_node, port, p, token) for p, token in enumerate(tokens)),
+        )
     return ticks, nodes
 
 
@@ -281,6 +300,7 @@ def main() -> None:
     warm_up = 5
     peers = [
         ("mlx-fed", run_ours, arguments.rounds, warm_up),
+        ("with TLS, keys", run_ours_encrypted, arguments.rounds, warm_up),
         ("start_server", run_deprecated, arguments.rounds, warm_up),
     ]
     if arguments.flower_rounds:
@@ -294,10 +314,10 @@ def main() -> None:
         print(json.dumps({"milliseconds": rows, "times_ours": times}, indent=2))
         return
     print("Milliseconds a train + evaluate round, two nodes on the loopback\n")
-    print(f"{'':14}{'rounds':>7}{'round':>10}{'training':>10}{'beyond':>10}{'x ours':>9}")
+    print(f"{'':16}{'rounds':>7}{'round':>10}{'training':>10}{'beyond':>10}{'x ours':>9}")
     for row in rows:
         print(
-            f"{row['peer']:14}{row['rounds']:7}{row['round']:10.1f}{row['training']:10.1f}"
+            f"{row['peer']:16}{row['rounds']:7}{row['round']:10.1f}{row['training']:10.1f}"
             f"{row['beyond']:10.1f}{times[row['peer']]:9.1f}"
         )
 

@@ -421,7 +421,8 @@ def test_a_node_gives_up_when_there_is_no_server(start):
         (["--node-id", 3, "--num-partitions", 3], "Node id 3 is outside the partitions"),
         (["--node-id", 0, "-c", "missing=true"], "There is no folder '/data/patients'."),
         (["--server", "127.0.0.1:http"], "is not HOST:PORT"),
-        (["--server", "192.0.2.1:8080"], "say --insecure"),
+        (["--server", "192.0.2.1:8080"], "192.0.2.1 is not this machine: join with a token"),
+        (["mlxfed-AAAA"], "is not a whole token: copy the line that the server printed"),
         (["-c", "learning-rate"], "'learning-rate' is not KEY=VALUE"),
     ],
 )
@@ -453,7 +454,7 @@ def test_a_port_in_use(start, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--host", "0.0.0.0"], "say --insecure"),
+        (["--secure", "--insecure"], "A server is either --secure or --insecure."),
         (["--strategy", "FedBest"], "Flower has no strategy 'FedBest'. It has Bulyan"),
         (["--strategy", "FedAdam", "-s", "speed=9"], "Cannot make the strategy 'FedAdam'"),
         (["--name", "../outside"], "A run's name has letters"),

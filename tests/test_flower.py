@@ -549,14 +549,19 @@ def test_an_old_signature_is_refused(fleet, monkeypatch):
 
 
 def test_requests_that_are_not_ones(fleet):
-    assert fleet.post("/v1/fleet/register-node", b"\xff\xff\xff")[0] == 400
-    assert fleet.post("/v1/fleet/register-node", b"", **{"content-type": "text/html"})[0] == 415
-    connection = http.client.HTTPConnection("127.0.0.1", fleet.port, timeout=20)
-    connection.putrequest("POST", "/v1/fleet/push-object")
-    connection.putheader("content-type", PROTOBUF_MEDIA_TYPE)
-    connection.putheader("content-length", str(2**40))
-    connection.endheaders()
-    assert connection.getresponse().status == 413
+    headers = fleet.node()._transport._signed_headers()
+    del headers["content-type"]
+    assert fleet.post("/v1/fleet/register-node", b"\xff\xff\xff", **headers)[0] == 400
+    html = {"content-type": "text/html"}
+    assert fleet.post("/v1/fleet/register-node", b"", **html)[0] == 415
+    for header in ({}, headers):  # a stranger's body is not looked at
+        connection = http.client.HTTPConnection("127.0.0.1", fleet.port, timeout=20)
+        connection.putrequest("POST", "/v1/fleet/push-object")
+        for name, value in ({"content-type": PROTOBUF_MEDIA_TYPE} | header).items():
+            connection.putheader(name, value)
+        connection.putheader("content-length", str(2**40))
+        connection.endheaders()
+        assert connection.getresponse().status == (413 if header else 401)
 
 
 def test_an_object_that_nobody_announced_is_not_stored(fleet):

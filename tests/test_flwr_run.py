@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from mlx_fed.fleet.federation import Federation
+from mlx_fed.fleet.identity import make_key
+
 from .conftest import ROOT, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -28,7 +31,9 @@ def command(name: str) -> Path:
 class SuperLink:
     """A stock SuperLink in a folder of its own, what is run on it, and who joins it."""
 
-    def __init__(self, start: Callable, folder: Path, *options: str):
+    def __init__(
+        self, start: Callable, folder: Path, *options: str, certificates: Federation | None = None
+    ):
         folder.mkdir()
         self.start, self.folder = start, folder
         self.address = f"127.0.0.1:{free_port()}"
@@ -40,15 +45,20 @@ class SuperLink:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
         }
         (folder / "flwr").mkdir()
+        trust, encryption = "insecure = true", ["--insecure"]
+        if certificates is not None:
+            certificates.context("127.0.0.1")
+            trust = f'root-certificates = "{certificates.authority}"'
+            encryption = ["--ssl-ca-certfile", certificates.authority]
+            encryption += ["--ssl-certfile", certificates.certificate]
+            encryption += ["--ssl-keyfile", certificates.key]
         (folder / "flwr" / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n\n'
-            f'[superlink.here]\naddress = "{self.address}"\ninsecure = true\n'
+            f'[superlink.here]\naddress = "{self.address}"\n{trust}\n'
         )
         host, port = self.address.split(":")
         self.started = [
-            self._command(
-                "flower-superlink", "--insecure", "--host", host, "--port", port, *options
-            )
+            self._command("flower-superlink", *encryption, "--host", host, "--port", port, *options)
         ]
         self.started[0].line("Uvicorn running")
 
@@ -90,8 +100,9 @@ def superlink(start, tmp_path) -> Iterator[Callable[..., SuperLink]]:
     """Starts a SuperLink with these options."""
     links: list[SuperLink] = []
 
-    def begin(*options: str) -> SuperLink:
-        links.append(SuperLink(start, tmp_path / f"superlink-{len(links)}", *options))
+    def begin(*options: str, certificates: Federation | None = None) -> SuperLink:
+        folder = tmp_path / f"superlink-{len(links)}"
+        links.append(SuperLink(start, folder, *options, certificates=certificates))
         return links[-1]
 
     yield begin
@@ -106,10 +117,10 @@ def simulation(superlink) -> SuperLink:
     return superlink("--simulation")
 
 
-def join(start, address: str, node_id: int):
+def join(start, address: str, node_id: int, *options: object):
     """A resident node of ours."""
     where = ("--server", address, "--node-id", node_id, "--num-partitions", 2, "--wait", 60)
-    return start("-m", "mlx_fed", "join", "examples.mnist:task", *where)
+    return start("-m", "mlx_fed", "join", "examples.mnist:task", *where, *options)
 
 
 def fleet_model(start, tmp_path: Path) -> bytes:
@@ -189,6 +200,26 @@ def test_our_nodes_on_a_stock_superlink_end_with_the_fleets_bits_and_go(start, t
     assert [node.ends() for node in nodes] == [0, 0]
     assert all("The run is over." in node.text for node in nodes)
     assert model(link.folder / "runs" / "ours") == fleet_model(start, tmp_path)
+
+
+def test_our_nodes_on_a_stock_superlink_that_encrypts_and_asks_for_keys(start, tmp_path, superlink):
+    certificates = Federation(tmp_path / "certificates", "127.0.0.1:1")
+    link = superlink("--enable-supernode-auth", certificates=certificates)
+    trusted = ("--root-certificates", certificates.authority)
+    nodes = []
+    for number in range(2):
+        key = tmp_path / f"{number}.key"
+        make_key(key)
+        registered = link._command("flwr", "supernode", "register", key.with_suffix(".pub"))
+        assert registered.ends() == 0, registered.text
+        nodes.append(join(start, link.address, number, *trusted, "--key", key))
+    make_key(tmp_path / "unknown.key")
+    unknown = join(start, link.address, 0, *trusted, "--key", tmp_path / "unknown.key")
+    assert unknown.ends() == 1
+    assert "refused this node" in unknown.text
+    link.run(MNIST, f'num-rounds={ROUNDS} name="ours"')
+    assert [node.ends() for node in nodes] == [0, 0]
+    assert len(history(link.folder / "runs" / "ours")) == ROUNDS
 
 
 # -- what a person sees ------------------------------------------------------------------------

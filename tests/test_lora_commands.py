@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import mlx_fed as fed  # noqa: F401  before mlx.core
@@ -89,6 +90,23 @@ def test_a_federation_and_its_simulation_end_with_one_adapter_that_mlx_lm_reads(
     assert whole.keys() == before.keys()
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not mx.array_equal(whole[name], before[name])
+
+
+def test_a_federation_that_encrypts(start, config, tmp_path):
+    where = ("--port", 0, "--runs", tmp_path, "--federation", tmp_path / "federation")
+    server = start(*LORA, "serve", "-c", config, "--secure", *where)
+    server.line("node-2 joins with:  .*\n")
+    tokens = re.findall(r"mlx-fed lora join -c lora.yaml --data FOLDER (mlxfed-\S+)", server.text)
+    nodes = [
+        start(
+            *(*LORA, "join", "-c", config, "--data", tmp_path / "data" / name, token),
+            MLX_FED_HOME=str(tmp_path / "home"),
+        )
+        for name, token in zip(("anna", "ben", "cleo"), tokens, strict=True)
+    ]
+    assert server.ends() == 0, server.text
+    assert [node.ends() for node in nodes] == [0, 0, 0], nodes[1].text
+    assert "node-1 joined" in server.text
 
 
 def test_malformed_texts_end_a_simulation_before_it_begins(start, config, tmp_path):

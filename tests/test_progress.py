@@ -21,7 +21,7 @@ def record(number: int, loss: float, accuracy: float) -> dict:
 
 
 def show(progress: ServerProgress, rounds: int) -> None:
-    progress("serving", {"address": "127.0.0.1:8080", "insecure": False})
+    progress("serving", {"address": "127.0.0.1:8080", "secure": False})
     progress("waiting", {"nodes": 0, "needed": 1})
     progress("joined", {"node": "[red]node-0", "nodes": 1})
     for number in range(1, rounds + 1):

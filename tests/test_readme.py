@@ -24,7 +24,11 @@ OWN_TASK = re.search(r"```python\n(.*?)```", README, re.S).group(1)
 INSTALLS = ("git clone", "./run.sh", "pip install", "python3 -m venv", "flwr run")
 SESSIONS = {
     "three terminals": ["python3 server.py", "python3 client.py"],
-    "two Macs": ["mlx-fed serve examples.mnist:task", "mlx-fed join examples.mnist:task"],
+    "two Macs": [
+        "mlx-fed serve examples.mnist:task",
+        "mlx-fed join examples.mnist:task",
+        "mlx-fed nodes",
+    ],
     "your own model": ["mlx-fed serve my_task:task", "mlx-fed join my_task:task"],
     "a thousand clients": [
         "mlx-fed simulate my_task:task",
@@ -53,20 +57,22 @@ class Session:
         self.port = free_port()
 
     def __call__(self, line: str):
-        for elsewhere in ("192.168.1.20:8080", "HOST:PORT"):
-            line = line.replace(elsewhere, f"127.0.0.1:{self.port}")
-        line = line.replace("0.0.0.0", "127.0.0.1")
+        line = line.replace("--host 0.0.0.0", "--host 127.0.0.1 --secure")
         words = [word for word in shlex.split(line) if word != "--gpu"]
         serves = "serve" in words or "server.py" in words
+        federation = ["--federation", str(self.runs / "federation")]
         if serves:
             words += ["--port", str(self.port), "--runs", str(self.runs)]
-        elif "--server" not in words:
+            words += federation if "--secure" in words else []
+        elif "nodes" in words:
+            words += federation
+        elif "mlxfed-" not in line:
             words += ["--server", f"127.0.0.1:{self.port}"]
         if words[0] == "mlx-fed":
             words = ["-m", "mlx_fed", *words[1:]]
         elif words[0] == "python3":
             words = words[1:]
-        return self.start(*words, cwd=self.cwd)
+        return self.start(*words, cwd=self.cwd, MLX_FED_HOME=str(self.runs / "home"))
 
 
 @pytest.mark.slow
@@ -83,10 +89,23 @@ def test_three_terminals(start, tmp_path):
 @pytest.mark.slow
 def test_two_macs(start, tmp_path):
     session = Session(start, ROOT, tmp_path / "runs")
-    lines = commands(*SESSIONS["two Macs"])
-    assert len(lines) == 3
-    started = [session(line) for line in lines]
-    assert [process.ends(120) for process in started] == [0, 0, 0], started[0].text
+    (serve,) = commands("mlx-fed serve examples.mnist:task")
+    (join,) = commands("mlx-fed join examples.mnist:task")
+    server = session(serve)
+    server.line("node-1 joins with:  .*\n")
+    printed = re.findall(r"joins with:  (.*) (mlxfed-\S+)\n", server.text)
+    assert [before for before, _ in printed] == [join.partition(" TOKEN")[0]] * 2
+    said = []
+    for line in commands("mlx-fed nodes"):
+        done = session(line)
+        assert done.ends() == 0, done.text
+        said.append(done.text)
+    assert "invited until" in said[0]
+    assert "another-mac joins with:  mlx-fed join" in said[1]
+    assert "The token of another-mac is revoked." in said[2]
+    nodes = [session(join.replace("TOKEN", token)) for _, token in printed]
+    assert server.ends(120) == 0, server.text
+    assert [node.ends() for node in nodes] == [0, 0]
 
 
 @pytest.mark.slow

@@ -26,8 +26,67 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--config", "-c", metavar="KEY=VALUE", help="A setting; as often as needed."),
 ]
+_SECURITY = "Security"
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Allow unencrypted connections beyond this machine.")
+    bool,
+    typer.Option(
+        "--insecure",
+        help="Beyond this machine: do not encrypt, and let anyone join.",
+        rich_help_panel=_SECURITY,
+    ),
+]
+Secure = Annotated[
+    bool,
+    typer.Option(
+        "--secure",
+        help="On this machine, too: encrypt, and let only known nodes join.",
+        rich_help_panel=_SECURITY,
+    ),
+]
+FederationFolder = Annotated[
+    Path,
+    typer.Option(
+        help="The federation's folder: certificates, keys, nodes.", rich_help_panel=_SECURITY
+    ),
+]
+Announce = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST[:PORT]",
+        help="Where nodes reach the server.",
+        show_default="this machine's address",
+        rich_help_panel=_SECURITY,
+    ),
+]
+Server = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", show_default="the token's, or 127.0.0.1:8080"),
+]
+Token = Annotated[
+    str | None,
+    typer.Argument(metavar="[TOKEN]", help="What the server printed for this node, if it did."),
+]
+IdentityFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where this node's key is kept.",
+        show_default="below ~/.mlx-fed",
+        rich_help_panel=_SECURITY,
+    ),
+]
+RootCertificates = Annotated[
+    Path | None,
+    typer.Option(
+        help="Without a token: whom the server's certificate is from.", rich_help_panel=_SECURITY
+    ),
+]
+NodeKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--key",
+        help="Without a token: this node's private key, known to the server.",
+        rich_help_panel=_SECURITY,
+    ),
 ]
 StrategyName = Annotated[
     str, typer.Option(help="A Flower strategy's name, or MODULE:STRATEGY of your own.")

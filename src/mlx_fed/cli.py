@@ -9,21 +9,29 @@ import typer
 
 from . import __version__
 from .arguments import (
+    Announce,
     AsJson,
     Dashboard,
     DashboardPort,
+    FederationFolder,
+    IdentityFolder,
     Insecure,
     Keep,
+    NodeKey,
     Quiet,
     Resume,
+    RootCertificates,
     RoundTimeout,
     RunName,
     RunsFolder,
+    Secure,
+    Server,
     Settings,
     StrategyName,
     StrategyOptions,
     TaskName,
     TestName,
+    Token,
     Track,
     Wait,
     errors_as_messages,
@@ -32,6 +40,7 @@ from .arguments import (
     find_test,
     parse_settings,
 )
+from .fleet.commands import certs, nodes
 from .lm.commands import lora
 from .runs_commands import report, runs_app
 
@@ -46,6 +55,8 @@ app = typer.Typer(
 app.add_typer(lora, name="lora")
 app.add_typer(runs_app, name="runs")
 app.command()(report)
+app.add_typer(nodes, name="nodes")
+app.add_typer(certs, name="certs")
 
 
 @app.command()
@@ -60,6 +71,9 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
     insecure: Insecure = False,
+    secure: Secure = False,
+    federation: FederationFolder = Path("federation"),
+    announce: Announce = None,
     wait: Wait = 600.0,
     round_timeout: RoundTimeout = 3600.0,
     seed: int = 0,
@@ -101,6 +115,10 @@ def serve(
                 host=host,
                 port=port,
                 insecure=insecure,
+                secure=secure,
+                federation=federation,
+                announce=announce,
+                join_command=f"mlx-fed join {task}",
                 wait=wait,
                 round_timeout=round_timeout,
                 seed=seed,
@@ -118,14 +136,23 @@ def serve(
 @app.command()
 def join(
     task: TaskName,
-    node_id: Annotated[int, typer.Option(min=0, help="Which part of the data is held here.")] = 0,
+    token: Token = None,
+    node_id: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Which part of the data is held here.", show_default="the token's, or 0"
+        ),
+    ] = None,
     num_partitions: Annotated[
         int | None, typer.Option(min=1, help="Of how many, if the data is partitioned.")
     ] = None,
-    server: Annotated[str, typer.Option(metavar="HOST:PORT")] = "127.0.0.1:8080",
+    server: Server = None,
     name: Annotated[str | None, typer.Option(help="How the server calls this node.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
     insecure: Insecure = False,
+    identity: IdentityFolder = None,
+    root_certificates: RootCertificates = None,
+    key: NodeKey = None,
     wait: Wait = 600.0,
     config: Settings = None,
 ) -> None:
@@ -136,11 +163,15 @@ def join(
         join(
             find_task(task),
             server,
+            token=token,
             partition_id=node_id,
             num_partitions=num_partitions,
             name=name,
             device="gpu" if gpu else "cpu",
             insecure=insecure,
+            identity=identity,
+            root_certificates=root_certificates,
+            key=key,
             wait=wait,
             config=parse_settings(config),
         )

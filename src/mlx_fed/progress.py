@@ -36,10 +36,12 @@ def server_line(event: str, fields: dict[str, Any]) -> str:
     """One event of a run as a line of text; empty for those not worth a line."""
     match event:
         case "serving":
-            open_ = "  (not encrypted: --insecure)" if fields["insecure"] else ""
-            return f"Server ready on {fields['address']}{open_}"
+            how = "  (encrypted; nodes are known by their keys)" if fields["secure"] else ""
+            return f"Server ready on {fields['address']}{how}"
         case "dashboard":
             return f"Dashboard on {fields['address']}"
+        case "invited":
+            return f"{fields['node']} joins with:  {fields['command']} {fields['token']}"
         case "waiting":
             return f"Waiting for nodes: {fields['nodes']} of {fields['needed']}"
         case "joined":
@@ -72,6 +74,8 @@ def node_line(event: str, fields: dict[str, Any]) -> str:
                 f"No server at {fields['server']} yet: trying again "
                 f"for {fields['wait']:.0f} seconds ({fields['reason']})"
             )
+        case "note":
+            return f"Note: {fields['text']}"
         case "joined":
             return f"Joined {fields['server']}"
         case "lost":

@@ -150,6 +150,7 @@ class Roster:
             _, record = messages.config_of(answer.content)
             node = Node(node_id, str(record["name"]), int(str(record["partition-id"])))
             name = node.name
+            self._check_name(node)
             self._check_fingerprint(record)
             self._check_model(record)
             self._check_free(node)
@@ -162,6 +163,12 @@ class Roster:
         by_place = sorted(self.nodes.values(), key=lambda node: (node.partition, node.name))
         self.nodes = {node.id: node for node in by_place}
         self.notify("joined", node=node.name, nodes=len(self.nodes))
+
+    def _check_name(self, node: Node) -> None:
+        """A node that a grid knows by name has no other one."""
+        known = getattr(self.grid, "name_of", lambda node_id: None)(node.id)
+        if known not in (None, node.name):
+            raise checks.Refused(f"its key is that of {known}, whose name it has to have")
 
     def _check_fingerprint(self, record: ConfigRecord) -> None:
         theirs = json.loads(str(record.get("fingerprint", "{}")))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 
 from ..errors import FedError
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8080
+_PORT = re.compile(r"[0-9]{1,5}")
 
 
 class AddressError(FedError):
@@ -24,7 +26,8 @@ def parse(address: str) -> tuple[str, int]:
     if not colon or address.endswith("]") or (":" in host and not host.startswith("[")):
         host, port = address, str(DEFAULT_PORT)
     host = host.strip("[]")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    plain = host.isprintable() and not any(char.isspace() or char in "/@?#" for char in host)
+    if not host or not plain or not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
         raise AddressError(f"{address!r} is not HOST:PORT, such as 192.168.1.20:8080.")
     return host, int(port)
 
@@ -34,20 +37,11 @@ def join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def require_loopback(host: str, insecure: bool) -> None:
-    """Refuses plaintext beyond this machine unless it was asked for by name.
-
-    Raises:
-        AddressError: If the host is not on the loopback and ``insecure`` is not set.
-    """
-    if host == "localhost" or insecure:
-        return
+def is_loopback(host: str) -> bool:
+    """Whether what is sent there stays on this machine."""
+    if host == "localhost":
+        return True
     try:
-        if ipaddress.ip_address(host).is_loopback:
-            return
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        pass
-    raise AddressError(
-        f"{host} is not this machine, and connections are not encrypted: anyone on the way could "
-        "read and change the model. On a network that you trust, say --insecure."
-    )
+        return False

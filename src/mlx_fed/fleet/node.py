@@ -11,21 +11,25 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
 from .. import batches, clientapp, devices, messages
 from ..errors import FedError
-from ..flower.client import FleetClient, Refused, Unreachable
+from ..flower.client import FleetClient, Refused, Unreachable, Untrusted
 from ..flower.replies import error_reply
 from ..progress import node_progress, quiet_flower
 from ..task import Data, Task, TaskSource, make_task
-from . import address
+from . import address, certificates
+from .identity import Identity, from_files, from_token
 
 _BEAT = 2.0
 """Seconds between heartbeats."""
 _MAX_PAUSE = 1.0
+_TAKEN = 30.0
+"""Seconds after which a server has noticed that a node before this one, with its key, is gone."""
 _LONGEST_NAME = 64
 
 
@@ -35,15 +39,19 @@ class JoinError(FedError):
 
 def join(
     task: TaskSource,
-    server: str = f"{address.DEFAULT_HOST}:{address.DEFAULT_PORT}",
+    server: str | None = None,
     *,
-    partition_id: int = 0,
+    token: str | None = None,
+    partition_id: int | None = None,
     num_partitions: int | None = None,
     name: str | None = None,
     device: str | None = None,
     config: dict[str, Any] | None = None,
     mods: Sequence[Any] | None = None,
     insecure: bool = False,
+    identity: Path | str | None = None,
+    root_certificates: Path | str | None = None,
+    key: Path | str | None = None,
     wait: float = 600.0,
     notify: Callable[..., None] | None = None,
 ) -> None:
@@ -54,15 +62,24 @@ def join(
 
     Args:
         task (Task or callable): What is trained, or a function of ``config`` that makes it.
-        server (str): ``HOST:PORT``. Default: ``"127.0.0.1:8080"``.
-        partition_id (int): Which part of the data this node holds; each node of a run has its
-            own.
+        server (str, optional): ``HOST:PORT``. Default: the token's, or ``"127.0.0.1:8080"``.
+        token (str, optional): What the server printed for this node. It enrols the first time,
+            and says which server to trust each time.
+        partition_id (int, optional): Which part of the data this node holds; each node of a run
+            has its own. Default: the token's number, or ``0``.
         num_partitions (int, optional): Of how many parts, where the data is partitioned.
-        name (str, optional): How the server calls this node. Default: ``"node-0"`` and so on.
+        name (str, optional): How the server calls this node. Default: the token's, or
+            ``"node-0"`` and so on.
         device (str, optional): ``"gpu"`` or ``"cpu"``. Default: MLX's own choice.
         config (dict, optional): What ``task`` is made from, if it is a function.
         mods (list, optional): Flower mods around training.
         insecure (bool): Allow plaintext beyond the loopback.
+        identity (Path, optional): Where the key that belongs to the token is kept.
+            Default: a folder below ``~/.mlx-fed``.
+        root_certificates (Path, optional): Without a token: whom the server's certificate has to
+            be from (PEM).
+        key (Path, optional): Without a token: this node's private key (PEM), which the server
+            knows already.
         wait (float): Seconds to keep trying to reach the server. Default: ``600``.
         notify (callable, optional): Told what happens, in place of the lines on the terminal.
 
@@ -74,8 +91,27 @@ def join(
         >>> join(task, partition_id=0)
     """
     notify = notify or node_progress()
-    host, port = address.parse(server)
-    address.require_loopback(host, insecure)
+    if token is not None:
+        if root_certificates or key:
+            raise JoinError("A token says whom to trust: leave out certificates and key.")
+        folder = Path(identity) if identity else None
+        who = from_token(token, server, folder)
+    else:
+        files = (Path(path) if path else None for path in (root_certificates, key))
+        default = address.join(address.DEFAULT_HOST, address.DEFAULT_PORT)
+        who = from_files(server or default, *files)
+    if who.authority is None and not address.is_loopback(who.host):
+        if not insecure:
+            raise address.AddressError(
+                f"{who.host} is not this machine: join with a token, which the server prints "
+                "and `mlx-fed nodes add NAME` makes there, or with --root-certificates."
+            )
+        notify("note", text=f"not encrypted: {who.host} and all between may read and change it")
+    if who.name is not None and name not in (None, who.name):
+        raise JoinError(f"The token is for {who.name}: leave out the name, or ask for another.")
+    name = who.name if name is None else name
+    if partition_id is None:
+        partition_id = who.number or 0
     clientapp.check_partition(partition_id, num_partitions)
     if name is not None and not (name.isprintable() and 0 < len(name) <= _LONGEST_NAME):
         raise JoinError(
@@ -92,7 +128,8 @@ def join(
     if name is not None:
         node_config["name"] = name
     app = clientapp.client_app(_with_data(made, data), mods)
-    _Node(FleetClient(host, port), app, node_config, server, wait, notify).run()
+    client = FleetClient(who.host, who.port, who.context, who.key, who.invitation)
+    _Node(client, app, node_config, who, wait, notify).run()
 
 
 def _with_data(task: Task, data: Data) -> Task:
@@ -107,12 +144,13 @@ class _Node:
         client: FleetClient,
         app: Callable[[Message, Context], Message],
         node_config: dict[str, Any],
-        server: str,
+        who: Identity,
         wait: float,
         notify: Callable[..., None],
     ):
         self.client, self.app, self.node_config = client, app, node_config
-        self.server, self.wait, self.notify = server, wait, notify
+        self.who, self.wait, self.notify = who, wait, notify
+        self.server = address.join(who.host, who.port)
         self.kept: dict[str, RecordDict] = {}
 
     def run(self) -> None:
@@ -172,13 +210,21 @@ class _Node:
     # -- the connection --------------------------------------------------------------------
 
     def _register(self) -> None:
-        deadline = time.monotonic() + self.wait
+        started = time.monotonic()
+        deadline = started + self.wait
         pause = 0.1
         told = False
         while True:
             try:
                 self.client.register()
+            except (Untrusted, certificates.CertificateError) as error:
+                raise JoinError(
+                    f"{self.server} is not the server that this node trusts: {error}. It may have "
+                    "been set up anew (ask for a token), or somebody is in between."
+                ) from error
             except Unreachable as error:
+                if not told and self.who.authority is None:
+                    self._require_plaintext()
                 if time.monotonic() + pause > deadline:
                     raise JoinError(
                         f"No server at {self.server} within {self.wait:.0f} seconds "
@@ -190,12 +236,22 @@ class _Node:
                 time.sleep(pause)
                 pause = min(2 * pause, _MAX_PAUSE)
             except Refused as error:
+                if error.status == 409 and time.monotonic() - started < _TAKEN:
+                    time.sleep(_MAX_PAUSE)  # its last process may have been killed just now
+                    continue
                 raise JoinError(
                     f"The server at {self.server} refused this node: {error}"
                 ) from error
             else:
                 self.notify("joined", server=self.server)
                 return
+
+    def _require_plaintext(self) -> None:
+        if certificates.speaks_tls(self.who.host, self.who.port):
+            raise JoinError(
+                f"The server at {self.server} encrypts: join with a token, which it prints and "
+                "`mlx-fed nodes add NAME` makes there, or with --root-certificates."
+            )
 
     def _persist(self, request: Callable[[], Any]) -> Any:
         """Makes a request, again and again while the server cannot be reached."""

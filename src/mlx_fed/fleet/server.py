@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 from flwr.serverapp.strategy import Strategy
 
-from .. import devices, rounds, strategies
+from .. import devices, rounds, strategies, weights
 from ..errors import FedError
 from ..flower.grid import LinkGrid
 from ..flower.link import Link
@@ -25,9 +25,18 @@ from ..settings import Settings, decide_rounds
 from ..task import TaskSource, make_task
 from ..training import Trainer
 from . import address
+from .connections import BoundedConnection
+from .federation import DEFAULT_FOLDER, Federation, announcement
 
 _FAREWELL = 5.0
 """Seconds that nodes have to leave after the run."""
+_SPARE = 64 * 2**20
+_MODELS = 4
+"""A reply has no more bytes than that many models and the spare ones: room for a mod's records."""
+_WARNING = (
+    "neither encrypted nor closed: anyone on the way may read and change the model, and anyone "
+    "who reaches this port may join (--insecure)"
+)
 
 
 class ServeError(FedError):
@@ -42,6 +51,10 @@ def serve(
     host: str = address.DEFAULT_HOST,
     port: int = address.DEFAULT_PORT,
     insecure: bool = False,
+    secure: bool = False,
+    federation: Path | str = DEFAULT_FOLDER,
+    announce: str | None = None,
+    join_command: str = "mlx-fed join MODULE:TASK",
     name: str | None = None,
     runs: Path | str = "runs",
     resume: Path | str | None = None,
@@ -54,6 +67,10 @@ def serve(
     Nodes (:func:`mlx_fed.join`) may come before the server, after it and between rounds; when
     the run is over they are told and end.
 
+    On other addresses than the loopback connections are encrypted and only nodes that the server
+    knows by their keys take part. What that needs is made in the folder ``federation``, and a
+    line is printed for each node that the run needs and that is not known yet.
+
     Args:
         task (Task or callable): What is trained, or a function of ``config`` that makes it.
         strategy (flwr.serverapp.strategy.Strategy): Any Flower strategy. Default:
@@ -62,7 +79,12 @@ def serve(
             else of the task, or 3.
         host (str): The address to listen on. Default: ``"127.0.0.1"``.
         port (int): The port; 0 takes a free one. Default: ``8080``.
-        insecure (bool): Allow plaintext on other addresses than the loopback.
+        insecure (bool): On other addresses than the loopback: neither encrypt nor ask for keys.
+        secure (bool): Encrypt and ask for keys on the loopback, too.
+        federation (Path): The federation's folder. Default: ``"federation"``.
+        announce (str, optional): ``HOST:PORT`` by which nodes reach the server. Default: this
+            machine's address on its network.
+        join_command (str): What a line for a node begins with.
         name (str, optional): The run's name, of the folder below ``runs``. Default: the time.
         runs (Path): Where runs are kept. Default: ``"runs"``.
         resume (str or Path, optional): Go on with the run of this name below ``runs``, or in this
@@ -84,7 +106,9 @@ def serve(
     Example:
         >>> result = serve(task, FedAvg(), num_rounds=3)
     """
-    address.require_loopback(host, insecure)
+    if secure and insecure:
+        raise ServeError("A server is either --secure or --insecure.")
+    secure = secure or not (insecure or address.is_loopback(host))
     leading = Settings(**settings)
     strategy = strategy or strategies.default(leading.min_nodes)
     made = make_task(task, leading.config)
@@ -99,8 +123,16 @@ def serve(
         folder = run_folder(runs, name, resume)
         watching = (shown,) if listeners is None else tuple(listeners)
         history = History(folder, watching, {"engine": "fleet"})
-        with _serving(listening) as link:
-            history.notify("serving", address=address.join(host, port), insecure=insecure)
+        known = None
+        if secure:
+            known = Federation(federation, announcement(announce, host, port))
+        with _serving(listening, known, host) as link:
+            link.reply_limit = _reply_limit(trainer)
+            history.notify("serving", address=address.join(host, port), secure=secure)
+            if insecure:
+                history.notify("note", text=_WARNING)
+            for each in _invitations(known, strategy, leading):
+                history.notify("invited", **each, command=join_command)
             if devices.is_slow(computing_on):
                 history.notify("note", text=f"computing on {computing_on}")
             try:
@@ -133,12 +165,39 @@ def _socket(host: str, port: int) -> socket.socket:
     return listening
 
 
+def _invitations(
+    federation: Federation | None, strategy: Strategy, settings: Settings
+) -> Iterator[dict[str, str]]:
+    """A token for each node that the run needs and that the federation does not know yet."""
+    if federation is None:
+        return
+    needed = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
+    for name, token in federation.invite_missing(needed).items():
+        yield {"node": name, "token": token}
+
+
+def _reply_limit(trainer: Trainer) -> int:
+    arrays = (*trainer.parameters().values(), *weights.get(trainer.slots.statistics).values())
+    return _SPARE + _MODELS * sum(array.nbytes for array in arrays)
+
+
 @contextlib.contextmanager
-def _serving(listening: socket.socket) -> Iterator[Link]:
-    """Serves the Fleet routes from a thread for as long as the context lasts."""
-    link = Link()
+def _serving(
+    listening: socket.socket, federation: Federation | None = None, host: str = ""
+) -> Iterator[Link]:
+    """Serves the Fleet routes from a thread for as long as the context lasts.
+
+    With a federation's folder connections are encrypted, and only its nodes are answered.
+    """
+    link = Link(federation.members if federation else None)
+    secure: dict[str, Any] = {}
+    if federation is not None:
+        context = federation.context(host)
+        secure = {"ssl_context_factory": lambda config, default: context}
     config = uvicorn.Config(
         FleetRoutes(link),
+        http=BoundedConnection,
+        **secure,
         lifespan="off",
         log_level="error",
         access_log=False,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import http.client
+import json
 import ssl
 import threading
 import time
 from base64 import b64encode
-from contextlib import suppress
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2, run_pb2
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.error import ApiErrorCode, FlowerError
@@ -36,7 +39,10 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from google.protobuf.message import DecodeError
 
 from . import headers as ours
+from . import keys
 
+Context = ssl.SSLContext | Callable[[], ssl.SSLContext | None] | None
+_REGISTER = "/v1/fleet/register-node"
 _HELD = {"/v1/fleet/pull-messages": 20.0, "/v1/fleet/send-node-heartbeat": 5.0}
 """Seconds that a server of ours may hold a request, by path."""
 
@@ -45,6 +51,9 @@ _HEARTBEAT = 10.0
 and the node counts as gone."""
 
 _SIGNATURE_AGE = 5.0
+_LARGEST_RESPONSE = 64 * 2**20
+_MOST_OBJECTS = 1_000_000
+_LONGEST_DETAIL = 500
 _TIMEOUT = 60.0
 _FIRST_TIMEOUT = 10.0
 """Seconds that a server may take to answer, and to answer a node that it does not know yet."""
@@ -63,10 +72,31 @@ class Refused(Exception):
     """
 
     def __init__(self, status: int, body: bytes):
-        error = FlowerError.from_json(body.decode("utf-8", "replace"))
+        text = body.decode("utf-8", "replace")
+        error = FlowerError.from_json(text)
         self.status = status
         self.code = error.code if error else 0
-        super().__init__(error.message if error else f"HTTP status {status}")
+        super().__init__(error.message if error else _detail(text) or f"HTTP status {status}")
+
+
+class Untrusted(Unreachable):
+    """Whoever answers is not the server that was meant, or the server expects encryption."""
+
+
+def _detail(text: str) -> str:
+    try:
+        return str(json.loads(text)["detail"])[:_LONGEST_DETAIL]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    if response.length is not None and response.length <= _LARGEST_RESPONSE:
+        return response.read()
+    content = b"" if response.length else response.read(_LARGEST_RESPONSE + 1)
+    if response.length or len(content) > _LARGEST_RESPONSE:
+        raise http.client.HTTPException("the answer is too large")
+    return content
 
 
 class _Transport(FleetHttpClient):
@@ -75,11 +105,11 @@ class _Transport(FleetHttpClient):
     It has Flower's methods, one a route; only how a request is sent is ours.
     """
 
-    def __init__(self, host: str, port: int, context: ssl.SSLContext | None):
+    def __init__(self, host: str, port: int, context: Context, key: bytes | None):
         self._place = (host, port)
         self._context = context
-        self._private_key, public_key = generate_key_pairs()
-        self.public_key = public_key_to_bytes(public_key)
+        self._private_key = keys.load(key) if key else generate_key_pairs()[0]
+        self.public_key = public_key_to_bytes(self._private_key.public_key())
         self._headers = {
             "content-type": PROTOBUF_MEDIA_TYPE,
             "accept": PROTOBUF_MEDIA_TYPE,
@@ -90,6 +120,7 @@ class _Transport(FleetHttpClient):
         self._local = threading.local()
         self.timeout = _FIRST_TIMEOUT
         self.run_is_over = False
+        self.invitation: str | None = None
 
     def _unary_unary(
         self,
@@ -103,6 +134,8 @@ class _Transport(FleetHttpClient):
         headers = self._signed_headers()
         if path in _HELD:
             headers[ours.WAIT] = str(_HELD[path])
+        if self.invitation is not None and path == _REGISTER:
+            headers[ours.TOKEN] = self.invitation
         status, body = self._post(path, request.SerializeToString(), headers)
         if status != 200:
             raise Refused(status, body)
@@ -113,11 +146,22 @@ class _Transport(FleetHttpClient):
 
     def _post(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
         held: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        connection = held or self._connect()
+        try:
+            connection = held or self._connect()
+        except OSError as error:
+            raise Unreachable(str(error) or type(error).__name__) from error
         try:
             connection.request("POST", path, body, headers)
             response = connection.getresponse()
-            content = response.read()
+            content = _read(response)
+        except ssl.SSLError as error:
+            connection.close()
+            self._local.connection = None
+            if isinstance(error, ssl.SSLCertVerificationError):
+                raise Untrusted(f"its certificate: {error.verify_message}") from error
+            if error.reason == "WRONG_VERSION_NUMBER":
+                raise Untrusted("what answers there does not encrypt") from error
+            raise Unreachable(str(error)) from error
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             self._local.connection = None
@@ -132,9 +176,10 @@ class _Transport(FleetHttpClient):
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._place
-        if self._context is None:
+        context = self._context() if callable(self._context) else self._context
+        if context is None:
             return http.client.HTTPConnection(host, port, timeout=self.timeout)
-        return http.client.HTTPSConnection(host, port, timeout=self.timeout, context=self._context)
+        return http.client.HTTPSConnection(host, port, timeout=self.timeout, context=context)
 
     def _signed_headers(self) -> dict[str, str]:
         # The signature covers only the time, so one serves for a few seconds.
@@ -158,6 +203,22 @@ class _Transport(FleetHttpClient):
             self._local.connection = None
 
 
+@contextmanager
+def _understood() -> Iterator[None]:
+    """Says of what cannot be read that no server of ours, and no SuperLink, sent it."""
+    try:
+        yield
+    except Exception as error:  # a stranger's bytes can bring about any
+        raise Unreachable(f"what came is not a message: {error!r:.200}") from error
+
+
+def _trees(response: fleet_pb2.PullMessagesResponse) -> Iterator[ObjectTree]:
+    for count, tree in enumerate(iterate_object_tree(response.message_object_trees[0])):
+        if count > _MOST_OBJECTS:
+            raise ValueError(f"more than {_MOST_OBJECTS} objects")
+        yield tree
+
+
 class FleetClient:
     """A node's connection to a server of ours or to a stock SuperLink.
 
@@ -167,15 +228,28 @@ class FleetClient:
     Args:
         host (str): The server's host.
         port (int): Its port.
-        context (ssl.SSLContext, optional): TLS; plaintext without.
+        context (ssl.SSLContext or callable, optional): TLS, or what makes it when there is a
+            connection to make; plaintext without.
+        key (bytes, optional): The node's private key (PEM), which the server knows; without one
+            the node makes one for this time and registers it itself.
+        invitation (str, optional): What lets the server know the key from now on.
 
     Attributes:
         node_id (int): The id that the server gave.
         run_is_over (bool): The server has said that the run is finished.
     """
 
-    def __init__(self, host: str, port: int, context: ssl.SSLContext | None = None):
-        self._transport = _Transport(host, port, context)
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        context: Context = None,
+        key: bytes | None = None,
+        invitation: str | None = None,
+    ):
+        self._transport = _Transport(host, port, context, key)
+        self._transport.invitation = invitation
+        self._registers = key is None or invitation is not None
         self._held: dict[str, bytes] = {}
         self._run_id: int | None = None
         self.node_id = 0
@@ -194,10 +268,12 @@ class FleetClient:
         Raises:
             Unreachable: If there is no answer.
             Refused: If the server does not take it.
+            Untrusted: If it is another server than was meant.
         """
         key = self._transport.public_key
         self._transport.timeout = _FIRST_TIMEOUT
-        self._transport.RegisterNode(fleet_pb2.RegisterNodeFleetRequest(public_key=key))
+        if self._registers:
+            self._transport.RegisterNode(fleet_pb2.RegisterNodeFleetRequest(public_key=key))
         request = fleet_pb2.ActivateNodeRequest(public_key=key, heartbeat_interval=_HEARTBEAT)
         self.node_id = self._transport.ActivateNode(request).node_id
         self._transport.close()
@@ -219,9 +295,10 @@ class FleetClient:
         try:
             request = fleet_pb2.DeactivateNodeRequest(node_id=self.node_id)
             self._transport.DeactivateNode(request)
-            self._transport.UnregisterNode(
-                fleet_pb2.UnregisterNodeFleetRequest(node_id=self.node_id)
-            )
+            if self._registers:
+                self._transport.UnregisterNode(
+                    fleet_pb2.UnregisterNodeFleetRequest(node_id=self.node_id)
+                )
         except (Unreachable, Refused):
             pass
         self._transport.close()
@@ -234,22 +311,25 @@ class FleetClient:
         response = self._transport.PullMessages(fleet_pb2.PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return None
-        envelope = message_from_proto(response.messages_list[0])
-        message_id, run_id = envelope.metadata.message_id, envelope.metadata.run_id
+        with _understood():
+            envelope = message_from_proto(response.messages_list[0])
+            message_id, run_id = envelope.metadata.message_id, envelope.metadata.run_id
+            objects = [tree.object_id for tree in _trees(response)]
         contents: dict[str, bytes] = {}
-        for tree in iterate_object_tree(response.message_object_trees[0]):
-            if tree.object_id not in contents:
-                held = self._held.get(tree.object_id)
-                contents[tree.object_id] = held or self._pull_object(run_id, tree.object_id)
+        for object_id in objects:
+            if object_id not in contents:
+                held = self._held.get(object_id)
+                contents[object_id] = held or self._pull_object(run_id, object_id)
         with suppress(Unreachable):  # it only frees the server's memory early
             self._transport.ConfirmMessageReceived(
                 message_pb2.ConfirmMessageReceivedRequest(
                     node=self._node, run_id=run_id, message_object_id=message_id
                 )
             )
-        message = cast(
-            Message, inflate_object_from_contents(message_id, contents, keep_object_contents=True)
-        )
+        with _understood():
+            message = inflate_object_from_contents(message_id, contents, keep_object_contents=True)
+            if not isinstance(message, Message):
+                raise TypeError(f"a {type(message).__name__}")
         message.metadata.__dict__["_message_id"] = message_id
         self._held, self._run_id = contents, run_id
         return message

@@ -44,6 +44,10 @@ class LinkGrid(OneRunGrid):
         """The nodes that are online."""
         return self._link.state.get_node_info(node_ids=list(self.get_node_ids()))
 
+    def name_of(self, node_id: int) -> str | None:
+        """The name that the server knows a node by, where it does."""
+        return self._link.name_of(node_id)
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Hands messages to the nodes they are for; every one gets an id, in order.
 

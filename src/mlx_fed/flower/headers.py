@@ -5,3 +5,6 @@ WAIT = "mlx-fed-wait"
 
 RUN = "mlx-fed-run"
 """``finished`` on a response after the run's end."""
+
+TOKEN = "mlx-fed-token"
+"""``name:secret`` of the invitation with which a node registers."""

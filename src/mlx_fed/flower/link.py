@@ -23,11 +23,15 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
 
 from . import local
+from .door import Denied, Door
 
 _SUSPENDED = 5.0
 """Seconds without a look at the nodes, after which this process may have been suspended."""
 _GRACE = 20.0
 """Seconds that nodes then have to be heard again: what Flower gives them between two beats."""
+_MOST_NODES = 10_000
+"""Nodes that may register where any may."""
+_REPLY_LIMIT = 2**30
 _RECONNECT = 1.0
 """Seconds that a node whose connection broke has to make another."""
 
@@ -35,7 +39,11 @@ _RECONNECT = 1.0
 class Link:
     """Flower's state with one run, and the events that routes and grid wake each other with.
 
+    Args:
+        door (Door, optional): Knows which nodes may take part; without one any may.
+
     Attributes:
+        reply_limit (int): Bytes that a reply may have in all.
         state (InMemoryLinkState): Flower's own.
         run_id (int): The run.
         finished (bool): The run is over: nodes that ask for work are told so.
@@ -44,7 +52,9 @@ class Link:
         over (asyncio.Event): Set when the run is, to let held requests go.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, door: Door | None = None) -> None:
+        self.door = door
+        self.reply_limit = _REPLY_LIMIT
         self.factory = LinkStateFactory(
             FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory()
         )
@@ -104,7 +114,32 @@ class Link:
                     if node.status == NodeStatus.ONLINE:
                         node.online_until = max(node.online_until, now + _GRACE)
         self._looked = now
-        return self.state.get_nodes(self.run_id)
+        online = self.state.get_nodes(self.run_id)
+        return online if self.door is None else {i for i in online if self._is_known(i)}
+
+    def is_full(self) -> bool:
+        """Whether as many nodes have registered as may."""
+        return len(self.state.nodes) >= _MOST_NODES
+
+    def name_of(self, node_id: int) -> str | None:
+        """The name that the door has for a node, where there is a door."""
+        node = self.state.nodes.get(node_id)
+        return node.name if node is not None and self.door is not None else None
+
+    def require_known(self, node_id: int) -> None:
+        """Raises :class:`Denied` if the door does not know a node any more."""
+        if self.door is not None:
+            self.door.name_of(self.state.nodes[node_id].public_key)
+
+    def _is_known(self, node_id: int) -> bool:
+        """Whether the door knows a node still; one that was revoked is told so as it waits."""
+        try:
+            self.require_known(node_id)
+        except Denied:
+            self.state.deactivate_node(node_id)
+            self.wake_nodes([node_id])
+            return False
+        return True
 
     def hold(self, node_id: int) -> None:
         """A request of the node is held open."""
@@ -125,6 +160,15 @@ class Link:
             self.tell_grid()
 
     # Messages.
+
+    def is_for(self, message_id: str, node_id: int) -> bool:
+        """Whether there is such a message, for this node."""
+        message = self.state.message_ins_store.get(message_id)
+        return message is not None and message.metadata.dst_node_id == node_id
+
+    def forget_session(self, session_id: str) -> None:
+        """Drops what Flower would keep for minutes of a reply that it has not taken."""
+        self.state._cleanup_push_session(session_id, cleanup_messages=False)
 
     def is_stored(self, reply: MessageProto) -> bool:
         """Whether this is the reply to its message that counts."""

@@ -1,23 +1,29 @@
 """The Fleet API of a federation's server, and nothing else: a small ASGI app.
 
 The handlers, the authentication and the errors are Flower's own; what is left out is the web
-framework around them, which costs several milliseconds a request. Two additions are opt-in by
-header and unknown to a stock SuperNode: a node may wait for work (long poll), and is told when
-the run is over.
+framework around them, which costs several milliseconds a request. Additions are opt-in by header
+and unknown to a stock SuperNode: a node may wait for work (long poll), is told when the run is
+over, and may show an invitation as it registers.
+
+Whose request it is is known from its headers alone, before a byte of its body is read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
+from base64 import b64decode
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 from logging import getLogger
 from types import SimpleNamespace
 from typing import Any
 
 from fastapi import HTTPException
-from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TIMESTAMP_HEADER
+from flwr.common.serde import message_from_proto
 from flwr.proto import fleet_pb2, message_pb2
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.error import ApiErrorCode, FlowerError
@@ -28,14 +34,18 @@ from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError
 
+from . import bounds
 from . import headers as ours
+from .door import Denied
 from .link import Link
 
 _SIGNED = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
 _PREFIX = "/v1/fleet/"
-_MAX_BODY = 16 * 2**20
 _INLINE_BODY = 64 * 2**10
 _MAX_WAIT = 25.0
+_MOST_SIGNATURES = 100_000
+_BODY_LEFT_UNREAD = (400, 401, 404, 408, 413, 415, 503)
+_UNSIGNED = "Invalid SuperNode authentication"
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -43,15 +53,30 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 log = getLogger("mlx_fed")
 
 
+@dataclass
+class _Announced:
+    """A reply whose objects are still to come."""
+
+    node_id: int
+    replied_to: str
+    missing: set[str]
+    bytes: int = 0
+
+
 class FleetRoutes:
-    """The ASGI app: the Fleet API over a :class:`Link`."""
+    """The ASGI app: the Fleet API over a :class:`Link`.
+
+    Args:
+        link (Link): The state. Where it has a door, only nodes which that one knows are answered;
+            otherwise any node may register.
+    """
 
     def __init__(self, link: Link):
         self.link = link
         self._handlers = _handlers(link)
         self._app = SimpleNamespace(state=SimpleNamespace(linkstate_factory=link.factory))
-        self._verified: dict[tuple[str, ...], Any] = {}
-        self._unsent: dict[str, tuple[str, set[str]]] = {}
+        self._verified: dict[tuple[str, ...], bytes] = {}
+        self._unsent: dict[str, _Announced] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,6 +87,8 @@ class FleetRoutes:
             (b"content-type", kind.encode()),
             (b"content-length", str(len(body)).encode()),
         ]
+        if status in _BODY_LEFT_UNREAD:
+            headers.append((b"connection", b"close"))
         if self.link.finished:
             headers.append((ours.RUN.encode(), b"finished"))
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -76,9 +103,11 @@ class FleetRoutes:
             return rule.http_status_code, *_json(error.to_json(rule.public_message))
         except HTTPException as error:
             return error.status_code, *_json({"detail": error.detail})
+        except Denied as error:
+            return HTTPStatus.UNAUTHORIZED, *_json({"detail": str(error)})
         except Exception as error:
             # What a request made of itself is shown as a literal: it may hold control characters.
-            log.warning("%s: %r", scope["path"], error)
+            log.warning("%s: %.500r", scope["path"], error)
             status = HTTPStatus.INTERNAL_SERVER_ERROR
             return status, *_json({"detail": "Internal server error."})
 
@@ -91,17 +120,23 @@ class FleetRoutes:
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != PROTOBUF_MEDIA_TYPE:
             raise FlowerError(ApiErrorCode.UNSUPPORTED_CONTENT_TYPE, f"{media_type!r}")
-        body = await _read(receive, headers)
+        key = self._signer(headers)
+        self._let_in(key, path, headers)
+        body = await bounds.read(receive, headers, path.removeprefix(_PREFIX))
         request = PROTOBUF_REQUEST_TYPES["POST", path]()
         try:
             request.ParseFromString(body)
         except DecodeError as error:
             raise FlowerError(ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, str(error)) from error
-        self._authenticate(headers, request)
+        self._check_identity(key, request)
         if getattr(request, "run_id", self.link.run_id) != self.link.run_id:
             raise HTTPException(HTTPStatus.FORBIDDEN, "Another run")
+        bounds.shorten_heartbeat(request)
+        if isinstance(request, message_pb2.PushObjectRequest) and not self._expects(request):
+            return message_pb2.PushObjectResponse(stored=False)
         if isinstance(request, fleet_pb2.PushMessagesRequest):
             _check_reply(request, self.link.run_id)
+            bounds.check_tree(request.message_object_trees[0])
         if path.endswith("/pull-messages"):
             return await self._pull(request, handler, headers, receive)
         if path.endswith("/send-node-heartbeat"):
@@ -117,29 +152,74 @@ class FleetRoutes:
         self._take_note(request, response)
         return response
 
-    def _authenticate(self, headers: dict[str, str], request: Any) -> None:
-        """Flower's check of a signed timestamp; a signature seen before is not computed again.
+    def _signer(self, headers: dict[str, str]) -> bytes:
+        """The public key that signed the request's time, by Flower's own check.
 
-        Its age and the node it may speak for are checked on every request.
+        A signature seen before is not computed again for a minute.
         """
         signed = tuple(headers.get(name, "") for name in _SIGNED)
-        node_id = getattr(getattr(request, "node", None), "node_id", None)
-        if node_id is not None and self._verified.get(signed) == node_id:
-            return
-        authenticate_node(
-            SimpleNamespace(  # type: ignore[arg-type]  # the parts of a Request that it reads
-                headers=headers,
-                app=self._app,
-                state=SimpleNamespace(protobuf_request=request),
+        if (known := self._verified.get(signed)) is not None:
+            return known
+        try:
+            key = b64decode(signed[0], validate=True)
+            if self.link.door is not None and ours.TOKEN not in headers:
+                self.link.door.name_of(key)  # a stranger is not worth a signature's verification
+            authenticate_node(
+                SimpleNamespace(  # type: ignore[arg-type]  # the parts of a Request that it reads
+                    headers=headers,
+                    app=self._app,
+                    state=SimpleNamespace(
+                        protobuf_request=fleet_pb2.ActivateNodeRequest(public_key=key)
+                    ),
+                )
             )
-        )
-        if node_id is not None:
-            self._remember(signed, node_id)
+        except (HTTPException, Denied):
+            raise
+        except Exception as error:  # keys of other kinds, times out of range
+            raise HTTPException(HTTPStatus.UNAUTHORIZED, _UNSIGNED) from error
+        if len(self._verified) < _MOST_SIGNATURES:
+            self._verified[signed] = key
+            # Nodes reuse a signature for seconds; well before Flower would call it too old it goes.
+            asyncio.get_running_loop().call_later(60.0, self._verified.pop, signed, None)
+        return key
 
-    def _remember(self, signed: tuple[str, ...], node_id: int) -> None:
-        self._verified[signed] = node_id
-        # Nodes reuse a signature for seconds; well before Flower would call it too old it goes.
-        asyncio.get_running_loop().call_later(60.0, self._verified.pop, signed, None)
+    def _let_in(self, key: bytes, path: str, headers: dict[str, str]) -> None:
+        """Refuses keys that the door does not know, and makes known which it invited."""
+        door = self.link.door
+        if door is None:
+            if path.endswith("/register-node") and self.link.is_full():
+                raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "Too many nodes")
+            return
+        if path.endswith("/register-node") and ours.TOKEN in headers:
+            name = door.enrol(headers[ours.TOKEN], key)
+        else:
+            name = door.name_of(key)
+        if self.link.state.get_node_id_by_public_key(key) is None:
+            self.link.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=name)
+
+    def _check_identity(self, key: bytes, request: Any) -> None:
+        """A request speaks for the node whose key signed it, and for no other."""
+        if isinstance(request, (fleet_pb2.RegisterNodeFleetRequest, fleet_pb2.ActivateNodeRequest)):
+            speaks_for_itself = request.public_key == key
+        else:
+            node_id = request.node.node_id if hasattr(request, "node") else request.node_id
+            speaks_for_itself = self.link.state.get_node_id_by_public_key(key) == node_id
+        if not speaks_for_itself:
+            raise HTTPException(HTTPStatus.UNAUTHORIZED, _UNSIGNED)
+
+    def _expects(self, request: Any) -> bool:
+        """Whether an object is of the reply that its node announced last, and that reply not too
+        large."""
+        announced = self._unsent.get(request.session_id)
+        if announced is None or announced.node_id != request.node.node_id:
+            return False
+        announced.bytes += len(request.object_content)
+        if announced.bytes > self.link.reply_limit:
+            raise HTTPException(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"The reply has more than {self.link.reply_limit} bytes",
+            )
+        return True
 
     async def _pull(
         self, request: Any, handler: Callable, headers: dict[str, str], receive: Receive
@@ -160,6 +240,7 @@ class FleetRoutes:
                 return response
             if not await self._stays(node_id, receive, work, left):
                 return response
+            self.link.require_known(node_id)
 
     async def _stays(
         self, node_id: int, receive: Receive, news: asyncio.Event, seconds: float
@@ -180,19 +261,27 @@ class FleetRoutes:
         if isinstance(request, fleet_pb2.PushMessagesRequest):
             (reply,) = request.messages_list
             if not self.link.is_stored(reply):  # it came too late, or it is a second one
+                self.link.forget_session(response.session_id)
                 return
             replied_to = reply.metadata.reply_to_message_id
             missing = set(response.objects_to_push)
+            # A node has one reply on its way; one that broke off is announced again.
+            for session, announced in list(self._unsent.items()):
+                if announced.node_id == request.node.node_id:
+                    del self._unsent[session]
             if missing:
-                self._unsent[response.session_id] = (replied_to, missing)
+                announced = _Announced(request.node.node_id, replied_to, missing)
+                self._unsent[response.session_id] = announced
             else:
                 self._complete(replied_to)
         elif isinstance(request, message_pb2.PushObjectRequest) and response.stored:
-            replied_to, missing = self._unsent.get(request.session_id, ("", set()))
-            missing.discard(request.object_id)
-            if replied_to and not missing:
+            found = self._unsent.get(request.session_id)
+            if found is None:
+                return
+            found.missing.discard(request.object_id)
+            if not found.missing:
                 del self._unsent[request.session_id]
-                self._complete(replied_to)
+                self._complete(found.replied_to)
         elif isinstance(request, (fleet_pb2.ActivateNodeRequest, fleet_pb2.DeactivateNodeRequest)):
             self.link.tell_grid()
 
@@ -206,14 +295,34 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
     state, store = link.state, link.state.object_store
 
     def register(request: Any) -> Any:
+        if link.door is not None:  # it has come through the door
+            node_id = state.get_node_id_by_public_key(request.public_key)
+            return fleet_pb2.RegisterNodeFleetResponse(node_id=node_id or 0)
         return fleet_handlers.register_node(request, state, enable_supernode_auth=False)
 
+    def activate(request: Any) -> Any:
+        try:
+            return fleet_handlers.activate_node(request, state)
+        except FlowerError as error:
+            if link.door is None or error.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+                raise
+            raise HTTPException(
+                HTTPStatus.CONFLICT,
+                "A node with this key is online: one key is one node. End the other one first.",
+            ) from error
+
+    def confirm(request: Any) -> Any:
+        if not link.is_for(request.message_object_id, request.node.node_id):
+            return message_pb2.ConfirmMessageReceivedResponse()  # it deletes nothing of others
+        return fleet_handlers.confirm_message_received(request, state, store)
+
     def unregister(request: Any) -> Any:
-        return fleet_handlers.unregister_node(request, state, enable_supernode_auth=False)
+        auth = link.door is not None
+        return fleet_handlers.unregister_node(request, state, enable_supernode_auth=auth)
 
     return {
         _PREFIX + "register-node": register,
-        _PREFIX + "activate-node": lambda r: fleet_handlers.activate_node(r, state),
+        _PREFIX + "activate-node": activate,
         _PREFIX + "deactivate-node": lambda r: fleet_handlers.deactivate_node(r, state),
         _PREFIX + "unregister-node": unregister,
         _PREFIX + "send-node-heartbeat": lambda r: fleet_handlers.send_node_heartbeat(r, state),
@@ -223,9 +332,7 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
         _PREFIX + "get-fab": lambda r: fleet_handlers.get_fab(r, state),
         _PREFIX + "push-object": lambda r: fleet_handlers.push_object(r, state),
         _PREFIX + "pull-object": lambda r: fleet_handlers.pull_object(r, state),
-        _PREFIX + "confirm-message-received": lambda r: fleet_handlers.confirm_message_received(
-            r, state, store
-        ),
+        _PREFIX + "confirm-message-received": confirm,
     }
 
 
@@ -241,30 +348,18 @@ def _check_reply(request: fleet_pb2.PushMessagesRequest, run_id: int) -> None:
         raise HTTPException(HTTPStatus.FORBIDDEN, "Another run")
     if trees[0].object_id != metadata.message_id:
         raise HTTPException(HTTPStatus.BAD_REQUEST, "Not the message's object tree")
+    try:
+        message_from_proto(replies[0])
+    except Exception as error:  # such as a type that no message has
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "Not a message") from error
 
 
 def _seconds_to_wait(headers: dict[str, str]) -> float:
-    seconds = headers.get(ours.WAIT, "")
-    return min(float(seconds), _MAX_WAIT) if seconds.replace(".", "", 1).isdigit() else 0.0
-
-
-async def _read(receive: Receive, headers: dict[str, str]) -> bytes:
-    """The request's body, refused before it is read if it is too large."""
-    too_large = HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "Request body too large")
-    if int(headers.get("content-length", 0)) > _MAX_BODY:
-        raise too_large
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        event = await receive()
-        if event["type"] == "http.disconnect":
-            raise HTTPException(HTTPStatus.BAD_REQUEST, "Incomplete request")
-        parts.append(event.get("body", b""))
-        size += len(parts[-1])
-        if size > _MAX_BODY:
-            raise too_large
-        if not event.get("more_body"):
-            return b"".join(parts) if len(parts) > 1 else parts[0]
+    try:
+        seconds = float(headers.get(ours.WAIT, 0))
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), _MAX_WAIT) if math.isfinite(seconds) else 0.0
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -15,10 +15,18 @@ import typer
 
 from .. import randomness
 from ..arguments import (
+    Announce,
+    FederationFolder,
+    IdentityFolder,
     Insecure,
+    NodeKey,
+    RootCertificates,
     RoundTimeout,
     RunName,
     RunsFolder,
+    Secure,
+    Server,
+    Token,
     Wait,
     errors_as_messages,
     find_strategy,
@@ -96,6 +104,9 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
     insecure: Insecure = False,
+    secure: Secure = False,
+    federation: FederationFolder = Path("federation"),
+    announce: Announce = None,
     wait: Wait = 600.0,
     round_timeout: RoundTimeout = 3600.0,
     name: RunName = None,
@@ -115,6 +126,10 @@ def serve(
         host=host,
         port=port,
         insecure=insecure,
+        secure=secure,
+        federation=federation,
+        announce=announce,
+        join_command="mlx-fed lora join -c lora.yaml --data FOLDER",
         wait=wait,
         round_timeout=round_timeout,
         seed=config.seed,
@@ -130,10 +145,13 @@ def serve(
 @with_config
 def join(
     config: LoraConfig,
-    server: Annotated[str, typer.Option(metavar="HOST:PORT")] = "127.0.0.1:8080",
+    token: Token = None,
+    server: Server = None,
     name: Annotated[
         str | None,
-        typer.Option(help="How the server calls this node.", show_default="machine-folder"),
+        typer.Option(
+            help="How the server calls this node.", show_default="the token's, or machine-folder"
+        ),
     ] = None,
     node_id: Annotated[
         int | None,
@@ -143,15 +161,21 @@ def join(
         int | None, typer.Option(min=1, help="Of how many parts it holds that one, if shared.")
     ] = None,
     insecure: Insecure = False,
+    identity: IdentityFolder = None,
+    root_certificates: RootCertificates = None,
+    key: NodeKey = None,
     wait: Wait = 600.0,
     gpu: Gpu = None,
 ) -> None:
     """Join a federation with the texts in --data, until the run is over."""
+    from ..fleet import tokens
     from ..fleet.node import join
     from .task import lora_task
 
     if num_partitions is not None and node_id is None:
         raise ConfigError("--num-partitions needs --node-id, which of the parts is this node's.")
+    if name is None and token is not None:
+        name = tokens.decode(token).name
     if name is None and node_id is None:
         name = f"{socket.gethostname().split('.')[0]}-{Path(config.data).resolve().name}"[:64]
     if node_id is None:
@@ -163,11 +187,15 @@ def join(
     join(
         replace(task, data=lambda partition_id, num_partitions: data),
         server,
+        token=token,
         partition_id=node_id,
         num_partitions=num_partitions,
         name=name,
         device=_device(gpu),
         insecure=insecure,
+        identity=identity,
+        root_certificates=root_certificates,
+        key=key,
         wait=wait,
     )
 

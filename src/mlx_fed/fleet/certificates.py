@@ -1,0 +1,250 @@
+"""Certificates: a federation's own authority, what it issues, and TLS with them.
+
+Nothing here is about nodes: they are known by their keys (``members``), the server by its
+certificate.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import ssl
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from ..errors import FedError
+
+_YEARS = timedelta(days=3650)
+_MONTHS = timedelta(days=397)
+_DAY = timedelta(days=1)
+"""How far a node's clock may be behind."""
+_HANDSHAKE = 10.0
+
+
+class CertificateError(FedError):
+    """Certificates that cannot be used, or do not vouch for who answers."""
+
+
+class NoTLS(CertificateError):
+    """Whoever answers does not speak TLS."""
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    """A key for an authority or a server."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def key_to_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key as an unencrypted PEM file has it."""
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+
+
+def make_authority(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A certificate (PEM) of an authority that vouches for one federation's server."""
+    name = _name("mlx-fed federation")
+    public = key.public_key()
+    certificate = (
+        _builder(name, name, public, _YEARS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return _pem(certificate)
+
+
+def issue(
+    authority: bytes,
+    authority_key: bytes,
+    key: ec.EllipticCurvePrivateKey,
+    hosts: list[str],
+) -> bytes:
+    """A server's certificate for these hosts, followed by its authority's (PEM).
+
+    The authority's own goes along because a node that has a token knows its fingerprint only.
+    """
+    issuer = x509.load_pem_x509_certificate(authority)
+    signing: Any = serialization.load_pem_private_key(authority_key, None)
+    if signing.public_key() != issuer.public_key():
+        raise CertificateError("The authority's key is not that of its certificate.")
+    try:
+        names = x509.SubjectAlternativeName([_alternative(host) for host in dict.fromkeys(hosts)])
+    except ValueError as error:
+        raise CertificateError(
+            f"No certificate has such a name: {error}. Write it as DNS does (xn--...)."
+        ) from error
+    identifier = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    certificate = (
+        _builder(_name("mlx-fed server"), issuer.subject, key.public_key(), _MONTHS)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(digital_signature=True), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(names, critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier),
+            critical=False,
+        )
+        .sign(signing, hashes.SHA256())
+    )
+    return _pem(certificate) + authority
+
+
+def fingerprint(authority: bytes) -> bytes:
+    """SHA-256 of the first certificate in a PEM file.
+
+    Raises:
+        CertificateError: If there is none.
+    """
+    try:
+        return x509.load_pem_x509_certificate(authority).fingerprint(hashes.SHA256())
+    except ValueError as error:
+        raise CertificateError(f"This is no certificate in a PEM file: {error}") from error
+
+
+def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
+    """TLS 1.2 or newer with a server's certificate.
+
+    Raises:
+        CertificateError: If the two do not fit each other or cannot be read.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise CertificateError(f"Cannot serve with {certificate} and {key}: {error}") from error
+    return context
+
+
+def client_context(authorities: Path | None) -> ssl.SSLContext:
+    """TLS 1.2 or newer with servers that these authorities (PEM) vouch for; default: the system's.
+
+    Raises:
+        CertificateError: If there are none in the file.
+    """
+    try:
+        context = ssl.create_default_context(cafile=authorities)
+    except (OSError, ssl.SSLError) as error:
+        raise CertificateError(
+            f"No certificates can be read from {authorities}: {error}"
+        ) from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def fetch_authority(host: str, port: int, expected: bytes) -> bytes:
+    """The certificate (PEM) with this fingerprint, from the server that shows it.
+
+    Nothing is sent: whoever answers only has to show the certificate. That it also has the key
+    for it is checked by the connection after this one.
+
+    Raises:
+        OSError: If nobody answers.
+        CertificateError: If whoever answers shows others.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with socket.create_connection((host, port), timeout=_HANDSHAKE) as plain:
+        try:
+            with context.wrap_socket(plain, server_hostname=host) as connection:
+                shown = _shown_by(connection)
+        except ssl.SSLError as error:
+            raise NoTLS(f"what answers there does not encrypt ({error.reason})") from error
+    for der in shown:
+        certificate = x509.load_der_x509_certificate(der)
+        if certificate.fingerprint(hashes.SHA256()) == expected:
+            return _pem(certificate)
+    raise CertificateError("it has another certificate than the token was made for")
+
+
+def speaks_tls(host: str, port: int) -> bool:
+    """Whether whoever answers there would encrypt."""
+    try:
+        fetch_authority(host, port, b"")
+    except NoTLS:
+        return False
+    except CertificateError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def local_addresses(host: str) -> list[str]:
+    """Names and addresses by which this machine is likely to be reached."""
+    found = ["localhost", "127.0.0.1", "::1", outward_address(), socket.gethostname(), host]
+    return [name for name in found if name and name.isascii() and name not in ("0.0.0.0", "::")]
+
+
+def outward_address() -> str:
+    """This machine's address on the network it would use; nothing is sent to find out."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+def ipaddress_or_none(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is written as, if it is one."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _shown_by(connection: ssl.SSLSocket) -> list[bytes]:
+    if hasattr(connection, "get_unverified_chain"):  # Python 3.13
+        return list(connection.get_unverified_chain())
+    hidden: Any = connection._sslobj  # type: ignore[attr-defined]
+    return [ssl.PEM_cert_to_DER_cert(each.public_bytes()) for each in hidden.get_unverified_chain()]
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, lasts: timedelta
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _DAY)
+        .not_valid_after(now + lasts)
+    )
+
+
+def _usage(**uses: bool) -> x509.KeyUsage:
+    names = (
+        "digital_signature content_commitment key_encipherment data_encipherment key_agreement "
+        "key_cert_sign crl_sign encipher_only decipher_only"
+    )
+    return x509.KeyUsage(**{name: uses.get(name, False) for name in names.split()})
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    written = ipaddress_or_none(host)
+    return x509.IPAddress(written) if written else x509.DNSName(host)
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)

@@ -1,0 +1,65 @@
+"""What a connection may take before anything of it is understood: time, headers, and how many.
+
+uvicorn bounds none of these. Bodies are bounded by the routes, which know what they are for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_MOST = 4096
+"""Connections at once."""
+_SECONDS = 20.0
+"""For a request's headers to come, from its first byte or the connection's start."""
+_OVERHEAD = 64 * 2**10
+"""Bytes of a request in a row that are not its body: line, headers, chunk sizes, trailers."""
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """uvicorn's HTTP connection, within bounds; one that passes them is closed."""
+
+    _awaited: asyncio.TimerHandle | None = None
+    _overhead = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > _MOST:
+            transport.abort()
+            return
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._overhead += len(data)
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._awaited is None:
+            self._await_headers()
+        super().data_received(data)
+        if self._overhead > _OVERHEAD:
+            self.transport.abort()
+
+    def on_headers_complete(self) -> None:
+        self._overhead = 0
+        self._stop_waiting()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._overhead = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._overhead = 0
+        super().on_message_complete()
+
+    def _await_headers(self) -> None:
+        self._awaited = self.loop.call_later(_SECONDS, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._awaited is not None:
+            self._awaited.cancel()
+            self._awaited = None

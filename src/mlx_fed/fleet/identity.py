@@ -1,0 +1,122 @@
+"""Who a node is to its server, and how it knows that server: a key of its own, and an authority.
+
+~/.mlx-fed/nodes/<authority>-<name>/
+  node.key     this node's: it is made here and never leaves
+  node.pub     what the server knows it by
+  ca.crt       whom the server's certificate has to be from
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FedError
+from ..flower import keys
+from . import address, certificates, private, tokens
+
+
+class IdentityError(FedError):
+    """A key or an authority that a node cannot join with."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """How a node joins.
+
+    Attributes:
+        host (str): The server's.
+        port (int): Its port.
+        authority (Path, optional): Whom its certificate has to be from; plaintext without.
+        key (bytes, optional): The node's private key (PEM); one for this time without.
+        invitation (str, optional): What it shows to enrol.
+        fingerprint (bytes, optional): Of the authority, where that has to be fetched first.
+        name (str, optional): The name that the server knows it by.
+        number (int, optional): Its number there.
+    """
+
+    host: str
+    port: int
+    authority: Path | None = None
+    key: bytes | None = None
+    invitation: str | None = None
+    fingerprint: bytes | None = None
+    name: str | None = None
+    number: int | None = None
+
+    def context(self) -> ssl.SSLContext | None:
+        """TLS with the server; the authority is fetched where only its fingerprint is known.
+
+        Raises:
+            OSError: If the server does not answer.
+            CertificateError: If it is another server.
+        """
+        if self.authority is None:
+            return None
+        if self.fingerprint is not None and not self.authority.exists():
+            pem = certificates.fetch_authority(self.host, self.port, self.fingerprint)
+            private.publish(self.authority, pem)
+        return certificates.client_context(self.authority)
+
+
+def from_token(text: str, server: str | None, folder: Path | None) -> Identity:
+    """The identity that a token leads to; a key is made the first time.
+
+    Args:
+        text (str): The token.
+        server (str, optional): ``HOST:PORT`` in place of the token's.
+        folder (Path, optional): Where the identity is kept.
+
+    Raises:
+        FedError: If the token is not whole, or the key cannot be kept.
+    """
+    token = tokens.decode(text)
+    host, port = address.parse(server or token.address)
+    folder = folder or home() / "nodes" / f"{token.authority.hex()[:16]}-{token.name}"
+    private.make_folder(folder)
+    authority = folder / "ca.crt"
+    if authority.exists() and (certificates.fingerprint(authority.read_bytes()) != token.authority):
+        raise IdentityError(
+            f"{folder} has the identity for another federation: choose another --identity."
+        )
+    return Identity(
+        host,
+        port,
+        authority,
+        make_key(folder / "node.key"),
+        token.invitation,
+        token.authority,
+        token.name,
+        token.number,
+    )
+
+
+def from_files(server: str, authority: Path | None, key: Path | None) -> Identity:
+    """The identity of files that were handed out otherwise.
+
+    Raises:
+        FedError: If they cannot be read.
+    """
+    host, port = address.parse(server)
+    if authority is not None:
+        certificates.client_context(authority)
+    return Identity(host, port, authority, private.read(key) if key else None)
+
+
+def make_key(path: Path) -> bytes:
+    """A node's private key (PEM), made where there is none, with the public one beside it."""
+    if path.exists():
+        pem = private.read(path)
+        keys.check(pem, path)
+        return pem
+    pem, public = keys.make()
+    private.write(path, pem)
+    private.publish(path.with_suffix(".pub"), public)
+    return pem
+
+
+def home() -> Path:
+    """Where this machine's identities are kept: ``MLX_FED_HOME``, or ``~/.mlx-fed``."""
+    return Path(os.environ.get("MLX_FED_HOME") or "~/.mlx-fed").expanduser()

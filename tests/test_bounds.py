@@ -1,0 +1,282 @@
+"""What a peer may make the server hold, wait for and delete: little, and nothing of others."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+
+import mlx_fed as fed  # noqa: F401  before mlx.core
+
+import pytest
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+
+from mlx_fed.fleet import connections
+from mlx_fed.fleet.server import _serving, _socket
+from mlx_fed.flower import bounds, link
+from mlx_fed.flower.client import FleetClient, Refused
+
+from .test_flower import Fleet, push_request
+
+
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
+    with _socket("127.0.0.1", 0) as listening, _serving(listening) as state:
+        yield Fleet(state, listening.getsockname()[1])
+        state.finish()
+
+
+def connect(fleet: Fleet) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", fleet.port), timeout=10)
+
+
+def is_closed(connection: socket.socket, seconds: float = 10) -> bool:
+    connection.settimeout(seconds)
+    try:
+        while connection.recv(65536):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def head(route: str, node: FleetClient | None = None, **headers: str) -> bytes:
+    signed = node._transport._signed_headers() if node else {"content-type": PROTOBUF_MEDIA_TYPE}
+    lines = [f"POST /v1/fleet/{route} HTTP/1.1", "host: x"]
+    lines += [f"{name}: {value}" for name, value in (signed | headers).items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n"
+
+
+def answer(connection: socket.socket) -> int:
+    return int(connection.recv(65536).split()[1])
+
+
+# -- connections -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/fleet/get-run HTTP/1.1\r\nhost: "])
+def test_a_connection_that_asks_nothing_is_closed(fleet, monkeypatch, sent):
+    monkeypatch.setattr(connections, "_SECONDS", 0.3)
+    with connect(fleet) as connection:
+        connection.sendall(sent)
+        assert is_closed(connection)
+
+
+def test_a_node_that_is_idle_between_requests_is_not_closed(fleet, monkeypatch):
+    monkeypatch.setattr(connections, "_SECONDS", 0.3)
+    node = fleet.node()
+    request = heartbeat_pb2.SendNodeHeartbeatRequest(node=node._node, heartbeat_interval=10)
+    monkeypatch.setattr("mlx_fed.flower.client._HELD", {})
+    node._transport.SendNodeHeartbeat(request)
+    kept = node._transport._local.connection
+    for _ in range(2):
+        time.sleep(0.6)
+        node._transport.SendNodeHeartbeat(request)
+        assert node._transport._local.connection is kept
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        (b"POST /", b"a" * 4096),
+        (b"POST / HTTP/1.1\r\na: ", b"b" * 4096),
+        (b"POST / HTTP/1.1\r\n", b"a: b\r\n" * 500),
+        (head("get-run", **{"transfer-encoding": "chunked"}) + b"1", b";a" * 2048),
+    ],
+)
+def test_headers_without_an_end_are_cut_off(fleet, start, more):
+    with connect(fleet) as connection:
+        connection.sendall(start)
+        sent = 0
+        with pytest.raises(OSError, match=r"(?i)reset|broken"):  # noqa: PT012
+            while sent < 2**20:
+                connection.sendall(more)
+                sent += len(more)
+                time.sleep(0.001)
+        assert sent < 2**20
+
+
+def test_connections_are_counted(fleet, monkeypatch):
+    monkeypatch.setattr(connections, "_MOST", 3)
+    held = [connect(fleet) for _ in range(3)]
+    with connect(fleet) as one_more:
+        assert is_closed(one_more)
+    for connection in held:
+        connection.close()
+    time.sleep(0.2)
+    assert fleet.node().node_id
+
+
+# -- bodies ------------------------------------------------------------------------------------
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(fleet, monkeypatch):
+    monkeypatch.setattr(bounds, "_PATIENCE", 0.3)
+    monkeypatch.setattr(bounds, "_SLOWEST", 2**40)
+    node = fleet.node()
+    with connect(fleet) as connection:
+        connection.sendall(head("pull-messages", node, **{"content-length": "100"}) + b"a")
+        assert answer(connection) == 408
+        assert is_closed(connection)
+
+
+@pytest.mark.parametrize("route", ["pull-messages", "push-messages", "push-object"])
+@pytest.mark.parametrize("said", [True, False])
+def test_a_body_is_as_large_as_its_route_needs(fleet, monkeypatch, route, said):
+    monkeypatch.setattr(bounds, "_LARGEST", {"push-object": 200_000, "push-messages": 100_000})
+    largest = {"pull-messages": bounds._OTHERS}.get(route) or bounds._LARGEST[route]
+    node = fleet.node()
+    with connect(fleet) as connection:
+        if said:
+            length = {"content-length": str(largest + 1)}
+            connection.sendall(head(route, node, **length))
+        else:
+            body = b"%x\r\n" % (largest + 1) + b"\0" * (largest + 1) + b"\r\n0\r\n\r\n"
+            connection.sendall(head(route, node, **{"transfer-encoding": "chunked"}) + body)
+        assert answer(connection) == 413
+        assert is_closed(connection)
+
+
+def test_nothing_of_a_strangers_body_is_read(fleet):
+    with connect(fleet) as connection:
+        connection.sendall(head("push-object", **{"content-length": str(10 * 2**20)}))
+        assert answer(connection) == 401
+        assert is_closed(connection)
+
+
+# -- messages ----------------------------------------------------------------------------------
+
+
+def asked(fleet: Fleet, node: FleetClient) -> Message:
+    content = RecordDict({"config": ConfigRecord({"n": 1})})
+    fleet.grid.push_messages([Message(content, node.node_id, MessageType.TRAIN)])
+    return node.receive()
+
+
+def test_a_message_has_so_many_objects(fleet, monkeypatch):
+    monkeypatch.setattr(bounds, "_MOST_OBJECTS", 10)
+    node = fleet.node()
+    request = push_request(node, Message(RecordDict(), reply_to=asked(fleet, node)))
+    many = [ObjectTree(object_id=f"{number:064x}") for number in range(11)]
+    request.message_object_trees[0].children.extend(many)
+    with pytest.raises(Refused, match="More than 10 objects") as refusal:
+        node._transport.PushMessages(request)
+    assert refusal.value.status == 413
+    assert len(fleet.link.state.object_store) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["", "../../etc/passwd", "A" * 64, "0" * 63, "0" * 65, "0" * 64 + "\n"]
+)
+def test_objects_have_ids_of_objects(fleet, name):
+    node = fleet.node()
+    request = push_request(node, Message(RecordDict(), reply_to=asked(fleet, node)))
+    request.message_object_trees[0].children.append(ObjectTree(object_id=name))
+    with pytest.raises(Refused, match="Not the id of an object"):
+        node._transport.PushMessages(request)
+
+
+def test_a_reply_has_so_many_bytes(fleet):
+    fleet.link.reply_limit = 2000
+    node = fleet.node()
+    reply = Message(
+        RecordDict({"c": ConfigRecord({"b": b"x" * 3000})}), reply_to=asked(fleet, node)
+    )
+    with pytest.raises(Refused, match="The reply has more than 2000 bytes"):
+        node.send(reply, 0.0)
+
+
+def test_a_reply_is_announced_once_at_a_time(fleet):
+    """Objects come for the last announcement only, or their bytes could not be counted."""
+    node = fleet.node()
+    reply = Message(RecordDict({"c": ConfigRecord({"b": b"x"})}), reply_to=asked(fleet, node))
+    sessions = []
+    for _ in range(3):
+        response = node._transport.PushMessages(push_request(node, reply))
+        sessions.append(response.session_id)
+    objects = get_all_nested_objects(reply)
+    for session, stored in zip(sessions, (False, False, True), strict=True):
+        object_id = response.objects_to_push[0]
+        request = message_pb2.PushObjectRequest(
+            node=node._node,
+            run_id=fleet.link.run_id,
+            object_id=object_id,
+            object_content=objects[object_id].deflate(),
+            session_id=session,
+        )
+        assert node._transport.PushObject(request).stored == stored
+
+
+def test_replies_that_are_not_taken_leave_nothing_behind(fleet):
+    node = fleet.node()
+    reply = Message(RecordDict(), reply_to=asked(fleet, node))
+    sessions = fleet.link.state._object_push_sessions
+    for number in range(5):
+        request = push_request(node, reply, reply_to_message_id=f"{number:064x}")
+        assert not node._transport.PushMessages(request).objects_to_push
+        request = push_request(node, reply)
+        node._transport.PushMessages(request)
+    assert len(sessions) <= 1
+    assert len(fleet.link.state.object_store) < 10
+
+
+def test_a_node_confirms_nothing_of_others(fleet):
+    node, other = fleet.node(), fleet.node()
+    content = RecordDict({"config": ConfigRecord({"n": 1})})
+    message = Message(content, other.node_id, MessageType.TRAIN)
+    (message_id,) = fleet.grid.push_messages([message])
+    stored = len(fleet.link.state.object_store)
+    node._transport.ConfirmMessageReceived(
+        message_pb2.ConfirmMessageReceivedRequest(
+            node=node._node, run_id=fleet.link.run_id, message_object_id=message_id
+        )
+    )
+    assert len(fleet.link.state.object_store) == stored
+    assert other.receive().metadata.message_id == message_id
+
+
+def test_so_many_nodes_may_register_where_any_may(fleet, monkeypatch):
+    monkeypatch.setattr(link, "_MOST_NODES", 2)
+    fleet.node(), fleet.node()
+    with pytest.raises(Refused, match="Too many nodes") as refusal:
+        fleet.node()
+    assert refusal.value.status == 503
+
+
+@pytest.mark.parametrize("interval", [1800.0, float("nan"), 1e300, -1.0])
+def test_a_node_cannot_be_silent_for_long(fleet, interval):
+    node = fleet.node()
+    request = heartbeat_pb2.SendNodeHeartbeatRequest(node=node._node, heartbeat_interval=interval)
+    try:
+        node._transport._post(  # not held
+            "/v1/fleet/send-node-heartbeat",
+            request.SerializeToString(),
+            node._transport._signed_headers(),
+        )
+    finally:
+        state = fleet.link.state.nodes[node.node_id]
+        assert state.online_until < time.time() + 150
+
+
+@pytest.mark.parametrize("wait", ["", "nan", "inf", "-1", "1e400", "\xb2", "1,5", "9" * 400])
+def test_a_wait_is_a_few_seconds_whatever_is_asked_for(wait):
+    from mlx_fed.flower import headers, routes
+
+    assert 0 <= routes._seconds_to_wait({headers.WAIT: wait}) <= routes._MAX_WAIT
+
+
+def test_what_is_bounded_is_enough_for_a_large_model():
+    """10,000 arrays of 400 MB in all: their announcement, and each object."""
+    tree = ObjectTree(object_id="0" * 64)
+    for number in range(25_000):
+        tree.children.append(ObjectTree(object_id=f"{number:064x}"))
+    request = fleet_pb2.PushMessagesRequest(message_object_trees=[tree])
+    assert request.ByteSize() < bounds._LARGEST["push-messages"]
+    bounds.check_tree(tree)
+    assert bounds._LARGEST["push-object"] > 5 * 2**20 + 1024
