@@ -9,12 +9,12 @@ name, before anything in it is read.
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable
 from concurrent import futures
 from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -24,8 +24,9 @@ from flwr.app import Array, ArrayRecord
 
 from .errors import FedError
 from .history import errors_named, sync, sync_folder
+from .spool import values_of
 from .strategy_state import State
-from .weights import Arrays
+from .weights import Arrays, dtype_name
 
 _NAME = re.compile(r"(\d{5,})-([0-9a-f]{8})\.safetensors")
 _BITS = (8, 16, 32, 64)
@@ -220,8 +221,8 @@ def _write(file: _Checked, checkpoint: Checkpoint) -> None:
         "run": json.dumps(about),
         "strategy": json.dumps(checkpoint.strategy.tree),
     }
-    arrays: dict[str, mx.array | np.ndarray] = {
-        **{f"parameters/{name}": _view(array) for name, array in checkpoint.masters.items()},
+    arrays: dict[str, mx.array | np.ndarray | Array] = {
+        **{f"parameters/{name}": array for name, array in checkpoint.masters.items()},
         **{f"statistics/{name}": array for name, array in checkpoint.statistics.items()},
         **{f"strategy/{name}": array for name, array in checkpoint.strategy.arrays.items()},
     }
@@ -229,44 +230,52 @@ def _write(file: _Checked, checkpoint: Checkpoint) -> None:
 
 
 def _write_safetensors(
-    file: _Checked, arrays: dict[str, mx.array | np.ndarray], metadata: dict[str, str]
+    file: _Checked, arrays: dict[str, mx.array | np.ndarray | Array], metadata: dict[str, str]
 ) -> None:
     """Writes arrays from where they lie: MLX would make a copy of NumPy's, and of a large model.
+
+    Masters may lie on disk, and are in memory one at a time.
 
     The format: https://github.com/huggingface/safetensors#format
     """
     header: dict[str, Any] = {"__metadata__": metadata}
-    values: list[np.ndarray] = []
     end = 0
     for name, array in arrays.items():
-        dtype, value = _stored(array)
-        start, end = end, end + value.nbytes
-        header[name] = {"dtype": dtype, "shape": value.shape, "data_offsets": [start, end]}
-        values.append(value)
+        start, end = end, end + _size(array)
+        header[name] = {
+            "dtype": _dtype(array),
+            "shape": tuple(array.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
-    for value in values:
-        file.write(value.reshape(-1).view(np.uint8).data)
+    for array in arrays.values():
+        file.write(_values(array).reshape(-1).view(np.uint8).data)
 
 
-def _stored(array: mx.array | np.ndarray) -> tuple[str, np.ndarray]:
-    """What safetensors call an array's dtype, and its values, as NumPy has them."""
+def _size(array: mx.array | np.ndarray | Array) -> int:
+    if isinstance(array, Array):
+        return np.dtype(array.dtype).itemsize * math.prod(array.shape)
+    return array.nbytes
+
+
+def _dtype(array: mx.array | np.ndarray | Array) -> str:
+    """What safetensors call an array's dtype."""
     if isinstance(array, mx.array):
-        if array.dtype == mx.bfloat16:
-            return "BF16", np.asarray(array.view(mx.uint16))
-        array = np.asarray(array)
-    return _DTYPES[array.dtype.name], array
+        name = dtype_name(array.dtype)
+        return "BF16" if name == "bfloat16" else _DTYPES[name.removesuffix("_")]
+    return _DTYPES[str(array.dtype)]
 
 
-def _view(array: Array) -> np.ndarray:
-    """The values of a master where they lie, after the header of NumPy's format."""
-    file = BytesIO(array.data)
-    np.lib.format.read_magic(file)
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    values = np.frombuffer(array.data, dtype, offset=file.tell())
-    return values.reshape(shape, order="F" if fortran else "C")
+def _values(array: mx.array | np.ndarray | Array) -> np.ndarray:
+    """An array's values, as NumPy has them."""
+    if isinstance(array, Array):
+        return values_of(array)
+    if isinstance(array, mx.array) and array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return np.asarray(array)
 
 
 def _checksum(file: IO[bytes]) -> int:

@@ -25,6 +25,7 @@ from .resume import Position, identity_of
 from .resume import resume as taken_up
 from .roster import Members, Roster
 from .settings import Settings, require_one_model
+from .spool import Spool
 from .train_phase import train
 from .training import Trainer
 
@@ -71,10 +72,13 @@ def run(
     identity = identity_of(run)
     if settings.keep:
         strategy_state.snapshot(strategy)  # what cannot be kept is refused now, not after a round
-    with history.held():
+    with history.held(), run.spool.open():
         position = (taken_up(run, checkpoints, identity) if resume else None) or Position(
-            0, Model(aggregate.to_masters(trainer.parameters()), trainer.statistics()), None
+            0,
+            Model(aggregate.to_masters(trainer.parameters(), run.spool), trainer.statistics()),
+            None,
         )
+        trainer.let_go()
         history.write_settings(
             {
                 **settings.for_the_record(),
@@ -119,7 +123,9 @@ def _set_up(
         history.notify,
         trainer.fingerprint,
     )
-    return Run(grid, strategy, trainer, settings, history, roster, config)
+    # A federation's grid puts there what nodes send.
+    spool = getattr(grid, "spool", None) or Spool(history.folder / "waiting")
+    return Run(grid, strategy, trainer, settings, history, roster, config, spool)
 
 
 def _save(run: Run, model: Model, name: str = "model") -> Path:
@@ -174,7 +180,8 @@ def _evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
         with phase.refusing(node):
             each[node] = checks.check_metrics(reply, run.weighted_by)
             accepted.append((node, reply))
-    counting = phase.with_one_set_of_names(accepted)
+    odd = phase.refuse_odd_names({node: checks.names_in(reply.content) for node, reply in accepted})
+    counting = [(node, reply) for node, reply in accepted if node not in odd]
     metrics = None
     if counting:
         with phase.hook("aggregate_evaluate"):

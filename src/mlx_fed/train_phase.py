@@ -7,7 +7,7 @@ other gets them all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, Message
 
@@ -37,36 +37,35 @@ def train(run: Run, model: Model, record: dict[str, Any]) -> Model:
 def _train_to_replies(phase: Phase, model: Model, outgoing: list[Message]) -> Model:
     run = phase.run
     asked = [phase.node_of(message) for message in outgoing]
-    updates = _updates(phase, outgoing)
+    updates = list(_updates(phase, outgoing))
+    odd = phase.refuse_odd_names({update.node: update.names for update in updates})
+    updates = [update for update in updates if update.node not in odd]
+    _require(phase, len(updates))
     with phase.timed("aggregate"):
-        for _, reply, update in updates:
-            reply.content = update.for_strategy()
-        replies = [reply for _, reply, _ in updates]
+        for update in updates:
+            update.message.content = update.reply.for_strategy()
+        replies = [update.message for update in updates]
         masters, metrics = _aggregate(
             phase, model, lambda: run.strategy.aggregate_train(phase.number, replies)
         )
         statistics = model.statistics
         if run.averaged and updates:
-            running: Iterable[sums.CountedUpdate] = (
-                (counted, {}, update.statistics) for counted, update in _counted(updates, asked)
-            )
-            mean = sums.mean(sums.blocks(running, len(asked)))
+            mean = _summed(updates, asked, statistics_only=True).mean()
             statistics = mean.running_statistics(run.averaged)
-    phase.record["train"] = {**metrics, "nodes": [node for node, *_ in updates]}
-    phase.record_each({node: update.metrics for node, _, update in updates})
+    phase.record["train"] = {**metrics, "nodes": [update.node for update in updates]}
+    phase.record_each({update.node: update.reply.metrics for update in updates})
     return Model(masters, statistics)
 
 
 def _train_to_a_mean(phase: Phase, model: Model, outgoing: list[Message]) -> Model:
     run = phase.run
     nodes = [phase.node_of(message) for message in outgoing]
-    total = _total(phase, outgoing, nodes)
     with phase.timed("aggregate"):
-        mean = total.mean()
-        _require(phase, len(mean.counted), outgoing)
+        mean = _total(phase, outgoing, nodes).mean()
+        _require(phase, len(mean.counted))
         if not mean.counted:
             return model
-        content = mean.as_reply(model.masters, run.weighted_by)
+        content = mean.as_reply(model.masters, run.weighted_by, run.spool)
         each = [counted.metrics for counted in mean.counted]
         masters, metrics = _aggregate(
             phase,
@@ -83,22 +82,43 @@ def _total(phase: Phase, outgoing: list[Message], nodes: list[str]) -> sums.Tota
     """The sum of the updates, made where the clients train if the grid can do that."""
     if sum_updates := exchange.summing(phase.run.grid, outgoing):
         return _summed_by_grid(phase, outgoing, nodes, sum_updates)
-    updates = _updates(phase, outgoing)
-    total = sums.Total()
-    with phase.timed("aggregate"):
-        counted = ((c, u.parameters, u.statistics) for c, u in _counted(updates, nodes))
-        for block in sums.blocks(counted, len(nodes)):
-            total.add(block)
+    # Those with the names of the first are summed as they come; the others wait on disk until it
+    # is known which names most have.
+    names: dict[str, frozenset[str]] = {}
+    apart: list[Update] = []
+
+    def alike() -> Iterator[Update]:
+        for update in _updates(phase, outgoing):
+            names[update.node] = update.names
+            if update.names == next(iter(names.values())):
+                yield update
+            else:
+                apart.append(update)
+
+    total = _summed(alike(), nodes)
+    odd = phase.refuse_odd_names(names)
+    if next(iter(names), None) in odd:
+        total = _summed([update for update in apart if update.node not in odd], nodes)
     return total
 
 
-def _counted(
-    updates: list[tuple[str, Message, checks.Reply]], nodes: list[str]
-) -> Iterator[tuple[sums.Counted, checks.Reply]]:
-    """Each update with its place among the nodes that were asked, and its weight."""
+def _summed(
+    updates: Iterable[Update], nodes: list[str], statistics_only: bool = False
+) -> sums.Total:
+    """The sum of updates in the order of the nodes that were asked."""
     places = {node: place for place, node in enumerate(nodes)}
-    for node, _, update in updates:
-        yield sums.Counted(places[node], update.weight, update.metrics), update
+    counted = (
+        (
+            sums.Counted(places[update.node], update.reply.weight, update.reply.metrics),
+            {} if statistics_only else update.reply.parameters,
+            update.reply.statistics,
+        )
+        for update in updates
+    )
+    total = sums.Total()
+    for block in sums.blocks(counted, len(nodes)):
+        total.add(block)
+    return total
 
 
 def _summed_by_grid(
@@ -124,28 +144,34 @@ def _summed_by_grid(
     return total
 
 
-def _updates(phase: Phase, outgoing: list[Message]) -> list[tuple[str, Message, checks.Reply]]:
-    """Each node's name, its reply, and what is in it; only of replies that count."""
+class Update(NamedTuple):
+    """A node's reply that is fit to count, as it came and as it is read."""
+
+    node: str
+    message: Message
+    reply: checks.Reply
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What its records and metrics are called."""
+        return checks.names_in(self.message.content)
+
+
+def _updates(phase: Phase, outgoing: list[Message]) -> Iterator[Update]:
+    """The updates that are fit to count, in the order of the nodes, as they come."""
     run = phase.run
-    updates: dict[str, checks.Reply] = {}
-    accepted: list[tuple[str, Message]] = []
-    replies = phase.exchange(outgoing)
-    with phase.timed("aggregate"):
-        for node, reply in replies:
-            with phase.refusing(node):
-                updates[node] = checks.check_update(
-                    reply, run.trainer.spec, run.averaged, run.weighted_by
-                )
-                accepted.append((node, reply))
-        counting = phase.with_one_set_of_names(accepted)
-    _require(phase, len(counting), outgoing)
-    return [(node, reply, updates[node]) for node, reply in counting]
+    for node, message in phase.exchange(outgoing):
+        reply = None
+        with phase.timed("check"), phase.refusing(node):
+            reply = checks.check_update(message, run.trainer.spec, run.averaged, run.weighted_by)
+        if reply is not None:
+            yield Update(node, message, reply)
 
 
-def _require(phase: Phase, count: int, outgoing: list[Message]) -> None:
-    if outgoing and not count:
+def _require(phase: Phase, count: int) -> None:
+    if phase.asked and not count:
         raise RunError(
-            f"Round {phase.number}: none of {len(outgoing)} nodes gave a train reply that "
+            f"Round {phase.number}: none of {phase.asked} nodes gave a train reply that "
             "counts. The reasons stand above; the model of the round before is kept."
         )
 
@@ -154,8 +180,10 @@ def _aggregate(
     phase: Phase, model: Model, hook: Callable[[], tuple]
 ) -> tuple[ArrayRecord, dict[str, Any]]:
     """The strategy's new masters, or the old ones if it gives none, and its metrics."""
+    run = phase.run
     with phase.hook("aggregate_train"):
         masters, metrics = hook()
         if masters is None:
             return model.masters, {**(metrics or {})}
-        return aggregate.from_strategy(masters, phase.run.trainer.spec), {**(metrics or {})}
+        masters = aggregate.from_strategy(masters, run.trainer.spec, run.spool)
+        return masters, {**(metrics or {})}

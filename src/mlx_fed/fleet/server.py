@@ -22,6 +22,7 @@ from ..flower.routes import FleetRoutes
 from ..history import History, Listener, Result, recorded_rounds, run_folder
 from ..progress import ServerProgress, quiet_flower
 from ..settings import Settings, decide_rounds
+from ..spool import Spool
 from ..task import TaskSource, make_task
 from ..training import Trainer
 from . import address
@@ -98,7 +99,7 @@ def serve(
         shown = ServerProgress()
         folder = run_folder(runs, name, resume)
         history = History(folder, (shown,) if listeners is None else tuple(listeners))
-        with _serving(listening) as link:
+        with _serving(listening, Spool(folder / "waiting")) as link:
             history.notify("serving", address=address.join(host, port), insecure=insecure)
             if devices.is_slow(computing_on):
                 history.notify("note", text=f"computing on {computing_on}")
@@ -133,9 +134,9 @@ def _socket(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _serving(listening: socket.socket) -> Iterator[Link]:
+def _serving(listening: socket.socket, spool: Spool | None = None) -> Iterator[Link]:
     """Serves the Fleet routes from a thread for as long as the context lasts."""
-    link = Link()
+    link = Link(spool)
     config = uvicorn.Config(
         FleetRoutes(link),
         lifespan="off",

@@ -1,0 +1,175 @@
+"""Where arrays wait on disk: replies before it is their turn, and masters until they are used.
+
+What is small stays in memory. A file goes when nothing refers to it any more; the folder goes with
+the run, and a run that was killed finds it empty when it goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+
+_SMALL = 2**20
+"""Bytes that are not worth a file."""
+
+_numbers = count(1)
+log = logging.getLogger("mlx_fed")
+
+
+class OnDisk:
+    """Bytes in a file of their own, which lasts as long as this object."""
+
+    def __init__(self, path: Path, size: int):
+        self._path, self._size = path, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes from ``start`` on, up to ``end``."""
+        size = (self._size if end is None else min(end, self._size)) - start
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(start)
+            data = file.read(size)
+        if data is None or len(data) != size:
+            raise OSError(f"{self._path} is not what was written")
+        return data
+
+    def __del__(self) -> None:
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
+class Part(NamedTuple):
+    """A part of an array's bytes: what a file or memory holds from ``start`` on."""
+
+    held: OnDisk | bytes
+    start: int = 0
+
+    def __len__(self) -> int:
+        return len(self.held) - self.start
+
+    def read(self) -> bytes:
+        if isinstance(self.held, OnDisk):
+            return self.held.read(self.start)
+        return self.held[self.start :]
+
+
+class WaitingArray(Array):
+    """One of Flower's arrays, whose bytes are read from disk each time that they are asked for."""
+
+    def __init__(self, like: Array, parts: tuple[Part, ...]):
+        self.__dict__.update(dtype=like.dtype, shape=like.shape, stype=like.stype)
+        self.parts = parts
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        if len(self.parts) == 1:
+            return self.parts[0].read()
+        return b"".join(part.read() for part in self.parts)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)  # a copy has no file
+
+
+WaitingArray.__qualname__ = Array.__qualname__  # Flower tells what an object is by this name
+
+
+class Spool:
+    """A run's folder of bytes that wait.
+
+    Args:
+        folder (Path, optional): Where they wait; made when it is needed. Without, all stay in
+            memory.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+
+    def put(self, data: bytes) -> OnDisk | bytes:
+        """Bytes on disk, or as they are where they are few or the disk does not take them."""
+        if self.folder is None or len(data) < _SMALL:
+            return data
+        path = self.folder / f"{os.getpid()}-{next(_numbers)}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            waiting = OnDisk(path, len(data))
+            with path.open("xb", buffering=0) as file:
+                view = memoryview(data)
+                while view:
+                    view = view[file.write(view) :]
+        except OSError as error:
+            log.warning("%s cannot be written (%s): what waits there stays in memory", path, error)
+            self.folder = None
+            return data
+        return waiting
+
+    def array(self, array: Array) -> Array:
+        """An array that waits here, if it is large."""
+        if isinstance(array, WaitingArray):
+            return array
+        held = self.put(array.data)
+        return WaitingArray(array, (Part(held),)) if isinstance(held, OnDisk) else array
+
+    def record(self, arrays: Iterable[tuple[str, Array]]) -> ArrayRecord:
+        """Arrays by name, each of which waits here as soon as it comes."""
+        record = ArrayRecord()
+        for name, array in arrays:
+            record[name] = self.array(array)
+        return record
+
+    def hold(self, content: RecordDict) -> None:
+        """Lets the arrays of a message wait here."""
+        for record in content.array_records.values():
+            for name, array in record.items():
+                record[name] = self.array(array)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Empties the folder of what another process has left, and takes it away in the end."""
+        self._remove()
+        try:
+            yield
+        finally:
+            self._remove()
+            self.folder = None
+
+    def _remove(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def num_bytes(array: Array) -> int:
+    """The bytes of an array, without a look at them."""
+    return len(array) if isinstance(array, WaitingArray) else len(array.data)
+
+
+def copy_of(record: ArrayRecord) -> ArrayRecord:
+    """Another record of the same arrays; Flower's own way reads those that wait on disk."""
+    copy = ArrayRecord()
+    for name, array in record.items():
+        copy[name] = array
+    return copy
+
+
+def values_of(array: Array) -> np.ndarray:
+    """The values of one of our arrays where they lie, after the header of NumPy's format."""
+    data: Any = array.data
+    file = BytesIO(data)
+    np.lib.format.read_magic(file)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    values = np.frombuffer(data, dtype, offset=file.tell())
+    return values.reshape(shape, order="F" if fortran else "C")
