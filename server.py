@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from mlx_fed.arguments import Keep, Resume, errors_as_messages, find_strategy
+from mlx_fed.arguments import (
+    Keep,
+    MaxExamples,
+    MaxRepeats,
+    MaxUpdateNorm,
+    MinReplies,
+    Resume,
+    errors_as_messages,
+    find_strategy,
+)
 
 
 def main(
@@ -27,6 +36,10 @@ def main(
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
     resume: Resume = None,
     keep: Keep = 3,
+    min_replies: MinReplies = 1,
+    max_repeats: MaxRepeats = 2,
+    max_examples: MaxExamples = 1e12,
+    max_update_norm: MaxUpdateNorm = None,
 ) -> None:
     """Serve the MNIST example to clients, and save the model that they train."""
     with errors_as_messages():
@@ -48,6 +61,10 @@ def main(
             runs=runs,
             resume=resume,
             keep=keep,
+            min_replies=min_replies,
+            max_repeats=max_repeats,
+            max_examples=max_examples,
+            max_update_norm=max_update_norm,
             config={"dataset": dataset},
         )
 

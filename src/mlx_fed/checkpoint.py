@@ -155,6 +155,14 @@ class Checkpoints:
                 damaged(path, str(error))
         return None
 
+    def state_after(self, number: int) -> State | None:
+        """The strategy's state after a round, if its checkpoint is there and whole."""
+        for path in self.paths():
+            if _round_of(path) == number:
+                with suppress(CheckpointError):
+                    return read(path).strategy
+        return None
+
     def best(self, best: Best) -> Checkpoint | None:
         """The checkpoint of the best round, if it is there and whole."""
         for path in self.paths():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics as statistics_of
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from . import aggregate, messages, weights
@@ -16,6 +18,10 @@ from .weights import Spec, Unread
 
 _LONGEST = 500
 """Characters of a reason that quotes what a stranger sent."""
+
+
+_SPARE = 2**20
+"""Bytes that a reply may have beside its arrays' values."""
 
 
 class Refused(FedError):
@@ -33,6 +39,7 @@ class Reply(NamedTuple):
     statistics: Mapping[str, mx.array]
     metrics: MetricRecord
     weight: float
+    norm: float | None
 
     def for_strategy(self) -> RecordDict:
         """The reply as strategies get it: one record of float32 masters, as they sent it."""
@@ -49,7 +56,32 @@ def check_answer(message: Message) -> None:
         raise Refused("the reply is empty")
 
 
-def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_by: str) -> Reply:
+def check_origin(message: Message, round: int, run_id: int) -> None:
+    """Raises :class:`Refused` if a reply is one of another round or run."""
+    about = message.metadata
+    if about.group_id and about.group_id != str(round):
+        raise Refused(f"it is a reply of round {about.group_id[:20]}, expected round {round}")
+    if about.run_id and run_id and about.run_id != run_id:
+        raise Refused(f"it is a reply of run {about.run_id}, expected run {run_id}")
+
+
+def check_size(content: RecordDict, *expected: Spec) -> None:
+    """Raises :class:`Refused`, before anything is read, if the arrays take far more bytes than the
+    model in float32."""
+    values = sum(math.prod(shape) for spec in expected for shape, _ in spec.values())
+    most = 2 * 4 * values + _SPARE
+    if (size := messages.count_bytes(content)) > most:
+        raise Refused(f"its arrays take {size} bytes, and no reply of this model more than {most}")
+
+
+def check_update(
+    message: Message,
+    parameters: Spec,
+    statistics: Spec,
+    weighted_by: str,
+    max_weight: float = math.inf,
+    before: Mapping[str, mx.array] | None = None,
+) -> Reply:
     """Checks a reply to a training message.
 
     Args:
@@ -58,13 +90,21 @@ def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_
         statistics (dict): The same of the running statistics that are averaged; those of a
             task that leaves them with its clients are not looked at.
         weighted_by (str): The metric that weighs the reply, ``"num-examples"``.
+        max_weight (float): The most that this metric may be.
+        before (dict, optional): The parameters that were sent, if the norm of the update, its
+            difference from them, is wanted.
 
     Raises:
         Refused: If a name, shape or dtype differs, an array is missing, a value is not finite,
-            a variance is negative, or the number of examples is not a positive number.
+            a variance is negative, the arrays are too large, or the number of examples is not a
+            positive and believable number.
     """
     check_answer(message)
     metrics = check_metrics(message, weighted_by)
+    weight = float(str(metrics[weighted_by]))
+    if weight > max_weight:
+        raise Refused(f"{weighted_by} is {weight:g}, and more than {max_weight:g} is not believed")
+    check_size(message.content, parameters, statistics)
     try:
         name, record = messages.parameters_of(message.content)
         arrays = _check_arrays(record, parameters, messages.is_packed(record))
@@ -80,7 +120,37 @@ def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_
         raise Refused(str(error)[:_LONGEST]) from error
     except Exception as error:  # whatever else a stranger's bytes can bring about
         raise Refused(f"unreadable reply: {type(error).__name__}: {error}"[:_LONGEST]) from error
-    return Reply(name, arrays, running, metrics, float(str(metrics[weighted_by])))
+    norm = None if before is None else distance(arrays, before)
+    return Reply(name, arrays, running, metrics, weight, norm)
+
+
+def distance(arrays: Mapping[str, mx.array], others: Mapping[str, mx.array]) -> float:
+    """The Euclidean norm of a difference."""
+    squares = 0.0
+    for name, array in arrays.items():
+        difference = np.ravel(weights.to_float32(array) - weights.to_float32(others[name]))
+        with np.errstate(all="ignore"):
+            squares += float(np.dot(difference, difference))
+    return math.sqrt(squares)
+
+
+def out_of_proportion(norms: Mapping[str, float], limit: float) -> dict[str, str]:
+    """Why updates do not count that are out of all proportion to the others.
+
+    Args:
+        norms (dict): Each update's, by the name of its node. Of fewer than three none can be told
+            from the others.
+        limit (float): How many times the median of all one may be.
+    """
+    if len(norms) < 3:
+        return {}
+    middle = statistics_of.median(norms.values())
+    return {
+        node: f"its update has the norm {norm:.4g}, more than {limit:g} times the median of "
+        f"{middle:.4g}"
+        for node, norm in norms.items()
+        if not norm <= limit * middle
+    }
 
 
 def _check_arrays(

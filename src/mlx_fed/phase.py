@@ -70,6 +70,7 @@ class Phase:
 
     def __init__(self, run: Run, name: str, record: dict[str, Any]):
         self.run, self.name, self.record = run, name, record
+        self.run_id = 0
         self.number: int = record["round"]
         self.asked = 0
 
@@ -80,7 +81,9 @@ class Phase:
         if self.name == "train" and (loss := strategies.attribute(run.strategy, "train_loss_key")):
             config["train-loss-key"] = loss
         hook = f"configure_{self.name}"
-        with self.hook(hook):
+        # A round that is repeated draws other nodes.
+        repeat = self.record.get("repeats", 0)
+        with self.hook(hook, f"{hook} {repeat}" if repeat else hook):
             outgoing: list[Message] = list(
                 getattr(run.strategy, hook)(
                     self.number,
@@ -95,6 +98,7 @@ class Phase:
             statistics = model.statistics if run.averaged else {}
             exchange.pack(outgoing, run.trainer.spec, statistics, config)
         self.asked = len(outgoing)
+        self.run_id = outgoing[0].metadata.run_id if outgoing else 0
         return sorted(outgoing, key=self._place)
 
     def _place(self, message: Message) -> tuple[int, str]:
@@ -131,11 +135,16 @@ class Phase:
             if answer is None:
                 return
             if isinstance(answer, str):
-                self.refuse(node, answer)
+                self.refuse(node, answer, missing=True)
                 continue
             if answer.has_content():
                 self.count_bytes(0, messages.count_bytes(answer.content))
-            yield node, answer
+            fits = False
+            with self.refusing(node):
+                checks.check_origin(answer, self.number, self.run_id)
+                fits = True
+            if fits:
+                yield node, answer
 
     def refuse_odd_names(self, names: Mapping[str, frozenset[str]]) -> Collection[str]:
         """The nodes whose replies call things otherwise than most: FedAvg and its kin would end
@@ -155,9 +164,10 @@ class Phase:
         except checks.Refused as error:
             self.refuse(node, str(error))
 
-    def refuse(self, node: str, reason: str) -> None:
-        """Records why a node has no part in the phase."""
-        self.record["refused"].append({"node": node, "phase": self.name, "reason": reason})
+    def refuse(self, node: str, reason: str, missing: bool = False) -> None:
+        """Records why a node has no part in the phase; ``missing`` where it sent nothing."""
+        entry: dict[str, Any] = {"node": node, "phase": self.name, "reason": reason}
+        self.record["refused"].append({**entry, "missing": True} if missing else entry)
         self.run.history.notify("failed", node=node, phase=self.name, reason=reason)
 
     def record_each(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
@@ -172,11 +182,11 @@ class Phase:
         self.record["bytes"]["up"] += up
 
     @contextmanager
-    def hook(self, name: str) -> Iterator[None]:
+    def hook(self, name: str, drawn_by: str | None = None) -> Iterator[None]:
         """What the strategy draws is decided by the seed; what it raises says where."""
-        strategy = self.run.strategy
+        strategy, drawn_by = self.run.strategy, drawn_by or name
         try:
-            with strategies.seeded(strategy, self.run.settings.seed, self.number, name):
+            with strategies.seeded(strategy, self.run.settings.seed, self.number, drawn_by):
                 yield
         except Exception as error:
             raise RunError(

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from flwr.app import ArrayRecord, Message
 
 from . import aggregate, checks, exchange, strategies, sums
-from .errors import RunError
+from .errors import TooFewReplies
 from .phase import Model, Phase, Run
+from .weights import Unread
 
 
 def train(run: Run, model: Model, record: dict[str, Any]) -> Model:
@@ -25,7 +26,8 @@ def train(run: Run, model: Model, record: dict[str, Any]) -> Model:
         record (dict): The round's, which the phase is written to.
 
     Raises:
-        RunError: If no reply counts, or the strategy fails.
+        TooFewReplies: If fewer replies count than have to.
+        RunError: If the strategy fails.
     """
     phase = Phase(run, "train", record)
     outgoing = phase.configure(model)
@@ -37,7 +39,7 @@ def train(run: Run, model: Model, record: dict[str, Any]) -> Model:
 def _train_to_replies(phase: Phase, model: Model, outgoing: list[Message]) -> Model:
     run = phase.run
     asked = [phase.node_of(message) for message in outgoing]
-    updates = list(_updates(phase, outgoing))
+    updates = list(_updates(phase, outgoing, model))
     odd = phase.refuse_odd_names({update.node: update.names for update in updates})
     updates = [update for update in updates if update.node not in odd]
     _require(phase, len(updates))
@@ -61,7 +63,7 @@ def _train_to_a_mean(phase: Phase, model: Model, outgoing: list[Message]) -> Mod
     run = phase.run
     nodes = [phase.node_of(message) for message in outgoing]
     with phase.timed("aggregate"):
-        mean = _total(phase, outgoing, nodes).mean()
+        mean = _total(phase, outgoing, nodes, model).mean()
         _require(phase, len(mean.counted))
         if not mean.counted:
             return model
@@ -78,9 +80,10 @@ def _train_to_a_mean(phase: Phase, model: Model, outgoing: list[Message]) -> Mod
     return Model(masters, statistics)
 
 
-def _total(phase: Phase, outgoing: list[Message], nodes: list[str]) -> sums.Total:
+def _total(phase: Phase, outgoing: list[Message], nodes: list[str], model: Model) -> sums.Total:
     """The sum of the updates, made where the clients train if the grid can do that."""
-    if sum_updates := exchange.summing(phase.run.grid, outgoing):
+    sum_updates = exchange.summing(phase.run.grid, outgoing)
+    if sum_updates and not phase.run.settings.max_update_norm:
         return _summed_by_grid(phase, outgoing, nodes, sum_updates)
     # Those with the names of the first are summed as they come; the others wait on disk until it
     # is known which names most have.
@@ -88,7 +91,7 @@ def _total(phase: Phase, outgoing: list[Message], nodes: list[str]) -> sums.Tota
     apart: list[Update] = []
 
     def alike() -> Iterator[Update]:
-        for update in _updates(phase, outgoing):
+        for update in _updates(phase, outgoing, model):
             names[update.node] = update.names
             if update.names == next(iter(names.values())):
                 yield update
@@ -157,22 +160,51 @@ class Update(NamedTuple):
         return checks.names_in(self.message.content)
 
 
-def _updates(phase: Phase, outgoing: list[Message]) -> Iterator[Update]:
-    """The updates that are fit to count, in the order of the nodes, as they come."""
+def _updates(phase: Phase, outgoing: list[Message], model: Model) -> Iterator[Update]:
+    """The updates that are fit to count, in the order of the nodes.
+
+    They are given as they come, unless each has to be compared with all others: then they wait on
+    disk until the last has come.
+    """
+    limit = phase.run.settings.max_update_norm
+    if not limit:
+        yield from _fit(phase, outgoing, None)
+        return
+    before = aggregate.unread_masters(model.masters, phase.run.trainer.spec)
+    updates = list(_fit(phase, outgoing, before))
+    norms = {update.node: update.reply.norm or 0.0 for update in updates}
+    large = checks.out_of_proportion(norms, limit)
+    for node, reason in large.items():
+        phase.refuse(node, reason)
+    yield from (update for update in updates if update.node not in large)
+
+
+def _fit(phase: Phase, outgoing: list[Message], before: Unread | None) -> Iterator[Update]:
+    """Each update that is fit to count by itself."""
     run = phase.run
     for node, message in phase.exchange(outgoing):
         reply = None
         with phase.timed("check"), phase.refusing(node):
-            reply = checks.check_update(message, run.trainer.spec, run.averaged, run.weighted_by)
+            reply = checks.check_update(
+                message,
+                run.trainer.spec,
+                run.averaged,
+                run.weighted_by,
+                run.settings.max_examples,
+                before,
+            )
         if reply is not None:
             yield Update(node, message, reply)
 
 
 def _require(phase: Phase, count: int) -> None:
-    if phase.asked and not count:
-        raise RunError(
-            f"Round {phase.number}: none of {phase.asked} nodes gave a train reply that "
-            "counts. The reasons stand above; the model of the round before is kept."
+    needed = min(phase.run.settings.min_replies, phase.asked)
+    if count < needed or (phase.asked and not count):
+        some = f"{count} of {phase.asked} nodes" if count else f"none of {phase.asked} nodes"
+        wanted = f", and {needed} are needed" if needed > 1 else ""
+        raise TooFewReplies(
+            f"Round {phase.number}: {some} gave a train reply that counts{wanted}. "
+            "The reasons stand above; the model of the round before is kept."
         )
 
 

@@ -73,7 +73,8 @@ def serve(
         listeners (tuple, optional): Who is told what happens (see
             :class:`~mlx_fed.history.History`), in place of the progress display.
         settings: ``config``, ``seed``, ``min_nodes``, ``wait``, ``round_timeout``, ``keep``,
-            ``test`` and ``evaluate_fn``, as :class:`~mlx_fed.settings.Settings` has them.
+            ``min_replies``, ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test`` and
+            ``evaluate_fn``, as :class:`~mlx_fed.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.

@@ -77,9 +77,10 @@ class Objects(InMemoryObjectStore):
         inflated: dict[str, InflatableObject] = {}
         contents: dict[str, bytes] = {}
         for tree in iterate_object_tree(self.get_object_tree(object_id)):
-            content = self.held(tree.object_id) or b""
-            if isinstance(content, OnDisk):  # no chunk of an array is read, and nothing else waits
+            held = self.held(tree.object_id) or b""
+            if _head(held).startswith(_CHUNK):
                 continue
+            content = held.read() if isinstance(held, OnDisk) else held
             contents[tree.object_id] = content
             if content.startswith(_ARRAY):
                 inflated[tree.object_id] = self._array(content)
@@ -99,10 +100,14 @@ class Objects(InMemoryObjectStore):
 
     def _chunk(self, object_id: str) -> Part:
         held = self.held(object_id) or b""
-        head = held.read(0, _HEAD) if isinstance(held, OnDisk) else held[:_HEAD]
+        head = _head(held)
         if not head.startswith(_CHUNK) or HEAD_BODY_DIVIDER not in head:
             raise ValueError("a part of an array is none")
         return Part(held, head.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER))
+
+
+def _head(held: OnDisk | bytes) -> bytes:
+    return held.read(0, _HEAD) if isinstance(held, OnDisk) else held[:_HEAD]
 
 
 class _Parts(bytes):
