@@ -62,7 +62,8 @@ def from_strategy(record: ArrayRecord, expected: Spec, spool: Spool | None = Non
 
     def master(name: str, dtype: str) -> Array:
         array = record[name]
-        values = np.asarray(array.numpy(), np.float32, order="C")
+        ours = isinstance(array, WaitingArray)
+        values = np.asarray(values_of(array) if ours else array.numpy(), np.float32, order="C")
         if not is_finite(values):
             raise WeightsError(f"parameter {name!r} is not finite after aggregation")
         if dtype == "float16" and not is_finite(to_float32(mx.array(values).astype(mx.float16))):
@@ -70,7 +71,7 @@ def from_strategy(record: ArrayRecord, expected: Spec, spool: Spool | None = Non
                 f"parameter {name!r} is too large for float16 after aggregation, which ends at "
                 "65504: make it bfloat16 or float32, or take smaller steps"
             )
-        return array if isinstance(array, WaitingArray) else Array(values)
+        return array if ours else Array(values)
 
     masters = ((name, master(name, dtype)) for name, (_, dtype) in expected.items())
     return (spool or Spool()).record(masters)

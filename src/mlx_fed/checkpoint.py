@@ -9,7 +9,6 @@ name, before anything in it is read.
 from __future__ import annotations
 
 import json
-import math
 import re
 import zlib
 from collections.abc import Callable
@@ -22,21 +21,14 @@ import mlx.core as mx
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
+from . import safetensors
 from .errors import FedError
 from .history import errors_named, sync, sync_folder
-from .spool import values_of
 from .strategy_state import State
-from .weights import Arrays, dtype_name
+from .weights import Arrays
 
 _NAME = re.compile(r"(\d{5,})-([0-9a-f]{8})\.safetensors")
-_BITS = (8, 16, 32, 64)
 _KINDS = ("parameters", "statistics", "strategy")
-_DTYPES = {
-    "bool": "BOOL",
-    "complex64": "C64",
-    **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in _BITS},
-    **{f"float{bits}": f"F{bits}" for bits in (16, 32)},
-}
 
 
 class CheckpointError(FedError):
@@ -229,61 +221,13 @@ def _write(file: _Checked, checkpoint: Checkpoint) -> None:
         "run": json.dumps(about),
         "strategy": json.dumps(checkpoint.strategy.tree),
     }
-    arrays: dict[str, mx.array | np.ndarray | Array] = {
+    arrays: dict[str, safetensors.Values] = {
         **{f"parameters/{name}": array for name, array in checkpoint.masters.items()},
         **{f"statistics/{name}": array for name, array in checkpoint.statistics.items()},
         **{f"strategy/{name}": array for name, array in checkpoint.strategy.arrays.items()},
     }
-    _write_safetensors(file, arrays, metadata)
-
-
-def _write_safetensors(
-    file: _Checked, arrays: dict[str, mx.array | np.ndarray | Array], metadata: dict[str, str]
-) -> None:
-    """Writes arrays from where they lie: MLX would make a copy of NumPy's, and of a large model.
-
-    Masters may lie on disk, and are in memory one at a time.
-
-    The format: https://github.com/huggingface/safetensors#format
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, array in arrays.items():
-        start, end = end, end + _size(array)
-        header[name] = {
-            "dtype": _dtype(array),
-            "shape": tuple(array.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    for array in arrays.values():
-        file.write(_values(array).reshape(-1).view(np.uint8).data)
-
-
-def _size(array: mx.array | np.ndarray | Array) -> int:
-    if isinstance(array, Array):
-        return np.dtype(array.dtype).itemsize * math.prod(array.shape)
-    return array.nbytes
-
-
-def _dtype(array: mx.array | np.ndarray | Array) -> str:
-    """What safetensors call an array's dtype."""
-    if isinstance(array, mx.array):
-        name = dtype_name(array.dtype)
-        return "BF16" if name == "bfloat16" else _DTYPES[name.removesuffix("_")]
-    return _DTYPES[str(array.dtype)]
-
-
-def _values(array: mx.array | np.ndarray | Array) -> np.ndarray:
-    """An array's values, as NumPy has them."""
-    if isinstance(array, Array):
-        return values_of(array)
-    if isinstance(array, mx.array) and array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)
-    return np.asarray(array)
+    for part in safetensors.parts(arrays, metadata):
+        file.write(part)
 
 
 def _checksum(file: IO[bytes]) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from . import safetensors
 from .errors import FedError
 from .spool import num_bytes
 from .weights import Arrays, Unread
@@ -40,9 +41,7 @@ def pack(arrays: Mapping[str, mx.array]) -> ArrayRecord:
     shards = list(_shards(arrays))
     record = {}
     for number, shard in enumerate(shards, 1):
-        buffer = BytesIO()
-        mx.save_safetensors(buffer, shard)
-        data = buffer.getvalue()
+        data = b"".join(safetensors.parts(shard))
         name = f"shard-{number:05}-of-{len(shards):05}"
         record[name] = Array("uint8", (len(data),), _SHARD_TYPE, data)
     return ArrayRecord(record)

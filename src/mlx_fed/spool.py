@@ -59,10 +59,11 @@ class Part(NamedTuple):
     def __len__(self) -> int:
         return len(self.held) - self.start
 
-    def read(self) -> bytes:
+    def read(self) -> bytes | memoryview:
+        """The bytes; those in memory are not copied."""
         if isinstance(self.held, OnDisk):
             return self.held.read(self.start)
-        return self.held[self.start :]
+        return memoryview(self.held)[self.start :]
 
 
 class WaitingArray(Array):
@@ -74,9 +75,10 @@ class WaitingArray(Array):
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
-        if len(self.parts) == 1:
-            return self.parts[0].read()
-        return b"".join(part.read() for part in self.parts)
+        parts = [part.read() for part in self.parts]
+        if len(parts) == 1 and isinstance(parts[0], bytes):
+            return parts[0]
+        return b"".join(parts)
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)

@@ -24,7 +24,6 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import (
     generate_key_pairs,
     public_key_to_bytes,
@@ -36,6 +35,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from google.protobuf.message import DecodeError
 
 from . import headers as ours
+from .inflating import inflate
 
 _HELD = {"/v1/fleet/pull-messages": 20.0, "/v1/fleet/send-node-heartbeat": 5.0}
 """Seconds that a server of ours may hold a request, by path."""
@@ -247,9 +247,7 @@ class FleetClient:
                     node=self._node, run_id=run_id, message_object_id=message_id
                 )
             )
-        message = cast(
-            Message, inflate_object_from_contents(message_id, contents, keep_object_contents=True)
-        )
+        message = cast(Message, inflate(message_id, contents))
         message.metadata.__dict__["_message_id"] = message_id
         self._held, self._run_id = contents, run_id
         return message

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
-from flwr.app import Array, Message
-from flwr.app.message.arraychunk import ArrayChunk
-from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
-from flwr.supercore.inflatable.inflatable_object import (
-    InflatableObject,
-    get_object_body,
-    get_object_children_ids_from_object_content,
-    iterate_object_tree,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
-from ..spool import OnDisk, Part, Spool, WaitingArray
-
-_ARRAY, _CHUNK = (
-    f"{kind.__qualname__}{HEAD_VALUE_DIVIDER}".encode() for kind in (Array, ArrayChunk)
-)
-_HEAD = 256
-"""Bytes that are more than the head of an array's chunk."""
+from ..spool import OnDisk, Spool
+from .inflating import inflate
 
 
 class StoreFactory(ObjectStoreFactory):
@@ -74,48 +58,7 @@ class Objects(InMemoryObjectStore):
 
     def inflate(self, object_id: str) -> Any:
         """An object with all that it is made of; the bytes of its arrays stay where they are."""
-        inflated: dict[str, InflatableObject] = {}
-        contents: dict[str, bytes] = {}
-        for tree in iterate_object_tree(self.get_object_tree(object_id)):
-            held = self.held(tree.object_id) or b""
-            if _head(held).startswith(_CHUNK):
-                continue
-            content = held.read() if isinstance(held, OnDisk) else held
-            contents[tree.object_id] = content
-            if content.startswith(_ARRAY):
-                inflated[tree.object_id] = self._array(content)
-        found = inflate_object_from_contents(object_id, contents, objects=inflated)
-        if isinstance(found, Message) and found.has_content():
-            for record in found.content.array_records.values():
-                for name, array in record.items():
-                    record[name] = WaitingArray(array, cast(_Parts, array.data).parts)
-        return found
-
-    def _array(self, content: bytes) -> Array:
-        """An array that has its chunks in place of their bytes."""
-        ids = get_object_children_ids_from_object_content(content)
-        about = json.loads(get_object_body(content, Array))
-        chunks = [self._chunk(ids[number]) for number in about["arraychunk_ids"]]
-        return Array(about["dtype"], tuple(about["shape"]), about["stype"], _Parts(chunks))
-
-    def _chunk(self, object_id: str) -> Part:
-        held = self.held(object_id) or b""
-        head = _head(held)
-        if not head.startswith(_CHUNK) or HEAD_BODY_DIVIDER not in head:
-            raise ValueError("a part of an array is none")
-        return Part(held, head.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER))
-
-
-def _head(held: OnDisk | bytes) -> bytes:
-    return held.read(0, _HEAD) if isinstance(held, OnDisk) else held[:_HEAD]
-
-
-class _Parts(bytes):
-    """No bytes, and the parts that hold them: Flower's records copy arrays, and take only bytes."""
-
-    parts: tuple[Part, ...]
-
-    def __new__(cls, parts: Iterable[Part]) -> _Parts:
-        made = super().__new__(cls)
-        made.parts = tuple(parts)
-        return made
+        tree = iterate_object_tree(self.get_object_tree(object_id))
+        return inflate(
+            object_id, {node.object_id: self.held(node.object_id) or b"" for node in tree}
+        )
