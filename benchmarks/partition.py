@@ -3,10 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import mlx_fed  # noqa: F401 - before mlx.core: on Linux it brings a fast BLAS
-
 import numpy as np
-from mlx_fed.data import columns
 
 MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
 """Where the parquet files are looked for, unless a folder is named."""
@@ -48,10 +45,8 @@ def write(dataset: str, name: str, path: Path) -> None:
     federated = FederatedDataset(
         dataset=dataset, partitioners={"train": partitioner(name)}, seed=42
     )
-    parts = [
-        columns(federated.load_partition(number), "image", "label") for number in range(NUM_CLIENTS)
-    ]
-    test_images, test_labels = columns(federated.load_split("test"), "image", "label")
+    parts = [_arrays(federated.load_partition(number)) for number in range(NUM_CLIENTS)]
+    test_images, test_labels = _arrays(federated.load_split("test"))
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     np.savez(
         path,
@@ -61,3 +56,9 @@ def write(dataset: str, name: str, path: Path) -> None:
         test_images=test_images,
         test_labels=test_labels.astype(np.int32),
     )
+
+
+def _arrays(examples: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Images, uint8 of shape (examples, 28, 28), and labels."""
+    images = np.stack([np.asarray(image) for image in examples["image"]])
+    return images, np.asarray(examples["label"])

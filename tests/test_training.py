@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 import mlx_fed as fed
 from mlx_fed import randomness, weights
 from mlx_fed.randomness import Keys, drawing_from
+from mlx_fed.steps import compiled
 from mlx_fed.training import Trainer, Update
 from mlx_fed.weights import WeightsError
 
@@ -355,6 +356,22 @@ def test_another_thread_trains_alike():
 
 
 # -- data ----------------------------------------------------------------------------------
+
+
+def test_a_program_is_never_taken_for_one_that_went_before():
+    """MLX itself does that once another thread has run a program: see steps.compiled."""
+
+    def scaled_by(factor: float) -> Callable[[mx.array], mx.array]:
+        return compiled(lambda x: x * factor)
+
+    x = mx.ones(4)
+    for factor in range(20):
+        program = scaled_by(factor)
+        assert program(x)[0].item() == factor
+        thread = threading.Thread(target=lambda program=program: mx.eval(program(x)))
+        thread.start()
+        thread.join()
+        del program, thread
 
 
 def test_a_stream_of_batches_is_trained_on_as_it_comes():

@@ -79,10 +79,11 @@ _KEY_PLACES = {
 """The functions of ``mlx.core.random`` that may be given a key, and its place among arguments."""
 
 _TRACING = threading.RLock()
+_drawn_from = threading.local()
 
 
 @contextmanager
-def drawing_from(keys: Keys) -> Iterator[None]:
+def drawing_from(keys: Keys) -> Iterator[Keys]:
     """Lets what draws without a key, as ``nn.Dropout`` does, draw from ``keys``.
 
     MLX's random state cannot be set to an array, so a traced program could not be given one of
@@ -95,11 +96,18 @@ def drawing_from(keys: Keys) -> Iterator[None]:
         before = {name: getattr(mx.random, name) for name in _KEY_PLACES}
         for name, function in before.items():
             setattr(mx.random, name, _with_keys(function, _KEY_PLACES[name], keys))
+        outer, _drawn_from.keys = drawn_from(), keys
         try:
-            yield
+            yield keys
         finally:
+            _drawn_from.keys = outer
             for name, function in before.items():
                 setattr(mx.random, name, function)
+
+
+def drawn_from() -> Keys | None:
+    """The keys that this thread's draws come from; ``None`` outside :func:`drawing_from`."""
+    return getattr(_drawn_from, "keys", None)
 
 
 def _with_keys(function: Callable, place: int, keys: Keys) -> Callable:

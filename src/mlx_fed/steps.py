@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -114,6 +115,21 @@ def evaluation_step(model: nn.Module, slots: Slots, task: Task) -> Callable[...,
         return mx.stack([mx.stack(list(pair)) for pair in pairs])
 
     return step
+
+
+_SERIAL_NUMBERS = count()
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``mx.compile`` of a function that does not live as long as the process.
+
+    MLX keeps programs by thread and by the address of their function. When a function goes, only
+    the thread that last called it forgets its programs; in any other, a new function at the same
+    address would silently run the old one's (seen in MLX 0.32). A constant among the arguments,
+    different for each function, tells them apart.
+    """
+    program = mx.compile(lambda number, *args: function(*args))
+    return partial(program, next(_SERIAL_NUMBERS))
 
 
 def initial_state(optimizer: optim.Optimizer, parameters: Arrays) -> tuple[Arrays, Arrays]:

@@ -20,7 +20,7 @@ from .spool import Spool
 from .weights import Arrays, Spec, StackedRow, to_float32
 
 _LARGEST_BLOCK = 16
-_FEWEST_BLOCKS = 16
+_FEWEST_BLOCKS = 20
 
 Sums = dict[str, np.ndarray]
 

@@ -20,6 +20,7 @@ from .metrics import counted, derived, weighted_mean
 from .steps import (
     Client,
     Shared,
+    compiled,
     evaluation_step,
     gives_one_value_an_example,
     initial_state,
@@ -332,7 +333,7 @@ class Trainer:
         if self._training is None or self._training[0] != key:
             mx.eval(self.model.parameters())  # or each step would compute the frozen ones anew
             step = training_step(self.model, self.slots, self.task, optimizer, config)
-            self._training = (key, mx.compile(step))
+            self._training = (key, compiled(step))
         return self._training[1]
 
     def training_key(self, optimizer: optim.Optimizer, config: Config) -> Any:
@@ -344,7 +345,7 @@ class Trainer:
         if self._evaluation is None:
             mx.eval(self.model.parameters())
             step = evaluation_step(self.model, self.slots, self.task)
-            self._evaluation = mx.compile(step)
+            self._evaluation = compiled(step)
         return self._evaluation
 
 

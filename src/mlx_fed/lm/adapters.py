@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import FedError
+from ..randomness import Keys, drawing_from, drawn_from
 from .config import LoraConfig, nearest
 
 FOLDER = "adapters"
@@ -73,21 +74,32 @@ def _check_keys(model: nn.Module, layers: list[nn.Module], keys: list[str] | Non
 def _checkpoint(layer: nn.Module) -> None:
     """Lets one layer compute its activations again in the backward pass, rather than keep them.
 
-    mlx-lm changes the layer's class, and so all models of the process.
+    mlx-lm changes the layer's class, and so all models of the process, and the dropout of its
+    backward pass is another than that of the forward pass. Here both draw from the same key.
     """
     kind = type(layer)
     call: Callable[..., Any] = kind.__call__
 
     def checkpointed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        def inner(parameters: dict, *args: Any, **kwargs: Any) -> Any:
-            before = self.trainable_parameters()
-            self.update(parameters)
-            try:
-                return call(self, *args, **kwargs)
-            finally:  # the backward pass comes here again when the step has put its own back
-                self.update(before)
+        keys, training = drawn_from(), self.training
+        if keys is None:  # evaluation, which has no backward pass
+            return call(self, *args, **kwargs)
 
-        return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+        def inner(parameters: dict, key: mx.array, *args: Any, **kwargs: Any) -> Any:
+            # The backward pass comes here again when the step has put back what was there.
+            before, mode = self.trainable_parameters(), self.training
+            self.update(parameters)
+            self.train(training)
+            try:
+                with drawing_from(Keys(mx.stop_gradient(key))) as inside:
+                    return call(self, *args, **kwargs), inside.state
+            finally:
+                self.update(before)
+                self.train(mode)
+
+        inputs = self.trainable_parameters(), keys.state
+        output, keys.state = mx.checkpoint(inner)(*inputs, *args, **kwargs)
+        return output
 
     layer.__class__ = type(kind.__name__, (kind,), {"__call__": checkpointed})
 

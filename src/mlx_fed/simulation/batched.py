@@ -17,7 +17,7 @@ from mlx.utils import tree_map
 from .. import randomness
 from ..batches import Rows
 from ..metrics import counted, weighted_mean
-from ..steps import Client, Shared, Step, initial_state, training_step
+from ..steps import Client, Shared, Step, compiled, initial_state, training_step
 from ..task import Config, Data, Task
 from ..training import Trainer, Update, moment_of
 from ..weights import Arrays, StackedRow
@@ -121,7 +121,7 @@ class BatchedTrainer:
         if self._program is None or self._program[0] != key:
             mx.eval(trainer.model.parameters())
             one = training_step(trainer.model, trainer.slots, trainer.task, optimizer, config)
-            self._program = (key, mx.compile(_mapped(one)))
+            self._program = (key, compiled(_mapped(one)))
         return self._program[1]
 
 

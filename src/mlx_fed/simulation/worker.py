@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,9 +211,9 @@ class Worker:
         together.sort(key=lambda entry: entry[:2])
         for _, alike in groupby(together, lambda entry: entry[0]):
             clients = [client for *_, client in alike]
-            size = self._chunk_size(phase, clients[0][1])
-            for start in range(0, len(clients), size):
-                yield clients[start : start + size]
+            chunks = -(-len(clients) // self._chunk_size(phase, clients[0][1]))
+            ends = [len(clients) * number // chunks for number in range(chunks + 1)]
+            yield from (clients[start:end] for start, end in pairwise(ends))
         yield from ([pair] for pair in window if callable(pair[1].train))
 
     def _train_chunk(
