@@ -185,3 +185,13 @@ def test_a_link_without_a_place_keeps_all_in_memory():
     link = Link()
     assert link.spool.folder is None
     link.close()
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (4,), (2, 3, 4)])
+def test_values_wait_in_the_bytes_that_flower_would_have(everything, shape, tmp_path: Path):
+    values = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    waiting = Spool(tmp_path).values(values)
+    assert isinstance(waiting, WaitingArray)
+    plain = Array(values)
+    assert (waiting.data, waiting.dtype) == (plain.data, plain.dtype)
+    assert (waiting.shape, waiting.stype) == (plain.shape, plain.stype)

@@ -43,9 +43,10 @@ def to_masters(arrays: Mapping[str, mx.array], spool: Spool | None = None) -> Ar
                 f"parameter {name!r} is {dtype_name(array.dtype)}, which strategies cannot "
                 "average: make it float32, or two arrays of real numbers, or freeze it"
             )
-        return Array(np.asarray(array.astype(mx.float32)))
+        return place.values(np.asarray(array.astype(mx.float32)))
 
-    return (spool or Spool()).record((name, master(name, array)) for name, array in arrays.items())
+    place = spool or Spool()
+    return place.record((name, master(name, array)) for name, array in arrays.items())
 
 
 def from_strategy(record: ArrayRecord, expected: Spec, spool: Spool | None = None) -> ArrayRecord:

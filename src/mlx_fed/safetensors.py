@@ -53,7 +53,7 @@ def parts(
     yield len(text).to_bytes(8, "little")
     yield text
     for array in arrays.values():
-        yield _values(array).reshape(-1).view(np.uint8).data
+        yield np.ascontiguousarray(_values(array).reshape(-1)).view(np.uint8).data
 
 
 def _size(array: Values) -> int:

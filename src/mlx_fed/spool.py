@@ -69,8 +69,8 @@ class Part(NamedTuple):
 class WaitingArray(Array):
     """One of Flower's arrays, whose bytes are read from disk each time that they are asked for."""
 
-    def __init__(self, like: Array, parts: tuple[Part, ...]):
-        self.__dict__.update(dtype=like.dtype, shape=like.shape, stype=like.stype)
+    def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, parts: tuple[Part, ...]):
+        self.__dict__.update(dtype=dtype, shape=shape, stype=stype)
         self.parts = parts
 
     @property
@@ -103,28 +103,45 @@ class Spool:
 
     def put(self, data: bytes) -> OnDisk | bytes:
         """Bytes on disk, or as they are where they are few or the disk does not take them."""
-        if self.folder is None or len(data) < _SMALL:
-            return data
+        return self._write(data) or data
+
+    def _write(self, *parts: bytes | memoryview) -> OnDisk | None:
+        """The parts in one file, or nothing where they are few or the disk does not take them."""
+        size = sum(map(len, parts))
+        if self.folder is None or size < _SMALL:
+            return None
         path = self.folder / f"{os.getpid()}-{next(_numbers)}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            waiting = OnDisk(path, len(data))
+            waiting = OnDisk(path, size)
             with path.open("xb", buffering=0) as file:
-                view = memoryview(data)
-                while view:
-                    view = view[file.write(view) :]
+                for part in parts:
+                    view = memoryview(part)
+                    while view:
+                        view = view[file.write(view) :]
         except OSError as error:
             log.warning("%s cannot be written (%s): what waits there stays in memory", path, error)
             self.folder = None
-            return data
+            return None
         return waiting
 
     def array(self, array: Array) -> Array:
         """An array that waits here, if it is large."""
         if isinstance(array, WaitingArray):
             return array
-        held = self.put(array.data)
-        return WaitingArray(array, (Part(held),)) if isinstance(held, OnDisk) else array
+        held = self._write(array.data)
+        return _waiting(array, held) if held else array
+
+    def values(self, values: np.ndarray) -> Array:
+        """An array of these values, in the same bytes as Flower's own, that waits here."""
+        if self.folder is not None and values.nbytes >= _SMALL and values.flags.c_contiguous:
+            head = BytesIO()
+            about = np.lib.format.header_data_from_array_1_0(values)
+            np.lib.format.write_array_header_1_0(head, about)
+            held = self._write(head.getvalue(), values.reshape(-1).view(np.uint8).data)
+            if held:
+                return _waiting(values, held)
+        return Array(values)
 
     def record(self, arrays: Iterable[tuple[str, Array]]) -> ArrayRecord:
         """Arrays by name, each of which waits here as soon as it comes."""
@@ -152,6 +169,11 @@ class Spool:
     def _remove(self) -> None:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _waiting(like: Array | np.ndarray, held: OnDisk) -> WaitingArray:
+    stype = like.stype if isinstance(like, Array) else "numpy.ndarray"
+    return WaitingArray(str(like.dtype), tuple(like.shape), stype, (Part(held),))
 
 
 def num_bytes(array: Array) -> int:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from .spool import Spool
 from .weights import Arrays, Spec, StackedRow, to_float32
@@ -64,7 +64,7 @@ class Mean(NamedTuple):
             weighted_by (str): The metric that weighs.
             spool (Spool): Where large arrays wait.
         """
-        arrays = spool.record((name, Array(self.parameters.pop(name))) for name in like)
+        arrays = spool.record((name, spool.values(self.parameters.pop(name))) for name in like)
         metrics = MetricRecord({weighted_by: self.weight})
         return RecordDict({"arrays": arrays, "metrics": metrics})
 
@@ -200,4 +200,9 @@ def _add(sums: Sums, names: Iterable[str], arrays: Mapping[str, mx.array], weigh
 
 
 def _divided(sums: Sums, weight: float) -> Sums:
-    return {name: (sums.pop(name) / weight).astype(np.float32) for name in list(sums)}
+    divided: Sums = {}
+    for name in list(sums):
+        total = sums.pop(name)
+        total /= weight
+        divided[name] = total.astype(np.float32)
+    return divided

@@ -48,7 +48,8 @@ def inflate(object_id: str, objects: Mapping[str, OnDisk | bytes]) -> Any:
     if isinstance(found, Message) and found.has_content():
         for record in found.content.array_records.values():
             for name, array in record.items():
-                record[name] = WaitingArray(array, cast(_Parts, array.data).parts)
+                parts = cast(_Parts, array.data).parts
+                record[name] = WaitingArray(array.dtype, array.shape, array.stype, parts)
     return found
 
 
