@@ -128,7 +128,7 @@ def crowd(port: int, megabytes: int, size: int) -> None:
     """Many nodes in one process, which work one after another."""
     from flwr.app import Context, RecordDict
     from mlx_fed import clientapp
-    from mlx_fed.flower.client import FleetClient
+    from mlx_fed.flower.client import FleetClient, Unreachable
 
     clientapp.Trainer = Still
     app = clientapp.client_app(lambda config: task({"megabytes": megabytes}))
@@ -136,7 +136,12 @@ def crowd(port: int, megabytes: int, size: int) -> None:
 
     def play(partition: int) -> None:
         client = FleetClient("127.0.0.1", port)
-        client.register()
+        while True:
+            try:
+                client.register()
+                break
+            except Unreachable:  # the server is not up yet
+                time.sleep(0.2)
         beating = threading.Event()
 
         def beat() -> None:
