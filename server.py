@@ -13,6 +13,10 @@ from mlx_fed.arguments import (
     FederationFolder,
     Insecure,
     Keep,
+    MaxExamples,
+    MaxRepeats,
+    MaxUpdateNorm,
+    MinReplies,
     Quiet,
     Resume,
     Secure,
@@ -47,6 +51,10 @@ def main(
     track: Track = None,
     quiet: Quiet = False,
     json: AsJson = False,
+    min_replies: MinReplies = 1,
+    max_repeats: MaxRepeats = 2,
+    max_examples: MaxExamples = 1e12,
+    max_update_norm: MaxUpdateNorm = None,
 ) -> None:
     """Serve the MNIST example to clients, and save the model that they train."""
     with errors_as_messages():
@@ -78,6 +86,10 @@ def main(
                 federation=federation,
                 announce=announce,
                 join_command="python3 client.py",
+                min_replies=min_replies,
+                max_repeats=max_repeats,
+                max_examples=max_examples,
+                max_update_norm=max_update_norm,
                 seed=seed,
                 name=name,
                 runs=runs,

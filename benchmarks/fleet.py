@@ -21,10 +21,7 @@ import argparse
 import json
 import logging
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -35,7 +32,8 @@ import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
 
 import mlx.core as mx
 import numpy as np
-from federation import end_with_children, free_port, together
+import superlink
+from federation import free_port, together
 from flower_app.app import Timed, task
 
 Seconds = dict[str, list[float]]
@@ -172,86 +170,10 @@ def run_deprecated(rounds: int) -> tuple[list[float], list[Seconds]]:
 
 
 def run_flower(rounds: int) -> tuple[list[float], list[Seconds]]:
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder, "flwr")
-        home.mkdir()
-        port = free_port()
-        home.joinpath("config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n\n'
-            f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-        )
-        environment = {
-            **os.environ,
-            "FLWR_HOME": str(home),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        }
-
-        def start(name: str, *arguments: str) -> subprocess.Popen:
-            with Path(folder, f"{name}.log").open("w") as log:
-                return subprocess.Popen(
-                    arguments,
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-
-        processes = [
-            start(
-                "superlink", "flower-superlink", "--insecure", "--host=127.0.0.1", f"--port={port}"
-            )
-        ]
-        try:
-            _wait_for_port(port, processes[0])
-            for partition in range(2):
-                processes.append(
-                    start(
-                        f"supernode-{partition}",
-                        "flower-supernode",
-                        "--insecure",
-                        f"--superlink=127.0.0.1:{port}",
-                        "--host=127.0.0.1",
-                        f"--port={free_port()}",
-                        f"--node-config=partition-id={partition}",
-                    )
-                )
-            app = Path(__file__).parent / "flower_app"
-            settings = f'num-rounds={rounds} timings="{folder}"'
-            command = ["flwr", "run", str(app), "here", "--run-config", settings]
-            submitted = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if submitted.returncode:
-                raise RuntimeError(submitted.stdout + submitted.stderr)
-            ticks = json.loads(_wait_for_file(Path(folder, "server"), 60 + 30 * rounds))
-            return ticks, [_node_seconds(Path(folder, f"node-{p}")) for p in range(2)]
-        except (TimeoutError, RuntimeError):
-            for log in Path(folder).glob("*.log"):
-                print(f"--- {log.name}", log.read_text()[-3000:], sep="\n", file=sys.stderr)
-            raise
-        finally:
-            for process in reversed(processes):
-                end_with_children(process)
-
-
-def _wait_for_port(port: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise TimeoutError("The SuperLink did not come up.")
-
-
-def _wait_for_file(path: Path, seconds: float) -> str:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"The run did not end within {seconds:.0f} seconds.")
-        time.sleep(0.2)
-    return path.read_text()
+    app = Path(__file__).parent / "flower_app"
+    with tempfile.TemporaryDirectory() as name, superlink.federation(Path(name), 2) as run:
+        ticks = run(app, {"num-rounds": rounds}, 60 + 30 * rounds)
+        return ticks, [_node_seconds(Path(name, f"node-{p}")) for p in range(2)]
 
 
 def _node_seconds(path: Path) -> Seconds:

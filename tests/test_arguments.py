@@ -69,3 +69,19 @@ def test_faults_of_the_command_line(start, tmp_path: Path):
     late = [refused["reason"] for refused in record(tmp_path)["refused"]]
     assert late
     assert all(reason.startswith("no reply within 4 seconds") for reason in late)
+
+
+def test_which_replies_count_on_the_command_line(start, tmp_path: Path):
+    attack = ("--hostile", 0.2, "--attack", "scale", "--scale", 1e6)
+    limits = ("--max-update-norm", 20, "--min-replies", 2, "--max-repeats", 1)
+    run = simulate(start, tmp_path, "--clients", 20, *attack, *limits)
+    assert run.ends() == 0, run.text
+    large = record(tmp_path)["refused"]
+    assert large
+    assert all("times the median of" in refused["reason"] for refused in large)
+    assert len(record(tmp_path)["train"]["nodes"]) == 20 - len(large)
+    settings = json.loads((tmp_path / "runs" / "run" / "settings.json").read_text())
+    assert (settings["min_replies"], settings["max_repeats"]) == (2, 1)
+    run = simulate(start, tmp_path / "runs", "--max-examples", 1, "--min-replies", 0)
+    assert run.ends() == 2
+    assert "--min-replies" in run.text

@@ -91,7 +91,7 @@ def test_a_run_ends_by_itself_and_leaves_its_folder(start, tmp_path):
     assert rounds[-1]["train"]["nodes"] == ["node-0", "node-1"]
     assert rounds[-1]["bytes"]["up"] > 0
     assert rounds[-1]["refused"] == []
-    assert {"train", "aggregate", "evaluate"} == rounds[-1]["seconds"].keys()
+    assert {"train", "check", "aggregate", "evaluate"} == rounds[-1]["seconds"].keys()
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["num_rounds"] == 3
     assert settings["config"]["learning-rate"] == 0.1

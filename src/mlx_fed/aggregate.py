@@ -14,30 +14,43 @@ import mlx.core as mx
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from .weights import Arrays, Spec, WeightsError, check, dtype_name, spec
+from .spool import Spool, WaitingArray, values_of
+from .weights import (
+    Arrays,
+    Spec,
+    Unread,
+    WeightsError,
+    check,
+    dtype_name,
+    is_finite,
+    spec,
+    to_float32,
+)
 
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
-def to_masters(arrays: Mapping[str, mx.array]) -> ArrayRecord:
-    """Arrays as float32 NumPy arrays, by name and in the same order.
+def to_masters(arrays: Mapping[str, mx.array], spool: Spool | None = None) -> ArrayRecord:
+    """Arrays as float32 NumPy arrays, by name and in the same order; on disk in a spool.
 
     Raises:
         WeightsError: If float32 does not hold what an array holds (complex64, float64).
     """
-    for name, array in arrays.items():
+
+    def master(name: str, array: mx.array) -> Array:
         if array.dtype not in _DTYPES:
             raise WeightsError(
                 f"parameter {name!r} is {dtype_name(array.dtype)}, which strategies cannot "
                 "average: make it float32, or two arrays of real numbers, or freeze it"
             )
-    return ArrayRecord(
-        {name: Array(np.array(array.astype(mx.float32))) for name, array in arrays.items()}
-    )
+        return place.values(np.asarray(array.astype(mx.float32)))
+
+    place = spool or Spool()
+    return place.record((name, master(name, array)) for name, array in arrays.items())
 
 
-def from_strategy(record: ArrayRecord, expected: Spec) -> ArrayRecord:
-    """What a strategy returned, checked and as float32 in the server's order.
+def from_strategy(record: ArrayRecord, expected: Spec, spool: Spool | None = None) -> ArrayRecord:
+    """What a strategy returned, checked and as float32 in the server's order; on disk in a spool.
 
     FedAdam and QFedAvg return float64.
 
@@ -45,22 +58,24 @@ def from_strategy(record: ArrayRecord, expected: Spec) -> ArrayRecord:
         WeightsError: If a parameter is missing, unknown, of another shape, not finite or too
             large for the parameter's dtype.
     """
-    arrays = {name: array.numpy() for name, array in record.items()}
-    got = {name: (array.shape, "float32") for name, array in arrays.items()}
+    got = {name: (tuple(array.shape), "float32") for name, array in record.items()}
     check({name: (shape, "float32") for name, (shape, _) in expected.items()}, got)
-    masters = {name: np.asarray(arrays[name], np.float32, order="C") for name in expected}
-    for name, (_, dtype) in expected.items():
-        if not np.isfinite(masters[name]).all():
+
+    def master(name: str, dtype: str) -> Array:
+        array = record[name]
+        ours = isinstance(array, WaitingArray)
+        values = np.asarray(values_of(array) if ours else array.numpy(), np.float32, order="C")
+        if not is_finite(values):
             raise WeightsError(f"parameter {name!r} is not finite after aggregation")
-        if (
-            dtype == "float16"
-            and not mx.isfinite(mx.array(masters[name]).astype(mx.float16)).all().item()
-        ):
+        if dtype == "float16" and not is_finite(to_float32(mx.array(values).astype(mx.float16))):
             raise WeightsError(
                 f"parameter {name!r} is too large for float16 after aggregation, which ends at "
                 "65504: make it bfloat16 or float32, or take smaller steps"
             )
-    return ArrayRecord({name: Array(master) for name, master in masters.items()})
+        return array if ours else Array(values)
+
+    masters = ((name, master(name, dtype)) for name, (_, dtype) in expected.items())
+    return (spool or Spool()).record(masters)
 
 
 def cast(arrays: Arrays, expected: Spec) -> Arrays:
@@ -69,14 +84,49 @@ def cast(arrays: Arrays, expected: Spec) -> Arrays:
     Raises:
         WeightsError: If a name, a shape, or a dtype other than float32 differs.
     """
-    got = {
-        name: (shape, expected[name][1] if dtype == "float32" and name in expected else dtype)
-        for name, (shape, dtype) in spec(arrays).items()
-    }
-    check(expected, got)
-    return {name: arrays[name].astype(getattr(mx, dtype)) for name, (_, dtype) in expected.items()}
+    got = spec(arrays)
+    check(expected, {name: _but_for_float32(got[name], expected.get(name)) for name in got})
+    return dict(unread_cast(arrays, expected))
+
+
+def unread_cast(arrays: Mapping[str, mx.array], expected: Spec) -> Unread:
+    """The same of arrays that fit, each when it is asked for."""
+    return Unread(expected, lambda name: arrays[name].astype(getattr(mx, expected[name][1])))
+
+
+def check_one(name: str, got: tuple[tuple[int, ...], str], expected: Spec) -> None:
+    """Checks one array as :func:`cast` checks all.
+
+    Raises:
+        WeightsError: If it is not among the expected, or its shape or dtype differs.
+    """
+    known = {name: expected[name]} if name in expected else {}
+    check(known, {name: _but_for_float32(got, expected.get(name))})
+
+
+def _but_for_float32(
+    got: tuple[tuple[int, ...], str], expected: tuple[tuple[int, ...], str] | None
+) -> tuple[tuple[int, ...], str]:
+    """An array's shape and dtype, with the model's dtype in place of the masters'."""
+    shape, dtype = got
+    return (shape, expected[1]) if expected and dtype == "float32" else got
+
+
+def unread_masters(record: ArrayRecord, expected: Spec) -> Unread:
+    """A strategy's masters as MLX arrays of the model's dtypes, made as they are asked for.
+
+    Raises:
+        WeightsError: If a name or a shape differs.
+    """
+    shapes = {name: (tuple(array.shape), "float32") for name, array in record.items()}
+    check({name: (shape, "float32") for name, (shape, _) in expected.items()}, shapes)
+
+    def read(name: str) -> mx.array:
+        return mx.array(values_of(record[name])).astype(getattr(mx, expected[name][1]))
+
+    return Unread(expected, read)
 
 
 def masters_to_arrays(record: ArrayRecord, expected: Spec) -> Arrays:
-    """A strategy's masters as MLX arrays of the model's dtypes."""
-    return cast({name: mx.array(array.numpy()) for name, array in record.items()}, expected)
+    """All of them at once."""
+    return dict(unread_masters(record, expected))

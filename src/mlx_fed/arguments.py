@@ -126,6 +126,21 @@ Track = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Show JSON, an object a line.")]
 RoundTimeout = Annotated[float, typer.Option(min=0, help="Seconds that a phase may take.")]
+MinReplies = Annotated[
+    int, typer.Option(min=1, help="Training replies that have to count, or the round is repeated.")
+]
+MaxRepeats = Annotated[
+    int, typer.Option(min=0, help="Times that a round is repeated before the run stops.")
+]
+MaxExamples = Annotated[
+    float, typer.Option(min=1, help="Examples that a node's reply may say it has.")
+]
+MaxUpdateNorm = Annotated[
+    float | None,
+    typer.Option(
+        min=1, help="Times the median norm that an update may have.", show_default="no limit"
+    ),
+]
 Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait for the other side.")]
 
 

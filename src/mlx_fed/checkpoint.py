@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Callable
 from concurrent import futures
 from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,20 +21,14 @@ import mlx.core as mx
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
+from . import safetensors
 from .errors import FedError
 from .history import errors_named, sync, sync_folder
 from .strategy_state import State
 from .weights import Arrays
 
 _NAME = re.compile(r"(\d{5,})-([0-9a-f]{8})\.safetensors")
-_BITS = (8, 16, 32, 64)
 _KINDS = ("parameters", "statistics", "strategy")
-_DTYPES = {
-    "bool": "BOOL",
-    "complex64": "C64",
-    **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in _BITS},
-    **{f"float{bits}": f"F{bits}" for bits in (16, 32)},
-}
 
 
 class CheckpointError(FedError):
@@ -154,6 +147,14 @@ class Checkpoints:
                 damaged(path, str(error))
         return None
 
+    def state_after(self, number: int) -> State | None:
+        """The strategy's state after a round, if its checkpoint is there and whole."""
+        for path in self.paths():
+            if _round_of(path) == number:
+                with suppress(CheckpointError):
+                    return read(path).strategy
+        return None
+
     def best(self, best: Best) -> Checkpoint | None:
         """The checkpoint of the best round, if it is there and whole."""
         for path in self.paths():
@@ -220,53 +221,13 @@ def _write(file: _Checked, checkpoint: Checkpoint) -> None:
         "run": json.dumps(about),
         "strategy": json.dumps(checkpoint.strategy.tree),
     }
-    arrays: dict[str, mx.array | np.ndarray] = {
-        **{f"parameters/{name}": _view(array) for name, array in checkpoint.masters.items()},
+    arrays: dict[str, safetensors.Values] = {
+        **{f"parameters/{name}": array for name, array in checkpoint.masters.items()},
         **{f"statistics/{name}": array for name, array in checkpoint.statistics.items()},
         **{f"strategy/{name}": array for name, array in checkpoint.strategy.arrays.items()},
     }
-    _write_safetensors(file, arrays, metadata)
-
-
-def _write_safetensors(
-    file: _Checked, arrays: dict[str, mx.array | np.ndarray], metadata: dict[str, str]
-) -> None:
-    """Writes arrays from where they lie: MLX would make a copy of NumPy's, and of a large model.
-
-    The format: https://github.com/huggingface/safetensors#format
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    values: list[np.ndarray] = []
-    end = 0
-    for name, array in arrays.items():
-        dtype, value = _stored(array)
-        start, end = end, end + value.nbytes
-        header[name] = {"dtype": dtype, "shape": value.shape, "data_offsets": [start, end]}
-        values.append(value)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    for value in values:
-        file.write(value.reshape(-1).view(np.uint8).data)
-
-
-def _stored(array: mx.array | np.ndarray) -> tuple[str, np.ndarray]:
-    """What safetensors call an array's dtype, and its values, as NumPy has them."""
-    if isinstance(array, mx.array):
-        if array.dtype == mx.bfloat16:
-            return "BF16", np.asarray(array.view(mx.uint16))
-        array = np.asarray(array)
-    return _DTYPES[array.dtype.name], array
-
-
-def _view(array: Array) -> np.ndarray:
-    """The values of a master where they lie, after the header of NumPy's format."""
-    file = BytesIO(array.data)
-    np.lib.format.read_magic(file)
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    values = np.frombuffer(array.data, dtype, offset=file.tell())
-    return values.reshape(shape, order="F" if fortran else "C")
+    for part in safetensors.parts(arrays, metadata):
+        file.write(part)
 
 
 def _checksum(file: IO[bytes]) -> int:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import statistics as statistics_of
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from . import aggregate, messages
+from . import aggregate, messages, weights
 from .errors import FedError
-from .weights import Arrays, Spec
+from .weights import Spec, Unread
 
 _LONGEST = 500
 """Characters of a reason that quotes what a stranger sent."""
+
+
+_SPARE = 2**20
+"""Bytes that a reply may have beside its arrays' values."""
 
 
 class Refused(FedError):
@@ -24,16 +29,17 @@ class Refused(FedError):
 
 
 class Reply(NamedTuple):
-    """A reply that counts.
+    """A reply that counts; its arrays are read again when they are asked for.
 
     ``statistics`` is empty where the model has none or they stay with the clients.
     """
 
     name: str
-    parameters: Arrays
-    statistics: Arrays
+    parameters: Mapping[str, mx.array]
+    statistics: Mapping[str, mx.array]
     metrics: MetricRecord
     weight: float
+    norm: float | None
 
     def for_strategy(self) -> RecordDict:
         """The reply as strategies get it: one record of float32 masters, as they sent it."""
@@ -50,7 +56,32 @@ def check_answer(message: Message) -> None:
         raise Refused("the reply is empty")
 
 
-def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_by: str) -> Reply:
+def check_origin(message: Message, round: int, run_id: int) -> None:
+    """Raises :class:`Refused` if a reply is one of another round or run."""
+    about = message.metadata
+    if about.group_id and about.group_id != str(round):
+        raise Refused(f"it is a reply of round {about.group_id[:20]}, expected round {round}")
+    if about.run_id and run_id and about.run_id != run_id:
+        raise Refused(f"it is a reply of run {about.run_id}, expected run {run_id}")
+
+
+def check_size(content: RecordDict, *expected: Spec) -> None:
+    """Raises :class:`Refused`, before anything is read, if the arrays take far more bytes than the
+    model in float32."""
+    values = sum(math.prod(shape) for spec in expected for shape, _ in spec.values())
+    most = 2 * 4 * values + _SPARE
+    if (size := messages.count_bytes(content)) > most:
+        raise Refused(f"its arrays take {size} bytes, and no reply of this model more than {most}")
+
+
+def check_update(
+    message: Message,
+    parameters: Spec,
+    statistics: Spec,
+    weighted_by: str,
+    max_weight: float = math.inf,
+    before: Mapping[str, mx.array] | None = None,
+) -> Reply:
     """Checks a reply to a training message.
 
     Args:
@@ -59,34 +90,89 @@ def check_update(message: Message, parameters: Spec, statistics: Spec, weighted_
         statistics (dict): The same of the running statistics that are averaged; those of a
             task that leaves them with its clients are not looked at.
         weighted_by (str): The metric that weighs the reply, ``"num-examples"``.
+        max_weight (float): The most that this metric may be.
+        before (dict, optional): The parameters that were sent, if the norm of the update, its
+            difference from them, is wanted.
 
     Raises:
         Refused: If a name, shape or dtype differs, an array is missing, a value is not finite,
-            a variance is negative, or the number of examples is not a positive number.
+            a variance is negative, the arrays are too large, or the number of examples is not a
+            positive and believable number.
     """
     check_answer(message)
     metrics = check_metrics(message, weighted_by)
+    weight = float(str(metrics[weighted_by]))
+    if weight > max_weight:
+        raise Refused(f"{weighted_by} is {weight:g}, and more than {max_weight:g} is not believed")
+    check_size(message.content, parameters, statistics)
     try:
         name, record = messages.parameters_of(message.content)
-        plain = not messages.is_packed(record)
-        arrays = messages.unpack(record)
-        if plain:  # mods have worked on float32 masters: no dtype to compare
-            aggregate.cast(arrays, parameters)
-            arrays = {key: arrays[key] for key in parameters}
-        else:
-            arrays = aggregate.cast(arrays, parameters)
-        running: Arrays = {}
+        arrays = _check_arrays(record, parameters, messages.is_packed(record))
+        running: Mapping[str, mx.array] = {}
         if statistics:
             if messages.STATISTICS not in message.content.array_records:
                 raise Refused("it has no running statistics, which this task averages")
             record = message.content.array_records[messages.STATISTICS]
-            running = aggregate.cast(messages.unpack(record), statistics)
+            running = _check_arrays(record, statistics, packed=True, check_variance=True)
+    except Refused:
+        raise
     except FedError as error:
         raise Refused(str(error)[:_LONGEST]) from error
     except Exception as error:  # whatever else a stranger's bytes can bring about
         raise Refused(f"unreadable reply: {type(error).__name__}: {error}"[:_LONGEST]) from error
-    check_values(arrays, running)
-    return Reply(name, arrays, running, metrics, float(str(metrics[weighted_by])))
+    norm = None if before is None else distance(arrays, before)
+    return Reply(name, arrays, running, metrics, weight, norm)
+
+
+def distance(arrays: Mapping[str, mx.array], others: Mapping[str, mx.array]) -> float:
+    """The Euclidean norm of a difference."""
+    squares = 0.0
+    for name, array in arrays.items():
+        difference = np.ravel(weights.to_float32(array) - weights.to_float32(others[name]))
+        with np.errstate(all="ignore"):
+            squares += float(np.dot(difference, difference))
+    return math.sqrt(squares)
+
+
+def out_of_proportion(norms: Mapping[str, float], limit: float) -> dict[str, str]:
+    """Why updates do not count that are out of all proportion to the others.
+
+    Args:
+        norms (dict): Each update's, by the name of its node. Of fewer than three none can be told
+            from the others.
+        limit (float): How many times the median of all one may be.
+    """
+    if len(norms) < 3:
+        return {}
+    middle = statistics_of.median(norms.values())
+    return {
+        node: f"its update has the norm {norm:.4g}, more than {limit:g} times the median of "
+        f"{middle:.4g}"
+        for node, norm in norms.items()
+        if not norm <= limit * middle
+    }
+
+
+def _check_arrays(
+    record: ArrayRecord, expected: Spec, packed: bool, check_variance: bool = False
+) -> Unread:
+    """Checks the arrays in a record, a part at a time, and gives them in the expected order.
+
+    Those that are not packed come from mods, which have worked on float32 masters: they are
+    checked as they would be in the model's dtypes, and stay as they are.
+    """
+    places: dict[str, str] = {}
+    for place, part in messages.parts(record):
+        got = weights.spec(part)
+        for name, array in part.items():
+            aggregate.check_one(name, got[name], expected)
+            check_array(name, array.astype(getattr(mx, expected[name][1])) if packed else array)
+            if check_variance:
+                check_not_negative(name, array)
+            places[name] = place
+    weights.check(expected, {name: expected[name] for name in places})
+    arrays = messages.unread(record, {name: places[name] for name in expected})
+    return aggregate.unread_cast(arrays, expected) if packed else arrays
 
 
 def check_values(parameters: Mapping[str, mx.array], statistics: Mapping[str, mx.array]) -> None:
@@ -96,13 +182,24 @@ def check_values(parameters: Mapping[str, mx.array], statistics: Mapping[str, mx
         Refused: Naming the first array of which that is not so.
     """
     mx.eval(dict(parameters), dict(statistics))
-    for name, array in (*parameters.items(), *statistics.items()):
-        # NumPy takes a tenth of the time that MLX takes on a CPU; float32 holds every value.
-        values = np.asarray(array.astype(mx.float32))
-        if not np.isfinite(values).all():
-            raise Refused(f"parameter {name!r} has values that are not finite")
-        if name in statistics and name.endswith("running_var") and (values < 0).any():
-            raise Refused(f"parameter {name!r} has negative values, which no variance has")
+    for name, array in parameters.items():
+        check_array(name, array)
+    for name, array in statistics.items():
+        check_array(name, array)
+        check_not_negative(name, array)
+
+
+def check_array(name: str, array: mx.array) -> None:
+    """Raises :class:`Refused` unless all values are finite."""
+    # NumPy takes a tenth of the time that MLX takes on a CPU; float32 holds every value.
+    if not weights.is_finite(weights.to_float32(array)):
+        raise Refused(f"parameter {name!r} has values that are not finite")
+
+
+def check_not_negative(name: str, array: mx.array) -> None:
+    """Raises :class:`Refused` if a running variance has negative values."""
+    if name.endswith("running_var") and (weights.to_float32(array) < 0).any():
+        raise Refused(f"parameter {name!r} has negative values, which no variance has")
 
 
 def check_metrics(message: Message, weighted_by: str) -> MetricRecord:

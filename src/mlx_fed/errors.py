@@ -11,3 +11,7 @@ class RunError(FedError):
 
 class SimulationError(FedError):
     """A simulation that cannot start or go on."""
+
+
+class TooFewReplies(RunError):
+    """A round with fewer replies that count than it needs; it can be repeated."""

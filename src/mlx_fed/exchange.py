@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from . import aggregate, messages
+from .spool import Spool
 from .sums import Block
 from .task import Config
 from .weights import Arrays, Spec
-
-
-class Exchange(NamedTuple):
-    """What came of a phase's messages.
-
-    ``replies`` are by name and in the order of the names; ``missing`` says of every other node why
-    it has none; ``down`` and ``up`` are bytes of arrays.
-    """
-
-    replies: list[tuple[str, Message]]
-    missing: dict[str, str]
-    down: int
-    up: int
 
 
 class Summed(Protocol):
@@ -45,48 +34,55 @@ def exchange(
     names: Mapping[int, str],
     timeout: float,
     arrived: Callable[[str], None],
-) -> Exchange:
-    """Sends messages and gathers the replies.
+    spool: Spool | None = None,
+) -> Iterator[tuple[str, Message | str]]:
+    """Sends messages and gives each node's name with its reply, in the order of the names.
+
+    In place of a reply there is the reason why a node has none. A reply that comes before those
+    that it stands behind waits on disk; what was given is not kept.
 
     Args:
         grid (Grid): Takes the messages and brings the replies.
-        outgoing (list): Messages for nodes of the roster.
+        outgoing (list): Messages for nodes of the roster. They are taken out of the list: large
+            ones must not be in memory while the replies come.
         names (dict): The nodes' names by id, in the order of the replies.
         timeout (float): Seconds to wait; a reply that comes later is dropped.
         arrived (callable): Told the name of each node as its reply comes.
+        spool (Spool, optional): Where early replies wait. Default: in memory.
     """
-    down = sum(sizes(outgoing))
-    up = 0
+    spool = spool or Spool()
+    came: dict[int, Message | str] = dict.fromkeys(
+        (message.metadata.dst_node_id for message in outgoing),
+        "the message to it could not be sent",
+    )
     pending = push(grid, outgoing)
-    sent = set(pending.values())
-    missing = {
-        message.metadata.dst_node_id: "the message to it could not be sent"
-        for message in outgoing
-        if message.metadata.dst_node_id not in sent
-    }
-    replies: list[tuple[int, Message]] = []
+    outgoing.clear()
+    for node_id in pending.values():
+        del came[node_id]
+    order = deque(names)
     deadline = math.inf if getattr(grid, "virtual_time", False) else time.monotonic() + timeout
-    while pending and time.monotonic() < deadline:
+    while order:
+        if order[0] in came:
+            node_id = order.popleft()
+            yield names[node_id], came.pop(node_id)
+            continue
         pulled = list(grid.pull_messages(list(pending)))
         for reply in pulled:
             node_id = pending.pop(reply.metadata.reply_to_message_id)
             if reply.has_content():
-                up += messages.count_bytes(reply.content)
-            replies.append((node_id, reply))
+                spool.hold(reply.content)
+            came[node_id] = reply
             arrived(names[node_id])
-        if pending and not pulled:
+        if pulled:
+            continue
+        if time.monotonic() < deadline:
             pause(grid)
-    if pending and (withdraw := getattr(grid, "withdraw", None)):
-        withdraw(pending)  # or nodes that are late would work through rounds that are over
-    missing |= dict.fromkeys(pending.values(), f"no reply within {timeout:.0f} seconds")
-    order = {node_id: place for place, node_id in enumerate(names)}
-    replies.sort(key=lambda pair: order[pair[0]])
-    return Exchange(
-        [(names[node_id], reply) for node_id, reply in replies],
-        {name: missing[node_id] for node_id, name in names.items() if node_id in missing},
-        down,
-        up,
-    )
+            continue
+        if withdraw := getattr(grid, "withdraw", None):
+            withdraw(pending)  # or nodes that are late would work through rounds that are over
+        late = f"no reply within {timeout:.0f} seconds: one that comes later is dropped"
+        came |= dict.fromkeys(pending.values(), late)
+        pending.clear()
 
 
 def summing(grid: Grid, outgoing: list[Message]) -> SumUpdates | None:
@@ -120,7 +116,7 @@ def pack(outgoing: list[Message], spec: Spec, statistics: Arrays, config: Config
         if id(given) not in contents:
             name, record = messages.parameters_of(given)
             if id(record) not in packed:
-                packed[id(record)] = messages.pack(aggregate.masters_to_arrays(record, spec))
+                packed[id(record)] = messages.pack(aggregate.unread_masters(record, spec))
             settings_name, own = messages.config_of(given)
             travels: dict[str, Any] = {
                 **beside,

@@ -16,8 +16,10 @@ from typing import Any
 import mlx.core as mx
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from . import safetensors
 from .errors import FedError
-from .weights import Arrays
+from .spool import num_bytes
+from .weights import Arrays, Unread
 
 STATISTICS = "statistics"
 """The name of the record that carries running statistics beside the parameters."""
@@ -39,9 +41,7 @@ def pack(arrays: Mapping[str, mx.array]) -> ArrayRecord:
     shards = list(_shards(arrays))
     record = {}
     for number, shard in enumerate(shards, 1):
-        buffer = BytesIO()
-        mx.save_safetensors(buffer, shard)
-        data = buffer.getvalue()
+        data = b"".join(safetensors.parts(shard))
         name = f"shard-{number:05}-of-{len(shards):05}"
         record[name] = Array("uint8", (len(data),), _SHARD_TYPE, data)
     return ArrayRecord(record)
@@ -53,16 +53,44 @@ def unpack(record: ArrayRecord) -> Arrays:
     Raises:
         MessageError: If the bytes cannot be read, or an array occurs twice.
     """
-    arrays: Arrays = {}
+    return {key: array for _, part in parts(record) for key, array in part.items()}
+
+
+def parts(record: ArrayRecord) -> Iterator[tuple[str, Arrays]]:
+    """The arrays in a record, a part at a time, and what the record calls the part.
+
+    Raises:
+        MessageError: If the bytes cannot be read, or an array occurs twice.
+    """
+    seen: set[str] = set()
     for name, array in record.items():
         try:
             part = _read(name, array)
         except Exception as error:  # a stranger's bytes can bring about any
             raise MessageError(f"array {name!r} in the message is unreadable: {error}") from error
-        if twice := arrays.keys() & part.keys():
+        if twice := seen & part.keys():
             raise MessageError(f"parameter {min(twice)!r} occurs twice in the message")
-        arrays.update(part)
-    return arrays
+        seen |= part.keys()
+        yield name, part
+
+
+def unread(record: ArrayRecord, places: Mapping[str, str]) -> Unread:
+    """The arrays in a record, read when they are asked for; the part read last is kept.
+
+    Args:
+        record (ArrayRecord): One that has been read before, by :func:`parts`.
+        places (dict): What the record calls the part that has an array, by the array's name.
+    """
+    last: dict[str, Arrays] = {}
+
+    def read(name: str) -> mx.array:
+        place = places[name]
+        if place not in last:
+            last.clear()
+            last[place] = _read(place, record[place])
+        return last[place][name]
+
+    return Unread(places, read)
 
 
 def _read(name: str, array: Array) -> Arrays:
@@ -103,7 +131,7 @@ def config_of(content: RecordDict) -> tuple[str, ConfigRecord]:
 
 def count_bytes(content: RecordDict) -> int:
     """The size of a message's arrays, in bytes."""
-    return sum(len(a.data) for record in content.array_records.values() for a in record.values())
+    return sum(num_bytes(a) for record in content.array_records.values() for a in record.values())
 
 
 def _shards(arrays: Mapping[str, mx.array]) -> Iterator[Arrays]:

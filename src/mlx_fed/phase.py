@@ -6,7 +6,7 @@ Training and evaluation go the same way here; what is made of the replies is not
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -14,16 +14,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from . import aggregate, checks, exchange, records, strategies
+from . import aggregate, checks, exchange, messages, records, strategies
 from .errors import RunError
 from .history import History
 from .roster import Members, RosterGrid
 from .settings import Settings
+from .spool import Spool
 from .training import Trainer
 from .weights import Arrays, Spec
-
-Named = Sequence[tuple[str, Message]]
-"""Replies by the names of their nodes, in the roster's order."""
 
 
 class Model(NamedTuple):
@@ -38,7 +36,10 @@ class Model(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a run is led with, the same in every round; ``config`` is sent with each message."""
+    """What a run is led with, the same in every round.
+
+    ``config`` is sent with each message, and large arrays wait in ``spool``.
+    """
 
     grid: Grid
     strategy: Strategy
@@ -47,6 +48,7 @@ class Run(NamedTuple):
     history: History
     roster: Members
     config: dict[str, Any]
+    spool: Spool
 
     @property
     def averaged(self) -> Spec:
@@ -65,7 +67,9 @@ class Phase:
 
     def __init__(self, run: Run, name: str, record: dict[str, Any]):
         self.run, self.name, self.record = run, name, record
+        self.run_id = 0
         self.number: int = record["round"]
+        self.asked = 0
 
     def configure(self, model: Model) -> list[Message]:
         """The strategy's messages, as they travel and in the roster's order."""
@@ -74,7 +78,9 @@ class Phase:
         if self.name == "train" and (loss := strategies.attribute(run.strategy, "train_loss_key")):
             config["train-loss-key"] = loss
         hook = f"configure_{self.name}"
-        with self.hook(hook):
+        # A round that is repeated draws other nodes.
+        repeat = self.record.get("repeats", 0)
+        with self.hook(hook, f"{hook} {repeat}" if repeat else hook):
             outgoing: list[Message] = list(
                 getattr(run.strategy, hook)(
                     self.number,
@@ -88,6 +94,8 @@ class Phase:
                     raise RunError(f"a message to node {node_id}, which has no part in the run")
             statistics = model.statistics if run.averaged else {}
             exchange.pack(outgoing, run.trainer.spec, statistics, config)
+        self.asked = len(outgoing)
+        self.run_id = outgoing[0].metadata.run_id if outgoing else 0
         return sorted(outgoing, key=self._place)
 
     def _place(self, message: Message) -> tuple[int, str]:
@@ -103,30 +111,47 @@ class Phase:
         fields = {"phase": self.name, "round": self.number, "of": self.run.settings.num_rounds}
         self.run.history.notify("phase", **fields, nodes=len(outgoing))
 
-    def exchange(self, outgoing: list[Message]) -> Named:
-        """The replies; who has none is left out."""
-        self.begin(outgoing)
-        with self.timed(self.name):
-            replies, missing, down, up = exchange.exchange(
-                self.run.grid,
-                outgoing,
-                {message.metadata.dst_node_id: self.node_of(message) for message in outgoing},
-                self.run.settings.round_timeout,
-                lambda node: self.run.history.notify("reply", node=node, phase=self.name),
-            )
-        self.count_bytes(down, up)
-        for node, reason in missing.items():
-            self.refuse(node, reason)
-        return replies
+    def exchange(self, outgoing: list[Message]) -> Iterator[tuple[str, Message]]:
+        """The replies in the roster's order, each as it comes; who has none is left out.
 
-    def with_one_set_of_names(self, replies: Named) -> Named:
-        """Those with the names of most: FedAvg and its kin would end the run over others."""
+        The messages are taken out of the list as they are sent.
+        """
+        self.begin(outgoing)
+        self.count_bytes(sum(exchange.sizes(outgoing)), 0)
+        answers = exchange.exchange(
+            self.run.grid,
+            outgoing,
+            {message.metadata.dst_node_id: self.node_of(message) for message in outgoing},
+            self.run.settings.round_timeout,
+            lambda node: self.run.history.notify("reply", node=node, phase=self.name),
+            self.run.spool,
+        )
+        while True:
+            with self.timed(self.name):
+                node, answer = next(answers, ("", None))
+            if answer is None:
+                return
+            if isinstance(answer, str):
+                self.refuse(node, answer, missing=True)
+                continue
+            if answer.has_content():
+                self.count_bytes(0, messages.count_bytes(answer.content))
+            fits = False
+            with self.refusing(node):
+                checks.check_origin(answer, self.number, self.run_id)
+                fits = True
+            if fits:
+                yield node, answer
+
+    def refuse_odd_names(self, names: Mapping[str, frozenset[str]]) -> Collection[str]:
+        """The nodes whose replies call things otherwise than most: FedAvg and its kin would end
+        the run over them."""
         if not strategies.wants_same_names(self.run.strategy):
-            return replies
-        odd = checks.odd_names({node: checks.names_in(reply.content) for node, reply in replies})
+            return ()
+        odd = checks.odd_names(names)
         for node, reason in odd.items():
             self.refuse(node, reason)
-        return [(node, reply) for node, reply in replies if node not in odd]
+        return odd
 
     @contextmanager
     def refusing(self, node: str) -> Iterator[None]:
@@ -136,9 +161,10 @@ class Phase:
         except checks.Refused as error:
             self.refuse(node, str(error))
 
-    def refuse(self, node: str, reason: str) -> None:
-        """Records why a node has no part in the phase."""
-        self.record["refused"].append({"node": node, "phase": self.name, "reason": reason})
+    def refuse(self, node: str, reason: str, missing: bool = False) -> None:
+        """Records why a node has no part in the phase; ``missing`` where it sent nothing."""
+        entry: dict[str, Any] = {"node": node, "phase": self.name, "reason": reason}
+        self.record["refused"].append({**entry, "missing": True} if missing else entry)
         self.run.history.notify("failed", node=node, phase=self.name, reason=reason)
 
     def record_each(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
@@ -155,11 +181,11 @@ class Phase:
         self.record["bytes"]["up"] += up
 
     @contextmanager
-    def hook(self, name: str) -> Iterator[None]:
+    def hook(self, name: str, drawn_by: str | None = None) -> Iterator[None]:
         """What the strategy draws is decided by the seed; what it raises says where."""
-        strategy = self.run.strategy
+        strategy, drawn_by = self.run.strategy, drawn_by or name
         try:
-            with strategies.seeded(strategy, self.run.settings.seed, self.number, name):
+            with strategies.seeded(strategy, self.run.settings.seed, self.number, drawn_by):
                 yield
         except Exception as error:
             raise RunError(
@@ -174,8 +200,13 @@ class Phase:
 
 @contextmanager
 def timed(record: dict[str, Any], name: str) -> Iterator[None]:
-    """Records how long it takes, in seconds."""
-    start = time.monotonic()
+    """Records how long it takes, in seconds; what other names time within it counts as theirs."""
+    seconds = record["seconds"]
+
+    def elsewhere() -> float:
+        return sum(value for other, value in seconds.items() if other != name)
+
+    start = time.monotonic() - elsewhere()
     yield
-    before = record["seconds"].get(name, 0.0)
-    record["seconds"][name] = round(before + time.monotonic() - start, 6)
+    took = time.monotonic() - elsewhere() - start
+    seconds[name] = round(seconds.get(name, 0.0) + max(0.0, took), 6)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
 
 from . import strategies, strategy_state, weights
 from .checkpoint import Best, Checkpoint, CheckpointError, Checkpoints
 from .phase import Model, Run
+from .spool import copy_of
 
 _SHOWN = 5
 """Differences that are named."""
@@ -40,7 +40,7 @@ class Position(NamedTuple):
         mx.eval(self.model.statistics)  # it is written by another thread
         return Checkpoint(
             self.round,
-            ArrayRecord({**self.model.masters}),
+            copy_of(self.model.masters),
             {**self.model.statistics},
             strategy_state.snapshot(strategy),
             self.best,
@@ -80,7 +80,8 @@ def resume(run: Run, checkpoints: Checkpoints, identity: dict[str, Any]) -> Posi
     _require_same(checkpoint.identity, identity, run.history.folder)
     strategy_state.restore(run.strategy, checkpoint.strategy)
     run.history.go_on_after(checkpoint.round)
-    model = Model(checkpoint.masters, checkpoint.statistics)
+    masters = run.spool.record(checkpoint.masters.items())
+    model = Model(masters, checkpoint.statistics)
     return Position(checkpoint.round, model, checkpoint.best)
 
 

@@ -44,6 +44,9 @@ class Members(Protocol):
     def wait_for(self, needed: int, seconds: float) -> None:
         """Waits until that many take part, or raises RunError."""
 
+    def leave_out(self, name: str, why: str) -> bool:
+        """Leaves a node out of later rounds; whether it was there and can be left out."""
+
 
 class Roster:
     """The nodes of a federation: those that answer the roll call.
@@ -117,6 +120,15 @@ class Roster:
                 told = present
                 self.notify("waiting", nodes=present, needed=needed)
             pause(self.grid)
+
+    def leave_out(self, name: str, why: str) -> bool:
+        """Sends a node away. It may come back as another: when it has been started again."""
+        for node in list(self.nodes.values()):
+            if node.name == name:
+                del self.nodes[node.id]
+                self._leave_out(node.id, name, why)
+                return True
+        return False
 
     def _why_others_do_not(self) -> str:
         """The first reasons why nodes were left out, as the end of a sentence."""

@@ -6,6 +6,7 @@ Nothing here knows where the clients are or how the loop is watched.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 
 from . import aggregate, checks, strategies, strategy_state, weights
 from .checkpoint import Checkpoints
-from .errors import RunError
+from .errors import RunError, TooFewReplies
 from .history import History, Result, recorded_run_id
 from .metrics import derived
 from .phase import Model, Phase, Run, timed
@@ -25,6 +26,8 @@ from .resume import Position, identity_of
 from .resume import resume as taken_up
 from .roster import Members, Roster
 from .settings import Settings, require_one_model
+from .spool import Spool
+from .standing import to_leave_out
 from .train_phase import train
 from .training import Trainer
 
@@ -71,10 +74,26 @@ def run(
     identity = identity_of(run)
     if settings.keep:
         strategy_state.snapshot(strategy)  # what cannot be kept is refused now, not after a round
-    with history.held():
+
+    def again(number: int) -> None:
+        """Before a round is repeated: the strategy as it was, and nodes that are there now."""
+        before = initial
+        if number > first:
+            checkpoints.wait()
+            before = checkpoints.state_after(number - 1)
+        if before is not None:
+            strategy_state.restore(strategy, before)
+        run.roster.wait_for(min_nodes, settings.wait)
+
+    with history.held(), run.spool.open():
         position = (taken_up(run, checkpoints, identity) if resume else None) or Position(
-            0, Model(aggregate.to_masters(trainer.parameters()), trainer.statistics()), None
+            0,
+            Model(aggregate.to_masters(trainer.parameters(), run.spool), trainer.statistics()),
+            None,
         )
+        trainer.let_go()
+        first = position.round + 1
+        initial = strategy_state.snapshot(strategy) if settings.keep else None
         history.write_settings(
             {
                 **settings.for_the_record(),
@@ -86,7 +105,8 @@ def run(
         try:
             for number in range(position.round + 1, settings.num_rounds + 1):
                 run.roster.wait_for(min_nodes, settings.wait)
-                position = _round(run, position, number)
+                position = _round(run, position, number, again)
+                initial = None
                 checkpoints.wait()
                 if settings.keep:
                     checkpoints.save(position.checkpoint(strategy, identity), history.sync)
@@ -120,7 +140,9 @@ def _set_up(
         history.notify,
         trainer.fingerprint,
     )
-    return Run(grid, strategy, trainer, settings, history, roster, config)
+    # A federation's grid puts there what nodes send.
+    spool = getattr(grid, "spool", None) or Spool(history.folder / "waiting")
+    return Run(grid, strategy, trainer, settings, history, roster, config, spool)
 
 
 def _save(run: Run, model: Model, name: str = "model") -> Path:
@@ -149,7 +171,7 @@ def _put(run: Run, model: Model) -> None:
     weights.put(slots.statistics, model.statistics)
 
 
-def _round(run: Run, position: Position, number: int) -> Position:
+def _round(run: Run, position: Position, number: int, again: Callable[[int], None]) -> Position:
     """Where the run is after the round, which is whole once its record is written."""
     record: dict[str, Any] = {
         "round": number,
@@ -159,11 +181,31 @@ def _round(run: Run, position: Position, number: int) -> Position:
         "bytes": {"down": 0, "up": 0},
         "refused": [],
     }
-    model = train(run, position.model, record)
+    while True:
+        try:
+            model = train(run, position.model, record)
+            break
+        except TooFewReplies as error:
+            repeats, most = record.get("repeats", 0), run.settings.max_repeats
+            if repeats == most:
+                raise
+            _leave_out(run, record)
+            record["repeats"] = repeats + 1
+            text = f"{error} The round is repeated, for time {repeats + 1} of {most}."
+            run.history.notify("note", text=text)
+            again(number)
+    _leave_out(run, record)
     _evaluate(run, model, record)
     _evaluate_centrally(run, model, record)
     run.history.add_round(record)
     return position.after(record, model)
+
+
+def _leave_out(run: Run, record: dict[str, Any]) -> None:
+    """Leaves out of what follows whose replies are refused time and again."""
+    for node, why in to_leave_out([*run.history.rounds, record]).items():
+        if run.roster.leave_out(node, why):
+            record.setdefault("left_out", []).append(node)
 
 
 def _evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
@@ -175,7 +217,8 @@ def _evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
         with phase.refusing(node):
             each[node] = checks.check_metrics(reply, run.weighted_by)
             accepted.append((node, reply))
-    counting = phase.with_one_set_of_names(accepted)
+    odd = phase.refuse_odd_names({node: checks.names_in(reply.content) for node, reply in accepted})
+    counting = [(node, reply) for node, reply in accepted if node not in odd]
     metrics = None
     if counting:
         with phase.hook("aggregate_evaluate"):

@@ -20,7 +20,16 @@ from .task import Config, TaskSource, make_task
 from .training import Trainer
 
 _FLOWER = logging.getLogger("flwr")
-_SETTINGS = {"seed": int, "min-nodes": int, "wait": float, "round-timeout": float}
+_SETTINGS = {
+    "seed": int,
+    "min-nodes": int,
+    "wait": float,
+    "round-timeout": float,
+    "min-replies": int,
+    "max-repeats": int,
+    "max-examples": float,
+    "max-update-norm": float,
+}
 _SERVERS_OWN = {*_SETTINGS, "runs", "name"}
 
 
@@ -43,8 +52,9 @@ def server_app(
             below the folder that the SuperLink was started in, unless it is a whole path.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
         settings: As :class:`~mlx_fed.settings.Settings` has them. In the run's settings
-            ``num-rounds`` (unless it is 0), ``seed``, ``min-nodes``, ``wait`` and
-            ``round-timeout`` stand over these, and ``name`` names the run's folder.
+            ``num-rounds`` (unless it is 0), ``seed``, ``min-nodes``, ``wait``,
+            ``round-timeout``, ``min-replies``, ``max-repeats``, ``max-examples`` and
+            ``max-update-norm`` stand over these, and ``name`` names the run's folder.
 
     Returns:
         flwr.serverapp.ServerApp: Runs under ``flwr run``, on machines and in simulation.

@@ -17,7 +17,17 @@ EvaluateFn = Callable[[int, Arrays, Arrays], Mapping[str, float | str] | None]
 
 
 _DEFAULT_ROUNDS = 3
-_LEAST = {"num_rounds": 1, "min_nodes": 1, "wait": 0, "round_timeout": 0, "keep": 0}
+_LEAST = {
+    "num_rounds": 1,
+    "min_nodes": 1,
+    "wait": 0,
+    "round_timeout": 0,
+    "keep": 0,
+    "min_replies": 1,
+    "max_repeats": 0,
+    "max_examples": 1,
+    "max_update_norm": 1,
+}
 
 
 class SettingsError(FedError, ValueError):
@@ -37,6 +47,14 @@ class Settings:
         wait (float): Seconds to wait for them. Default: ``600``.
         round_timeout (float): Seconds a phase may take; later replies are dropped.
             Default: ``3600``.
+        min_replies (int): Training replies that have to count for a round to be whole. With fewer
+            it is repeated. Default: ``1``.
+        max_repeats (int): How often a round is repeated before the run stops, to be resumed when
+            more nodes are well. Default: ``2``.
+        max_examples (float): Examples that a node may say it has trained on: they weigh its
+            reply. Default: ``1e12``, which no node has.
+        max_update_norm (float, optional): How many times the median of all updates' norms one of
+            at least three may have. Default: no limit.
         keep (int): Checkpoints to keep, beside the best; 0 writes none. Default: ``3``.
         test (tuple, optional): Held-out examples of the server's own, as ``Data.test``: the
             task's loss and metrics of the global model on them are recorded each round.
@@ -50,6 +68,10 @@ class Settings:
     min_nodes: int | None = None
     wait: float = 600.0
     round_timeout: float = 3600.0
+    min_replies: int = 1
+    max_repeats: int = 2
+    max_examples: float = 1e12
+    max_update_norm: float | None = None
     keep: int = 3
     test: Sequence[Any] | None = None
     evaluate_fn: EvaluateFn | None = None

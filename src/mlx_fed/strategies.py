@@ -80,6 +80,7 @@ def aggregate_mean(
     """
     averaging: Any = strategy
     function = averaging.train_metrics_aggr_fn
+    weighted_by = averaging.weighted_by_key
 
     def aggregate(_: list[RecordDict], weighted_by: str) -> MetricRecord:
         if function is _FLOWERS_MEAN:
@@ -88,6 +89,9 @@ def aggregate_mean(
             [RecordDict({"metrics": MetricRecord({**m})}) for m in metrics], weighted_by
         )
 
+    if type(strategy).aggregate_train is FedAvg.aggregate_train:
+        # The mean of one reply is that reply: what Flower would do first is copy it three times.
+        return next(iter(mean.array_records.values())), aggregate([], weighted_by)
     averaging.train_metrics_aggr_fn = aggregate
     try:
         return strategy.aggregate_train(number, [Message(mean, _NOBODY, MessageType.TRAIN)])

@@ -20,6 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
 from .errors import FedError
+from .spool import WaitingArray
 from .strategies import LEAST_NODES
 
 _PLAIN = (type(None), bool, int, float, str)
@@ -113,7 +114,7 @@ class _Snapshot:
             return {"dict": self._items(value, path), "at": path}
         if kind in _RECORDS.values():
             return {"record": kind.__name__, "items": self._items(value, path), "at": path}
-        if kind is Array:
+        if kind in (Array, WaitingArray):
             about = [value.dtype, list(value.shape), value.stype]
             data = np.frombuffer(value.data, np.uint8)
             return {"Array": self._keep(data, path), "about": about, "at": path}

@@ -8,14 +8,15 @@ bits, and only the sums have to be kept, however many clients there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
+from .spool import Spool
 from .weights import Arrays, Spec, StackedRow, to_float32
 
 _LARGEST_BLOCK = 16
@@ -40,8 +41,8 @@ class Block(NamedTuple):
     """The sum of the updates from one block of places, each times its weight."""
 
     number: int
-    parameters: Sums
-    statistics: Sums
+    parameters: Mapping[str, np.ndarray]
+    statistics: Mapping[str, np.ndarray]
     counted: list[Counted]
 
 
@@ -53,16 +54,19 @@ class Mean(NamedTuple):
     weight: float
     counted: list[Counted]
 
-    def as_reply(self, like: ArrayRecord, weighted_by: str) -> RecordDict:
+    def as_reply(self, like: ArrayRecord, weighted_by: str, spool: Spool) -> RecordDict:
         """What a client would reply that had the mean and all the weight.
+
+        The mean's parameters go over into it, one after another.
 
         Args:
             like (ArrayRecord): The masters before, whose order the mean's arrays take.
             weighted_by (str): The metric that weighs.
+            spool (Spool): Where large arrays wait.
         """
-        arrays = {name: Array(self.parameters[name]) for name in like}
+        arrays = spool.record((name, spool.values(self.parameters.pop(name))) for name in like)
         metrics = MetricRecord({weighted_by: self.weight})
-        return RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics})
+        return RecordDict({"arrays": arrays, "metrics": metrics})
 
     def running_statistics(self, spec: Spec) -> Arrays:
         """The mean statistics in the model's dtypes."""
@@ -78,7 +82,10 @@ def block_size(num_places: int) -> int:
 
 
 def blocks(updates: Iterable[CountedUpdate], num_places: int) -> Iterator[Block]:
-    """Sums updates, each block by itself.
+    """Blocks of updates that come in the order of their places, each once its last has come.
+
+    Their sums are taken where they are asked for, array by array: of updates that lie on disk
+    there is never a whole one in memory.
 
     Args:
         updates (iterable): As for :func:`sum_block`, of any blocks.
@@ -86,7 +93,27 @@ def blocks(updates: Iterable[CountedUpdate], num_places: int) -> Iterator[Block]
     """
     size = block_size(num_places)
     for number, group in groupby(updates, lambda update: update[0].place // size):
-        yield sum_block(number, group)
+        clients, parameters, statistics = zip(*group, strict=True)
+        yield Block(number, _Sum(clients, parameters), _Sum(clients, statistics), list(clients))
+
+
+class _Sum(Mapping[str, np.ndarray]):
+    """What :func:`sum_block` sums, array by array."""
+
+    def __init__(self, clients: Sequence[Counted], arrays: Sequence[Mapping[str, mx.array]]):
+        self._clients, self._arrays = clients, arrays
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        sums: Sums = {}
+        for client, arrays in zip(self._clients, self._arrays, strict=True):
+            _add(sums, (name,), arrays, client.weight)
+        return sums[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays[0])
+
+    def __len__(self) -> int:
+        return len(self._arrays[0])
 
 
 def sum_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
@@ -101,8 +128,8 @@ def sum_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
     statistics: Sums = {}
     counted = []
     for client, arrays, running in updates:
-        _add(parameters, arrays, client.weight)
-        _add(statistics, running, client.weight)
+        _add(parameters, arrays, arrays, client.weight)
+        _add(statistics, running, running, client.weight)
         counted.append(client)
     return Block(number, parameters, statistics, counted)
 
@@ -132,7 +159,7 @@ class Total:
             self._next += 1
 
     def mean(self) -> Mean:
-        """The mean over all updates, once the last block has been added."""
+        """The mean over all updates, once the last block has been added: it uses the sum up."""
         for number in sorted(self.early):
             self._take(self.early.pop(number))
         weight = sum(client.weight for client in self._counted)
@@ -160,8 +187,8 @@ def mean(parts: Iterable[Block]) -> Mean:
     return total.mean()
 
 
-def _add(sums: Sums, arrays: Mapping[str, mx.array], weight: float) -> None:
-    for name in arrays:
+def _add(sums: Sums, names: Iterable[str], arrays: Mapping[str, mx.array], weight: float) -> None:
+    for name in names:
         if isinstance(arrays, StackedRow):
             product = arrays.float32(name) * np.float32(weight)
         else:
@@ -173,4 +200,9 @@ def _add(sums: Sums, arrays: Mapping[str, mx.array], weight: float) -> None:
 
 
 def _divided(sums: Sums, weight: float) -> Sums:
-    return {name: (array / weight).astype(np.float32) for name, array in sums.items()}
+    divided: Sums = {}
+    for name in list(sums):
+        total = sums.pop(name)
+        total /= weight
+        divided[name] = total.astype(np.float32)
+    return divided

@@ -7,13 +7,14 @@ other gets them all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, Message
 
 from . import aggregate, checks, exchange, strategies, sums
-from .errors import RunError
+from .errors import TooFewReplies
 from .phase import Model, Phase, Run
+from .weights import Unread
 
 
 def train(run: Run, model: Model, record: dict[str, Any]) -> Model:
@@ -25,7 +26,8 @@ def train(run: Run, model: Model, record: dict[str, Any]) -> Model:
         record (dict): The round's, which the phase is written to.
 
     Raises:
-        RunError: If no reply counts, or the strategy fails.
+        TooFewReplies: If fewer replies count than have to.
+        RunError: If the strategy fails.
     """
     phase = Phase(run, "train", record)
     outgoing = phase.configure(model)
@@ -37,36 +39,35 @@ def train(run: Run, model: Model, record: dict[str, Any]) -> Model:
 def _train_to_replies(phase: Phase, model: Model, outgoing: list[Message]) -> Model:
     run = phase.run
     asked = [phase.node_of(message) for message in outgoing]
-    updates = _updates(phase, outgoing)
+    updates = list(_updates(phase, outgoing, model))
+    odd = phase.refuse_odd_names({update.node: update.names for update in updates})
+    updates = [update for update in updates if update.node not in odd]
+    _require(phase, len(updates))
     with phase.timed("aggregate"):
-        for _, reply, update in updates:
-            reply.content = update.for_strategy()
-        replies = [reply for _, reply, _ in updates]
+        for update in updates:
+            update.message.content = update.reply.for_strategy()
+        replies = [update.message for update in updates]
         masters, metrics = _aggregate(
             phase, model, lambda: run.strategy.aggregate_train(phase.number, replies)
         )
         statistics = model.statistics
         if run.averaged and updates:
-            running: Iterable[sums.CountedUpdate] = (
-                (counted, {}, update.statistics) for counted, update in _counted(updates, asked)
-            )
-            mean = sums.mean(sums.blocks(running, len(asked)))
+            mean = _summed(updates, asked, statistics_only=True).mean()
             statistics = mean.running_statistics(run.averaged)
-    phase.record["train"] = {**metrics, "nodes": [node for node, *_ in updates]}
-    phase.record_each({node: update.metrics for node, _, update in updates})
+    phase.record["train"] = {**metrics, "nodes": [update.node for update in updates]}
+    phase.record_each({update.node: update.reply.metrics for update in updates})
     return Model(masters, statistics)
 
 
 def _train_to_a_mean(phase: Phase, model: Model, outgoing: list[Message]) -> Model:
     run = phase.run
     nodes = [phase.node_of(message) for message in outgoing]
-    total = _total(phase, outgoing, nodes)
     with phase.timed("aggregate"):
-        mean = total.mean()
-        _require(phase, len(mean.counted), outgoing)
+        mean = _total(phase, outgoing, nodes, model).mean()
+        _require(phase, len(mean.counted))
         if not mean.counted:
             return model
-        content = mean.as_reply(model.masters, run.weighted_by)
+        content = mean.as_reply(model.masters, run.weighted_by, run.spool)
         each = [counted.metrics for counted in mean.counted]
         masters, metrics = _aggregate(
             phase,
@@ -79,26 +80,48 @@ def _train_to_a_mean(phase: Phase, model: Model, outgoing: list[Message]) -> Mod
     return Model(masters, statistics)
 
 
-def _total(phase: Phase, outgoing: list[Message], nodes: list[str]) -> sums.Total:
+def _total(phase: Phase, outgoing: list[Message], nodes: list[str], model: Model) -> sums.Total:
     """The sum of the updates, made where the clients train if the grid can do that."""
-    if sum_updates := exchange.summing(phase.run.grid, outgoing):
+    sum_updates = exchange.summing(phase.run.grid, outgoing)
+    if sum_updates and not phase.run.settings.max_update_norm:
         return _summed_by_grid(phase, outgoing, nodes, sum_updates)
-    updates = _updates(phase, outgoing)
-    total = sums.Total()
-    with phase.timed("aggregate"):
-        counted = ((c, u.parameters, u.statistics) for c, u in _counted(updates, nodes))
-        for block in sums.blocks(counted, len(nodes)):
-            total.add(block)
+    # Those with the names of the first are summed as they come; the others wait on disk until it
+    # is known which names most have.
+    names: dict[str, frozenset[str]] = {}
+    apart: list[Update] = []
+
+    def alike() -> Iterator[Update]:
+        for update in _updates(phase, outgoing, model):
+            names[update.node] = update.names
+            if update.names == next(iter(names.values())):
+                yield update
+            else:
+                apart.append(update)
+
+    total = _summed(alike(), nodes)
+    odd = phase.refuse_odd_names(names)
+    if next(iter(names), None) in odd:
+        total = _summed([update for update in apart if update.node not in odd], nodes)
     return total
 
 
-def _counted(
-    updates: list[tuple[str, Message, checks.Reply]], nodes: list[str]
-) -> Iterator[tuple[sums.Counted, checks.Reply]]:
-    """Each update with its place among the nodes that were asked, and its weight."""
+def _summed(
+    updates: Iterable[Update], nodes: list[str], statistics_only: bool = False
+) -> sums.Total:
+    """The sum of updates in the order of the nodes that were asked."""
     places = {node: place for place, node in enumerate(nodes)}
-    for node, _, update in updates:
-        yield sums.Counted(places[node], update.weight, update.metrics), update
+    counted = (
+        (
+            sums.Counted(places[update.node], update.reply.weight, update.reply.metrics),
+            {} if statistics_only else update.reply.parameters,
+            update.reply.statistics,
+        )
+        for update in updates
+    )
+    total = sums.Total()
+    for block in sums.blocks(counted, len(nodes)):
+        total.add(block)
+    return total
 
 
 def _summed_by_grid(
@@ -124,29 +147,64 @@ def _summed_by_grid(
     return total
 
 
-def _updates(phase: Phase, outgoing: list[Message]) -> list[tuple[str, Message, checks.Reply]]:
-    """Each node's name, its reply, and what is in it; only of replies that count."""
+class Update(NamedTuple):
+    """A node's reply that is fit to count, as it came and as it is read."""
+
+    node: str
+    message: Message
+    reply: checks.Reply
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What its records and metrics are called."""
+        return checks.names_in(self.message.content)
+
+
+def _updates(phase: Phase, outgoing: list[Message], model: Model) -> Iterator[Update]:
+    """The updates that are fit to count, in the order of the nodes.
+
+    They are given as they come, unless each has to be compared with all others: then they wait on
+    disk until the last has come.
+    """
+    limit = phase.run.settings.max_update_norm
+    if not limit:
+        yield from _fit(phase, outgoing, None)
+        return
+    before = aggregate.unread_masters(model.masters, phase.run.trainer.spec)
+    updates = list(_fit(phase, outgoing, before))
+    norms = {update.node: update.reply.norm or 0.0 for update in updates}
+    large = checks.out_of_proportion(norms, limit)
+    for node, reason in large.items():
+        phase.refuse(node, reason)
+    yield from (update for update in updates if update.node not in large)
+
+
+def _fit(phase: Phase, outgoing: list[Message], before: Unread | None) -> Iterator[Update]:
+    """Each update that is fit to count by itself."""
     run = phase.run
-    updates: dict[str, checks.Reply] = {}
-    accepted: list[tuple[str, Message]] = []
-    replies = phase.exchange(outgoing)
-    with phase.timed("aggregate"):
-        for node, reply in replies:
-            with phase.refusing(node):
-                updates[node] = checks.check_update(
-                    reply, run.trainer.spec, run.averaged, run.weighted_by
-                )
-                accepted.append((node, reply))
-        counting = phase.with_one_set_of_names(accepted)
-    _require(phase, len(counting), outgoing)
-    return [(node, reply, updates[node]) for node, reply in counting]
+    for node, message in phase.exchange(outgoing):
+        reply = None
+        with phase.timed("check"), phase.refusing(node):
+            reply = checks.check_update(
+                message,
+                run.trainer.spec,
+                run.averaged,
+                run.weighted_by,
+                run.settings.max_examples,
+                before,
+            )
+        if reply is not None:
+            yield Update(node, message, reply)
 
 
-def _require(phase: Phase, count: int, outgoing: list[Message]) -> None:
-    if outgoing and not count:
-        raise RunError(
-            f"Round {phase.number}: none of {len(outgoing)} nodes gave a train reply that "
-            "counts. The reasons stand above; the model of the round before is kept."
+def _require(phase: Phase, count: int) -> None:
+    needed = min(phase.run.settings.min_replies, phase.asked)
+    if count < needed or (phase.asked and not count):
+        some = f"{count} of {phase.asked} nodes" if count else f"none of {phase.asked} nodes"
+        wanted = f", and {needed} are needed" if needed > 1 else ""
+        raise TooFewReplies(
+            f"Round {phase.number}: {some} gave a train reply that counts{wanted}. "
+            "The reasons stand above; the model of the round before is kept."
         )
 
 
@@ -154,8 +212,10 @@ def _aggregate(
     phase: Phase, model: Model, hook: Callable[[], tuple]
 ) -> tuple[ArrayRecord, dict[str, Any]]:
     """The strategy's new masters, or the old ones if it gives none, and its metrics."""
+    run = phase.run
     with phase.hook("aggregate_train"):
         masters, metrics = hook()
         if masters is None:
             return model.masters, {**(metrics or {})}
-        return aggregate.from_strategy(masters, phase.run.trainer.spec), {**(metrics or {})}
+        masters = aggregate.from_strategy(masters, run.trainer.spec, run.spool)
+        return masters, {**(metrics or {})}

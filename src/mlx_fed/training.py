@@ -97,6 +97,16 @@ class Trainer:
         """The model's running statistics by name."""
         return weights.get(self.slots.statistics)
 
+    def let_go(self) -> None:
+        """Frees the model's parameters, which are zeros until others are put in their place.
+
+        A server has them as masters. Zeros take no memory before something is computed with them.
+        """
+        shared = {name: self.slots.parameters[name] for name in self._shared}
+        weights.put(
+            shared, {name: mx.zeros_like(array) for name, array in weights.get(shared).items()}
+        )
+
     def train(
         self,
         parameters: Arrays,

@@ -200,6 +200,29 @@ class StackedRow(Mapping[str, mx.array]):
         return self._host[name][self._index]
 
 
+class Unread(Mapping[str, mx.array]):
+    """Arrays that are read one at a time, each when it is asked for.
+
+    Args:
+        names (iterable): What they are called, in order.
+        read (callable): Gives the array of a name.
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], mx.array]):
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> mx.array:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def to_float32(array: mx.array) -> np.ndarray:
     """The values of an array as float32 in NumPy: without a copy where that is what they are."""
     return np.asarray(array.astype(mx.float32))
@@ -208,4 +231,13 @@ def to_float32(array: mx.array) -> np.ndarray:
 def are_finite(arrays: Iterable[mx.array]) -> bool:
     """Whether no floating-point array has a value that is infinite or not a number."""
     floating = (array for array in arrays if mx.issubdtype(array.dtype, mx.floating))
-    return all(np.isfinite(to_float32(array)).all() for array in floating)
+    return all(is_finite(to_float32(array)) for array in floating)
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether no value is infinite or not a number."""
+    flat = np.ravel(values)
+    with np.errstate(all="ignore"):
+        # One pass at the speed of memory. Squares may overflow: then each value is looked at.
+        squares = np.dot(flat, flat)
+    return bool(np.isfinite(squares) or np.isfinite(flat).all())

@@ -22,6 +22,7 @@ from ..flower.routes import FleetRoutes
 from ..history import History, Listener, Result, recorded_rounds, run_folder
 from ..progress import ServerProgress, quiet_flower
 from ..settings import Settings, decide_rounds
+from ..spool import Spool
 from ..task import TaskSource, make_task
 from ..training import Trainer
 from . import address
@@ -94,7 +95,8 @@ def serve(
         listeners (tuple, optional): Who is told what happens (see
             :class:`~mlx_fed.history.History`), in place of the progress display.
         settings: ``config``, ``seed``, ``min_nodes``, ``wait``, ``round_timeout``, ``keep``,
-            ``test`` and ``evaluate_fn``, as :class:`~mlx_fed.settings.Settings` has them.
+            ``min_replies``, ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test`` and
+            ``evaluate_fn``, as :class:`~mlx_fed.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.
@@ -126,7 +128,7 @@ def serve(
         known = None
         if secure:
             known = Federation(federation, announcement(announce, host, port))
-        with _serving(listening, known, host) as link:
+        with _serving(listening, Spool(folder / "waiting"), known, host) as link:
             link.reply_limit = _reply_limit(trainer)
             history.notify("serving", address=address.join(host, port), secure=secure)
             if insecure:
@@ -183,13 +185,16 @@ def _reply_limit(trainer: Trainer) -> int:
 
 @contextlib.contextmanager
 def _serving(
-    listening: socket.socket, federation: Federation | None = None, host: str = ""
+    listening: socket.socket,
+    spool: Spool | None = None,
+    federation: Federation | None = None,
+    host: str = "",
 ) -> Iterator[Link]:
     """Serves the Fleet routes from a thread for as long as the context lasts.
 
     With a federation's folder connections are encrypted, and only its nodes are answered.
     """
-    link = Link(federation.members if federation else None)
+    link = Link(spool, federation.members if federation else None)
     secure: dict[str, Any] = {}
     if federation is not None:
         context = federation.context(host)

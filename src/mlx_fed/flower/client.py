@@ -27,7 +27,6 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import (
     generate_key_pairs,
     public_key_to_bytes,
@@ -40,6 +39,7 @@ from google.protobuf.message import DecodeError
 
 from . import headers as ours
 from . import keys
+from .inflating import inflate
 
 Context = ssl.SSLContext | Callable[[], ssl.SSLContext | None] | None
 _REGISTER = "/v1/fleet/register-node"
@@ -327,7 +327,7 @@ class FleetClient:
                 )
             )
         with _understood():
-            message = inflate_object_from_contents(message_id, contents, keep_object_contents=True)
+            message = inflate(message_id, contents)
             if not isinstance(message, Message):
                 raise TypeError(f"a {type(message).__name__}")
         message.metadata.__dict__["_message_id"] = message_id

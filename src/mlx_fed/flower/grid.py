@@ -12,10 +12,8 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from .link import Link
 from .local import OneRunGrid, number
@@ -27,6 +25,7 @@ class LinkGrid(OneRunGrid):
 
     def __init__(self, link: Link):
         self._link = link
+        self.spool = link.spool
         self._seen = 0
         self._receivers: dict[str, int] = {}
 
@@ -53,7 +52,7 @@ class LinkGrid(OneRunGrid):
 
         A message for a node that has left is answered with an error when its reply is pulled.
         """
-        state, store = self._link.state, self._link.state.object_store
+        state, store = self._link.state, self._link.store
         messages = list(messages)
         # Records that messages share are hashed and stored once. All are registered before any
         # is stored, or the first receiver's confirmation could delete what the next one needs.
@@ -65,7 +64,7 @@ class LinkGrid(OneRunGrid):
                 objects.update(get_all_nested_objects(message))
                 missing.update(store.preregister(self._link.run_id, get_object_tree(message)))
             for object_id in missing:
-                store.put(object_id, objects[object_id].deflate())
+                store.put_own(object_id, objects[object_id].deflate())
         for message in messages:
             self._receivers[message.metadata.message_id] = message.metadata.dst_node_id
             state.store_message_ins(remove_content_from_message(message))
@@ -129,14 +128,10 @@ class LinkGrid(OneRunGrid):
 
         A node may send anything: what cannot be read counts as its error.
         """
-        state, store = self._link.state, self._link.state.object_store
+        state, store = self._link.state, self._link.store
         reply_id = state.message_ins_id_to_message_res_id[message_id]
         try:
-            contents = {
-                tree.object_id: store.get(tree.object_id) or b""
-                for tree in iterate_object_tree(store.get_object_tree(reply_id))
-            }
-            reply = cast(Message, inflate_object_from_contents(reply_id, contents))
+            reply = cast(Message, store.inflate(reply_id))
             number(reply, reply_id)
             if reply.metadata.reply_to_message_id != message_id:
                 raise ValueError("it is another message than was announced")

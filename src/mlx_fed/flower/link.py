@@ -19,11 +19,12 @@ from flwr.supercore.constant import (
     NodeStatus,
     TaskType,
 )
-from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
 
+from ..spool import Spool
 from . import local
 from .door import Denied, Door
+from .store import Objects, StoreFactory
 
 _SUSPENDED = 5.0
 """Seconds without a look at the nodes, after which this process may have been suspended."""
@@ -40,11 +41,13 @@ class Link:
     """Flower's state with one run, and the events that routes and grid wake each other with.
 
     Args:
+        spool (Spool, optional): Where large objects wait. Default: in memory.
         door (Door, optional): Knows which nodes may take part; without one any may.
 
     Attributes:
         reply_limit (int): Bytes that a reply may have in all.
         state (InMemoryLinkState): Flower's own.
+        store (Objects): The objects that messages are made of.
         run_id (int): The run.
         finished (bool): The run is over: nodes that ask for work are told so.
         loop (asyncio.AbstractEventLoop): Where the routes run, once they do.
@@ -52,13 +55,15 @@ class Link:
         over (asyncio.Event): Set when the run is, to let held requests go.
     """
 
-    def __init__(self, door: Door | None = None) -> None:
+    def __init__(self, spool: Spool | None = None, door: Door | None = None) -> None:
+        self.spool = spool or Spool()
         self.door = door
         self.reply_limit = _REPLY_LIMIT
         self.factory = LinkStateFactory(
-            FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory()
+            FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), StoreFactory(self.spool)
         )
         self.state = cast(InMemoryLinkState, self.factory.state())
+        self.store = cast(Objects, self.state.object_store)
         self.run_id = self.state.create_run(
             fab_id=None,
             fab_version=None,

@@ -36,6 +36,10 @@ class SimulatedRoster:
     def __init__(self, num_clients: int):
         self.nodes = SimulatedNodes(num_clients)
 
+    def leave_out(self, name: str, why: str) -> bool:
+        """Simulated clients stay, whatever they reply: that is what is simulated."""
+        return False
+
     def wait_for(self, needed: int, seconds: float) -> None:
         """Nobody else will come.
 

@@ -71,8 +71,9 @@ def simulate(
         device (str, optional): ``"cpu"`` or ``"gpu"``. Default: MLX's own choice.
         listeners (tuple, optional): Who is told what happens (see
             :class:`~mlx_fed.history.History`), in place of the progress display.
-        settings: ``config``, ``seed``, ``round_timeout``, ``keep``, ``test`` and ``evaluate_fn``,
-            as :class:`~mlx_fed.settings.Settings` has them.
+        settings: ``config``, ``seed``, ``round_timeout``, ``keep``, ``min_replies``,
+            ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test`` and
+            ``evaluate_fn``, as :class:`~mlx_fed.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.

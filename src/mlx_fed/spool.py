@@ -1,0 +1,198 @@
+"""Where arrays wait on disk: replies before it is their turn, and masters until they are used.
+
+What is small stays in memory. A file goes when nothing refers to it any more; the folder goes with
+the run, and a run that was killed finds it empty when it goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+
+_SMALL = 2**20
+"""Bytes that are not worth a file."""
+
+_numbers = count(1)
+log = logging.getLogger("mlx_fed")
+
+
+class OnDisk:
+    """Bytes in a file of their own, which lasts as long as this object."""
+
+    def __init__(self, path: Path, size: int):
+        self._path, self._size = path, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes from ``start`` on, up to ``end``."""
+        size = (self._size if end is None else min(end, self._size)) - start
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(start)
+            data = file.read(size)
+        if data is None or len(data) != size:
+            raise OSError(f"{self._path} is not what was written")
+        return data
+
+    def __del__(self) -> None:
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
+class Part(NamedTuple):
+    """A part of an array's bytes: what a file or memory holds from ``start`` on."""
+
+    held: OnDisk | bytes
+    start: int = 0
+
+    def __len__(self) -> int:
+        return len(self.held) - self.start
+
+    def read(self) -> bytes | memoryview:
+        """The bytes; those in memory are not copied."""
+        if isinstance(self.held, OnDisk):
+            return self.held.read(self.start)
+        return memoryview(self.held)[self.start :]
+
+
+class WaitingArray(Array):
+    """One of Flower's arrays, whose bytes are read from disk each time that they are asked for."""
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, parts: tuple[Part, ...]):
+        self.__dict__.update(dtype=dtype, shape=shape, stype=stype)
+        self.parts = parts
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        parts = [part.read() for part in self.parts]
+        if len(parts) == 1 and isinstance(parts[0], bytes):
+            return parts[0]
+        return b"".join(parts)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)  # a copy has no file
+
+
+WaitingArray.__qualname__ = Array.__qualname__  # Flower tells what an object is by this name
+
+
+class Spool:
+    """A run's folder of bytes that wait.
+
+    Args:
+        folder (Path, optional): Where they wait; made when it is needed. Without, all stay in
+            memory.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+
+    def put(self, data: bytes) -> OnDisk | bytes:
+        """Bytes on disk, or as they are where they are few or the disk does not take them."""
+        return self._write(data) or data
+
+    def _write(self, *parts: bytes | memoryview) -> OnDisk | None:
+        """The parts in one file, or nothing where they are few or the disk does not take them."""
+        size = sum(map(len, parts))
+        if self.folder is None or size < _SMALL:
+            return None
+        path = self.folder / f"{os.getpid()}-{next(_numbers)}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            waiting = OnDisk(path, size)
+            with path.open("xb", buffering=0) as file:
+                for part in parts:
+                    view = memoryview(part)
+                    while view:
+                        view = view[file.write(view) :]
+        except OSError as error:
+            log.warning("%s cannot be written (%s): what waits there stays in memory", path, error)
+            self.folder = None
+            return None
+        return waiting
+
+    def array(self, array: Array) -> Array:
+        """An array that waits here, if it is large."""
+        if isinstance(array, WaitingArray):
+            return array
+        held = self._write(array.data)
+        return _waiting(array, held) if held else array
+
+    def values(self, values: np.ndarray) -> Array:
+        """An array of these values, in the same bytes as Flower's own, that waits here."""
+        if self.folder is not None and values.nbytes >= _SMALL and values.flags.c_contiguous:
+            head = BytesIO()
+            about = np.lib.format.header_data_from_array_1_0(values)
+            np.lib.format.write_array_header_1_0(head, about)
+            held = self._write(head.getvalue(), values.reshape(-1).view(np.uint8).data)
+            if held:
+                return _waiting(values, held)
+        return Array(values)
+
+    def record(self, arrays: Iterable[tuple[str, Array]]) -> ArrayRecord:
+        """Arrays by name, each of which waits here as soon as it comes."""
+        record = ArrayRecord()
+        for name, array in arrays:
+            record[name] = self.array(array)
+        return record
+
+    def hold(self, content: RecordDict) -> None:
+        """Lets the arrays of a message wait here."""
+        for record in content.array_records.values():
+            for name, array in record.items():
+                record[name] = self.array(array)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Empties the folder of what another process has left, and takes it away in the end."""
+        self._remove()
+        try:
+            yield
+        finally:
+            self._remove()
+            self.folder = None
+
+    def _remove(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _waiting(like: Array | np.ndarray, held: OnDisk) -> WaitingArray:
+    stype = like.stype if isinstance(like, Array) else "numpy.ndarray"
+    return WaitingArray(str(like.dtype), tuple(like.shape), stype, (Part(held),))
+
+
+def num_bytes(array: Array) -> int:
+    """The bytes of an array, without a look at them."""
+    return len(array) if isinstance(array, WaitingArray) else len(array.data)
+
+
+def copy_of(record: ArrayRecord) -> ArrayRecord:
+    """Another record of the same arrays; Flower's own way reads those that wait on disk."""
+    copy = ArrayRecord()
+    for name, array in record.items():
+        copy[name] = array
+    return copy
+
+
+def values_of(array: Array) -> np.ndarray:
+    """The values of one of our arrays where they lie, after the header of NumPy's format."""
+    data = array.data
+    # NumPy would parse the header with Python's ast, which fails when two threads do it at once.
+    start = 10 + int.from_bytes(data[8:10], "little")
+    order: Any = "F" if b"'fortran_order': True" in data[10:start] else "C"
+    return np.frombuffer(data, array.dtype, offset=start).reshape(array.shape, order=order)

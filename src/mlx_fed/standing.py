@@ -1,0 +1,53 @@
+"""How a node stands: how often its replies have been refused lately, by the record of a run.
+
+Only training counts: a node that has no examples to evaluate on may train well. So does only what a
+node sent, and not that it was late or gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+PATIENCE = 3
+"""Refusals running after which a node is left out."""
+
+
+def refused_running(records: Sequence[Mapping[str, Any]], node: str) -> int:
+    """How many times running a node's training replies were refused, up to now.
+
+    Args:
+        records (list): Those of the rounds so far, as in ``history.jsonl``.
+        node (str): The node's name. Once it has been left out its count begins anew.
+    """
+    times = 0
+    for record in reversed(records):
+        trained = node in record.get("train", {}).get("nodes", ())
+        if trained or node in record.get("left_out", ()):
+            break
+        times += sum(1 for name in _refused(record) if name == node)
+    return times
+
+
+def to_leave_out(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Why nodes have no part in later rounds that were refused too often, the last time just now.
+
+    Args:
+        records (list): Those of the rounds so far, with the one that is going on.
+    """
+    reasons = {name: reason for name, reason in _reasons(records[-1]) if reason}
+    return {
+        node: f"{times} replies running were refused, the last for this: {reason}"
+        for node, reason in reasons.items()
+        if (times := refused_running(records, node)) >= PATIENCE
+    }
+
+
+def _refused(record: Mapping[str, Any]) -> Iterable[str]:
+    return (name for name, _ in _reasons(record))
+
+
+def _reasons(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for entry in record.get("refused", ()):
+        if entry["phase"] == "train" and not entry.get("missing"):
+            yield entry["node"], entry["reason"]

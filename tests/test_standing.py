@@ -1,0 +1,193 @@
+"""Rounds that are repeated, and nodes that are left out because their replies are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx_fed as fed  # noqa: F401  before mlx.core
+
+import mlx.core as mx
+import pytest
+from flwr.app import Context, Message
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Strategy
+
+from mlx_fed import messages, rounds
+from mlx_fed.standing import refused_running, to_leave_out
+
+from .test_checks import with_metrics, with_weight
+from .test_rounds import read_history
+from .test_strategies import CLIENT, App, difference, federate, on_train
+
+NAN = with_weight(lambda w: w * mx.nan)
+
+
+def unfit_in(numbers: set[int], change: Callable[[Message], None] = NAN, times: int = 99) -> App:
+    """A client whose training replies of some rounds are unfit, so many times at most."""
+    left = {"times": times}
+
+    def app(message: Message, context: Context) -> Message:
+        reply = CLIENT(message, context)
+        training = message.metadata.message_type == "train"
+        if training and int(message.metadata.group_id) in numbers and left["times"]:
+            left["times"] -= 1
+            change(reply)
+        return reply
+
+    return app
+
+
+def larger(reply: Message) -> None:
+    reply.content["arrays"].update(messages.pack({"extra": mx.zeros((2**20,))}))
+
+
+def of_round_7(reply: Message) -> None:
+    reply.metadata.group_id = "7"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "settings"),
+    [
+        (with_metrics(num_examples=500), "num-examples is 500, and more than 400", {}),
+        (with_metrics(num_examples=1e13), "more than 1e+12", {"max_examples": 1e12}),
+        (larger, "and no reply of this model more than", {}),
+        (of_round_7, "it is a reply of round 7, expected round 1", {}),
+        (
+            with_weight(lambda w: w + 1e4),
+            "more than 20 times the median of",
+            {"max_update_norm": 20.0},
+        ),
+    ],
+    ids=["many examples", "endless examples", "size", "another round", "norm"],
+)
+@pytest.mark.parametrize("kind", [FedAvg, FedMedian])
+def test_what_cannot_be_believed_is_refused(kind, change, reason, settings, tmp_path: Path):
+    apps = [CLIENT, on_train(change), CLIENT]
+    leading = {"max_examples": 400.0, **settings}
+    result = federate(kind(), tmp_path, apps, num_rounds=1, **leading)
+    (record,) = result.rounds
+    (refused,) = record["refused"]
+    assert (refused["node"], refused["phase"]) == ("node-1", "train")
+    assert reason in refused["reason"]
+    assert record["train"]["nodes"] == ["node-0", "node-2"]
+
+
+def test_norms_are_not_looked_at_unless_asked_for_and_never_with_two(tmp_path: Path):
+    far = on_train(with_weight(lambda w: w + 1e4))
+    result = federate(FedAvg(), tmp_path / "off", [CLIENT, far, CLIENT], num_rounds=1)
+    assert result.rounds[0]["refused"] == []
+    result = federate(FedAvg(), tmp_path / "two", [CLIENT, far], num_rounds=1, max_update_norm=2.0)
+    assert result.rounds[0]["refused"] == []
+
+
+def test_a_node_is_left_out_after_three_refusals_running_and_that_is_said(tmp_path: Path):
+    told: list[dict] = []
+
+    def listener(event: str, fields: dict) -> None:
+        if event == "refused":
+            told.append(fields)
+
+    apps = [CLIENT, unfit_in({1, 2, 4, 5, 6, 7}), CLIENT]
+    result = federate(FedAvg(), tmp_path, apps, num_rounds=7, listener=listener)
+    took_part = [record["train"]["nodes"] for record in result.rounds]
+    assert took_part[2] == ["node-0", "node-1", "node-2"]
+    assert [record.get("left_out") for record in result.rounds] == [None] * 5 + [["node-1"], None]
+    assert [len(record["refused"]) for record in result.rounds] == [1, 1, 0, 1, 1, 1, 0]
+    assert result.rounds[6]["evaluate"]["nodes"] == ["node-0", "node-2"]
+    (fields,) = told
+    assert fields["node"] == "node-1"
+    assert fields["reason"].startswith("3 replies running were refused, the last for this: ")
+
+
+def test_a_resumed_run_counts_on(tmp_path: Path):
+    apps = [CLIENT, unfit_in({1, 2, 3, 4}), CLIENT]
+    federate(FedAvg(), tmp_path, apps, num_rounds=2)
+    result = federate(FedAvg(), tmp_path, apps, num_rounds=4, resume=True)
+    assert [record.get("left_out") for record in result.rounds] == [None, None, ["node-1"], None]
+
+
+def test_only_what_a_node_sent_in_training_counts():
+    late = {"node": "a", "phase": "train", "reason": "no reply", "missing": True}
+    unfit = {"node": "a", "phase": "train", "reason": "NaN"}
+    evaluated = {"node": "a", "phase": "evaluate", "reason": "no test examples"}
+    records = [{"refused": [unfit, unfit]}, {"refused": [late, evaluated]}, {"refused": [unfit]}]
+    assert refused_running(records, "a") == 3
+    assert set(to_leave_out(records)) == {"a"}
+    assert to_leave_out([*records, {"refused": [late]}]) == {}
+    assert refused_running([*records, {"refused": [], "train": {"nodes": ["a"]}}], "a") == 0
+    assert refused_running([{"refused": [unfit], "left_out": ["a"]}, records[2]], "a") == 1
+
+
+# -- rounds that are repeated --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [FedAvg, FedAdam, FedMedian])
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("keep", [0, 3])
+def test_a_repeated_round_ends_as_if_it_had_been_well(kind, number, keep, tmp_path: Path):
+    expected = federate(kind(), tmp_path / "well", (CLIENT,) * 3)
+    notes: list[str] = []
+
+    def listener(event: str, fields: dict) -> None:
+        if event == "note":
+            notes.append(fields["text"])
+
+    apps = [unfit_in({number}, times=1) for _ in range(3)]
+    result = federate(kind(), tmp_path / "ill", apps, listener=listener, keep=keep)
+    assert difference(result.parameters, expected.parameters) == 0
+    repeated = result.rounds[number - 1]
+    assert repeated["repeats"] == 1
+    assert len(repeated["refused"]) == 3
+    assert [record["round"] for record in result.rounds] == [1, 2, 3]
+    assert len(notes) == 1
+    assert f"Round {number}: none of 3 nodes" in notes[0]
+    assert "The round is repeated, for time 1 of 2." in notes[0]
+
+
+def test_a_round_is_repeated_where_fewer_count_than_have_to(tmp_path: Path):
+    apps = [unfit_in({1}, times=2), CLIENT, CLIENT]
+    result = federate(FedAvg(), tmp_path, apps, num_rounds=1, min_replies=3)
+    assert result.rounds[0]["repeats"] == 2
+    assert result.rounds[0]["train"]["nodes"] == ["node-0", "node-1", "node-2"]
+
+
+def test_a_repeated_round_draws_other_nodes(tmp_path: Path):
+    """Two of seven are drawn; with luck as bad as this one would draw the same two for ever."""
+    asked: list[list[int]] = []
+
+    class Watched(FedAvg):
+        def configure_train(self, *arguments):
+            drawn = list(super().configure_train(*arguments))
+            asked.append(sorted(message.metadata.dst_node_id for message in drawn))
+            return drawn
+
+    with pytest.raises(rounds.RunError):
+        federate(Watched(0.3), tmp_path, [unfit_in({1})] * 7, num_rounds=1, max_repeats=4)
+    assert len(asked) == 5
+    assert len({tuple(nodes) for nodes in asked}) > 1
+
+
+@pytest.mark.parametrize("kind", [FedAvg, FedAdam])
+def test_a_run_stops_when_a_round_cannot_be_had_and_goes_on_later(kind, tmp_path: Path):
+    def strategy() -> Strategy:
+        return kind(min_available_nodes=3)
+
+    expected = federate(strategy(), tmp_path / "well", (CLIENT,) * 3)
+    apps = [unfit_in({2}) for _ in range(3)]
+    with pytest.raises(rounds.RunError, match="Round 2: none of 3 nodes"):
+        federate(strategy(), tmp_path / "ill", apps, max_repeats=1)
+    assert [record["round"] for record in read_history(tmp_path / "ill")] == [1]
+    result = federate(strategy(), tmp_path / "ill", (CLIENT,) * 3, resume=True)
+    assert difference(result.parameters, expected.parameters) == 0
+
+
+def test_a_node_is_left_out_while_a_round_is_repeated(tmp_path: Path):
+    apps = [CLIENT, unfit_in({1}), CLIENT]
+    result = federate(FedAvg(), tmp_path, apps, num_rounds=1, min_replies=2, max_repeats=5)
+    assert result.rounds[0].get("repeats") is None
+    apps = [CLIENT, unfit_in({1}), CLIENT, CLIENT]
+    folder = tmp_path / "four"
+    result = federate(FedAvg(), folder, apps, num_rounds=1, min_replies=4, max_repeats=5)
+    (record,) = result.rounds
+    assert (record["repeats"], record["left_out"]) == (3, ["node-1"])
+    assert record["train"]["nodes"] == ["node-0", "node-2", "node-3"]
