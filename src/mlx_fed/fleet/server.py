@@ -128,7 +128,7 @@ def serve(
         known = None
         if secure:
             known = Federation(federation, announcement(announce, host, port))
-        with _serving(listening, Spool(folder / "waiting"), known, host) as link:
+        with _serving(listening, known, host, Spool(folder / "waiting")) as link:
             link.reply_limit = _reply_limit(trainer)
             history.notify("serving", address=address.join(host, port), secure=secure)
             if insecure:
@@ -186,9 +186,9 @@ def _reply_limit(trainer: Trainer) -> int:
 @contextlib.contextmanager
 def _serving(
     listening: socket.socket,
-    spool: Spool | None = None,
     federation: Federation | None = None,
     host: str = "",
+    spool: Spool | None = None,
 ) -> Iterator[Link]:
     """Serves the Fleet routes from a thread for as long as the context lasts.
 

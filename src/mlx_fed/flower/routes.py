@@ -105,6 +105,8 @@ class FleetRoutes:
             return error.status_code, *_json({"detail": error.detail})
         except Denied as error:
             return HTTPStatus.UNAUTHORIZED, *_json({"detail": str(error)})
+        except asyncio.CancelledError:  # the server ends; uvicorn would show a traceback
+            return HTTPStatus.SERVICE_UNAVAILABLE, *_json({"detail": "The server ends."})
         except Exception as error:
             # What a request made of itself is shown as a literal: it may hold control characters.
             log.warning("%s: %.500r", scope["path"], error)
