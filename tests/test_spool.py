@@ -159,7 +159,7 @@ def test_replies_are_given_in_order_and_early_ones_wait(everything, order, tmp_p
 
 def test_objects_of_messages_wait_on_disk_and_go(everything, tmp_path: Path):
     place = Spool(tmp_path / "waiting")
-    with _socket("127.0.0.1", 0) as listening, _serving(listening, place) as link:
+    with _socket("127.0.0.1", 0) as listening, _serving(listening, spool=place) as link:
         fleet = Fleet(link, listening.getsockname()[1])
         node = fleet.node()
         message_id = fleet.message(node)
