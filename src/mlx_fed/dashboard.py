@@ -13,7 +13,6 @@ import ipaddress
 import platform
 import socket
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +26,8 @@ from starlette.routing import Route
 
 from . import records, runs, status
 from .errors import FedError
+from .fleet import address
+from .http import running
 from .page import page, policy
 
 _PAUSE = 1.0
@@ -82,19 +83,9 @@ def serving(
         proxy_headers=False,
         server_header=False,
     )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            if not thread.is_alive():
-                raise DashboardError("The dashboard's thread ended at its start.")
-            time.sleep(0.01)
-        shown = f"[{host}]" if ":" in host else host
-        yield f"http://{shown}:{listening.getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join()
+    failed = DashboardError("The dashboard's thread ended at its start.")
+    with running(config, listening, failed):
+        yield f"http://{address.join(host, listening.getsockname()[1])}/"
 
 
 def serve_until_interrupted(folder: Path, host: str, port: int, insecure: bool) -> None:
@@ -104,13 +95,13 @@ def serve_until_interrupted(folder: Path, host: str, port: int, insecure: bool) 
         FedError: If there is no such folder, or it cannot be served.
     """
     found = runs.folders(folder)
-    with serving(folder, host, port, insecure) as address, suppress(KeyboardInterrupt):
-        print(f"Dashboard on {address} ({len(found)} runs). Ctrl-C ends it.", flush=True)
+    with serving(folder, host, port, insecure) as shown, suppress(KeyboardInterrupt):
+        print(f"Dashboard on {shown} ({len(found)} runs). Ctrl-C ends it.", flush=True)
         threading.Event().wait()
 
 
 def _listening(host: str, port: int, insecure: bool) -> socket.socket:
-    if not insecure and not _is_loopback(host):
+    if not insecure and not address.is_loopback(host):
         raise DashboardError(
             f"{host} is not this machine only: whoever reaches it could watch the runs. On a "
             "network that you trust, say --insecure; or forward the port through SSH."
@@ -130,13 +121,6 @@ def _listening(host: str, port: int, insecure: bool) -> socket.socket:
             ) from error
         raise DashboardError(f"The dashboard cannot listen on {host}:{port}: {error}") from error
     return listening
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 # -- what it answers -----------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..flower.grid import LinkGrid
 from ..flower.link import Link
 from ..flower.routes import FleetRoutes
 from ..history import History, Listener, Result, recorded_rounds, run_folder
+from ..http import running
 from ..progress import ServerProgress, quiet_flower
 from ..settings import Settings, decide_rounds
 from ..spool import Spool
@@ -213,18 +213,11 @@ def _serving(
         server_header=False,
         date_header=False,
     )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    thread.start()
+    failed = ServeError("The server's HTTP thread ended at its start.")
     try:
-        while not server.started:
-            if not thread.is_alive():
-                raise ServeError("The server's HTTP thread ended at its start.")
-            time.sleep(0.01)
-        yield link
+        with running(config, listening, failed):
+            yield link
     finally:
-        server.should_exit = True
-        thread.join()
         link.close()
 
 

@@ -1,0 +1,34 @@
+"""An HTTP server that runs in a thread of this process, for as long as a context lasts."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+
+@contextmanager
+def running(config: uvicorn.Config, listening: socket.socket, failed: Exception) -> Iterator[None]:
+    """Serves from a thread; the context begins when the server has started.
+
+    Args:
+        config (uvicorn.Config): What is served, and how.
+        listening (socket.socket): Where.
+        failed (Exception): Raised if the server ends before it has started.
+    """
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            if not thread.is_alive():
+                raise failed
+            time.sleep(0.01)
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
