@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+Moment = tuple[int, int, int]
+"""Seed, round and partition: what all of a client's random keys in a round come from."""
 
 
 def derive(seed: int, *parts: int | str) -> int:
@@ -30,6 +33,11 @@ def derive(seed: int, *parts: int | str) -> int:
     """
     text = "/".join(f"{type(part).__name__}:{part}" for part in (seed, *parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def moment_of(config: Mapping[str, Any], client: int) -> Moment:
+    """When a client draws, from the settings that it is sent: they have the seed and the round."""
+    return int(config.get("seed", 0)), int(config.get("server-round", 0)), client
 
 
 def key(seed: int, *parts: int | str) -> mx.array:

@@ -132,14 +132,20 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return partial(program, next(_SERIAL_NUMBERS))
 
 
-def initial_state(optimizer: optim.Optimizer, parameters: Arrays) -> tuple[Arrays, Arrays]:
-    """A new optimizer's state for ``parameters``: its own scalars, and all that is by parameter.
+def counters_of(optimizer: optim.Optimizer) -> Arrays:
+    """A new optimizer's own scalars, the same for all clients that are at one step."""
+    return dict(tree_flatten(optimizer.state))
 
-    The scalars are the same for all clients that are at one step, the rest is not.
-    """
-    counters = dict(tree_flatten(optimizer.state))
-    optimizer.init(_nested(parameters))
-    return _split(optimizer.state, counters)
+
+def initial_state(optimizer: optim.Optimizer) -> Callable[..., Arrays]:
+    """The function ``state(counters, parameters)``: what a new optimizer keeps by parameter."""
+
+    def state(counters, parameters):
+        optimizer.state = tree_unflatten(list(counters.items()))
+        optimizer.init(_nested(parameters))
+        return _split(optimizer.state, counters)[1]
+
+    return state
 
 
 def _nested(arrays: Arrays) -> Any:
@@ -170,16 +176,6 @@ def holding(
     finally:
         weights.put(places, before)
         model.train(was_training)
-
-
-def gives_one_value_an_example(functions: Sequence[Callable], model: nn.Module, probe: Any) -> bool:
-    """Whether each loss or metric returns a vector with a value for each example of ``probe``.
-
-    Nothing is evaluated: the shapes of a lazy graph are known when it is built.
-    """
-    outputs = [function(model, *probe) for function in functions]
-    shape = (len(probe[0]),)
-    return all(isinstance(output, mx.array) and output.shape == shape for output in outputs)
 
 
 def signature(optimizer: optim.Optimizer) -> Any:

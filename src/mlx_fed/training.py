@@ -6,32 +6,30 @@ Knows nothing of Flower: named arrays come in, named arrays and metrics go out.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from itertools import chain, count, islice
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from . import batches, randomness, weights
-from .batches import Rows
+from . import randomness, weights
+from .batches import Batches
 from .metrics import counted, derived, weighted_mean
 from .steps import (
     Client,
     Shared,
+    Step,
     compiled,
+    counters_of,
     evaluation_step,
-    gives_one_value_an_example,
     initial_state,
     signature,
     training_step,
 )
 from .task import Config, Data, Task
 from .weights import Arrays
-
-Batch = tuple[tuple[mx.array, ...], mx.array | None, int]
-"""Arrays with a leading axis of examples, the mask of the padding, the number of examples."""
 
 
 class Update(NamedTuple):
@@ -46,6 +44,13 @@ class Update(NamedTuple):
     statistics: Mapping[str, mx.array]
     metrics: dict[str, int | float]
     own: Mapping[str, mx.array] = MappingProxyType({})
+
+
+class TrainingPrograms(NamedTuple):
+    """What runs compiled: a new optimizer's state, and a step (see :mod:`~mlx_fed.steps`)."""
+
+    initial_state: Callable[..., Arrays]
+    step: Callable[..., Step]
 
 
 class Trainer:
@@ -84,10 +89,9 @@ class Trainer:
         self.spec = weights.spec(self.parameters())
         self.statistics_spec = weights.spec(weights.get(self.slots.statistics))
         self.fingerprint = dict(task.fingerprint()) if task.fingerprint else {}
-        self._training: tuple[Any, Callable] | None = None
+        self.batches = Batches(task, self.model, masked=not self.slots.statistics)
+        self._training: tuple[Any, TrainingPrograms] | None = None
         self._evaluation: Callable | None = None
-        self._paddable: dict[tuple, bool] = {}
-        self._arrays: dict[int, tuple[Sequence[Any], tuple[mx.array, ...]]] = {}
 
     def parameters(self) -> Arrays:
         """The model's parameters that are trained together, by name."""
@@ -142,35 +146,40 @@ class Trainer:
         """
         weights.check(self.spec, weights.spec(parameters))
         weights.check(self.statistics_spec, weights.spec(statistics))
-        moment = moment_of(config, client)
+        moment = randomness.moment_of(config, client)
+        began = time.perf_counter()
+        given = self.batches.training(data, config, moment)
+        first = next(given, None)
+        if first is None:
+            raise ValueError("The client has no training examples.")
+        mx.async_eval(first[0])  # the device is at it while the rest is made ready
         optimizer = self.task.optimizer(config)
+        programs = self.training_programs(optimizer, config)
         everything, statistics = self.with_own(parameters, statistics, own)
-        counters, state = initial_state(optimizer, everything)
-        counters, state = _kept(own, "counters", counters), _kept(own, "state", state)
+        counters = _kept(own, "counters", counters_of(optimizer))
+        state = _kept(own, "state", programs.initial_state(counters, everything))
         at = Client(everything, statistics, state, randomness.key(*moment, "layers"))
         mu = float(config.get("proximal-mu", 0.0))
         anchor = (parameters, mx.array(mu)) if mu else None
-        step = self.training_program(optimizer, config)
 
-        losses, shares, num_examples = [], [], 0
-        began = time.perf_counter()
-        for batch, mask, size in self._training_batches(data, config, moment):
-            at, counters, loss, weight = step(at, Shared(counters, anchor), batch, mask)
+        losses: list[Any] = []
+        shares: list[Any] = []
+        num_examples = 0
+        for batch, mask, size in chain([first], given):
+            at, counters, loss, weight = programs.step(at, Shared(counters, anchor), batch, mask)
             mx.async_eval(at, loss)
             losses.append(loss)
             shares.append(weight)
             num_examples += size
-        if not losses:
-            raise ValueError("The client has no training examples.")
         mx.eval(at, losses, shares)
         seconds = time.perf_counter() - began
         counts = [share.item() for share in shares]
-        loss = weighted_mean([v.item() for v in losses], counts)
+        mean = weighted_mean([loss.item() for loss in losses], counts)
         if not callable(data.train):
             num_examples = len(data.train[0])
         elif isinstance(data.train, Sized):
             num_examples = len(data.train)
-        metrics = {"num-examples": num_examples, "loss": loss}
+        metrics: dict[str, int | float] = {"num-examples": num_examples, "loss": mean}
         metrics |= counted(self.task, counts, seconds)
         metrics |= self.first_loss(everything, statistics, data, config)
         return self.update(at, counters, metrics)
@@ -239,7 +248,7 @@ class Trainer:
     ) -> dict[str, int | float]:
         step = self.evaluation_program()
         results, num_examples = [], 0
-        for batch, mask, size in self._evaluation_batches(examples):
+        for batch, mask, size in self.batches.evaluation(examples):
             result = step(parameters, statistics, batch, mask)
             mx.async_eval(result)
             results.append(result)
@@ -261,79 +270,16 @@ class Trainer:
             return
         self.evaluate(*start, tuple(array[: self.task.eval_batch_size] for array in data.test))
 
-    # -- batches ---------------------------------------------------------------------------
-
-    def resident(self, examples: Sequence[Any]) -> tuple[mx.array, ...]:
-        """The split as MLX arrays, converted once for as long as the same split comes back."""
-        held = self._arrays.get(id(examples))
-        if held is None or held[0] is not examples:
-            self._arrays = dict(list(self._arrays.items())[-1:])
-            held = (examples, batches.as_arrays(examples))
-        self._arrays.pop(id(examples), None)
-        self._arrays[id(examples)] = held  # the last used is the last to go
-        return held[1]
-
-    def _training_batches(
-        self, data: Data, config: Config, moment: tuple[int, int, int]
-    ) -> Iterator[Batch]:
-        if callable(data.train):
-            length = lengths(self.task, config)
-            passes = count() if length.steps else range(length.epochs)
-            keys = (randomness.key(*moment, "shuffle", number) for number in passes)
-            return islice(_streamed(data.train, keys), length.steps)
-        arrays = self.resident(data.train)
-        return _taken(arrays, self.rows(arrays, config, moment))
-
-    def rows(
-        self, arrays: tuple[mx.array, ...], config: Config, moment: tuple[int, int, int]
-    ) -> Iterator[Rows]:
-        """Which examples each step of a client's training takes."""
-        length = lengths(self.task, config)
-        total = len(arrays[0])
-        padded = self.can_pad(arrays, self.task.augment, self.task.loss)
-        passes = count() if length.steps and total else range(length.epochs)
-        epochs = (
-            batches.epoch(
-                total, length.batch_size, padded, randomness.derive(*moment, "shuffle", number)
-            )
-            for number in passes
-        )
-        return islice(chain.from_iterable(epochs), length.steps)
-
-    def _evaluation_batches(self, examples: Any) -> Iterator[Batch]:
-        if callable(examples):
-            return _streamed(examples, [randomness.key(0, "evaluate")])
-        arrays = self.resident(examples)
-        padded = self.can_pad(arrays, None, self.task.loss, *self.task.metrics.values())
-        size = self.task.eval_batch_size
-        return _taken(arrays, batches.epoch(len(arrays[0]), size, padded, None))
-
-    def can_pad(
-        self, arrays: tuple[mx.array, ...], augment: Callable | None, *functions: Callable
-    ) -> bool:
-        """Whether padding can be masked out: each function gives one value an example.
-
-        Running statistics are taken over the whole batch, so padding would count in them.
-        """
-        if self.slots.statistics or len(arrays[0]) == 0:
-            return False
-        asked = (augment, functions, tuple((a.shape[1:], a.dtype) for a in arrays))
-        if asked not in self._paddable:
-            probe: Any = [mx.take(array, mx.array([0, 0, 0]), axis=0) for array in arrays]
-            if augment:
-                probe = augment(randomness.key(0, "augment"), *probe)
-            self._paddable[asked] = gives_one_value_an_example(functions, self.model, probe)
-        return self._paddable[asked]
-
     # -- programs --------------------------------------------------------------------------
 
-    def training_program(self, optimizer: optim.Optimizer, config: Config) -> Callable[..., Any]:
-        """The compiled training step, traced anew only when what is baked into it changes."""
+    def training_programs(self, optimizer: optim.Optimizer, config: Config) -> TrainingPrograms:
+        """The compiled programs, traced anew only when what is baked into them changes."""
         key = self.training_key(optimizer, config)
         if self._training is None or self._training[0] != key:
             mx.eval(self.model.parameters())  # or each step would compute the frozen ones anew
             step = training_step(self.model, self.slots, self.task, optimizer, config)
-            self._training = (key, compiled(step))
+            programs = TrainingPrograms(compiled(initial_state(optimizer)), compiled(step))
+            self._training = (key, programs)
         return self._training[1]
 
     def training_key(self, optimizer: optim.Optimizer, config: Config) -> Any:
@@ -349,36 +295,6 @@ class Trainer:
         return self._evaluation
 
 
-class Lengths(NamedTuple):
-    """How long a client trains: ``steps``, or else ``epochs``, of ``batch_size`` examples."""
-
-    batch_size: int
-    epochs: int
-    steps: int | None
-
-
-def lengths(task: Task, config: Config) -> Lengths:
-    """A task's lengths, with the server's settings over them.
-
-    Raises:
-        ValueError: If a setting is below 1.
-    """
-    for name in ("batch-size", "local-epochs", "local-steps"):
-        if name in config and int(config[name]) < 1:
-            raise ValueError(f"The setting {name} must be 1 or more, not {config[name]}.")
-    steps = config.get("local-steps", task.local_steps)
-    return Lengths(
-        int(config.get("batch-size", task.batch_size)),
-        int(config.get("local-epochs", task.local_epochs)),
-        None if steps is None else int(steps),
-    )
-
-
-def moment_of(config: Config, client: int) -> tuple[int, int, int]:
-    """What a client's random keys in a round come from: seed, round and partition."""
-    return int(config.get("seed", 0)), int(config.get("server-round", 0)), client
-
-
 def _kept(own: Mapping[str, mx.array] | None, kind: str, otherwise: Arrays) -> Arrays:
     """What a client has kept of a kind, by name; ``otherwise`` before it has kept anything."""
     kept = {
@@ -387,23 +303,3 @@ def _kept(own: Mapping[str, mx.array] | None, kind: str, otherwise: Arrays) -> A
         if name.startswith(f"{kind}/")
     }
     return {**otherwise, **kept}
-
-
-def _streamed(examples: Callable, keys: Iterable[mx.array]) -> Iterator[Batch]:
-    for key in keys:
-        empty = True
-        for batch in examples(key):
-            empty = False
-            arrays = tuple(a if isinstance(a, mx.array) else mx.array(a) for a in batch)
-            yield arrays, None, len(arrays[0])
-        if empty:
-            return
-
-
-def _taken(arrays: tuple[mx.array, ...], rows: Iterable[Rows]) -> Iterator[Batch]:
-    for step in rows:
-        # Not in the compiled step, which would be traced anew for each number of examples.
-        index = mx.array(step.indices)
-        mask = step.mask()
-        batch = tuple(mx.take(array, index, axis=0) for array in arrays)
-        yield batch, None if mask is None else mx.array(mask), step.size

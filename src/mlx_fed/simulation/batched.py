@@ -17,9 +17,17 @@ from mlx.utils import tree_map
 from .. import randomness
 from ..batches import Rows
 from ..metrics import counted, weighted_mean
-from ..steps import Client, Shared, Step, compiled, initial_state, training_step
+from ..steps import (
+    Client,
+    Shared,
+    Step,
+    compiled,
+    counters_of,
+    initial_state,
+    training_step,
+)
 from ..task import Config, Data, Task
-from ..training import Trainer, Update, moment_of
+from ..training import Trainer, TrainingPrograms, Update
 from ..weights import Arrays, StackedRow
 from .feeding import Feed, HostStacks, device_feed, host_can_read
 
@@ -48,7 +56,7 @@ class BatchedTrainer:
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self._program: tuple[Any, Callable[..., Step]] | None = None
+        self._compiled: tuple[Any, TrainingPrograms] | None = None
         self._stacks = HostStacks()
 
     def train(
@@ -71,13 +79,14 @@ class BatchedTrainer:
             raise ValueError("each keeps its own optimizer's state, which are at different steps")
         optimizer = trainer.task.optimizer(config)
         starts = [trainer.with_own(parameters, statistics, member.own) for member in members]
-        counters, state = initial_state(optimizer, starts[0][0])
-        step = self._step(optimizer, config)
+        programs = self._programs(optimizer, config)
+        counters = counters_of(optimizer)
+        state = programs.initial_state(counters, starts[0][0])
         mu = float(config.get("proximal-mu", 0.0))
         anchor = (parameters, mx.array(mu)) if mu else None
-        moments = [moment_of(config, member.client) for member in members]
+        moments = [randomness.moment_of(config, member.client) for member in members]
         rows = [
-            list(trainer.rows(member.examples, config, moment))
+            list(trainer.batches.rows(member.examples, config, moment))
             for member, moment in zip(members, moments, strict=True)
         ]
         examples = [member.examples for member in members]
@@ -102,7 +111,7 @@ class BatchedTrainer:
             shared, moved = Shared(counters, anchor), []
             for places, at in groups:
                 batch, mask = _batch(feed, places, [rows[place][number] for place in places])
-                at, counters, loss, weight = step(at, shared, batch, mask)
+                at, counters, loss, weight = programs.step(at, shared, batch, mask)
                 (mx.eval if by_host else mx.async_eval)(at, loss, weight)
                 losses.append((places, loss, weight))
                 moved.append(_Group(places, at))
@@ -114,15 +123,16 @@ class BatchedTrainer:
             updates.append(trainer.update(at, counters, metrics))
         return updates
 
-    def _step(self, optimizer: Any, config: Config) -> Callable[..., Step]:
-        """The compiled step of many clients; the trainer knows when it has to be traced anew."""
+    def _programs(self, optimizer: Any, config: Config) -> TrainingPrograms:
+        """Those of many clients; the trainer knows when they have to be traced anew."""
         trainer = self.trainer
         key = trainer.training_key(optimizer, config)
-        if self._program is None or self._program[0] != key:
+        if self._compiled is None or self._compiled[0] != key:
             mx.eval(trainer.model.parameters())
             one = training_step(trainer.model, trainer.slots, trainer.task, optimizer, config)
-            self._program = (key, compiled(_mapped(one)))
-        return self._program[1]
+            programs = TrainingPrograms(compiled(initial_state(optimizer)), compiled(_mapped(one)))
+            self._compiled = (key, programs)
+        return self._compiled[1]
 
 
 def _mapped(step: Callable[..., Step]) -> Callable[..., Step]:

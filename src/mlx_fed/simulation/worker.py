@@ -12,10 +12,12 @@ import numpy as np
 from flwr.app import MessageType, MetricRecord, RecordDict
 
 from .. import aggregate, checks, messages, sums
+from ..batches import lengths
 from ..errors import FedError, SimulationError
+from ..randomness import moment_of
 from ..sums import Block, Counted
 from ..task import Config, Data, TaskSource, make_task
-from ..training import Trainer, Update, lengths, moment_of
+from ..training import Trainer, Update
 from ..weights import Arrays
 from .batched import BatchedTrainer, Member
 from .faults import Faults
@@ -96,11 +98,12 @@ class Worker:
 
     Args:
         job (Job): The run's set-up.
+        trainer (Trainer, optional): The task's, where there is one in this process already.
     """
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, trainer: Trainer | None = None):
         self.job = job
-        self.trainer = Trainer(make_task(job.source, job.config), job.seed)
+        self.trainer = trainer or Trainer(make_task(job.source, job.config), job.seed)
         self.batched = BatchedTrainer(self.trainer) if job.batched else None
         self.partitions = Partitions(self.trainer.task, job.num_clients, job.most_bytes)
         self.kept = job.kept if self.trainer.keeps else None
