@@ -1,11 +1,11 @@
 """The Fleet API of a federation's server, and nothing else: a small ASGI app.
 
-The handlers, the authentication and the errors are Flower's own; what is left out is the web
-framework around them, which costs several milliseconds a request. Additions are opt-in by header
-and unknown to a stock SuperNode: a node may wait for work (long poll), is told when the run is
-over, and may show an invitation as it registers.
+The handlers and the errors are Flower's own; what is left out is the web framework around them,
+which costs several milliseconds a request. Additions are opt-in by header and unknown to a stock
+SuperNode: a node may wait for work (long poll), is told when the run is over, and may show an
+invitation as it registers.
 
-Whose request it is is known from its headers alone, before a byte of its body is read.
+Who is answered at all is settled in ``admission``, from a request's headers.
 """
 
 from __future__ import annotations
@@ -13,39 +13,32 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from base64 import b64decode
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from logging import getLogger
-from types import SimpleNamespace
 from typing import Any
 
 from fastapi import HTTPException
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto
 from flwr.proto import fleet_pb2, message_pb2
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
-from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError
 
 from . import bounds
 from . import headers as ours
+from .admission import Admission
 from .door import Denied
 from .link import Link
 
-_SIGNED = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
 _PREFIX = "/v1/fleet/"
 _INLINE_BODY = 64 * 2**10
 _MAX_WAIT = 25.0
-_MOST_SIGNATURES = 100_000
 _BODY_LEFT_UNREAD = (400, 401, 404, 408, 413, 415, 503)
-_UNSIGNED = "Invalid SuperNode authentication"
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -74,8 +67,7 @@ class FleetRoutes:
     def __init__(self, link: Link):
         self.link = link
         self._handlers = _handlers(link)
-        self._app = SimpleNamespace(state=SimpleNamespace(linkstate_factory=link.factory))
-        self._verified: dict[tuple[str, ...], bytes] = {}
+        self._admission = Admission(link)
         self._unsent: dict[str, _Announced] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,15 +114,15 @@ class FleetRoutes:
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != PROTOBUF_MEDIA_TYPE:
             raise FlowerError(ApiErrorCode.UNSUPPORTED_CONTENT_TYPE, f"{media_type!r}")
-        key = self._signer(headers)
-        self._let_in(key, path, headers)
+        key = self._admission.signer(headers)
+        self._admission.let_in(key, path, headers)
         body = await bounds.read(receive, headers, path.removeprefix(_PREFIX))
         request = PROTOBUF_REQUEST_TYPES["POST", path]()
         try:
             request.ParseFromString(body)
         except DecodeError as error:
             raise FlowerError(ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, str(error)) from error
-        self._check_identity(key, request)
+        self._admission.check_identity(key, request)
         if getattr(request, "run_id", self.link.run_id) != self.link.run_id:
             raise HTTPException(HTTPStatus.FORBIDDEN, "Another run")
         bounds.shorten_heartbeat(request)
@@ -153,61 +145,6 @@ class FleetRoutes:
             response = handler(request)
         self._take_note(request, response)
         return response
-
-    def _signer(self, headers: dict[str, str]) -> bytes:
-        """The public key that signed the request's time, by Flower's own check.
-
-        A signature seen before is not computed again for a minute.
-        """
-        signed = tuple(headers.get(name, "") for name in _SIGNED)
-        if (known := self._verified.get(signed)) is not None:
-            return known
-        try:
-            key = b64decode(signed[0], validate=True)
-            if self.link.door is not None and ours.TOKEN not in headers:
-                self.link.door.name_of(key)  # a stranger is not worth a signature's verification
-            authenticate_node(
-                SimpleNamespace(  # type: ignore[arg-type]  # the parts of a Request that it reads
-                    headers=headers,
-                    app=self._app,
-                    state=SimpleNamespace(
-                        protobuf_request=fleet_pb2.ActivateNodeRequest(public_key=key)
-                    ),
-                )
-            )
-        except (HTTPException, Denied):
-            raise
-        except Exception as error:  # keys of other kinds, times out of range
-            raise HTTPException(HTTPStatus.UNAUTHORIZED, _UNSIGNED) from error
-        if len(self._verified) < _MOST_SIGNATURES:
-            self._verified[signed] = key
-            # Nodes reuse a signature for seconds; well before Flower would call it too old it goes.
-            asyncio.get_running_loop().call_later(60.0, self._verified.pop, signed, None)
-        return key
-
-    def _let_in(self, key: bytes, path: str, headers: dict[str, str]) -> None:
-        """Refuses keys that the door does not know, and makes known which it invited."""
-        door = self.link.door
-        if door is None:
-            if path.endswith("/register-node") and self.link.is_full():
-                raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "Too many nodes")
-            return
-        if path.endswith("/register-node") and ours.TOKEN in headers:
-            name = door.enrol(headers[ours.TOKEN], key)
-        else:
-            name = door.name_of(key)
-        if self.link.state.get_node_id_by_public_key(key) is None:
-            self.link.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=name)
-
-    def _check_identity(self, key: bytes, request: Any) -> None:
-        """A request speaks for the node whose key signed it, and for no other."""
-        if isinstance(request, (fleet_pb2.RegisterNodeFleetRequest, fleet_pb2.ActivateNodeRequest)):
-            speaks_for_itself = request.public_key == key
-        else:
-            node_id = request.node.node_id if hasattr(request, "node") else request.node_id
-            speaks_for_itself = self.link.state.get_node_id_by_public_key(key) == node_id
-        if not speaks_for_itself:
-            raise HTTPException(HTTPStatus.UNAUTHORIZED, _UNSIGNED)
 
     def _expects(self, request: Any) -> bool:
         """Whether an object is of the reply that its node announced last, and that reply not too
