@@ -185,7 +185,10 @@ class Phase:
         """What the strategy draws is decided by the seed; what it raises says where."""
         strategy, drawn_by = self.run.strategy, drawn_by or name
         try:
-            with strategies.seeded(strategy, self.run.settings.seed, self.number, drawn_by):
+            with (
+                strategies.collecting_only_new(),
+                strategies.seeded(strategy, self.run.settings.seed, self.number, drawn_by),
+            ):
                 yield
         except Exception as error:
             raise RunError(

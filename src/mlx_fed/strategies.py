@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,6 +143,23 @@ def seeded(strategy: Strategy, seed: int, number: int, hook: str) -> Iterator[No
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+@contextmanager
+def collecting_only_new() -> Iterator[None]:
+    """Leaves what there is already out of garbage collections for a while.
+
+    Many of Flower's strategies collect after each reply that they unpack, and looking through all
+    that a process has imported takes longer than a client's training.
+    """
+    frozen = gc.get_freeze_count() > 0  # by somebody else, who wants it to stay so
+    if not frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 def _draws_private_noise(strategy: Strategy) -> bool:
