@@ -14,6 +14,7 @@ from mlx_fed import devices
 from mlx_fed.devices import DeviceError
 
 from .conftest import ROOT
+from .simulated import simulate
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX has its own BLAS")
 
@@ -132,5 +133,15 @@ def test_the_cpu_says_which_blas():
         assert devices.use("cpu") == devices.use(None)
         assert devices.use("cpu").startswith("cpu, ")
         assert mx.default_device() == mx.Device(mx.cpu)
+    finally:
+        mx.set_default_device(before)
+
+
+def test_who_simulates_has_their_own_default_device_again(tmp_path):
+    before, theirs = mx.default_device(), mx.Device(mx.cpu, 1)
+    mx.set_default_device(theirs)
+    try:
+        simulate(None, tmp_path, num_clients=1, num_rounds=1, device="cpu")
+        assert mx.default_device() == theirs
     finally:
         mx.set_default_device(before)
