@@ -17,7 +17,17 @@ from mlx.utils import tree_map
 from .. import randomness
 from ..batches import Rows
 from ..metrics import counted, weighted_mean
-from ..steps import Client, Shared, Step, compiled, initial_state, training_step
+from ..steps import (
+    Client,
+    Gradient,
+    Shared,
+    Step,
+    compiled,
+    gradient_step,
+    initial_state,
+    is_elementwise,
+    update_step,
+)
 from ..task import Config, Data, Task
 from ..training import Trainer, Update, moment_of
 from ..weights import Arrays, StackedRow
@@ -120,26 +130,44 @@ class BatchedTrainer:
         key = trainer.training_key(optimizer, config)
         if self._program is None or self._program[0] != key:
             mx.eval(trainer.model.parameters())
-            one = training_step(trainer.model, trainer.slots, trainer.task, optimizer, config)
-            self._program = (key, compiled(_mapped(one)))
+            gradient = gradient_step(trainer.model, trainer.slots, trainer.task, config)
+            update = update_step(trainer.slots, optimizer)
+            if not is_elementwise(optimizer):
+                update = _mapped_update(update)
+            self._program = (key, compiled(_mapped(gradient, update)))
         return self._program[1]
 
 
-def _mapped(step: Callable[..., Step]) -> Callable[..., Step]:
-    """The step over a leading axis of clients; what is shared has none."""
+def _mapped(gradient: Callable[..., Gradient], update: Callable[..., Any]) -> Callable[..., Step]:
+    """The step of many clients: gradients over a leading axis, what is shared has none."""
 
     def many(at: Client, shared: Shared, batch: Any, mask: mx.array | None) -> Step:
         masks = () if mask is None else (mask,)
-        counters: Arrays = {}
 
-        def one(parameters, statistics, state, key, batch, *mask):
-            at = Client(parameters, statistics, state, key)
-            moved = step(at, shared, batch, *(mask or (None,)))
-            counters.update(moved.counters)  # they come from what is shared alone
-            return (*moved.client, moved.loss, moved.weight)
+        def one(parameters, statistics, key, batch, *mask):
+            client = Client(parameters, statistics, {}, key)
+            return gradient(client, shared.anchor, batch, *(mask or (None,)))
 
-        *client, loss, weight = mx.vmap(one)(*at, batch, *masks)
-        return Step(Client(*client), counters, loss, weight)
+        given = Gradient(*mx.vmap(one)(at.parameters, at.statistics, at.key, batch, *masks))
+        parameters, state, counters = update(at, shared.counters, given.grads)
+        moved = Client(parameters, given.statistics, state, given.key)
+        return Step(moved, counters, given.loss, given.weight)
+
+    return many
+
+
+def _mapped_update(update: Callable[..., Any]) -> Callable[..., Any]:
+    """An optimizer's update over a leading axis of clients; its counters have none."""
+
+    def many(at: Client, counters: Arrays, grads: Arrays) -> Any:
+        after: Arrays = {}
+
+        def one(parameters, state, grads):
+            moved = update(Client(parameters, {}, state, at.key), counters, grads)
+            after.update(moved[2])  # they come from what is shared alone
+            return moved[:2]
+
+        return *mx.vmap(one)(at.parameters, at.state, grads), after
 
     return many
 
