@@ -23,6 +23,7 @@ from mlx_fed.training import Trainer, Update
 from tests.test_training import (
     MLP,
     OPTIMIZERS,
+    OTHERS,
     accuracy,
     examples,
     mean,
@@ -95,7 +96,7 @@ def program(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("program")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", (OPTIMIZERS | OTHERS).values(), ids=OPTIMIZERS | OTHERS)
 def test_clients_reach_together_what_they_reach_alone(optimizer):
     of = trainer(optimizer=optimizer, local_epochs=2)
     hold_equal(of, members(of))
@@ -118,14 +119,11 @@ def test_losses_that_cannot_be_masked(loss):
         {"max_grad_norm": 0.05},
         {"local_steps": 7},
         {"local_epochs": 3, "batch_size": 16},
-        {"optimizer": lambda config: optim.Adafactor(0.01)},
-        {"optimizer": lambda config: optim.Lion(0.01)},
         {"personal": lambda name: name.startswith("layers.1")},
         {"model": partial(MLP, norm=True), "statistics": "local"},
     ],
     ids=[
-        *("dropout", "augment", "norm", "clip", "steps", "epochs", "adafactor", "lion"),
-        *("personal", "local"),
+        *("dropout", "augment", "norm", "clip", "steps", "epochs", "personal", "local"),
     ],
 )
 def test_what_a_task_asks_for_holds_for_each_client(task):

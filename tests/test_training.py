@@ -166,6 +166,19 @@ OPTIMIZERS = {
 }
 
 
+OTHERS = {
+    "rmsprop": lambda config: optim.RMSprop(0.01),
+    "adagrad": lambda config: optim.Adagrad(0.1),
+    "adadelta": lambda config: optim.AdaDelta(1.0),
+    "adamax": lambda config: optim.Adamax(0.01),
+    "lion": lambda config: optim.Lion(0.01),
+    "adafactor": lambda config: optim.Adafactor(0.01),
+    "muon": lambda config: optim.MultiOptimizer(
+        [optim.Muon(0.01), optim.SGD(0.1)], [lambda _, weight: weight.ndim == 2]
+    ),
+}
+
+
 @pytest.mark.parametrize("loss", [vector, mean, weighted], ids=["vector", "mean", "weighted"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_training_is_the_plain_loop(optimizer, loss):
@@ -180,7 +193,7 @@ def test_training_is_the_plain_loop(optimizer, loss):
     sys.platform != "linux" or platform.machine() != "x86_64",
     reason="elsewhere a compiler may round a * b + c once where the plain loop does twice",
 )
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", (OPTIMIZERS | OTHERS).values(), ids=OPTIMIZERS | OTHERS)
 def test_full_batches_train_to_the_bits_of_the_plain_loop(optimizer):
     of = trainer(partial(MLP, dropout=0.2), optimizer=optimizer, augment=noisy, local_epochs=2)
     data = fed.Data(examples(24))

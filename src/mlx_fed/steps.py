@@ -60,6 +60,16 @@ class Step(NamedTuple):
     weight: mx.array
 
 
+class Gradient(NamedTuple):
+    """What a batch gives before the optimizer has its turn, and what it leaves of the client."""
+
+    grads: Arrays
+    statistics: Mapping[str, mx.array]
+    key: mx.array
+    loss: mx.array
+    weight: mx.array
+
+
 def training_step(
     model: nn.Module, slots: Slots, task: Task, optimizer: optim.Optimizer, config: Config
 ) -> Callable[..., Step]:
@@ -68,6 +78,21 @@ def training_step(
     ``batch`` is a tuple of arrays, ``mask`` float32 of shape (batch,) or ``None``: see
     :class:`~mlx_fed.batches.Rows`.
     """
+    gradient, update = gradient_step(model, slots, task, config), update_step(slots, optimizer)
+
+    def step(client, shared, batch, mask):
+        given = gradient(client, shared.anchor, batch, mask)
+        parameters, state, counters = update(client, shared.counters, given.grads)
+        moved = Client(parameters, given.statistics, state, given.key)
+        return Step(moved, counters, given.loss, given.weight)
+
+    return step
+
+
+def gradient_step(
+    model: nn.Module, slots: Slots, task: Task, config: Config
+) -> Callable[..., Gradient]:
+    """The function ``gradient(client, anchor, batch, mask)``: all of a step but the update."""
     max_norm = config.get("max-grad-norm", task.max_grad_norm)
 
     def objective(parameters, statistics, key, batch, mask):
@@ -78,25 +103,67 @@ def training_step(
             loss, weight = _mean_and_weight(task.loss(model, *batch), batch, mask)
             return loss, weight, weights.get(slots.statistics), keys.state
 
-    def step(client, shared, batch, mask):
+    def gradient(client, anchor, batch, mask):
         before = client.parameters
-        gradient = mx.value_and_grad(objective)
-        (loss, weight, statistics, key), grads = gradient(
+        (loss, weight, statistics, key), grads = mx.value_and_grad(objective)(
             before, client.statistics, client.key, batch, mask
         )
-        if shared.anchor:
-            start, mu = shared.anchor
+        if anchor:
+            start, mu = anchor
             for name, at_start in start.items():  # what is personal has no global value
                 grads[name] += mu.astype(grads[name].dtype) * (before[name] - at_start)
         if max_norm is not None:
             grads, _ = optim.clip_grad_norm(grads, float(max_norm))
-        optimizer.state = tree_unflatten([*shared.counters.items(), *client.state.items()])
-        after = dict(tree_flatten(optimizer.apply_gradients(_nested(grads), _nested(before))))
-        counters, state = _split(optimizer.state, shared.counters)
-        parameters = {name: after[name] for name in before}
-        return Step(Client(parameters, statistics, state, key), counters, loss, weight)
+        return Gradient(grads, statistics, key, loss, weight)
 
-    return step
+    return gradient
+
+
+def update_step(slots: Slots, optimizer: optim.Optimizer) -> Callable[..., Any]:
+    """The function ``update(client, counters, grads)``: new parameters, state and counters.
+
+    A linear layer multiplies by its weight's transpose, so that is what its gradient comes as: a
+    view, over which MLX's fused update would go element by element. Where the optimizer does not
+    care, it works on the transposes; the new weight is a view then, in the gradient's order, as is
+    the next product.
+    """
+    linear = {
+        name
+        for name, (owner, key) in slots.parameters.items()
+        if isinstance(owner, nn.Linear) and key == "weight" and is_elementwise(optimizer)
+    }
+
+    def flip(arrays, linear=linear):
+        return {name: a.swapaxes(-1, -2) if name in linear else a for name, a in arrays.items()}
+
+    def update(client, counters, grads):
+        turned = {path for path in client.state if path.rpartition(".")[0] in linear}
+        state = flip(client.state, turned)
+        optimizer.state = tree_unflatten([*counters.items(), *state.items()])
+        after = optimizer.apply_gradients(_nested(flip(grads)), _nested(flip(client.parameters)))
+        counters, state = _split(optimizer.state, counters)
+        parameters = flip(dict(tree_flatten(after)))
+        return {name: parameters[name] for name in client.parameters}, flip(state, turned), counters
+
+    return update
+
+
+_ELEMENTWISE = (
+    optim.SGD,
+    optim.RMSprop,
+    optim.Adagrad,
+    optim.AdaDelta,
+    optim.Adam,
+    optim.AdamW,
+    optim.Adamax,
+    optim.Lion,
+)
+
+
+def is_elementwise(optimizer: optim.Optimizer) -> bool:
+    """Whether an optimizer is one of MLX's own that treats each element by itself, so that
+    arrays may be transposed or stacked."""
+    return type(optimizer) in _ELEMENTWISE
 
 
 def evaluation_step(model: nn.Module, slots: Slots, task: Task) -> Callable[..., mx.array]:

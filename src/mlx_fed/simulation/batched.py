@@ -19,12 +19,15 @@ from ..batches import Rows
 from ..metrics import counted, weighted_mean
 from ..steps import (
     Client,
+    Gradient,
     Shared,
     Step,
     compiled,
     counters_of,
+    gradient_step,
     initial_state,
-    training_step,
+    is_elementwise,
+    update_step,
 )
 from ..task import Config, Data, Task
 from ..training import Trainer, TrainingPrograms, Update
@@ -129,27 +132,45 @@ class BatchedTrainer:
         key = trainer.training_key(optimizer, config)
         if self._compiled is None or self._compiled[0] != key:
             mx.eval(trainer.model.parameters())
-            one = training_step(trainer.model, trainer.slots, trainer.task, optimizer, config)
-            programs = TrainingPrograms(compiled(initial_state(optimizer)), compiled(_mapped(one)))
-            self._compiled = (key, programs)
+            gradient = gradient_step(trainer.model, trainer.slots, trainer.task, config)
+            update = update_step(trainer.slots, optimizer)
+            if not is_elementwise(optimizer):
+                update = _mapped_update(update)
+            step = compiled(_mapped(gradient, update))
+            self._compiled = (key, TrainingPrograms(compiled(initial_state(optimizer)), step))
         return self._compiled[1]
 
 
-def _mapped(step: Callable[..., Step]) -> Callable[..., Step]:
-    """The step over a leading axis of clients; what is shared has none."""
+def _mapped(gradient: Callable[..., Gradient], update: Callable[..., Any]) -> Callable[..., Step]:
+    """The step of many clients: gradients over a leading axis, what is shared has none."""
 
     def many(at: Client, shared: Shared, batch: Any, mask: mx.array | None) -> Step:
         masks = () if mask is None else (mask,)
-        counters: Arrays = {}
 
-        def one(parameters, statistics, state, key, batch, *mask):
-            at = Client(parameters, statistics, state, key)
-            moved = step(at, shared, batch, *(mask or (None,)))
-            counters.update(moved.counters)  # they come from what is shared alone
-            return (*moved.client, moved.loss, moved.weight)
+        def one(parameters, statistics, key, batch, *mask):
+            client = Client(parameters, statistics, {}, key)
+            return gradient(client, shared.anchor, batch, *(mask or (None,)))
 
-        *client, loss, weight = mx.vmap(one)(*at, batch, *masks)
-        return Step(Client(*client), counters, loss, weight)
+        given = Gradient(*mx.vmap(one)(at.parameters, at.statistics, at.key, batch, *masks))
+        parameters, state, counters = update(at, shared.counters, given.grads)
+        moved = Client(parameters, given.statistics, state, given.key)
+        return Step(moved, counters, given.loss, given.weight)
+
+    return many
+
+
+def _mapped_update(update: Callable[..., Any]) -> Callable[..., Any]:
+    """An optimizer's update over a leading axis of clients; its counters have none."""
+
+    def many(at: Client, counters: Arrays, grads: Arrays) -> Any:
+        after: Arrays = {}
+
+        def one(parameters, state, grads):
+            moved = update(Client(parameters, {}, state, at.key), counters, grads)
+            after.update(moved[2])  # they come from what is shared alone
+            return moved[:2]
+
+        return *mx.vmap(one)(at.parameters, at.state, grads), after
 
     return many
 
