@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from . import records, runs, status
+from . import labels, records, runs, status
 from .errors import FedError
 from .fleet import address
 from .http import running
@@ -147,7 +147,7 @@ def app(folder: Path) -> _App:
         if not start.isascii() or not start.isdecimal() or len(start) > 18:
             return _json({"error": "start is a number of bytes"}, 400)
         try:
-            return _json(_news(found, int(start), query.get("mark", "")))
+            return _json(_news(found, int(start), query.get("mark", ""), query.get("labels", "")))
         except OSError as error:  # removed meanwhile, or not to be read
             return _json({"error": error.strerror}, 404)
 
@@ -168,13 +168,16 @@ def _state(folder: Path) -> str:
     return str(status.read(folder).get("state", "recorded"))
 
 
-def _news(folder: Path, start: int, mark: str) -> dict[str, Any]:
+def _news(folder: Path, start: int, mark: str, labels_mark: str) -> dict[str, Any]:
     """What a run's folder tells, and its history from the byte ``start`` on.
 
     A history that was written anew (the run was resumed) has another ``mark``, and is then told
-    from its beginning.
+    from its beginning. Labels are told where they have changed since ``labels_mark``.
     """
     known = runs.about(folder)
+    labels_now = labels.changed(folder)
+    if labels_now != labels_mark:
+        known["labels"] = labels.read(folder)
     path = folder / "history.jsonl"
     lines: list[bytes] = []
     end, more = 0, False
@@ -204,6 +207,7 @@ def _news(folder: Path, start: int, mark: str) -> dict[str, Any]:
         "more": more,
         "anew": anew,
         "mark": now,
+        "labels_mark": labels_now,
     }
 
 

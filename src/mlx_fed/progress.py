@@ -188,7 +188,7 @@ class JsonLines:
         self.file = file or sys.stdout
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        if event not in ("reply", "replies"):
+        if event not in ("reply", "replies", "labels"):
             print(records.to_json({"event": event, **fields}), file=self.file, flush=True)
 
 

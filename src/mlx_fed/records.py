@@ -143,17 +143,22 @@ def _unpack(nodes: Any) -> list[str]:
     return names
 
 
-def _together(refused: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
+def _together(refused: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """An entry for each phase and reason, with the nodes that share it."""
-    nodes: dict[tuple[str, str], list[str]] = {}
+    nodes: dict[tuple[str, str, bool], list[str]] = {}
     for entry in refused:
-        nodes.setdefault((entry["phase"], entry["reason"]), []).append(entry["node"])
+        same = entry["phase"], entry["reason"], bool(entry.get("missing"))
+        nodes.setdefault(same, []).append(entry["node"])
     return [
-        {"nodes": _pack(names), "phase": phase, "reason": reason}
-        for (phase, reason), names in nodes.items()
+        {"nodes": _pack(names), **_why(phase, reason, missing)}
+        for (phase, reason, missing), names in nodes.items()
     ]
 
 
-def _apart(entry: Mapping[str, Any]) -> Iterable[dict[str, str]]:
-    same = {"phase": entry["phase"], "reason": entry["reason"]}
+def _apart(entry: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    same = _why(entry["phase"], entry["reason"], bool(entry.get("missing")))
     return ({"node": node, **same} for node in _unpack(entry.get("nodes", [entry.get("node")])))
+
+
+def _why(phase: str, reason: str, missing: bool) -> dict[str, Any]:
+    return {"phase": phase, "reason": reason, **({"missing": True} if missing else {})}

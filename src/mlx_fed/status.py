@@ -17,6 +17,7 @@ from typing import Any
 _PAUSE = 0.5
 """Seconds until what comes often, such as replies, is written again."""
 _MOST_NOTICES = 100
+_MOST_REFUSED = 100
 _TOLD = ("joined", "left", "refused", "note", "resumed")
 """What is worth a notice. What is secret, such as an invitation's token, is not among them."""
 
@@ -33,6 +34,7 @@ class Status:
         self.notices: list[dict[str, Any]] = []
         self.written = 0.0
         self.begun = False
+        self.refused: dict[str, str] = {}
         self.now: dict[str, Any] = {
             "state": "waiting",
             "pid": os.getpid(),
@@ -59,7 +61,13 @@ class Status:
                 self.now["state"] = "finished"
             case "stopped":
                 self.now |= {"state": "stopped", "reason": fields["reason"]}
-            case "joined" | "left" | "refused" | "note" | "resumed" | "started":
+            case "refused":
+                self.refused.pop(fields["node"], None)
+                if len(self.refused) < _MOST_REFUSED:
+                    self.refused[fields["node"]] = fields["reason"]
+            case "joined":
+                self.refused.pop(fields["node"], None)
+            case "left" | "note" | "resumed" | "started":
                 pass
             case _:
                 return
@@ -73,7 +81,8 @@ class Status:
 
     def _write(self) -> None:
         self.written = time.monotonic()
-        text = json.dumps({**self.now, "time": time.time(), "notices": self.notices}, default=str)
+        told = {"time": time.time(), "refused": self.refused, "notices": self.notices}
+        text = json.dumps({**self.now, **told}, default=str)
         half_written = self.path.with_suffix(".part.json")
         with suppress(OSError):
             half_written.write_text(text, encoding="utf-8")

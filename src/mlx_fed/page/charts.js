@@ -1,6 +1,8 @@
 "use strict";
 // Curves by round, each with a line above it that reads the values under the pointer.
 
+const $ = (selector) => document.querySelector(selector);
+
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }

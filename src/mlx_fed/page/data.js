@@ -45,7 +45,7 @@ class Run {
     const refused = [];
     for (const entry of record.refused || []) {
       for (const node of entry.nodes ? names(entry.nodes) : [entry.node]) {
-        refused.push([String(node), String(entry.phase), String(entry.reason)]);
+        refused.push([String(node), String(entry.phase), String(entry.reason), entry.missing === true]);
       }
     }
     const did = new Map();
@@ -59,8 +59,8 @@ class Run {
       this.nodes[place].evaluated += 1;
       did.set(place, (did.get(place) || 0) | EVALUATED);
     }
-    for (const [name, phase, reason] of refused) {
-      const place = this.place(name), late = reason.startsWith("no reply within");
+    for (const [name, phase, reason, late] of refused) {
+      const place = this.place(name);
       const node = this.nodes[place];
       node[late ? "late" : "failed"] += 1;
       node.why = `round ${record.round}, ${phase}: ${reason}`;
@@ -120,11 +120,7 @@ class Run {
     if (Array.isArray(known)) return known;
     const values = Object.values(kept.each[kind] || {}).map((own) => own[name])
       .filter((value) => typeof value === "number").sort((a, b) => a - b);
-    if (values.length < 2) return null;
-    return [0, 0.25, 0.5, 0.75, 1].map((share) => {
-      const at = share * (values.length - 1), low = Math.floor(at);
-      return values[low] + (values[Math.ceil(at)] - values[low]) * (at - low);
-    });
+    return values.length < 2 ? null : quantiles(values);
   }
 
   secondsLeft() {
@@ -134,6 +130,14 @@ class Run {
     const first = some[0].time, last = some[some.length - 1].time;
     return first && last ? (of - done) * (last - first) / (some.length - 1) : null;
   }
+}
+
+// [least, quartile, median, quartile, most] of values in order.
+function quantiles(values) {
+  return [0, 0.25, 0.5, 0.75, 1].map((share) => {
+    const at = share * (values.length - 1), low = Math.floor(at);
+    return values[low] + (values[Math.ceil(at)] - values[low]) * (at - low);
+  });
 }
 
 function parse(line) {

@@ -1,8 +1,7 @@
 "use strict";
 // The page: which runs are shown, where they come from, and what is drawn when they change.
 
-const given = JSON.parse(document.querySelector("#data").textContent);
-const $ = (selector) => document.querySelector(selector);
+const given = JSON.parse($("#data").textContent);
 const MOST_SHOWN = 8, MOST_LISTED = 30;
 
 const runs = new Map();  // by name, the newest first
@@ -25,7 +24,7 @@ function draw() {
     const palette = colours().filter((_, k) => found[k].rounds.length);
     curves.draw(metricsOf(withRounds).map((metric) => curve(metric, withRounds, palette)));
   });
-  section("#s-nodes", focus && focus.nodes.length, () => {
+  section("#s-nodes", focus && (focus.nodes.length || keptOut(focus).length), () => {
     $("#h-nodes small").textContent = `${number(focus.nodes.length)} of ${focus.name}`;
     map.draw(focus);
     drawReasons(focus);
@@ -37,7 +36,8 @@ function draw() {
     costCharts.draw(wanted.filter((each) => each.lines.length));
   });
   section("#s-labels", focus && focus.labels && focus.labels.clients.length, () => {
-    $("#h-labels small").textContent = `${number(focus.labels.clients.length)} clients of ${focus.name}`;
+    const { clients, of } = focus.labels, some = of > clients.length ? `${number(clients.length)} of ${number(of)} clients, those that took part first, in` : `${number(clients.length)} clients of`;
+    $("#h-labels small").textContent = `${some} ${focus.name}`;
     labelMap.draw(focus.labels);
   });
   section("#s-settings", found.some((run) => Object.keys(run.settings).length), () => drawSettings(found));
@@ -229,17 +229,18 @@ async function list() {
 async function follow(run) {
   let changed = false;
   for (let more = true; more;) {
-    const path = `api/runs/${encodeURIComponent(run.name)}?start=${run.offset}&mark=${encodeURIComponent(run.mark || "")}`;
+    const path = `api/runs/${encodeURIComponent(run.name)}?start=${run.offset}&mark=${encodeURIComponent(run.mark || "")}&labels=${encodeURIComponent(run.labelsMark || "")}`;
     const about = await ask(path);
     if (!about) return changed;
     if (about.anew) { run.clear(); changed = true; }
-    const said = JSON.stringify([about.status, about.settings, about.checkpoints, about.labels && about.labels.clients.length]);
+    const said = JSON.stringify([about.status, about.settings, about.checkpoints, about.labels_mark]);
     if (said !== run.said || about.lines.length) changed = true;
     run.said = said;
     takeAbout(run, about);
     for (const line of about.lines) run.take(line);
     run.offset = about.end;
     run.mark = about.mark;
+    run.labelsMark = about.labels_mark;
     more = about.more;
   }
   return changed;

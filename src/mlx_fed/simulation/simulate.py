@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from .. import devices, rounds
 from ..errors import SimulationError
 from ..history import History, Listener, recorded_rounds, run_folder
+from ..labels import LabelsFile
 from ..progress import ServerProgress, quiet_flower
 from ..settings import Settings, decide_rounds
 from ..task import TaskSource, make_task
@@ -112,7 +113,8 @@ def simulate(
 
     faults = faults or Faults()
     about = {"engine": "simulation", "clients": num_clients, "faults": vars(faults)}
-    history = History(run, (forget, *((shown,) if listeners is None else listeners)), about)
+    watching = (shown,) if listeners is None else listeners
+    history = History(run, (forget, LabelsFile(run, num_clients), *watching), about)
     if devices.is_slow(computing_on):
         history.notify("note", text=f"computing on {computing_on}")
     with tempfile.TemporaryDirectory(prefix="mlx-fed-") as folder:
