@@ -44,7 +44,9 @@ def labels_of(split: Any) -> np.ndarray | None:
 def count(data: Data) -> dict[int, int]:
     """How many of a client's examples, held-out ones included, have each label; empty where they
     have none."""
-    found = [labels for split in (data.train, data.test) if (labels := labels_of(split)) is not None]
+    found = [
+        labels for split in (data.train, data.test) if (labels := labels_of(split)) is not None
+    ]
     if not found:
         return {}
     classes, counts = np.unique(np.concatenate(found), return_counts=True)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from . import records
+
+if TYPE_CHECKING:
+    from .history import Listener
 
 _LONGEST = 1000
 """Characters of a line."""
@@ -175,6 +179,22 @@ class ServerProgress:
         """Takes the live line off the terminal."""
         self._count_failures()
         self.bar.stop()
+
+
+@contextmanager
+def listeners_or_terminal(
+    listeners: tuple[Listener, ...] | None,
+) -> Iterator[tuple[Listener, ...]]:
+    """The listeners that were given, or if none were the terminal for as long as the context
+    lasts."""
+    if listeners is not None:
+        yield tuple(listeners)
+        return
+    shown = ServerProgress()
+    try:
+        yield (shown,)
+    finally:
+        shown.close()
 
 
 class JsonLines:

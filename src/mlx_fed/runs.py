@@ -110,9 +110,7 @@ def read(folder: Path, name: str | None = None) -> Recorded:
         raise RunsError(f"Cannot read the run in {folder}: {error.strerror or error}.") from error
     name = name or folder.resolve().name
     found = labels.read(folder)
-    return Recorded(
-        name=name, folder=folder, rounds=rounds, damaged=damaged, labels=found, **known
-    )
+    return Recorded(name=name, folder=folder, rounds=rounds, damaged=damaged, labels=found, **known)
 
 
 def read_all(found: Sequence[Path]) -> list[Recorded]:
