@@ -89,7 +89,7 @@ def make(
     history = History(folder, (), {"engine": "simulation", "clients": clients})
     history.write_settings({"num_rounds": rounds, "strategy": {"name": "FedAvg"}, **settings})
     for number in range(1, rounds + 1):
-        late = {"node": "node-1", "phase": "train", "reason": "no reply within 9 seconds"}
+        late = {"node": "node-1", "phase": "train", "reason": "it is on a train", "missing": True}
         refused = {"node": NASTY, "phase": "train", "reason": f"cannot {NASTY}"}
         add_round(history, number, rounds, clients, [late, refused] if number == 2 else [])
     if finish:
@@ -157,7 +157,58 @@ def test_values_are_read_under_the_pointer_and_by_keyboard(visit, tmp_path: Path
     for row in range(5):
         page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * (row + 0.5) / 5)
         cells.add(page.locator("#cell").inner_text().partition(":")[2].partition("(")[0].strip())
-    assert cells == {"trained and evaluated", "trained", "too late", "failed or refused"}
+    assert cells == {"trained and evaluated", "trained", "no reply in time", "failed or refused"}
+
+
+def test_who_is_not_let_in_is_shown_with_the_reason(visit, tmp_path: Path):
+    with serving(tmp_path / "runs", port=0) as address:
+        folder = tmp_path / "runs" / "one"
+        folder.mkdir(parents=True)
+        history = History(folder)
+        history.write_settings({"num_rounds": 3})
+        history.notify("refused", node=NASTY, reason=f"its model is not the server's: {NASTY}")
+        page = visit(address)  # it waits for nodes, and no round has begun
+        said = f"{NASTY} is not let in: its model is not the server's: {NASTY}"
+        page.locator("#reasons").get_by_text(said, exact=True).wait_for()
+        add_round(history, 1, 3, 4, [])
+        page.get_by_text("Each node").click()
+        row = page.locator("#nodes tr", has_text=NASTY)
+        assert f"not let in: its model is not the server's: {NASTY}" in row.inner_text()
+        history.notify("joined", node=NASTY, nodes=5)
+        history.notify("note", text="it has the right model now")
+        page.locator("#reasons").get_by_text(said, exact=True).wait_for(state="detached")
+
+
+@pytest.mark.parametrize("clients", [3, 1000])
+def test_labels_by_client_are_shown(visit, tmp_path: Path, clients: int):
+    folder = tmp_path / "one"
+    make(folder)
+    page = visit(written(tmp_path, folder))
+    assert not page.locator("#s-labels").is_visible()
+    rows = [[k, [2 * (k == 0), 10 + k, 0, 30]] for k in range(clients)]
+    found = {"of": 2 * clients, "classes": [3, 4, 5, 9], "clients": rows}
+    (folder / "labels.json").write_text(json.dumps(found))
+    page = visit(written(tmp_path, folder))
+    assert "clients, those that took part first, in one" in page.locator("#h-labels").inner_text()
+    half = (clients - 1) / 2
+    sums = page.locator("#label-sums").inner_text()
+    assert sums.split()[:6] == ["a", "client's", "least", "quartile", "median", "quartile"]
+    assert f"{round(40 + half):,}" in sums
+    assert sums.splitlines()[2].split("\t") == ["labels, of 4", "2", "2", "2", "3" if clients == 3 else "2", "3"]
+    canvas = page.locator("#labels canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 2, box["y"] + 60)
+    shown = page.locator("#label-cell")
+    assert shown.inner_text() == (
+        f"client {clients - 1}, {39 + clients:,} examples: 0 of label 3, 0 %"
+    )
+    canvas.focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
+    assert shown.inner_text() == "client 0, 42 examples: 10 of label 4, 24 %"
+    page.keyboard.press("Escape")
+    assert shown.inner_text().startswith("A column is a client")
 
 
 def test_runs_are_compared(visit, tmp_path: Path):

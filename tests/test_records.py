@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,15 @@ NAMES = st.one_of(
 REASONS = st.sampled_from(["no reply within 9 seconds", "parameter 'w' is missing", ""])
 
 
-def refusals(names: list[str], reasons: list[str]) -> list[dict[str, str]]:
+def refusals(names: list[str], reasons: list[str]) -> list[dict[str, Any]]:
     return [
-        {"node": node, "phase": "train", "reason": reason}
+        {"node": node, "phase": "train", "reason": reason, **missing(reason)}
         for node, reason in zip(names, reasons, strict=False)
     ]
+
+
+def missing(reason: str) -> dict[str, bool]:
+    return {"missing": True} if reason.startswith("no reply") else {}
 
 
 @given(NAMES, NAMES, st.lists(REASONS, min_size=60, max_size=300))
@@ -39,8 +44,8 @@ def test_a_record_comes_back_as_it_was(trained, left_out, reasons):
     assert "\n" not in line
     assert record == kept  # it is not changed
     back = records.from_line(line)
-    refused = [tuple(entry.values()) for entry in back.pop("refused")]
-    assert sorted(refused) == sorted(tuple(entry.values()) for entry in record.pop("refused"))
+    refused = [tuple(entry.items()) for entry in back.pop("refused")]
+    assert sorted(refused) == sorted(tuple(entry.items()) for entry in record.pop("refused"))
     assert back == record
 
 

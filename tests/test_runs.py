@@ -187,6 +187,20 @@ def test_a_run_says_what_it_is_doing(tmp_path: Path):
     assert status.read(tmp_path)["reason"] == "none came"
 
 
+def test_who_is_not_let_in_is_remembered_until_it_is(tmp_path: Path):
+    history = History(tmp_path)
+    history.write_settings({})
+    for number in range(150):
+        history.notify("refused", node=f"node-{number}", reason="its model is another")
+    assert len(status.read(tmp_path)["refused"]) == 100
+    history.notify("refused", node="node-1", reason="its name is taken")
+    history.notify("joined", node="node-0", nodes=1)
+    history.notify("note", text="written at once")
+    refused = status.read(tmp_path)["refused"]
+    assert "node-0" not in refused
+    assert refused["node-1"] == "its name is taken"
+
+
 def test_a_run_whose_process_is_gone_has_stopped(tmp_path: Path):
     History(tmp_path).write_settings({})
     path = tmp_path / "status.json"

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ MANY = 32
 """Nodes of a phase up to which each is written by its name and with its own metrics."""
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _PHASES = ("train", "evaluate")
+_NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})", re.DOTALL)
+_NUMBERS = 10**9
 
 
 def to_line(record: Mapping[str, Any]) -> str:
@@ -78,11 +80,12 @@ def from_line(line: str | bytes) -> dict[str, Any]:
 
 def spread(each: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Least, lower quartile, median, upper quartile and most of each metric of many nodes."""
+    rows = [*each]
     columns: dict[str, list[float]] = {}
-    for metrics in each:
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                columns.setdefault(name, []).append(value)
+    for name in dict.fromkeys(chain.from_iterable(rows)):
+        values = [v for row in rows if isinstance(v := row.get(name), (int, float))]
+        if values:
+            columns[name] = values
     return {
         name: [float(f"{value:.6g}") for value in np.quantile(values, _SHARES)]
         for name, values in columns.items()
@@ -116,20 +119,22 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _pack(nodes: Sequence[str]) -> Sequence[str] | dict[str, str]:
     """``{"node-": "0-3,5"}`` for many names that differ in a rising number; others as they are."""
-    matches = [re.fullmatch(r"(.*?)(0|[1-9][0-9]{0,8})", node, re.DOTALL) for node in nodes]
-    found = [match.groups() for match in matches if match]
-    if len(nodes) <= MANY or len(found) < len(nodes) or len({prefix for prefix, _ in found}) > 1:
+    first = _NUMBERED.fullmatch(nodes[0]) if len(nodes) > MANY else None
+    if first is None:
         return nodes
-    numbers = [int(number) for _, number in found]
-    if any(later <= earlier for earlier, later in pairwise(numbers)):
+    prefix = first[1]
+    try:
+        numbers = [int(node[len(prefix) :]) for node in nodes]
+    except ValueError:
         return nodes
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return {found[0][0]: ",".join("-".join(map(str, run)) for run in runs)}
+    if numbers[-1] >= _NUMBERS or [f"{prefix}{number}" for number in numbers] != [*nodes]:
+        return nodes
+    steps = np.diff(numbers)
+    if steps.min() < 1:
+        return nodes
+    ends = [-1, *np.flatnonzero(steps > 1).tolist(), len(numbers) - 1]
+    runs = ((numbers[before + 1], numbers[end]) for before, end in pairwise(ends))
+    return {prefix: ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs)}
 
 
 def _unpack(nodes: Any) -> list[str]:

@@ -159,9 +159,9 @@ function curve(metric, runs, colours) {
       add({ label: "quartiles", colour: colours[0] + "00", width: 0, readout: false }, quartile(1));
       add({ label: "", colour: colours[0] + "00", width: 0, readout: false }, quartile(3));
     }
-    const own = runs[0].nodes.map((node) => node.name)
-      .filter((node) => runs[0].rounds.some((kept) => ((kept.each[kind] || {})[node] || {})[name] !== undefined));
-    for (const node of own.slice(0, 64)) {
+    // Many that take turns would be a tangle: then the band says more.
+    const own = [...runs[0].own[kind] || []];
+    for (const node of own.length <= 32 ? own : []) {
       add({ label: node, colour: soft + "66", width: 1, named: false, readout: own.length <= 4 },
         rounds.map((round) => { const value = ((by[0].get(round).each[kind] || {})[node] || {})[name]; return value === undefined ? null : value; }));
     }

@@ -22,6 +22,7 @@ class Run {
     this.places = new Map();  // a node's name to its number
     this.nodes = [];        // {name, trained, evaluated, late, failed, why, last}
     this.columns = [];      // of each round a Uint8Array: what each node did, by its number
+    this.own = {};          // by phase, the names of nodes whose own metrics are known
     this.reasons = new Map();
     this.changed = true;
   }
@@ -74,6 +75,7 @@ class Run {
     const each = record.each || {};
     for (const phase of Object.keys(each)) {
       for (const [name, own] of Object.entries(each[phase])) {
+        (this.own[phase] = this.own[phase] || new Set()).add(name);
         this.nodes[this.place(name)].last = { ...this.nodes[this.place(name)].last, ...prefixed(phase, own) };
       }
     }

@@ -15,23 +15,26 @@ class LabelMap extends CellMap {
     this.rows = labels.classes.length;
     this.columns = labels.clients.length;
     this.totals = labels.clients.map(([, counts]) => counts.reduce((sum, count) => sum + count, 0));
-    $("#label-sums").replaceChildren(...this.sums().map((text) => make("span", text)));
+    this.sum();
     this.paint();
   }
 
-  sums() {
+  // A table of what is usual among the clients.
+  sum() {
     const { clients, classes } = this.labels;
-    const held = clients.map(([, counts]) => counts.filter(Boolean).length);
-    const share = clients.map(([, counts], k) => 100 * Math.max(...counts) / (this.totals[k] || 1));
-    const usual = (name, values, unit = "") => {
-      const [least, low, median, high, most] = quantiles(values.slice().sort((a, b) => a - b)).map((v) => number(Math.round(v)));
-      return `${name}: median ${median}${unit}, quartiles ${low} and ${high}, from ${least} to ${most}`;
+    const usual = {
+      examples: this.totals.slice(),
+      [`labels, of ${classes.length}`]: clients.map(([, counts]) => counts.filter(Boolean).length),
+      "largest label's share, %": clients.map(([, counts], k) => 100 * Math.max(...counts) / (this.totals[k] || 1)),
     };
-    return [
-      usual("examples", this.totals),
-      usual(`labels, of ${classes.length}`, held),
-      usual("share of the largest label", share, " %"),
-    ];
+    const head = document.createElement("tr");
+    head.append(make("th", "a client's"), ...["least", "quartile", "median", "quartile", "most"].map((name) => make("th", name, "n")));
+    const rows = Object.entries(usual).map(([name, values]) => {
+      const row = document.createElement("tr"), five = quantiles(values.sort((a, b) => a - b));
+      row.append(make("td", name), ...five.map((value) => make("td", number(Math.round(value)), "n")));
+      return row;
+    });
+    $("#label-sums").replaceChildren(head, ...rows);
   }
 
   paint() {
@@ -68,7 +71,8 @@ class LabelMap extends CellMap {
     context.textAlign = "right";
     names.forEach((name, y) => { if (y % step === 0) context.fillText(name, edge.left - 8, edge.top + (y + 0.5) * high); });
     context.textAlign = "center";
-    const every = Math.ceil(clients.length / Math.max(1, Math.floor(inside / 60)));
+    const fits = clients.length / Math.max(1, Math.floor(inside / 60));
+    const every = [1, 2, 5, 10, 20, 50, 100, 200, 500].find((step) => step >= fits) || 1000;
     clients.forEach(([client], k) => {
       if (k % every === 0) context.fillText(client, edge.left + (k + 0.5) * inside / clients.length, this.height - 8);
     });
