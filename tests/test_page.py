@@ -16,6 +16,8 @@ from mlx_fed.dashboard import serving
 from mlx_fed.history import History
 from mlx_fed.report import report
 
+from .test_runs import OLD
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 
@@ -194,11 +196,18 @@ def test_labels_by_client_are_shown(visit, tmp_path: Path, clients: int):
     sums = page.locator("#label-sums").inner_text()
     assert sums.split()[:6] == ["a", "client's", "least", "quartile", "median", "quartile"]
     assert f"{round(40 + half):,}" in sums
-    assert sums.splitlines()[2].split("\t") == ["labels, of 4", "2", "2", "2", "3" if clients == 3 else "2", "3"]
+    assert sums.splitlines()[2].split("\t") == [
+        "labels, of 4",
+        "2",
+        "2",
+        "2",
+        "3" if clients == 3 else "2",
+        "3",
+    ]
     canvas = page.locator("#labels canvas")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
-    page.mouse.move(box["x"] + box["width"] - 2, box["y"] + 60)
+    page.mouse.move(box["x"] + box["width"] - 0.5, box["y"] + 60)
     shown = page.locator("#label-cell")
     assert shown.inner_text() == (
         f"client {clients - 1}, {39 + clients:,} examples: 0 of label 3, 0 %"
@@ -279,6 +288,19 @@ def test_a_damaged_history_is_said_and_the_rest_shown(visit, tmp_path: Path):
         live = visit(address)
         live.get_by_text(said).wait_for()
         assert "train 3.0 s" in readout(live, "Seconds by phase")
+
+
+def test_a_run_of_an_older_version_is_shown(visit, tmp_path: Path):
+    folder = tmp_path / "runs" / "old"
+    folder.mkdir(parents=True)
+    refused = '"refused": [{"node": "b", "phase": "train", "reason": "no reply within 9 seconds"}]'
+    (folder / "history.jsonl").write_text(OLD.replace('"refused": []', refused))
+    (folder / "settings.json").write_text("{half")
+    with serving(tmp_path / "runs", port=0) as address:
+        for page in (visit(written(tmp_path, folder)), visit(address)):
+            page.locator("#now").get_by_text("recorded").wait_for()
+            assert "all 1.5" in readout(page, "Evaluation · loss")
+            assert "train: no reply within 9 seconds" in page.locator("#reasons").inner_text()
 
 
 def test_the_page_follows_a_run_as_it_goes(visit, tmp_path: Path):

@@ -154,6 +154,24 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path):
     assert "-o" in message
 
 
+@pytest.mark.parametrize("what", ["simulate", "serve"])
+def test_a_place_for_runs_that_takes_no_folder_is_an_error(tmp_path: Path, what: str):
+    (tmp_path / "file").write_text("")
+    port = ("--port", 0) if what == "serve" else ()
+    task = ("tests.simulated:TASK", "--runs", tmp_path / "file", *port)
+    message = command(what, *task, code=1)
+    assert "Cannot make the run's folder" in message
+    assert "Choose another place with --runs." in message
+
+
+def test_a_name_that_is_taken_is_an_error(tmp_path: Path):
+    folder = make_run(tmp_path / "one")
+    before = (folder / "settings.json").read_bytes()
+    task = ("simulate", "tests.simulated:TASK", "--runs", tmp_path, "--name", "one")
+    assert "There is a run named 'one' in" in command(*task, code=1)
+    assert (folder / "settings.json").read_bytes() == before
+
+
 def test_a_run_is_removed_if_it_is_one_and_is_over(tmp_path: Path):
     folder = make_run(tmp_path / "one")
     assert "Aborted" in command("runs", "remove", "one", "--runs", tmp_path, code=1)

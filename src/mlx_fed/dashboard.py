@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import platform
 import socket
 import threading
@@ -33,8 +34,8 @@ from .page import page, policy
 _PAUSE = 1.0
 """Seconds between two questions of a page."""
 _MOST_RUNS = 500
-_MOST_BYTES = 2**20
-"""Of a history, in one answer."""
+_MOST_BYTES = 2**18
+"""Of a history, in one answer: as much as a page takes in without a pause that one sees."""
 _HEADERS = {
     "Content-Security-Policy": policy() + "; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -138,8 +139,7 @@ def app(folder: Path) -> _App:
         return _json({"runs": [{"name": each.name, "state": _state(each)} for each in found]})
 
     def one(request: Request) -> Response:
-        name = request.path_params["name"]
-        found = next((each for each in _runs(folder) if each.name == name), None)
+        found = _run(folder, request.path_params["name"])
         if found is None:
             return _json({"error": "no such run"}, 404)
         query = request.query_params
@@ -162,6 +162,17 @@ def _runs(folder: Path) -> list[Path]:
     except (runs.RunsError, OSError):
         return []
     return [each for each in found if not each.is_symlink()]
+
+
+def _run(folder: Path, name: str) -> Path | None:
+    """The run of that name among :func:`_runs`."""
+    try:
+        if name not in os.listdir(folder):  # which has no name that leads elsewhere
+            return None
+    except OSError:
+        return None
+    found = folder / name
+    return found if runs.is_run(found) and not found.is_symlink() else None
 
 
 def _state(folder: Path) -> str:

@@ -178,8 +178,9 @@ function curve(metric, runs, colours) {
 
 // Seconds or bytes of one run, a line for each of their names.
 function costs(run, kind, title, format) {
-  const known = [...new Set(run.rounds.flatMap((kept) => Object.keys(kept.figures)))]
-    .filter((name) => split(name)[0] === kind);
+  const all = new Set();
+  for (const kept of run.rounds) for (const name in kept.figures) all.add(name);
+  const known = [...all].filter((name) => split(name)[0] === kind);
   return {
     title, format, fromZero: true, rounds: run.rounds.map((kept) => kept.round),
     lines: known.map((name, k) => ({ label: split(name)[1], colour: colour(`--run-${k % 8}`), width: 2 })),

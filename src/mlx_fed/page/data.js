@@ -83,6 +83,7 @@ class Run {
       round: record.round, time: record.time, figures: figures(record), each,
       spread: record.spread || {}, texts: texts(record),
       counts: [trained.length, evaluated.length, refused.length],
+      seconds: sum(record.seconds), bytes: sum(record.bytes),
     };
     // A round that was repeated stands in place of what came of it before.
     while (this.rounds.length && this.rounds[this.rounds.length - 1].round >= record.round) {
@@ -173,6 +174,10 @@ function figures(record) {
     Object.assign(found, prefixed(kind, record[kind] || {}));
   }
   return found;
+}
+
+function sum(values) {
+  return Object.values(values || {}).reduce((total, value) => total + (typeof value === "number" ? value : 0), 0);
 }
 
 function prefixed(kind, values) {

@@ -11,6 +11,9 @@ class LabelMap extends CellMap {
 
   // labels: {classes: [...], clients: [[client, [count, ...]], ...], of}
   draw(labels) {
+    const { scheme } = document.documentElement.dataset;
+    if (labels === this.labels && scheme === this.scheme) return;
+    this.scheme = scheme;
     this.labels = labels;
     this.rows = labels.classes.length;
     this.columns = labels.clients.length;
@@ -47,6 +50,7 @@ class LabelMap extends CellMap {
     const { ratio, edge } = this, inside = this.width - edge.left;
     const across = Math.min(clients.length, Math.max(1, Math.round(inside * ratio)));
     const [red, green, blue] = pixel("--accent");
+    const shades = Array.from({ length: 256 }, (_, alpha) => packed([red, green, blue, alpha]));
     const pixels = new Uint32Array(across * classes.length), strongest = new Float32Array(pixels.length);
     const highest = new Float64Array(across), most = Math.max(...totals, 1);
     clients.forEach(([, counts], k) => {
@@ -55,7 +59,7 @@ class LabelMap extends CellMap {
       counts.forEach((count, y) => {  // the eye tells little from nothing
         const at = y * across + x;
         strongest[at] = Math.max(strongest[at], Math.sqrt(count / (totals[k] || 1)));
-        pixels[at] = packed([red, green, blue, 255 * strongest[at]]);
+        pixels[at] = shades[Math.round(255 * strongest[at])];
       });
     });
     this.put(context, pixels, across, classes.length);

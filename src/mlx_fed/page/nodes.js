@@ -41,7 +41,9 @@ class NodeMap extends CellMap {
       }
     }
     const colours = CELLS.map((_, cell) => packed(pixel(`--cell-${cell}`)));
-    this.put(context, Uint32Array.from(most, (cell) => colours[cell]), across, down);
+    const pixels = new Uint32Array(most.length);
+    for (let k = 0; k < most.length; k++) pixels[k] = colours[most[k]];
+    this.put(context, pixels, across, down);
     this.canvas.setAttribute("aria-label", `${nodes} nodes, one a row, by ${rounds} rounds. Arrows go from cell to cell.`);
   }
 

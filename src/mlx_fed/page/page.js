@@ -101,8 +101,7 @@ function drawRuns() {
     row.append(make("td", at < 0 && !run.offset ? "" : `${run.rounds.length}${of ? ` of ${of}` : ""}`, "n"));
     row.append(make("td", (run.settings.strategy || {}).name || ""));
     for (const name of metrics) row.append(make("td", last ? number(last.figures[name]) : "", "n"));
-    const total = (kind) => run.rounds.reduce((sum, kept) => sum + Object.entries(kept.figures)
-      .reduce((part, [name, value]) => part + (split(name)[0] === kind ? value : 0), 0), 0);
+    const total = (kind) => run.rounds.reduce((sum, kept) => sum + kept[kind], 0);
     row.append(make("td", last ? seconds(total("seconds")) : "", "n"), make("td", last ? bytes(total("bytes")) : "", "n"));
     return row;
   });
@@ -181,13 +180,15 @@ function fromReport() {
   draw();
 }
 
-let polling = false, again = false, failures = 0;
+const LIST = 3;  // of how many questions one is for the list of runs
+let polling = false, again = false, failures = 0, asked = 0;
 
 async function poll() {
   if (polling) { again = true; return; }
   polling = true;
   try {
-    let changed = await list();
+    let changed = (!runs.size || asked % LIST === 0) && await list();
+    asked += 1;
     for (const run of shown()) changed = await follow(run) || changed;
     if (failures) changed = true;
     failures = 0;
