@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,8 @@ def test_the_page_follows_a_run_as_it_goes(visit, tmp_path: Path):
         page = visit(address)
         page.get_by_text("No run yet").wait_for()
         history = make(tmp_path / "runs" / "one", rounds=2, finish=False)
+        time.sleep(0.2)  # a phase that one can see
+        history.notify("phase", phase="evaluate", round=2, of=2, nodes=4)
         page.get_by_text("round 2 of 2: evaluate").wait_for()
         add_round(history, 3, 4, 4, [])
         page.locator("#runs").get_by_text("3 of 2").wait_for()

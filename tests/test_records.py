@@ -15,6 +15,7 @@ from mlx_fed import records
 NAMES = st.one_of(
     st.lists(st.text(max_size=4), max_size=60),
     st.sets(st.integers(0, 500), max_size=300).map(lambda ns: [f"node-{n}" for n in sorted(ns)]),
+    st.lists(st.integers(0, 60), min_size=30, max_size=60).map(lambda ns: [f"n{n}" for n in ns]),
     st.lists(st.sampled_from(["a1", "a01", "a2", "b3", "7", "a999999999999"]), max_size=50),
 )
 REASONS = st.sampled_from(["no reply within 9 seconds", "parameter 'w' is missing", ""])

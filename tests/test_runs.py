@@ -205,6 +205,23 @@ def test_a_run_says_what_it_is_doing(tmp_path: Path):
     assert status.read(tmp_path)["reason"] == "none came"
 
 
+@pytest.mark.parametrize(("glance", "seen"), [(3600.0, (1, "train")), (0.0, (9, "evaluate"))])
+def test_phases_that_nobody_sees_are_not_written(
+    tmp_path: Path, monkeypatch, glance: float, seen: tuple[int, str]
+):
+    monkeypatch.setattr(status, "_GLANCE", glance)
+    history = History(tmp_path)
+    history.write_settings({})
+    for number in range(1, 10):
+        for phase in ("train", "evaluate"):
+            history.notify("phase", phase=phase, round=number, of=9, nodes=1)
+    now = status.read(tmp_path)
+    assert (now["round"], now["phase"]) == seen
+    history.notify("finished", model=tmp_path, seconds=1.0)
+    now = status.read(tmp_path)
+    assert (now["state"], now["round"], now["phase"]) == ("finished", 9, "evaluate")
+
+
 def test_who_is_not_let_in_is_remembered_until_it_is(tmp_path: Path):
     history = History(tmp_path)
     history.write_settings({})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import os
 import platform
 import socket
 import threading
@@ -167,7 +166,7 @@ def _runs(folder: Path) -> list[Path]:
 def _run(folder: Path, name: str) -> Path | None:
     """The run of that name among :func:`_runs`."""
     try:
-        if name not in os.listdir(folder):  # which has no name that leads elsewhere
+        if name not in {each.name for each in folder.iterdir()}:  # none leads elsewhere
             return None
     except OSError:
         return None

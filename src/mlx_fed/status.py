@@ -7,6 +7,7 @@ few times a second at most; a run goes on without it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -16,6 +17,8 @@ from typing import Any
 
 _PAUSE = 0.5
 """Seconds until what comes often, such as replies, is written again."""
+_GLANCE = 0.1
+"""Seconds until another phase is written: to write costs as much as a short one takes."""
 _MOST_NOTICES = 100
 _MOST_REFUSED = 100
 _TOLD = ("joined", "left", "refused", "note", "resumed")
@@ -32,7 +35,7 @@ class Status:
     def __init__(self, folder: Path):
         self.path = folder / "status.json"
         self.notices: list[dict[str, Any]] = []
-        self.written = 0.0
+        self.written = self.phase_written = -math.inf
         self.begun = False
         self.refused: dict[str, str] = {}
         self.now: dict[str, Any] = {
@@ -73,11 +76,16 @@ class Status:
                 return
         # A run that is refused before it goes on stays as it was.
         self.begun = self.begun or event == "started"
-        often = event in ("reply", "replies", "joined", "left")
         if not self.begun:
             return
-        if not often or time.monotonic() - self.written > _PAUSE:
-            self._write()
+        now = time.monotonic()
+        if event in ("reply", "replies", "joined", "left") and now - self.written < _PAUSE:
+            return
+        if event == "phase":
+            if now - self.phase_written < _GLANCE:
+                return
+            self.phase_written = now
+        self._write()
 
     def _write(self) -> None:
         self.written = time.monotonic()
