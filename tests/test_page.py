@@ -359,5 +359,6 @@ def test_a_real_simulation_is_followed_in_a_browser(visit, start, tmp_path: Path
     before = json.loads((tmp_path / "runs" / "live" / "status.json").read_text())["round"]
     page.wait_for_function("before => runs.get('live').rounds.length > before + 5", arg=before)
     page.locator("#s-nodes small").get_by_text("40 of live").wait_for()
+    page.close()  # it would complain that nobody answers
     run.interrupt()
     assert run.ends() == 130

@@ -34,6 +34,7 @@ class Chart {
 
   draw(rounds, lines, values, band) {
     this.lines = lines;
+    if (this.fromZero) this.top = topOf(values);
     const shape = JSON.stringify([lines, band, document.documentElement.dataset.scheme]);
     const data = [rounds, ...values];
     if (this.u && this.shape === shape) {
@@ -57,7 +58,7 @@ class Chart {
       width: Math.max(this.plot.clientWidth, 160), height: 190, legend: { show: false },
       scales: {
         x: { time: false, range: (u, low, high) => low === high ? [low - 1, high + 1] : [low, high] },
-        ...(this.fromZero ? { y: { range: (u, low, high) => [0, high > 0 ? high * 1.08 : 1] } } : {}),
+        ...(this.fromZero ? { y: { range: () => [0, this.top] } } : {}),
       },
       cursor: { drag: { x: true, y: false }, points: { size: 6 }, y: false },
       padding: [8, 20, 0, 0],
@@ -118,6 +119,14 @@ class Chart {
 function lastOf(values) {
   for (let k = values.length - 1; k >= 0; k--) if (values[k] !== null && values[k] !== undefined) return values[k];
   return null;
+}
+
+// The top of an axis: all there is, but for the few that would flatten the rest, such as the seconds
+// of a first round, in which programs are compiled. They run off the chart, and are read above it.
+function topOf(values) {
+  const most = values[0].map((_, k) => Math.max(...values.map((line) => line[k] || 0))).sort((a, b) => a - b);
+  const usual = most[Math.floor(0.95 * (most.length - 1))], highest = most[most.length - 1];
+  return (highest > 4 * usual && usual > 0 ? 1.5 * usual : highest) * 1.08 || 1;
 }
 
 // The charts of a section, kept by their titles from one drawing to the next.
