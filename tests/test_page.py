@@ -163,6 +163,28 @@ def test_values_are_read_under_the_pointer_and_by_keyboard(visit, tmp_path: Path
     assert cells == {"trained and evaluated", "trained", "no reply in time", "failed or refused"}
 
 
+def test_reasons_that_are_alike_stand_together(visit, tmp_path: Path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    history = History(folder)
+    history.write_settings({"num_rounds": 3})
+    for number in range(1, 4):
+        late = f"no reply within 30 seconds (a delay of {30 + number}.5)"
+        refused = [
+            {"node": "node-1", "phase": phase, "reason": late, "missing": True}
+            for phase in ("train", "evaluate")
+        ]
+        nan = {"node": "node-0", "phase": "train", "reason": "'w' is not finite"}
+        add_round(history, number, 3, 2, [*refused, nan] if number > 1 else refused)
+    page = visit(written(tmp_path, folder))
+    texts = page.locator("#reasons p").all_inner_texts()
+    assert [text.replace("\N{MULTIPLICATION SIGN}", "times") for text in texts] == [
+        "3 times train: no reply within 30 seconds (a delay of 33.5)",
+        "3 times evaluate: no reply within 30 seconds (a delay of 33.5)",
+        "2 times train: 'w' is not finite",
+    ]
+
+
 def test_who_is_not_let_in_is_shown_with_the_reason(visit, tmp_path: Path):
     with serving(tmp_path / "runs", port=0) as address:
         folder = tmp_path / "runs" / "one"

@@ -23,7 +23,7 @@ class Run {
     this.nodes = [];        // {name, trained, evaluated, late, failed, why, last}
     this.columns = [];      // of each round a Uint8Array: what each node did, by its number
     this.own = {};          // by phase, the names of nodes whose own metrics are known
-    this.reasons = new Map();
+    this.reasons = new Map();  // those that are alike together: {count, phase, reason of the last}
     this.changed = true;
   }
 
@@ -66,9 +66,11 @@ class Run {
       node[late ? "late" : "failed"] += 1;
       node.why = `round ${record.round}, ${phase}: ${reason}`;
       did.set(place, (did.get(place) || 0) | (late ? LATE : FAILED));
-      const seen = this.reasons.get(reason) || { count: 0, phase, late };
+      const alike = `${phase} ${reason.replace(/[0-9.]+/g, "#")}`;  // but for a time, a norm, a layer
+      const seen = this.reasons.get(alike) || { count: 0, phase };
       seen.count += 1;
-      if (this.reasons.size < 200 || this.reasons.has(reason)) this.reasons.set(reason, seen);
+      seen.reason = reason;
+      if (this.reasons.size < 200 || this.reasons.has(alike)) this.reasons.set(alike, seen);
     }
     const column = new Uint8Array(this.nodes.length);
     for (const [place, what] of did) column[place] = what;

@@ -98,7 +98,7 @@ function drawReasons(run) {
   const out = keptOut(run);
   const kept = out.slice(0, 12).map(([name, reason]) => make("p", `${name} is not let in: ${reason}`));
   if (out.length > 12) kept.push(make("p", `${number(out.length - 12)} more are not let in.`));
-  const sorted = [...run.reasons].sort((a, b) => b[1].count - a[1].count).slice(0, 12);
-  $("#reasons").replaceChildren(...kept, ...sorted.map(([reason, { count, phase }]) =>
+  const sorted = [...run.reasons.values()].sort((a, b) => b.count - a.count).slice(0, 12);
+  $("#reasons").replaceChildren(...kept, ...sorted.map(({ count, phase, reason }) =>
     make("p", `${number(count)} × ${phase}: ${reason}`)));
 }
