@@ -262,6 +262,19 @@ def test_runs_are_compared(visit, tmp_path: Path):
     assert page.locator("#differences").inner_text() == ""
 
 
+def test_a_cell_that_was_tapped_stays_read(visit, tmp_path: Path):
+    make(tmp_path / "one")
+    size = {"width": 390, "height": 740}
+    page = visit(written(tmp_path, tmp_path / "one"), viewport=size, has_touch=True)
+    canvas = page.locator("#map canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] * 0.5, box["y"] + 2)
+    assert ", round 3: " in page.locator("#cell").inner_text()
+    page.wait_for_timeout(300)
+    assert ", round 3: " in page.locator("#cell").inner_text()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_narrow_screen_in_light_and_dark(visit, tmp_path: Path, scheme: str):
     make(tmp_path / "a-run-with-a-name-of-some-length", clients=20)

@@ -30,7 +30,9 @@ class CellMap {
     canvas.setAttribute("role", "img");
     canvas.addEventListener("pointermove", (event) => this.point(event));
     canvas.addEventListener("pointerdown", (event) => this.point(event));
-    canvas.addEventListener("pointerleave", () => this.show(null));
+    canvas.addEventListener("pointerleave", (event) => {
+      if (event.pointerType !== "touch") this.show(null);  // a finger that is lifted has read nothing yet
+    });
     canvas.addEventListener("keydown", (event) => this.key(event));
     canvas.addEventListener("blur", () => this.show(null));
     new ResizeObserver(() => this.rows && this.paint()).observe(canvas.parentElement);
