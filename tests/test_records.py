@@ -75,6 +75,12 @@ def test_the_spread_of_many_nodes():
     assert records.spread([]) == {}
 
 
+@given(st.lists(st.floats(-1e6, 1e6) | st.integers(-1000, 1000), min_size=1, max_size=50))
+def test_a_spread_has_numpys_quantiles(values: list[float]):
+    found = records.spread([{"loss": value} for value in values])["loss"]
+    assert found == pytest.approx(np.quantile(values, [0, 0.25, 0.5, 0.75, 1]), rel=1e-5, abs=1e-9)
+
+
 def test_figures_are_flat():
     record = {
         "round": 1,

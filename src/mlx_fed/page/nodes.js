@@ -49,6 +49,7 @@ class NodeMap extends CellMap {
 
   tell(row, column) {
     const { run } = this, place = run.order()[row], node = run.nodes[place];
+    if (!node || !run.columns[column]) return this.rest;  // the run has begun anew since it was drawn
     const cell = CELL_OF[run.columns[column][place] || 0];
     return `${node.name}, round ${run.rounds[column].round}: ${CELLS[cell]}` +
       (node.why ? `  (last: ${node.why})` : "");

@@ -7,7 +7,7 @@ const MOST_SHOWN = 8, MOST_LISTED = 30;
 const runs = new Map();  // by name, the newest first
 let chosen = [];         // names, in the order of their colours
 let listed = MOST_LISTED, picked = false;
-let map, labelMap, curves, costCharts;
+let map, labelMap, curves, costCharts, drawing = 0;
 
 function colours() { return chosen.map((_, k) => colour(`--run-${k % 8}`)); }
 function shown() { return chosen.map((name) => runs.get(name)).filter(Boolean); }
@@ -16,7 +16,7 @@ function shown() { return chosen.map((name) => runs.get(name)).filter(Boolean); 
 
 function draw() {
   document.documentElement.dataset.scheme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  const found = shown(), focus = found[0];
+  const found = shown(), focus = found[0], later = [];
   drawNow(focus);
   drawRuns();
   const withRounds = found.filter((run) => run.rounds.length);
@@ -26,22 +26,36 @@ function draw() {
   });
   section("#s-nodes", focus && (focus.nodes.length || keptOut(focus).length), () => {
     $("#h-nodes small").textContent = `${number(focus.nodes.length)} of ${focus.name}`;
-    map.draw(focus);
+    later.push(() => map.draw(focus));
     drawReasons(focus);
     if ($("#s-nodes details").open) drawNodes(focus, $("#find").value);
   });
   section("#s-costs", focus && focus.rounds.length, () => {
     $("#h-costs small").textContent = `of ${focus.name}`;
-    const wanted = [costs(focus, "seconds", "Seconds by phase", seconds), costs(focus, "bytes", "Arrays sent and received", bytes)];
-    costCharts.draw(wanted.filter((each) => each.lines.length));
+    later.push(() => costCharts.draw([
+      costs(focus, "seconds", "Seconds by phase", seconds), costs(focus, "bytes", "Arrays sent and received", bytes),
+    ].filter((each) => each.lines.length)));
   });
   section("#s-labels", focus && focus.labels && focus.labels.clients.length, () => {
     const { clients, of } = focus.labels, some = of > clients.length ? `${number(clients.length)} of ${number(of)} clients, those that took part first, in` : `${number(clients.length)} clients of`;
     $("#h-labels small").textContent = `${some} ${focus.name}`;
-    labelMap.draw(focus.labels);
+    later.push(() => labelMap.draw(focus.labels));
   });
   section("#s-settings", found.some((run) => Object.keys(run.settings).length), () => drawSettings(found));
   section("#s-notes", focus, () => drawNotes(focus));
+  inFrames(later);
+}
+
+// One step a frame, so that the page reacts between them; a later drawing takes the place of what is
+// left of the one before.
+function inFrames(steps) {
+  const mine = drawing += 1;
+  const next = () => {
+    if (mine !== drawing || !steps.length) return;
+    steps.shift()();
+    requestAnimationFrame(next);
+  };
+  requestAnimationFrame(next);
 }
 
 function section(selector, is, fill) {
