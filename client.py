@@ -4,29 +4,23 @@ from typing import Annotated
 
 import typer
 
-from mlx_fed.arguments import (
-    IdentityFolder,
-    Insecure,
-    Server,
-    Token,
-    errors_as_messages,
-)
+from mlx_fed.arguments import errors_as_messages
+from mlx_fed.options import Joining, Token, with_options
 
 
+@with_options
 def main(
+    *,
     token: Token = None,
     node_id: Annotated[
         int | None,
         typer.Option(help="Which part of the data this client holds.", show_default="the token's"),
     ] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
-    server: Server = None,
     dataset: Annotated[str, typer.Option(help="digits, mnist, or a folder of parquet.")] = "digits",
     num_partitions: Annotated[int, typer.Option(min=1, help="Parts that the data has.")] = 3,
     partitioner: Annotated[str, typer.Option(help="iid or dirichlet.")] = "iid",
-    insecure: Insecure = False,
-    identity: IdentityFolder = None,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for the server.")] = 600.0,
+    joining: Joining,
 ) -> None:
     """Train on this client's digits until the server's run is over."""
     if node_id is None and token is None:
@@ -37,15 +31,12 @@ def main(
 
         join(
             task,
-            server,
             token=token,
             partition_id=node_id,
             num_partitions=num_partitions,
             device="gpu" if gpu else "cpu",
             config={"dataset": dataset, "partitioner": partitioner},
-            insecure=insecure,
-            identity=identity,
-            wait=wait,
+            **vars(joining),
         )
 
 

@@ -13,13 +13,16 @@ from typing import Annotated
 import typer
 
 from mlx_fed.devices import load_fast_blas
+from mlx_fed.options import Leading, Watching, as_flags, with_options
 
 HERE = Path(__file__).parent
 FAREWELL = 10.0
 """Seconds that clients have to end after the server's run."""
 
 
+@with_options
 def main(
+    *,
     clients: Annotated[int, typer.Option(min=1, help="Clients to start.")] = 2,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds to train.", show_default="the dataset's")
@@ -33,11 +36,8 @@ def main(
     gpu: Annotated[bool, typer.Option("--gpu", help="Clients train on the GPU.")] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The server's.")] = 8080,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
-    runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
-    resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Go on with a run, all else as it was.")
-    ] = None,
-    keep: Annotated[int, typer.Option(min=0, help="Checkpoints to keep, beside the best.")] = 3,
+    leading: Leading,
+    shown: Watching,
 ) -> None:
     """Start a server and clients on this machine and train the MNIST example."""
     num_partitions = num_partitions or max(3, clients)
@@ -53,8 +53,7 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     server = ["server.py", f"--port={port}", f"--dataset={dataset}", f"--min-clients={clients}"]
-    server += [f"--strategy={strategy}", f"--seed={seed}", f"--runs={runs}"]
-    server += [f"--keep={keep}", *([f"--resume={resume}"] if resume else [])]
+    server += [f"--strategy={strategy}", f"--seed={seed}", *as_flags(leading), *as_flags(shown)]
     server += [f"--rounds={rounds}"] if rounds else []
     client = ["client.py", f"--server=127.0.0.1:{port}", f"--dataset={dataset}"]
     client += [f"--partitioner={partitioner}", f"--num-partitions={num_partitions}"]

@@ -1,6 +1,7 @@
 """What it costs to watch a run: its history's writing, and a page that is open in a browser.
 
     python benchmarks/page.py            # writing
+    python benchmarks/page.py --page     # and whether a large run's page stutters
     python benchmarks/page.py --browser  # and a simulation with and without an open page
 
 The browser is chromium (``apt install chromium``; playwright is among the tests' requirements).
@@ -8,6 +9,7 @@ The browser is chromium (``apt install chromium``; playwright is among the tests
 
 import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
 
+import json
 import shutil
 import statistics
 import subprocess
@@ -66,6 +68,81 @@ def writing(rounds: int = 1000) -> None:
     )
 
 
+def stuttering(rounds: int = 1000) -> None:
+    """How soon the page of a thousand clients and rounds is there, and how long it does not react.
+
+    A task of the browser's above 50 ms is what people notice (the Long Tasks API).
+    """
+    from playwright.sync_api import sync_playwright
+
+    observe = (
+        "window.tasks = []; new PerformanceObserver((seen) => tasks.push(...seen.getEntries()"
+        ".map((task) => Math.round(task.duration)))).observe({type: 'longtask', buffered: true})"
+    )
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        history = History(Path(folder, "large"), (), {})
+        history.folder.mkdir()
+        history.write_settings({"num_rounds": rounds + 5})
+
+        def add(number: int) -> None:
+            kept, own = record(number)
+            kept["spread"] = {"train": records.spread(own), "evaluate": records.spread(own[::3])}
+            history.notify("phase", phase="train", round=number, of=rounds + 5, nodes=CLIENTS)
+            history.add_round(kept)
+
+        for number in range(1, rounds + 1):
+            add(number)
+        labels = [[client, [client % 7, 10, client % 3]] for client in range(CLIENTS)]
+        found = {"of": CLIENTS, "classes": [0, 1, 2], "clients": labels}
+        (history.folder / "labels.json").write_text(json.dumps(found))
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        with serving(Path(folder), port=0) as address:
+            page = browser.new_page(viewport={"width": 1200, "height": 900})
+            page.add_init_script(observe)
+
+            def said(what: str) -> None:
+                page.wait_for_timeout(200)
+                tasks = sorted(page.evaluate("tasks.splice(0)"), reverse=True)
+                print(f"  {what}: {len(tasks)} tasks over 50 ms {tasks[:5] or ''}")
+
+            page.goto(address)
+            drawn = f"() => runs.get('large')?.rounds.length === {rounds} && performance.now()"
+            first = page.wait_for_function(
+                "() => document.querySelector('#curves .u-over') && performance.now()"
+            )
+            whole = page.wait_for_function(drawn)
+            print(
+                f"page of {rounds} rounds of {CLIENTS} clients: first curve after "
+                f"{first.json_value():.0f} ms, the whole run after {whole.json_value():.0f} ms"
+            )
+            said("opening")
+            for selector in ("#curves .u-over >> nth=0", "#map canvas", "#labels canvas"):
+                target = page.locator(selector)
+                target.scroll_into_view_if_needed()
+                box = target.bounding_box()
+                for step in range(60):
+                    x = box["x"] + box["width"] * (step + 0.5) / 60
+                    page.mouse.move(x, box["y"] + box["height"] * (step + 0.5) / 60)
+            said("hovering")
+            for step in range(40):
+                page.mouse.wheel(0, 150 if step < 20 else -150)
+                page.wait_for_timeout(16)
+            said("scrolling")
+            for number in range(rounds + 1, rounds + 6):
+                add(number)
+                page.wait_for_function(f"() => runs.get('large').rounds.length === {number}")
+            said("five updates")
+            page.get_by_text("Each node").click()
+            said("the table of nodes")
+            page.set_viewport_size({"width": 900, "height": 900})
+            said("resizing")
+        browser.close()
+
+
+def chromium() -> str:
+    return shutil.which("chromium") or sys.exit("There is no chromium: apt install chromium")
+
+
 @contextmanager
 def open_page(address: str, seconds: int):
     """A browser of its own that shows the page, for as long as the context lasts."""
@@ -77,8 +154,7 @@ def open_page(address: str, seconds: int):
         "    page = b.new_page(); page.goto(sys.argv[2]); print('open', flush=True)\n"
         "    time.sleep(float(sys.argv[3])); b.close()\n"
     )
-    browser = shutil.which("chromium") or sys.exit("There is no chromium: apt install chromium")
-    command = [sys.executable, "-c", script, browser, address, str(seconds)]
+    command = [sys.executable, "-c", script, chromium(), address, str(seconds)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         process.stdout.readline()
@@ -115,8 +191,10 @@ def simulating(rounds: int, pairs: int) -> None:
     )
 
 
-def main(browser: bool = False, rounds: int = 400, pairs: int = 3) -> None:
+def main(page: bool = False, browser: bool = False, rounds: int = 400, pairs: int = 3) -> None:
     writing()
+    if page:
+        stuttering()
     if browser:
         simulating(rounds, pairs)
 

@@ -70,6 +70,18 @@ def test_a_history_is_told_from_where_it_was_left(ask, runs: Path):
     assert again["anew"] is True
 
 
+def test_labels_are_told_when_they_have_changed(ask, runs: Path):
+    folder = make_run(runs / "one")
+    assert ask("/api/runs/one").json().get("labels") is None
+    found = {"of": 2, "classes": [0, 1], "clients": [[0, [3, 4]]]}
+    (folder / "labels.json").write_text(json.dumps(found))
+    first = ask("/api/runs/one").json()
+    assert first["labels"] == found
+    again = ask(f"/api/runs/one?labels={first['labels_mark']}").json()
+    assert "labels" not in again
+    assert again["labels_mark"] == first["labels_mark"]
+
+
 def test_a_long_history_comes_in_parts(ask, runs: Path):
     history = History(make_run(runs / "one", rounds=0))
     for number in range(1, 5):

@@ -92,6 +92,23 @@ def test_a_federation_and_its_simulation_end_with_one_adapter_that_mlx_lm_reads(
     assert not mx.array_equal(whole[name], before[name])
 
 
+def test_a_run_goes_on_and_is_watched(start, config, tmp_path):
+    run = (*LORA, "simulate", "-c", config, "--local-iters", 2, "--runs", tmp_path)
+    quiet = start(*run, "--rounds", 1, "--name", "run", "--quiet")
+    assert quiet.ends() == 0, quiet.text
+    assert "round 1" not in quiet.text
+    watched = start(
+        *(*run, "--rounds", 2, "--resume", "run", "--json"),
+        *("--track", "tests.test_trackers:Own", "--dashboard", "--dashboard-port", 0),
+    )
+    assert watched.ends() == 0, watched.text
+    told = [json.loads(line) for line in watched.text.splitlines() if line.startswith("{")]
+    (resumed,) = [each for each in told if each["event"] == "resumed"]
+    assert resumed["round"] == 1
+    assert [each["round"] for each in told if each["event"] == "round"] == [2]
+    assert "dashboard" in {each["event"] for each in told}
+
+
 def test_a_federation_that_encrypts(start, config, tmp_path):
     where = ("--port", 0, "--runs", tmp_path, "--federation", tmp_path / "federation")
     server = start(*LORA, "serve", "-c", config, "--secure", *where)

@@ -43,6 +43,7 @@ def test_three_terminals_in_any_order(start, tmp_path):
     server = start("server.py", "--port", port, "--runs", tmp_path / "runs", "--rounds", 2)
     assert server.ends(100) == 0, server.text
     assert [client.ends() for client in clients] == [0, 0]
+    assert not list(tmp_path.glob("runs/*/labels.json"))  # those are the clients' own
 
 
 def test_run_ends_everything_when_a_client_cannot_start(start, tmp_path):

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from mlx_fed import records, runs
 from mlx_fed.dashboard import serving
 from mlx_fed.history import History
 from mlx_fed.report import report
+
+from .test_runs import OLD
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -89,7 +92,7 @@ def make(
     history = History(folder, (), {"engine": "simulation", "clients": clients})
     history.write_settings({"num_rounds": rounds, "strategy": {"name": "FedAvg"}, **settings})
     for number in range(1, rounds + 1):
-        late = {"node": "node-1", "phase": "train", "reason": "no reply within 9 seconds"}
+        late = {"node": "node-1", "phase": "train", "reason": "it is on a train", "missing": True}
         refused = {"node": NASTY, "phase": "train", "reason": f"cannot {NASTY}"}
         add_round(history, number, rounds, clients, [late, refused] if number == 2 else [])
     if finish:
@@ -157,7 +160,87 @@ def test_values_are_read_under_the_pointer_and_by_keyboard(visit, tmp_path: Path
     for row in range(5):
         page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * (row + 0.5) / 5)
         cells.add(page.locator("#cell").inner_text().partition(":")[2].partition("(")[0].strip())
-    assert cells == {"trained and evaluated", "trained", "too late", "failed or refused"}
+    assert cells == {"trained and evaluated", "trained", "no reply in time", "failed or refused"}
+
+
+def test_reasons_that_are_alike_stand_together(visit, tmp_path: Path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    history = History(folder)
+    history.write_settings({"num_rounds": 3})
+    for number in range(1, 4):
+        late = f"no reply within 30 seconds (a delay of {30 + number}.5)"
+        refused = [
+            {"node": "node-1", "phase": phase, "reason": late, "missing": True}
+            for phase in ("train", "evaluate")
+        ]
+        nan = {"node": "node-0", "phase": "train", "reason": "'w' is not finite"}
+        add_round(history, number, 3, 2, [*refused, nan] if number > 1 else refused)
+    page = visit(written(tmp_path, folder))
+    texts = page.locator("#reasons p").all_inner_texts()
+    assert [text.replace("\N{MULTIPLICATION SIGN}", "times") for text in texts] == [
+        "3 times train: no reply within 30 seconds (a delay of 33.5)",
+        "3 times evaluate: no reply within 30 seconds (a delay of 33.5)",
+        "2 times train: 'w' is not finite",
+    ]
+
+
+def test_who_is_not_let_in_is_shown_with_the_reason(visit, tmp_path: Path):
+    with serving(tmp_path / "runs", port=0) as address:
+        folder = tmp_path / "runs" / "one"
+        folder.mkdir(parents=True)
+        history = History(folder)
+        history.write_settings({"num_rounds": 3})
+        history.notify("refused", node=NASTY, reason=f"its model is not the server's: {NASTY}")
+        page = visit(address)  # it waits for nodes, and no round has begun
+        said = f"{NASTY} is not let in: its model is not the server's: {NASTY}"
+        page.locator("#reasons").get_by_text(said, exact=True).wait_for()
+        add_round(history, 1, 3, 4, [])
+        page.get_by_text("Each node").click()
+        row = page.locator("#nodes tr", has_text=NASTY)
+        assert f"not let in: its model is not the server's: {NASTY}" in row.inner_text()
+        history.notify("joined", node=NASTY, nodes=5)
+        history.notify("note", text="it has the right model now")
+        page.locator("#reasons").get_by_text(said, exact=True).wait_for(state="detached")
+
+
+@pytest.mark.parametrize("clients", [3, 1000])
+def test_labels_by_client_are_shown(visit, tmp_path: Path, clients: int):
+    folder = tmp_path / "one"
+    make(folder)
+    page = visit(written(tmp_path, folder))
+    assert not page.locator("#s-labels").is_visible()
+    rows = [[k, [2 * (k == 0), 10 + k, 0, 30]] for k in range(clients)]
+    found = {"of": 2 * clients, "classes": [3, 4, 5, 9], "clients": rows}
+    (folder / "labels.json").write_text(json.dumps(found))
+    page = visit(written(tmp_path, folder))
+    assert "clients, those that took part first, in one" in page.locator("#h-labels").inner_text()
+    half = (clients - 1) / 2
+    sums = page.locator("#label-sums").inner_text()
+    assert sums.split()[:6] == ["a", "client's", "least", "quartile", "median", "quartile"]
+    assert f"{round(40 + half):,}" in sums
+    assert sums.splitlines()[2].split("\t") == [
+        "labels, of 4",
+        "2",
+        "2",
+        "2",
+        "3" if clients == 3 else "2",
+        "3",
+    ]
+    canvas = page.locator("#labels canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 0.5, box["y"] + 60)
+    shown = page.locator("#label-cell")
+    assert shown.inner_text() == (
+        f"client {clients - 1}, {39 + clients:,} examples: 0 of label 3, 0 %"
+    )
+    canvas.focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
+    assert shown.inner_text() == "client 0, 42 examples: 10 of label 4, 24 %"
+    page.keyboard.press("Escape")
+    assert shown.inner_text().startswith("A column is a client")
 
 
 def test_runs_are_compared(visit, tmp_path: Path):
@@ -177,6 +260,19 @@ def test_runs_are_compared(visit, tmp_path: Path):
     page.keyboard.press("Space")
     assert "round 5" in readout(page, "Evaluation · loss")
     assert page.locator("#differences").inner_text() == ""
+
+
+def test_a_cell_that_was_tapped_stays_read(visit, tmp_path: Path):
+    make(tmp_path / "one")
+    size = {"width": 390, "height": 740}
+    page = visit(written(tmp_path, tmp_path / "one"), viewport=size, has_touch=True)
+    canvas = page.locator("#map canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] * 0.5, box["y"] + 2)
+    assert ", round 3: " in page.locator("#cell").inner_text()
+    page.wait_for_timeout(300)
+    assert ", round 3: " in page.locator("#cell").inner_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -230,11 +326,26 @@ def test_a_damaged_history_is_said_and_the_rest_shown(visit, tmp_path: Path):
         assert "train 3.0 s" in readout(live, "Seconds by phase")
 
 
+def test_a_run_of_an_older_version_is_shown(visit, tmp_path: Path):
+    folder = tmp_path / "runs" / "old"
+    folder.mkdir(parents=True)
+    refused = '"refused": [{"node": "b", "phase": "train", "reason": "no reply within 9 seconds"}]'
+    (folder / "history.jsonl").write_text(OLD.replace('"refused": []', refused))
+    (folder / "settings.json").write_text("{half")
+    with serving(tmp_path / "runs", port=0) as address:
+        for page in (visit(written(tmp_path, folder)), visit(address)):
+            page.locator("#now").get_by_text("recorded").wait_for()
+            assert "all 1.5" in readout(page, "Evaluation · loss")
+            assert "train: no reply within 9 seconds" in page.locator("#reasons").inner_text()
+
+
 def test_the_page_follows_a_run_as_it_goes(visit, tmp_path: Path):
     with serving(tmp_path / "runs", port=0) as address:
         page = visit(address)
         page.get_by_text("No run yet").wait_for()
         history = make(tmp_path / "runs" / "one", rounds=2, finish=False)
+        time.sleep(0.2)  # a phase that one can see
+        history.notify("phase", phase="evaluate", round=2, of=2, nodes=4)
         page.get_by_text("round 2 of 2: evaluate").wait_for()
         add_round(history, 3, 4, 4, [])
         page.locator("#runs").get_by_text("3 of 2").wait_for()
@@ -283,5 +394,6 @@ def test_a_real_simulation_is_followed_in_a_browser(visit, start, tmp_path: Path
     before = json.loads((tmp_path / "runs" / "live" / "status.json").read_text())["round"]
     page.wait_for_function("before => runs.get('live').rounds.length > before + 5", arg=before)
     page.locator("#s-nodes small").get_by_text("40 of live").wait_for()
+    page.close()  # it would complain that nobody answers
     run.interrupt()
     assert run.ends() == 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,16 +15,21 @@ from mlx_fed import records
 NAMES = st.one_of(
     st.lists(st.text(max_size=4), max_size=60),
     st.sets(st.integers(0, 500), max_size=300).map(lambda ns: [f"node-{n}" for n in sorted(ns)]),
+    st.lists(st.integers(0, 60), min_size=30, max_size=60).map(lambda ns: [f"n{n}" for n in ns]),
     st.lists(st.sampled_from(["a1", "a01", "a2", "b3", "7", "a999999999999"]), max_size=50),
 )
 REASONS = st.sampled_from(["no reply within 9 seconds", "parameter 'w' is missing", ""])
 
 
-def refusals(names: list[str], reasons: list[str]) -> list[dict[str, str]]:
+def refusals(names: list[str], reasons: list[str]) -> list[dict[str, Any]]:
     return [
-        {"node": node, "phase": "train", "reason": reason}
+        {"node": node, "phase": "train", "reason": reason, **missing(reason)}
         for node, reason in zip(names, reasons, strict=False)
     ]
+
+
+def missing(reason: str) -> dict[str, bool]:
+    return {"missing": True} if reason.startswith("no reply") else {}
 
 
 @given(NAMES, NAMES, st.lists(REASONS, min_size=60, max_size=300))
@@ -39,8 +45,8 @@ def test_a_record_comes_back_as_it_was(trained, left_out, reasons):
     assert "\n" not in line
     assert record == kept  # it is not changed
     back = records.from_line(line)
-    refused = [tuple(entry.values()) for entry in back.pop("refused")]
-    assert sorted(refused) == sorted(tuple(entry.values()) for entry in record.pop("refused"))
+    refused = [tuple(entry.items()) for entry in back.pop("refused")]
+    assert sorted(refused) == sorted(tuple(entry.items()) for entry in record.pop("refused"))
     assert back == record
 
 
@@ -67,6 +73,12 @@ def test_the_spread_of_many_nodes():
     own = [{"loss": float(number), "text": "x"} for number in range(101)]
     assert records.spread(own) == {"loss": [0, 25, 50, 75, 100]}
     assert records.spread([]) == {}
+
+
+@given(st.lists(st.floats(-1e6, 1e6) | st.integers(-1000, 1000), min_size=1, max_size=50))
+def test_a_spread_has_numpys_quantiles(values: list[float]):
+    found = records.spread([{"loss": value} for value in values])["loss"]
+    assert found == pytest.approx(np.quantile(values, [0, 0.25, 0.5, 0.75, 1]), rel=1e-5, abs=1e-9)
 
 
 def test_figures_are_flat():

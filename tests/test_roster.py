@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from mlx.utils import tree_flatten
 
-from mlx_fed import messages, roster, rounds
+from mlx_fed import messages, roster, rounds, status
 from mlx_fed.history import History
 from mlx_fed.settings import Settings
 from mlx_fed.training import Trainer
@@ -120,6 +120,14 @@ def test_a_run_without_nodes_says_why_they_were_left_out(tmp_path: Path):
         "node-3: " in str(raised.value)
     )
     assert "; and 2 more. Start more nodes" in str(raised.value)
+
+
+def test_who_is_not_let_in_stands_in_the_runs_status(tmp_path: Path):
+    other = fed.client_app(replace(TASK, model=lambda: nn.Linear(5, 3)))
+    federate(FedAvg(), tmp_path, [CLIENT, CLIENT, other], num_rounds=1)
+    ((name, reason),) = status.read(tmp_path)["refused"].items()
+    assert name == "node-2"
+    assert reason.startswith("its model is not the server's: parameter 'layers.0.weight'")
 
 
 def test_a_node_that_left_when_it_was_refused_is_remembered(tmp_path: Path):

@@ -154,6 +154,24 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path):
     assert "-o" in message
 
 
+@pytest.mark.parametrize("what", ["simulate", "serve"])
+def test_a_place_for_runs_that_takes_no_folder_is_an_error(tmp_path: Path, what: str):
+    (tmp_path / "file").write_text("")
+    port = ("--port", 0) if what == "serve" else ()
+    task = ("tests.simulated:TASK", "--runs", tmp_path / "file", *port)
+    message = command(what, *task, code=1)
+    assert "Cannot make the run's folder" in message
+    assert "Choose another place with --runs." in message
+
+
+def test_a_name_that_is_taken_is_an_error(tmp_path: Path):
+    folder = make_run(tmp_path / "one")
+    before = (folder / "settings.json").read_bytes()
+    task = ("simulate", "tests.simulated:TASK", "--runs", tmp_path, "--name", "one")
+    assert "There is a run named 'one' in" in command(*task, code=1)
+    assert (folder / "settings.json").read_bytes() == before
+
+
 def test_a_run_is_removed_if_it_is_one_and_is_over(tmp_path: Path):
     folder = make_run(tmp_path / "one")
     assert "Aborted" in command("runs", "remove", "one", "--runs", tmp_path, code=1)
@@ -185,6 +203,37 @@ def test_a_run_says_what_it_is_doing(tmp_path: Path):
         raise RuntimeError("none came")
     assert status.read(tmp_path)["state"] == "stopped"
     assert status.read(tmp_path)["reason"] == "none came"
+
+
+@pytest.mark.parametrize(("glance", "seen"), [(3600.0, (1, "train")), (0.0, (9, "evaluate"))])
+def test_phases_that_nobody_sees_are_not_written(
+    tmp_path: Path, monkeypatch, glance: float, seen: tuple[int, str]
+):
+    monkeypatch.setattr(status, "_GLANCE", glance)
+    history = History(tmp_path)
+    history.write_settings({})
+    for number in range(1, 10):
+        for phase in ("train", "evaluate"):
+            history.notify("phase", phase=phase, round=number, of=9, nodes=1)
+    now = status.read(tmp_path)
+    assert (now["round"], now["phase"]) == seen
+    history.notify("finished", model=tmp_path, seconds=1.0)
+    now = status.read(tmp_path)
+    assert (now["state"], now["round"], now["phase"]) == ("finished", 9, "evaluate")
+
+
+def test_who_is_not_let_in_is_remembered_until_it_is(tmp_path: Path):
+    history = History(tmp_path)
+    history.write_settings({})
+    for number in range(150):
+        history.notify("refused", node=f"node-{number}", reason="its model is another")
+    assert len(status.read(tmp_path)["refused"]) == 100
+    history.notify("refused", node="node-1", reason="its name is taken")
+    history.notify("joined", node="node-0", nodes=1)
+    history.notify("note", text="written at once")
+    refused = status.read(tmp_path)["refused"]
+    assert "node-0" not in refused
+    assert refused["node-1"] == "its name is taken"
 
 
 def test_a_run_whose_process_is_gone_has_stopped(tmp_path: Path):

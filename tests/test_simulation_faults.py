@@ -56,6 +56,7 @@ def test_failures_follow_from_the_seed(strategy: Callable[[], Strategy], tmp_pat
         assert asked | set(record["train"]["nodes"]) == {f"node-{k}" for k in range(CLIENTS)}
         assert not asked & set(record["train"]["nodes"])
         assert record["refused"][0]["reason"] == "it did not answer (an injected failure)"
+        assert all(each["missing"] for each in record["refused"])
     other = simulate(strategy(), tmp_path, name="other", faults=faults, seed=9)
     assert silent(other, "train") != silent(one, "train")
 

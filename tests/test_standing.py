@@ -13,6 +13,7 @@ from flwr.app import Context, Message
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Strategy
 
 from mlx_fed import messages, rounds
+from mlx_fed.flower.replies import failed_reply
 from mlx_fed.standing import refused_running, to_leave_out
 
 from .test_checks import with_metrics, with_weight
@@ -104,6 +105,20 @@ def test_a_resumed_run_counts_on(tmp_path: Path):
     federate(FedAvg(), tmp_path, apps, num_rounds=2)
     result = federate(FedAvg(), tmp_path, apps, num_rounds=4, resume=True)
     assert [record.get("left_out") for record in result.rounds] == [None, None, ["node-1"], None]
+
+
+def test_being_gone_counts_neither_before_nor_after_a_resumption(tmp_path: Path):
+    def gone(message: Message, context: Context) -> Message:
+        if message.metadata.message_type != "train":
+            return CLIENT(message, context)
+        return failed_reply(message, "node 1 has left", missing=True)
+
+    apps = [CLIENT, gone, CLIENT]
+    federate(FedAvg(), tmp_path, apps, num_rounds=2)
+    result = federate(FedAvg(), tmp_path, apps, num_rounds=5, resume=True)
+    assert [record.get("left_out") for record in result.rounds] == [None] * 5
+    expected = {"node": "node-1", "phase": "train", "reason": "node 1 has left", "missing": True}
+    assert [record["refused"] for record in result.rounds] == [[expected]] * 5
 
 
 def test_only_what_a_node_sent_in_training_counts():

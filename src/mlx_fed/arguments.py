@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -18,130 +18,6 @@ if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
     from .task import TaskSource
-
-TaskName = Annotated[
-    str, typer.Argument(metavar="MODULE:TASK", help="The task, such as examples.mnist:task.")
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--config", "-c", metavar="KEY=VALUE", help="A setting; as often as needed."),
-]
-_SECURITY = "Security"
-Insecure = Annotated[
-    bool,
-    typer.Option(
-        "--insecure",
-        help="Beyond this machine: do not encrypt, and let anyone join.",
-        rich_help_panel=_SECURITY,
-    ),
-]
-Secure = Annotated[
-    bool,
-    typer.Option(
-        "--secure",
-        help="On this machine, too: encrypt, and let only known nodes join.",
-        rich_help_panel=_SECURITY,
-    ),
-]
-FederationFolder = Annotated[
-    Path,
-    typer.Option(
-        help="The federation's folder: certificates, keys, nodes.", rich_help_panel=_SECURITY
-    ),
-]
-Announce = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOST[:PORT]",
-        help="Where nodes reach the server.",
-        show_default="this machine's address",
-        rich_help_panel=_SECURITY,
-    ),
-]
-Server = Annotated[
-    str | None,
-    typer.Option(metavar="HOST:PORT", show_default="the token's, or 127.0.0.1:8080"),
-]
-Token = Annotated[
-    str | None,
-    typer.Argument(metavar="[TOKEN]", help="What the server printed for this node, if it did."),
-]
-IdentityFolder = Annotated[
-    Path | None,
-    typer.Option(
-        help="Where this node's key is kept.",
-        show_default="below ~/.mlx-fed",
-        rich_help_panel=_SECURITY,
-    ),
-]
-RootCertificates = Annotated[
-    Path | None,
-    typer.Option(
-        help="Without a token: whom the server's certificate is from.", rich_help_panel=_SECURITY
-    ),
-]
-NodeKey = Annotated[
-    Path | None,
-    typer.Option(
-        "--key",
-        help="Without a token: this node's private key, known to the server.",
-        rich_help_panel=_SECURITY,
-    ),
-]
-StrategyName = Annotated[
-    str, typer.Option(help="A Flower strategy's name, or MODULE:STRATEGY of your own.")
-]
-StrategyOptions = Annotated[
-    list[str] | None,
-    typer.Option("--strategy-option", "-s", metavar="KEY=VALUE", help="Its arguments."),
-]
-TestName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODULE:FUNCTION",
-        help="Gives held-out examples of the server's own (see the docs).",
-    ),
-]
-RunName = Annotated[str | None, typer.Option(help="The run's name.", show_default="the time")]
-RunsFolder = Annotated[Path, typer.Option(help="Where runs are kept.")]
-Resume = Annotated[
-    str | None,
-    typer.Option(
-        metavar="RUN", help="Go on with a run, by its name or folder; all else as it was."
-    ),
-]
-Keep = Annotated[int, typer.Option(min=0, help="Checkpoints to keep, beside the best; 0: none.")]
-Dashboard = Annotated[
-    bool, typer.Option("--dashboard", help="Show the run in a browser, as it goes.")
-]
-DashboardPort = Annotated[
-    int, typer.Option(min=0, max=65535, help="The dashboard's, on this machine; 0: a free one.")
-]
-Track = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME", help="Log to a tracker: tensorboard, wandb, or MODULE:TRACKER of your own."
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Show JSON, an object a line.")]
-RoundTimeout = Annotated[float, typer.Option(min=0, help="Seconds that a phase may take.")]
-MinReplies = Annotated[
-    int, typer.Option(min=1, help="Training replies that have to count, or the round is repeated.")
-]
-MaxRepeats = Annotated[
-    int, typer.Option(min=0, help="Times that a round is repeated before the run stops.")
-]
-MaxExamples = Annotated[
-    float, typer.Option(min=1, help="Examples that a node's reply may say it has.")
-]
-MaxUpdateNorm = Annotated[
-    float | None,
-    typer.Option(
-        min=1, help="Times the median norm that an update may have.", show_default="no limit"
-    ),
-]
-Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait for the other side.")]
 
 
 @contextmanager

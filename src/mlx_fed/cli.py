@@ -9,35 +9,6 @@ import typer
 
 from . import __version__
 from .arguments import (
-    Announce,
-    AsJson,
-    Dashboard,
-    DashboardPort,
-    FederationFolder,
-    IdentityFolder,
-    Insecure,
-    Keep,
-    MaxExamples,
-    MaxRepeats,
-    MaxUpdateNorm,
-    MinReplies,
-    NodeKey,
-    Quiet,
-    Resume,
-    RootCertificates,
-    RoundTimeout,
-    RunName,
-    RunsFolder,
-    Secure,
-    Server,
-    Settings,
-    StrategyName,
-    StrategyOptions,
-    TaskName,
-    TestName,
-    Token,
-    Track,
-    Wait,
     errors_as_messages,
     find_strategy,
     find_task,
@@ -46,6 +17,20 @@ from .arguments import (
 )
 from .fleet.commands import certs, nodes
 from .lm.commands import lora
+from .options import (
+    Joining,
+    Leading,
+    Listening,
+    Rounds,
+    Settings,
+    StrategyName,
+    StrategyOptions,
+    TaskName,
+    TestName,
+    Token,
+    Watching,
+    with_options,
+)
 from .runs_commands import report, runs_app
 
 app = typer.Typer(
@@ -64,39 +49,21 @@ app.add_typer(certs, name="certs")
 
 
 @app.command()
+@with_options
 def serve(
+    *,
     task: TaskName,
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds to train.", show_default="the task's, or 3")
-    ] = None,
+    rounds: Rounds = None,
     strategy: StrategyName = "FedAvg",
     strategy_option: StrategyOptions = None,
     min_nodes: Annotated[int, typer.Option(min=1, help="Nodes that a round needs.")] = 2,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
-    insecure: Insecure = False,
-    secure: Secure = False,
-    federation: FederationFolder = Path("federation"),
-    announce: Announce = None,
-    wait: Wait = 600.0,
-    round_timeout: RoundTimeout = 3600.0,
-    min_replies: MinReplies = 1,
-    max_repeats: MaxRepeats = 2,
-    max_examples: MaxExamples = 1e12,
-    max_update_norm: MaxUpdateNorm = None,
-    seed: int = 0,
-    name: RunName = None,
-    runs: RunsFolder = Path("runs"),
-    resume: Resume = None,
-    keep: Keep = 3,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Aggregate on the GPU.")] = False,
     test: TestName = None,
-    dashboard: Dashboard = False,
-    dashboard_port: DashboardPort = 8000,
-    track: Track = None,
-    quiet: Quiet = False,
-    json: AsJson = False,
+    seed: int = 0,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Aggregate on the GPU.")] = False,
     config: Settings = None,
+    listening: Listening,
+    leading: Leading,
+    shown: Watching,
 ) -> None:
     """Serve a federation: wait for nodes, train, save the model."""
     with errors_as_messages():
@@ -107,38 +74,17 @@ def serve(
         found = find_task(task)
         chosen = find_strategy(strategy, min_nodes, parse_settings(strategy_option))
         held_out = find_test(test, settings) if test else None
-        with watching(
-            runs,
-            dashboard=dashboard,
-            dashboard_port=dashboard_port,
-            track=track,
-            quiet=quiet,
-            json=json,
-        ) as listeners:
+        with watching(leading.runs, **vars(shown)) as listeners:
             serve(
                 found,
                 chosen,
                 rounds,
+                **vars(listening),
+                **vars(leading),
                 listeners=listeners,
-                host=host,
-                port=port,
-                insecure=insecure,
-                secure=secure,
-                federation=federation,
-                announce=announce,
                 join_command=f"mlx-fed join {task}",
-                wait=wait,
-                round_timeout=round_timeout,
-                min_replies=min_replies,
-                max_repeats=max_repeats,
-                max_examples=max_examples,
-                max_update_norm=max_update_norm,
                 seed=seed,
                 min_nodes=min_nodes,
-                name=name,
-                runs=runs,
-                resume=resume,
-                keep=keep,
                 device="gpu" if gpu else "cpu",
                 config=settings,
                 test=held_out,
@@ -146,7 +92,9 @@ def serve(
 
 
 @app.command()
+@with_options
 def join(
+    *,
     task: TaskName,
     token: Token = None,
     node_id: Annotated[
@@ -158,15 +106,10 @@ def join(
     num_partitions: Annotated[
         int | None, typer.Option(min=1, help="Of how many, if the data is partitioned.")
     ] = None,
-    server: Server = None,
     name: Annotated[str | None, typer.Option(help="How the server calls this node.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
-    insecure: Insecure = False,
-    identity: IdentityFolder = None,
-    root_certificates: RootCertificates = None,
-    key: NodeKey = None,
-    wait: Wait = 600.0,
     config: Settings = None,
+    joining: Joining,
 ) -> None:
     """Join a federation with this machine's data, until the run is over."""
     with errors_as_messages():
@@ -174,18 +117,13 @@ def join(
 
         join(
             find_task(task),
-            server,
             token=token,
             partition_id=node_id,
             num_partitions=num_partitions,
             name=name,
             device="gpu" if gpu else "cpu",
-            insecure=insecure,
-            identity=identity,
-            root_certificates=root_certificates,
-            key=key,
-            wait=wait,
             config=parse_settings(config),
+            **vars(joining),
         )
 
 
@@ -224,12 +162,12 @@ def partitions(
 
 
 @app.command()
+@with_options
 def simulate(
+    *,
     task: TaskName,
     clients: Annotated[int, typer.Option(min=1, help="Clients that there are.")] = 100,
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds to train.", show_default="the task's, or 3")
-    ] = None,
+    rounds: Rounds = None,
     fraction: Annotated[
         float | None,
         typer.Option(
@@ -268,11 +206,6 @@ def simulate(
     mean_delay: Annotated[
         float, typer.Option(min=0, help="Seconds that clients take beyond training, on average.")
     ] = 0.0,
-    round_timeout: RoundTimeout = 3600.0,
-    min_replies: MinReplies = 1,
-    max_repeats: MaxRepeats = 2,
-    max_examples: MaxExamples = 1e12,
-    max_update_norm: MaxUpdateNorm = None,
     hostile: Annotated[
         float, typer.Option(min=0, max=1, help="The share of clients that attack.")
     ] = 0.0,
@@ -285,17 +218,10 @@ def simulate(
         int | None, typer.Option(min=2, help="Labels that there are, for label-flip.")
     ] = None,
     seed: int = 0,
-    name: RunName = None,
-    runs: RunsFolder = Path("runs"),
-    resume: Resume = None,
-    keep: Keep = 3,
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
-    dashboard: Dashboard = False,
-    dashboard_port: DashboardPort = 8000,
-    track: Track = None,
-    quiet: Quiet = False,
-    json: AsJson = False,
     config: Settings = None,
+    leading: Leading,
+    shown: Watching,
 ) -> None:
     """Simulate a whole federation on this machine."""
     with errors_as_messages():
@@ -310,14 +236,7 @@ def simulate(
         found = find_task(task)
         chosen = find_strategy(strategy, 1, options)
         held_out = find_test(test, settings) if test else None
-        with watching(
-            runs,
-            dashboard=dashboard,
-            dashboard_port=dashboard_port,
-            track=track,
-            quiet=quiet,
-            json=json,
-        ) as listeners:
+        with watching(leading.runs, **vars(shown)) as listeners:
             simulate(
                 found,
                 chosen,
@@ -335,16 +254,8 @@ def simulate(
                     scale=scale,
                     num_classes=num_classes,
                 ),
-                round_timeout=round_timeout,
-                min_replies=min_replies,
-                max_repeats=max_repeats,
-                max_examples=max_examples,
-                max_update_norm=max_update_norm,
+                **vars(leading),
                 seed=seed,
-                name=name,
-                runs=runs,
-                resume=resume,
-                keep=keep,
                 device="gpu" if gpu else "cpu",
                 config=settings,
                 test=held_out,

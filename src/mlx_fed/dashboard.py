@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from . import records, runs, status
+from . import labels, records, runs, status
 from .errors import FedError
 from .fleet import address
 from .http import running
@@ -33,8 +33,8 @@ from .page import page, policy
 _PAUSE = 1.0
 """Seconds between two questions of a page."""
 _MOST_RUNS = 500
-_MOST_BYTES = 2**20
-"""Of a history, in one answer."""
+_MOST_BYTES = 2**18
+"""Of a history, in one answer: as much as a page takes in without a pause that one sees."""
 _HEADERS = {
     "Content-Security-Policy": policy() + "; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -138,8 +138,7 @@ def app(folder: Path) -> _App:
         return _json({"runs": [{"name": each.name, "state": _state(each)} for each in found]})
 
     def one(request: Request) -> Response:
-        name = request.path_params["name"]
-        found = next((each for each in _runs(folder) if each.name == name), None)
+        found = _run(folder, request.path_params["name"])
         if found is None:
             return _json({"error": "no such run"}, 404)
         query = request.query_params
@@ -147,7 +146,7 @@ def app(folder: Path) -> _App:
         if not start.isascii() or not start.isdecimal() or len(start) > 18:
             return _json({"error": "start is a number of bytes"}, 400)
         try:
-            return _json(_news(found, int(start), query.get("mark", "")))
+            return _json(_news(found, int(start), query.get("mark", ""), query.get("labels", "")))
         except OSError as error:  # removed meanwhile, or not to be read
             return _json({"error": error.strerror}, 404)
 
@@ -164,17 +163,31 @@ def _runs(folder: Path) -> list[Path]:
     return [each for each in found if not each.is_symlink()]
 
 
+def _run(folder: Path, name: str) -> Path | None:
+    """The run of that name among :func:`_runs`."""
+    try:
+        if name not in {each.name for each in folder.iterdir()}:  # none leads elsewhere
+            return None
+    except OSError:
+        return None
+    found = folder / name
+    return found if runs.is_run(found) and not found.is_symlink() else None
+
+
 def _state(folder: Path) -> str:
     return str(status.read(folder).get("state", "recorded"))
 
 
-def _news(folder: Path, start: int, mark: str) -> dict[str, Any]:
+def _news(folder: Path, start: int, mark: str, labels_mark: str) -> dict[str, Any]:
     """What a run's folder tells, and its history from the byte ``start`` on.
 
     A history that was written anew (the run was resumed) has another ``mark``, and is then told
-    from its beginning.
+    from its beginning. Labels are told where they have changed since ``labels_mark``.
     """
     known = runs.about(folder)
+    labels_now = labels.changed(folder)
+    if labels_now != labels_mark:
+        known["labels"] = labels.read(folder)
     path = folder / "history.jsonl"
     lines: list[bytes] = []
     end, more = 0, False
@@ -204,6 +217,7 @@ def _news(folder: Path, start: int, mark: str) -> dict[str, Any]:
         "more": more,
         "anew": anew,
         "mark": now,
+        "labels_mark": labels_now,
     }
 
 

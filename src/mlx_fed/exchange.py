@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -18,11 +18,19 @@ from .task import Config
 from .weights import Arrays, Spec
 
 
+class Failed(NamedTuple):
+    """Why there is nothing of the message at a place; ``missing`` where its node sent nothing."""
+
+    place: int
+    reason: str
+    missing: bool = False
+
+
 class Summed(Protocol):
-    """What comes of some of the messages: sums by block, and by place why there is none."""
+    """What comes of some of the messages: sums by block, and where there is no update."""
 
     blocks: list[Block]
-    failed: list[tuple[int, str]]
+    failed: list[Failed]
 
 
 SumUpdates = Callable[[list[Message], str], Iterator[Summed]]

@@ -39,8 +39,9 @@ class History:
         listeners (tuple): Each is called ``listener(event, fields)`` for what happens, with
             the events ``started``, ``serving``, ``invited``, ``joined``, ``left``, ``refused``,
             ``waiting``, ``resumed``, ``phase``, ``reply``, ``replies`` (of a simulation, several at
-            once), ``failed``, ``note``, ``round``, ``finished`` and ``stopped``. Only rounds are
-            written down, and in ``status.json`` what the run is doing now.
+            once), ``labels`` (of simulated clients), ``failed``, ``note``, ``round``, ``finished``
+            and ``stopped``. Only rounds are written down, and in ``status.json`` what the run is
+            doing now.
         about (dict, optional): What is known of the run beside its settings, for the record.
     """
 

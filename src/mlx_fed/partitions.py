@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .errors import FedError
+from .labels import labels_of
 from .task import Task
 
 if TYPE_CHECKING:
@@ -91,14 +92,15 @@ def _labels(split: Any, client: int, num_partitions: int) -> np.ndarray:
     where = f"Partition {client} of {num_partitions}"
     if callable(split):
         raise FedError(f"{where} streams its batches, so its labels cannot be counted.")
-    array = split[-1]
-    dtype = str(array.dtype).removeprefix("mlx.core.")
-    if array.ndim != 1 or not dtype.startswith(("int", "uint")):
+    labels = labels_of(split)
+    if labels is None:
+        array = split[-1]
+        dtype = str(array.dtype).removeprefix("mlx.core.")
         raise FedError(
             f"{where} has no labels: the last array of its data is {dtype} of shape "
             f"{tuple(array.shape)}, where one integer an example is needed."
         )
-    return np.asarray(array)
+    return labels
 
 
 def show(labels: Labels, width: int) -> RenderableType:

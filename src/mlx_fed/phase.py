@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 
 from . import aggregate, checks, exchange, messages, records, strategies
 from .errors import RunError
+from .flower.replies import is_missing
 from .history import History
 from .roster import Members, RosterGrid
 from .settings import Settings
@@ -134,6 +135,10 @@ class Phase:
             if isinstance(answer, str):
                 self.refuse(node, answer, missing=True)
                 continue
+            if is_missing(answer):
+                with self.refusing(node, missing=True):
+                    checks.check_answer(answer)
+                continue
             if answer.has_content():
                 self.count_bytes(0, messages.count_bytes(answer.content))
             fits = False
@@ -154,12 +159,12 @@ class Phase:
         return odd
 
     @contextmanager
-    def refusing(self, node: str) -> Iterator[None]:
+    def refusing(self, node: str, missing: bool = False) -> Iterator[None]:
         """Goes on without a reply that is refused."""
         try:
             yield
         except checks.Refused as error:
-            self.refuse(node, str(error))
+            self.refuse(node, str(error), missing)
 
     def refuse(self, node: str, reason: str, missing: bool = False) -> None:
         """Records why a node has no part in the phase; ``missing`` where it sent nothing."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from . import records
+
+if TYPE_CHECKING:
+    from .history import Listener
 
 _LONGEST = 1000
 """Characters of a line."""
@@ -177,6 +181,22 @@ class ServerProgress:
         self.bar.stop()
 
 
+@contextmanager
+def listeners_or_terminal(
+    listeners: tuple[Listener, ...] | None,
+) -> Iterator[tuple[Listener, ...]]:
+    """The listeners that were given, or if none were the terminal for as long as the context
+    lasts."""
+    if listeners is not None:
+        yield tuple(listeners)
+        return
+    shown = ServerProgress()
+    try:
+        yield (shown,)
+    finally:
+        shown.close()
+
+
 class JsonLines:
     """Listens to a history and prints what happens as JSON, an object a line, for programs.
 
@@ -188,7 +208,7 @@ class JsonLines:
         self.file = file or sys.stdout
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        if event not in ("reply", "replies"):
+        if event not in ("reply", "replies", "labels"):
             print(records.to_json({"event": event, **fields}), file=self.file, flush=True)
 
 

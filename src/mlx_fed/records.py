@@ -10,15 +10,17 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 
 MANY = 32
 """Nodes of a phase up to which each is written by its name and with its own metrics."""
-_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_SHARES = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
 _PHASES = ("train", "evaluate")
+_NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})", re.DOTALL)
+_NUMBERS = 10**9
 
 
 def to_line(record: Mapping[str, Any]) -> str:
@@ -78,15 +80,25 @@ def from_line(line: str | bytes) -> dict[str, Any]:
 
 def spread(each: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Least, lower quartile, median, upper quartile and most of each metric of many nodes."""
+    rows = [*each]
     columns: dict[str, list[float]] = {}
-    for metrics in each:
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                columns.setdefault(name, []).append(value)
+    for name in dict.fromkeys(chain.from_iterable(rows)):
+        values = [v for row in rows if isinstance(v := row.get(name), (int, float))]
+        if values:
+            columns[name] = values
     return {
-        name: [float(f"{value:.6g}") for value in np.quantile(values, _SHARES)]
+        name: [float(f"{value:.6g}") for value in _quantiles(np.sort(values))]
         for name, values in columns.items()
     }
+
+
+def _quantiles(ordered: np.ndarray) -> np.ndarray:
+    """As ``np.quantile`` has them, in a third of its time."""
+    at = _SHARES * (len(ordered) - 1)
+    low = at.astype(int)
+    below, above = ordered[low], ordered[np.minimum(low + 1, len(ordered) - 1)]
+    quantiles: np.ndarray = below + (above - below) * (at - low)
+    return quantiles
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
@@ -116,20 +128,22 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _pack(nodes: Sequence[str]) -> Sequence[str] | dict[str, str]:
     """``{"node-": "0-3,5"}`` for many names that differ in a rising number; others as they are."""
-    matches = [re.fullmatch(r"(.*?)(0|[1-9][0-9]{0,8})", node, re.DOTALL) for node in nodes]
-    found = [match.groups() for match in matches if match]
-    if len(nodes) <= MANY or len(found) < len(nodes) or len({prefix for prefix, _ in found}) > 1:
+    first = _NUMBERED.fullmatch(nodes[0]) if len(nodes) > MANY else None
+    if first is None:
         return nodes
-    numbers = [int(number) for _, number in found]
-    if any(later <= earlier for earlier, later in pairwise(numbers)):
+    prefix, start = first[1], len(first[1])
+    try:
+        numbers = [int(node[start:]) for node in nodes]
+    except ValueError:
         return nodes
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return {found[0][0]: ",".join("-".join(map(str, run)) for run in runs)}
+    if numbers[-1] >= _NUMBERS or [f"{prefix}{number}" for number in numbers] != [*nodes]:
+        return nodes
+    steps = np.diff(numbers)
+    if steps.min() < 1:
+        return nodes
+    ends = [-1, *np.flatnonzero(steps > 1).tolist(), len(numbers) - 1]
+    runs = ((numbers[before + 1], numbers[end]) for before, end in pairwise(ends))
+    return {prefix: ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs)}
 
 
 def _unpack(nodes: Any) -> list[str]:
@@ -143,17 +157,22 @@ def _unpack(nodes: Any) -> list[str]:
     return names
 
 
-def _together(refused: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
+def _together(refused: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """An entry for each phase and reason, with the nodes that share it."""
-    nodes: dict[tuple[str, str], list[str]] = {}
+    nodes: dict[tuple[str, str, bool], list[str]] = {}
     for entry in refused:
-        nodes.setdefault((entry["phase"], entry["reason"]), []).append(entry["node"])
+        same = entry["phase"], entry["reason"], bool(entry.get("missing"))
+        nodes.setdefault(same, []).append(entry["node"])
     return [
-        {"nodes": _pack(names), "phase": phase, "reason": reason}
-        for (phase, reason), names in nodes.items()
+        {"nodes": _pack(names), **_why(phase, reason, missing)}
+        for (phase, reason, missing), names in nodes.items()
     ]
 
 
-def _apart(entry: Mapping[str, Any]) -> Iterable[dict[str, str]]:
-    same = {"phase": entry["phase"], "reason": entry["reason"]}
+def _apart(entry: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    same = _why(entry["phase"], entry["reason"], bool(entry.get("missing")))
     return ({"node": node, **same} for node in _unpack(entry.get("nodes", [entry.get("node")])))
+
+
+def _why(phase: str, reason: str, missing: bool) -> dict[str, Any]:
+    return {"phase": phase, "reason": reason, **({"missing": True} if missing else {})}

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import records, status
+from . import labels, records, status
 from .errors import FedError
 
 FILES = ("settings.json", "history.jsonl")
@@ -109,7 +109,8 @@ def read(folder: Path, name: str | None = None) -> Recorded:
     except OSError as error:
         raise RunsError(f"Cannot read the run in {folder}: {error.strerror or error}.") from error
     name = name or folder.resolve().name
-    return Recorded(name=name, folder=folder, rounds=rounds, damaged=damaged, **known)
+    found = labels.read(folder)
+    return Recorded(name=name, folder=folder, rounds=rounds, damaged=damaged, labels=found, **known)
 
 
 def read_all(found: Sequence[Path]) -> list[Recorded]:
@@ -123,12 +124,11 @@ def read_all(found: Sequence[Path]) -> list[Recorded]:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """All that a run's folder tells beside its rounds, as plain values."""
+    """What a run's folder tells beside its rounds and labels, as plain values."""
     return {
         "settings": _settings(folder),
         "status": status.read(folder),
         "checkpoints": checkpoints(folder),
-        "labels": labels(folder),
     }
 
 
@@ -136,16 +136,6 @@ def checkpoints(folder: Path) -> list[int]:
     """The rounds that have a checkpoint."""
     found = (folder / "checkpoints").glob("*.safetensors")
     return sorted(int(path.name[:5]) for path in found if path.name[:5].isdecimal())
-
-
-def labels(folder: Path) -> dict[str, Any] | None:
-    """The labels that clients hold, where a simulation has counted them: ``classes``, and for each
-    client its number and counts."""
-    try:
-        found = json.loads((folder / "labels.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and found.get("clients") else None
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import RunsFolder, errors_as_messages
+from .arguments import errors_as_messages
+from .options import RunsFolder
 
 if TYPE_CHECKING:
     from .runs import Recorded

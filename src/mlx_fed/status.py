@@ -7,6 +7,7 @@ few times a second at most; a run goes on without it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -16,7 +17,10 @@ from typing import Any
 
 _PAUSE = 0.5
 """Seconds until what comes often, such as replies, is written again."""
+_GLANCE = 0.1
+"""Seconds until another phase is written: to write costs as much as a short one takes."""
 _MOST_NOTICES = 100
+_MOST_REFUSED = 100
 _TOLD = ("joined", "left", "refused", "note", "resumed")
 """What is worth a notice. What is secret, such as an invitation's token, is not among them."""
 
@@ -31,8 +35,9 @@ class Status:
     def __init__(self, folder: Path):
         self.path = folder / "status.json"
         self.notices: list[dict[str, Any]] = []
-        self.written = 0.0
+        self.written = self.phase_written = -math.inf
         self.begun = False
+        self.refused: dict[str, str] = {}
         self.now: dict[str, Any] = {
             "state": "waiting",
             "pid": os.getpid(),
@@ -59,21 +64,33 @@ class Status:
                 self.now["state"] = "finished"
             case "stopped":
                 self.now |= {"state": "stopped", "reason": fields["reason"]}
-            case "joined" | "left" | "refused" | "note" | "resumed" | "started":
+            case "refused":
+                self.refused.pop(fields["node"], None)
+                if len(self.refused) < _MOST_REFUSED:
+                    self.refused[fields["node"]] = fields["reason"]
+            case "joined":
+                self.refused.pop(fields["node"], None)
+            case "left" | "note" | "resumed" | "started":
                 pass
             case _:
                 return
         # A run that is refused before it goes on stays as it was.
         self.begun = self.begun or event == "started"
-        often = event in ("reply", "replies", "joined", "left")
         if not self.begun:
             return
-        if not often or time.monotonic() - self.written > _PAUSE:
-            self._write()
+        now = time.monotonic()
+        if event in ("reply", "replies", "joined", "left") and now - self.written < _PAUSE:
+            return
+        if event == "phase":
+            if now - self.phase_written < _GLANCE:
+                return
+            self.phase_written = now
+        self._write()
 
     def _write(self) -> None:
         self.written = time.monotonic()
-        text = json.dumps({**self.now, "time": time.time(), "notices": self.notices}, default=str)
+        told = {"time": time.time(), "refused": self.refused, "notices": self.notices}
+        text = json.dumps({**self.now, **told}, default=str)
         half_written = self.path.with_suffix(".part.json")
         with suppress(OSError):
             half_written.write_text(text, encoding="utf-8")

@@ -130,19 +130,19 @@ def _summed_by_grid(
     run = phase.run
     phase.begin(outgoing)
     total, up = sums.Total(), 0
-    failed: dict[int, str] = {}
+    failed: dict[int, exchange.Failed] = {}
     sizes = exchange.sizes(outgoing)
     with phase.timed("train"):
         for outcome in sum_updates(outgoing, run.weighted_by):
             came = [counted.place for block in outcome.blocks for counted in block.counted]
             for block in outcome.blocks:
                 total.add(block)
-            failed |= dict(outcome.failed)
+            failed |= {each.place: each for each in outcome.failed}
             # An update has the arrays of the message, in as many bytes.
             up += sum(sizes[place] for place in came)
             run.history.notify("replies", count=len(came) + len(outcome.failed))
     for place in sorted(failed):
-        phase.refuse(nodes[place], failed[place])
+        phase.refuse(nodes[place], failed[place].reason, failed[place].missing)
     phase.count_bytes(sum(sizes), up)
     return total
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..arguments import FederationFolder, errors_as_messages
+from ..arguments import errors_as_messages
+from ..options import FederationFolder
 
 if TYPE_CHECKING:
     from .federation import Federation

@@ -20,7 +20,7 @@ from ..flower.link import Link
 from ..flower.routes import FleetRoutes
 from ..history import History, Listener, Result, recorded_rounds, run_folder
 from ..http import running
-from ..progress import ServerProgress, quiet_flower
+from ..progress import listeners_or_terminal, quiet_flower
 from ..settings import Settings, decide_rounds
 from ..spool import Spool
 from ..task import TaskSource, make_task
@@ -118,13 +118,11 @@ def serve(
     recorded = recorded_rounds(run_folder(runs, name, resume)) if resume is not None else None
     decide_rounds(leading, made.config, num_rounds, recorded)
     quiet_flower()
-    with _socket(host, port) as listening:
+    with _socket(host, port) as listening, listeners_or_terminal(listeners) as watching:
         port = listening.getsockname()[1]
         computing_on = devices.use(device)
         trainer = Trainer(made, leading.seed)
-        shown = ServerProgress()
         folder = run_folder(runs, name, resume)
-        watching = (shown,) if listeners is None else tuple(listeners)
         history = History(folder, watching, {"engine": "fleet"})
         known = None
         if secure:
@@ -148,7 +146,6 @@ def serve(
                     resume=resume is not None,
                 )
             finally:
-                shown.close()
                 _say_goodbye(link)
 
 

@@ -14,23 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from .. import randomness
-from ..arguments import (
-    Announce,
-    FederationFolder,
-    IdentityFolder,
-    Insecure,
-    NodeKey,
-    RootCertificates,
-    RoundTimeout,
-    RunName,
-    RunsFolder,
-    Secure,
-    Server,
-    Token,
-    Wait,
-    errors_as_messages,
-    find_strategy,
-)
+from ..arguments import errors_as_messages, find_strategy
+from ..options import Joining, Leading, Listening, Token, Watching, with_options
 from .base import require_mlx_lm
 from .config import ConfigError, Federation, LoraConfig, load_config
 
@@ -84,7 +69,7 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
         given = {flag.name: values.pop(flag.name) for flag in _FLAGS}
         with errors_as_messages():
             require_mlx_lm()
-            command(load_config(values.pop("config"), given), **values)
+            command(config=load_config(values.pop("config"), given), **values)
 
     _, *own = inspect.signature(command, eval_str=True).parameters.values()
     file = inspect.Parameter(
@@ -99,54 +84,46 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
 
 @lora.command()
 @with_config
+@with_options
 def serve(
+    *,
     config: LoraConfig,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
-    insecure: Insecure = False,
-    secure: Secure = False,
-    federation: FederationFolder = Path("federation"),
-    announce: Announce = None,
-    wait: Wait = 600.0,
-    round_timeout: RoundTimeout = 3600.0,
-    name: RunName = None,
-    runs: RunsFolder = Path("runs"),
-    gpu: Gpu = False,
+    gpu: Annotated[bool, typer.Option("--gpu/--cpu", help="Where to aggregate.")] = False,
+    listening: Listening,
+    leading: Leading,
+    shown: Watching,
 ) -> None:
     """Serve a federation: wait for nodes, train, save the adapters."""
     from ..fleet.server import serve
+    from ..watching import watching
     from .samples import sampler
     from .task import lora_task
 
     nodes = config.federation.nodes or 2
     task = lora_task(config)
-    serve(
-        task,
-        make_strategy(config, nodes),
-        host=host,
-        port=port,
-        insecure=insecure,
-        secure=secure,
-        federation=federation,
-        announce=announce,
-        join_command="mlx-fed lora join -c lora.yaml --data FOLDER",
-        wait=wait,
-        round_timeout=round_timeout,
-        seed=config.seed,
-        min_nodes=nodes,
-        name=name,
-        runs=runs,
-        device=_device(gpu),
-        evaluate_fn=sampler(config, task),
-    )
+    with watching(leading.runs, **vars(shown)) as listeners:
+        serve(
+            task,
+            make_strategy(config, nodes),
+            config.federation.rounds,
+            **vars(listening),
+            **vars(leading),
+            listeners=listeners,
+            join_command="mlx-fed lora join -c lora.yaml --data FOLDER",
+            seed=config.seed,
+            min_nodes=nodes,
+            device=_device(gpu),
+            evaluate_fn=sampler(config, task),
+        )
 
 
 @lora.command()
 @with_config
+@with_options
 def join(
+    *,
     config: LoraConfig,
     token: Token = None,
-    server: Server = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -160,12 +137,8 @@ def join(
     num_partitions: Annotated[
         int | None, typer.Option(min=1, help="Of how many parts it holds that one, if shared.")
     ] = None,
-    insecure: Insecure = False,
-    identity: IdentityFolder = None,
-    root_certificates: RootCertificates = None,
-    key: NodeKey = None,
-    wait: Wait = 600.0,
     gpu: Gpu = None,
+    joining: Joining,
 ) -> None:
     """Join a federation with the texts in --data, until the run is over."""
     from ..fleet import tokens
@@ -186,33 +159,31 @@ def join(
     task.model()  # what is wrong with it is said now, and not when the server asks
     join(
         replace(task, data=lambda partition_id, num_partitions: data),
-        server,
         token=token,
         partition_id=node_id,
         num_partitions=num_partitions,
         name=name,
         device=_device(gpu),
-        insecure=insecure,
-        identity=identity,
-        root_certificates=root_certificates,
-        key=key,
-        wait=wait,
+        **vars(joining),
     )
 
 
 @lora.command()
 @with_config
+@with_options
 def simulate(
+    *,
     config: LoraConfig,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes, each with the model; 0 is none but this.")
     ] = 0,
-    name: RunName = None,
-    runs: RunsFolder = Path("runs"),
     gpu: Gpu = None,
+    leading: Leading,
+    shown: Watching,
 ) -> None:
     """Simulate a federation on this machine: a client for each folder of texts in --data."""
     from ..simulation.simulate import simulate
+    from ..watching import watching
     from .samples import sampler
     from .task import lora_task
     from .texts import folders_of_texts
@@ -221,17 +192,19 @@ def simulate(
     clients = config.federation.nodes or len(folders) or 2
     task = lora_task(config)
     data = [task.data(client, clients) for client in range(clients)]  # all are looked at first
-    simulate(
-        replace(task, data=lambda partition_id, num_partitions: data[partition_id]),
-        make_strategy(config, 1),
-        clients,
-        workers=workers,
-        seed=config.seed,
-        name=name,
-        runs=runs,
-        device=_device(gpu),
-        evaluate_fn=sampler(config, task),
-    )
+    with watching(leading.runs, **vars(shown)) as listeners:
+        simulate(
+            replace(task, data=lambda partition_id, num_partitions: data[partition_id]),
+            make_strategy(config, 1),
+            clients,
+            config.federation.rounds,
+            **vars(leading),
+            listeners=listeners,
+            workers=workers,
+            seed=config.seed,
+            device=_device(gpu),
+            evaluate_fn=sampler(config, task),
+        )
 
 
 def make_strategy(config: LoraConfig, min_nodes: int) -> Strategy:

@@ -14,7 +14,10 @@ from typing import Any
 from .. import records
 
 _STYLES = ("uPlot.min.css", "page.css")
-_SCRIPTS = ("uPlot.iife.min.js", "data.js", "charts.js", "nodes.js", "page.js")
+_SCRIPTS = (
+    *("uPlot.iife.min.js", "data.js", "charts.js", "cells.js", "nodes.js", "labels.js"),
+    "page.js",
+)
 
 
 def page(data: dict[str, Any]) -> str:

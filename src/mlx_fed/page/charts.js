@@ -1,6 +1,8 @@
 "use strict";
 // Curves by round, each with a line above it that reads the values under the pointer.
 
+const $ = (selector) => document.querySelector(selector);
+
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
@@ -32,6 +34,7 @@ class Chart {
 
   draw(rounds, lines, values, band) {
     this.lines = lines;
+    if (this.fromZero) this.top = topOf(values);
     const shape = JSON.stringify([lines, band, document.documentElement.dataset.scheme]);
     const data = [rounds, ...values];
     if (this.u && this.shape === shape) {
@@ -55,7 +58,7 @@ class Chart {
       width: Math.max(this.plot.clientWidth, 160), height: 190, legend: { show: false },
       scales: {
         x: { time: false, range: (u, low, high) => low === high ? [low - 1, high + 1] : [low, high] },
-        ...(this.fromZero ? { y: { range: (u, low, high) => [0, high > 0 ? high * 1.08 : 1] } } : {}),
+        ...(this.fromZero ? { y: { range: () => [0, this.top] } } : {}),
       },
       cursor: { drag: { x: true, y: false }, points: { size: 6 }, y: false },
       padding: [8, 20, 0, 0],
@@ -118,6 +121,14 @@ function lastOf(values) {
   return null;
 }
 
+// The top of an axis: all there is, but for the few that would flatten the rest, such as the seconds
+// of a first round, in which programs are compiled. They run off the chart, and are read above it.
+function topOf(values) {
+  const most = values[0].map((_, k) => Math.max(...values.map((line) => line[k] || 0))).sort((a, b) => a - b);
+  const usual = most[Math.floor(0.95 * (most.length - 1))], highest = most[most.length - 1];
+  return (highest > 4 * usual && usual > 0 ? 1.5 * usual : highest) * 1.08 || 1;
+}
+
 // The charts of a section, kept by their titles from one drawing to the next.
 class Charts {
   constructor(parent) {
@@ -157,9 +168,9 @@ function curve(metric, runs, colours) {
       add({ label: "quartiles", colour: colours[0] + "00", width: 0, readout: false }, quartile(1));
       add({ label: "", colour: colours[0] + "00", width: 0, readout: false }, quartile(3));
     }
-    const own = runs[0].nodes.map((node) => node.name)
-      .filter((node) => runs[0].rounds.some((kept) => ((kept.each[kind] || {})[node] || {})[name] !== undefined));
-    for (const node of own.slice(0, 64)) {
+    // Many that take turns would be a tangle: then the band says more.
+    const own = [...runs[0].own[kind] || []];
+    for (const node of own.length <= 32 ? own : []) {
       add({ label: node, colour: soft + "66", width: 1, named: false, readout: own.length <= 4 },
         rounds.map((round) => { const value = ((by[0].get(round).each[kind] || {})[node] || {})[name]; return value === undefined ? null : value; }));
     }
@@ -176,8 +187,9 @@ function curve(metric, runs, colours) {
 
 // Seconds or bytes of one run, a line for each of their names.
 function costs(run, kind, title, format) {
-  const known = [...new Set(run.rounds.flatMap((kept) => Object.keys(kept.figures)))]
-    .filter((name) => split(name)[0] === kind);
+  const all = new Set();
+  for (const kept of run.rounds) for (const name in kept.figures) all.add(name);
+  const known = [...all].filter((name) => split(name)[0] === kind);
   return {
     title, format, fromZero: true, rounds: run.rounds.map((kept) => kept.round),
     lines: known.map((name, k) => ({ label: split(name)[1], colour: colour(`--run-${k % 8}`), width: 2 })),

@@ -22,7 +22,8 @@ class Run {
     this.places = new Map();  // a node's name to its number
     this.nodes = [];        // {name, trained, evaluated, late, failed, why, last}
     this.columns = [];      // of each round a Uint8Array: what each node did, by its number
-    this.reasons = new Map();
+    this.own = {};          // by phase, the names of nodes whose own metrics are known
+    this.reasons = new Map();  // those that are alike together: {count, phase, reason of the last}
     this.changed = true;
   }
 
@@ -45,7 +46,7 @@ class Run {
     const refused = [];
     for (const entry of record.refused || []) {
       for (const node of entry.nodes ? names(entry.nodes) : [entry.node]) {
-        refused.push([String(node), String(entry.phase), String(entry.reason)]);
+        refused.push([String(node), String(entry.phase), String(entry.reason), entry.missing === true]);
       }
     }
     const did = new Map();
@@ -59,21 +60,24 @@ class Run {
       this.nodes[place].evaluated += 1;
       did.set(place, (did.get(place) || 0) | EVALUATED);
     }
-    for (const [name, phase, reason] of refused) {
-      const place = this.place(name), late = reason.startsWith("no reply within");
+    for (const [name, phase, reason, late] of refused) {
+      const place = this.place(name);
       const node = this.nodes[place];
       node[late ? "late" : "failed"] += 1;
       node.why = `round ${record.round}, ${phase}: ${reason}`;
       did.set(place, (did.get(place) || 0) | (late ? LATE : FAILED));
-      const seen = this.reasons.get(reason) || { count: 0, phase, late };
+      const alike = `${phase} ${reason.replace(/[0-9.]+/g, "#")}`;  // but for a time, a norm, a layer
+      const seen = this.reasons.get(alike) || { count: 0, phase };
       seen.count += 1;
-      if (this.reasons.size < 200 || this.reasons.has(reason)) this.reasons.set(reason, seen);
+      seen.reason = reason;
+      if (this.reasons.size < 200 || this.reasons.has(alike)) this.reasons.set(alike, seen);
     }
     const column = new Uint8Array(this.nodes.length);
     for (const [place, what] of did) column[place] = what;
     const each = record.each || {};
     for (const phase of Object.keys(each)) {
       for (const [name, own] of Object.entries(each[phase])) {
+        (this.own[phase] = this.own[phase] || new Set()).add(name);
         this.nodes[this.place(name)].last = { ...this.nodes[this.place(name)].last, ...prefixed(phase, own) };
       }
     }
@@ -81,6 +85,7 @@ class Run {
       round: record.round, time: record.time, figures: figures(record), each,
       spread: record.spread || {}, texts: texts(record),
       counts: [trained.length, evaluated.length, refused.length],
+      seconds: sum(record.seconds), bytes: sum(record.bytes),
     };
     // A round that was repeated stands in place of what came of it before.
     while (this.rounds.length && this.rounds[this.rounds.length - 1].round >= record.round) {
@@ -120,11 +125,7 @@ class Run {
     if (Array.isArray(known)) return known;
     const values = Object.values(kept.each[kind] || {}).map((own) => own[name])
       .filter((value) => typeof value === "number").sort((a, b) => a - b);
-    if (values.length < 2) return null;
-    return [0, 0.25, 0.5, 0.75, 1].map((share) => {
-      const at = share * (values.length - 1), low = Math.floor(at);
-      return values[low] + (values[Math.ceil(at)] - values[low]) * (at - low);
-    });
+    return values.length < 2 ? null : quantiles(values);
   }
 
   secondsLeft() {
@@ -134,6 +135,14 @@ class Run {
     const first = some[0].time, last = some[some.length - 1].time;
     return first && last ? (of - done) * (last - first) / (some.length - 1) : null;
   }
+}
+
+// [least, quartile, median, quartile, most] of values in order.
+function quantiles(values) {
+  return [0, 0.25, 0.5, 0.75, 1].map((share) => {
+    const at = share * (values.length - 1), low = Math.floor(at);
+    return values[low] + (values[Math.ceil(at)] - values[low]) * (at - low);
+  });
 }
 
 function parse(line) {
@@ -167,6 +176,10 @@ function figures(record) {
     Object.assign(found, prefixed(kind, record[kind] || {}));
   }
   return found;
+}
+
+function sum(values) {
+  return Object.values(values || {}).reduce((total, value) => total + (typeof value === "number" ? value : 0), 0);
 }
 
 function prefixed(kind, values) {

@@ -1,14 +1,13 @@
 "use strict";
 // The page: which runs are shown, where they come from, and what is drawn when they change.
 
-const given = JSON.parse(document.querySelector("#data").textContent);
-const $ = (selector) => document.querySelector(selector);
+const given = JSON.parse($("#data").textContent);
 const MOST_SHOWN = 8, MOST_LISTED = 30;
 
 const runs = new Map();  // by name, the newest first
 let chosen = [];         // names, in the order of their colours
 let listed = MOST_LISTED, picked = false;
-let map, labelMap, curves, costCharts;
+let map, labelMap, curves, costCharts, drawing = 0;
 
 function colours() { return chosen.map((_, k) => colour(`--run-${k % 8}`)); }
 function shown() { return chosen.map((name) => runs.get(name)).filter(Boolean); }
@@ -17,7 +16,7 @@ function shown() { return chosen.map((name) => runs.get(name)).filter(Boolean); 
 
 function draw() {
   document.documentElement.dataset.scheme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  const found = shown(), focus = found[0];
+  const found = shown(), focus = found[0], later = [];
   drawNow(focus);
   drawRuns();
   const withRounds = found.filter((run) => run.rounds.length);
@@ -25,23 +24,38 @@ function draw() {
     const palette = colours().filter((_, k) => found[k].rounds.length);
     curves.draw(metricsOf(withRounds).map((metric) => curve(metric, withRounds, palette)));
   });
-  section("#s-nodes", focus && focus.nodes.length, () => {
+  section("#s-nodes", focus && (focus.nodes.length || keptOut(focus).length), () => {
     $("#h-nodes small").textContent = `${number(focus.nodes.length)} of ${focus.name}`;
-    map.draw(focus);
+    later.push(() => map.draw(focus));
     drawReasons(focus);
     if ($("#s-nodes details").open) drawNodes(focus, $("#find").value);
   });
   section("#s-costs", focus && focus.rounds.length, () => {
     $("#h-costs small").textContent = `of ${focus.name}`;
-    const wanted = [costs(focus, "seconds", "Seconds by phase", seconds), costs(focus, "bytes", "Arrays sent and received", bytes)];
-    costCharts.draw(wanted.filter((each) => each.lines.length));
+    later.push(() => costCharts.draw([
+      costs(focus, "seconds", "Seconds by phase", seconds), costs(focus, "bytes", "Arrays sent and received", bytes),
+    ].filter((each) => each.lines.length)));
   });
   section("#s-labels", focus && focus.labels && focus.labels.clients.length, () => {
-    $("#h-labels small").textContent = `${number(focus.labels.clients.length)} clients of ${focus.name}`;
-    labelMap.draw(focus.labels);
+    const { clients, of } = focus.labels, some = of > clients.length ? `${number(clients.length)} of ${number(of)} clients, those that took part first, in` : `${number(clients.length)} clients of`;
+    $("#h-labels small").textContent = `${some} ${focus.name}`;
+    later.push(() => labelMap.draw(focus.labels));
   });
   section("#s-settings", found.some((run) => Object.keys(run.settings).length), () => drawSettings(found));
   section("#s-notes", focus, () => drawNotes(focus));
+  inFrames(later);
+}
+
+// One step a frame, so that the page reacts between them; a later drawing takes the place of what is
+// left of the one before.
+function inFrames(steps) {
+  const mine = drawing += 1;
+  const next = () => {
+    if (mine !== drawing || !steps.length) return;
+    steps.shift()();
+    requestAnimationFrame(next);
+  };
+  requestAnimationFrame(next);
 }
 
 function section(selector, is, fill) {
@@ -101,8 +115,7 @@ function drawRuns() {
     row.append(make("td", at < 0 && !run.offset ? "" : `${run.rounds.length}${of ? ` of ${of}` : ""}`, "n"));
     row.append(make("td", (run.settings.strategy || {}).name || ""));
     for (const name of metrics) row.append(make("td", last ? number(last.figures[name]) : "", "n"));
-    const total = (kind) => run.rounds.reduce((sum, kept) => sum + Object.entries(kept.figures)
-      .reduce((part, [name, value]) => part + (split(name)[0] === kind ? value : 0), 0), 0);
+    const total = (kind) => run.rounds.reduce((sum, kept) => sum + kept[kind], 0);
     row.append(make("td", last ? seconds(total("seconds")) : "", "n"), make("td", last ? bytes(total("bytes")) : "", "n"));
     return row;
   });
@@ -181,13 +194,15 @@ function fromReport() {
   draw();
 }
 
-let polling = false, again = false, failures = 0;
+const LIST = 3;  // of how many questions one is for the list of runs
+let polling = false, again = false, failures = 0, asked = 0;
 
 async function poll() {
   if (polling) { again = true; return; }
   polling = true;
   try {
-    let changed = await list();
+    let changed = (!runs.size || asked % LIST === 0) && await list();
+    asked += 1;
     for (const run of shown()) changed = await follow(run) || changed;
     if (failures) changed = true;
     failures = 0;
@@ -229,17 +244,18 @@ async function list() {
 async function follow(run) {
   let changed = false;
   for (let more = true; more;) {
-    const path = `api/runs/${encodeURIComponent(run.name)}?start=${run.offset}&mark=${encodeURIComponent(run.mark || "")}`;
+    const path = `api/runs/${encodeURIComponent(run.name)}?start=${run.offset}&mark=${encodeURIComponent(run.mark || "")}&labels=${encodeURIComponent(run.labelsMark || "")}`;
     const about = await ask(path);
     if (!about) return changed;
     if (about.anew) { run.clear(); changed = true; }
-    const said = JSON.stringify([about.status, about.settings, about.checkpoints, about.labels && about.labels.clients.length]);
+    const said = JSON.stringify([about.status, about.settings, about.checkpoints, about.labels_mark]);
     if (said !== run.said || about.lines.length) changed = true;
     run.said = said;
     takeAbout(run, about);
     for (const line of about.lines) run.take(line);
     run.offset = about.end;
     run.mark = about.mark;
+    run.labelsMark = about.labels_mark;
     more = about.more;
   }
   return changed;

@@ -98,8 +98,8 @@ class SimulationGrid(local.OneRunGrid):
             replies = [
                 Message(content, reply_to=messages[place]) for place, content in outcome.replies
             ]
-            for place, reason in outcome.failed:
-                replies.append(failed_reply(messages[place], reason))
+            for place, reason, missing in outcome.failed:
+                replies.append(failed_reply(messages[place], reason, missing))
             yield replies
 
     def _work(self, messages: Sequence[Message], weighted_by: str | None) -> Iterator[Outcome]:
@@ -127,6 +127,8 @@ class SimulationGrid(local.OneRunGrid):
                 if outcome.note and not self._noted:
                     self._noted = True  # the other workers find the same
                     self.notify("note", text=outcome.note)
+                if outcome.labels:
+                    self.notify("labels", clients=outcome.labels)
                 yield outcome
         finally:
             for path in by_request:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import mlx.core as mx
 import numpy as np
 
-from .. import batches
+from .. import batches, labels
 from ..errors import SimulationError
 from ..task import Data, Task
 
@@ -29,6 +29,7 @@ class Partitions:
         self._held: OrderedDict[int, tuple[Data, int]] = OrderedDict()
         self._bytes = 0
         self._seen: dict[int, int] = {}
+        self._labels: dict[int, dict[int, int]] = {}
 
     def get(self, client: int) -> Data:
         """A client's data, its arrays as MLX's.
@@ -40,6 +41,8 @@ class Partitions:
             self._held.move_to_end(client)
             return self._held[client][0]
         data = self._load(client)
+        if client not in self._seen and len(self._seen) < labels.MOST_CLIENTS:
+            self._labels[client] = labels.count(data)
         if not self._seen:  # once, at the start: look whether it is the same again
             self._check(client, data)
             data = self._load(client)
@@ -51,6 +54,12 @@ class Partitions:
             _, (_, freed) = self._held.popitem(last=False)
             self._bytes -= freed
         return data
+
+    def new_labels(self) -> dict[int, dict[int, int]]:
+        """How many examples of each label the clients have that were loaded for the first time
+        since this was last asked."""
+        new, self._labels = self._labels, {}
+        return new
 
     def _load(self, client: int) -> Data:
         return batches.load(self.task, client, self.num_clients)

@@ -13,7 +13,8 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from .. import devices, rounds
 from ..errors import SimulationError
 from ..history import History, Listener, recorded_rounds, run_folder
-from ..progress import ServerProgress, quiet_flower
+from ..labels import LabelsFile
+from ..progress import listeners_or_terminal, quiet_flower
 from ..settings import Settings, decide_rounds
 from ..task import TaskSource, make_task
 from ..training import Trainer
@@ -103,7 +104,6 @@ def simulate(
     strategy = strategy or FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     trainer = Trainer(made, leading.seed)
     size = default_workers(device) if workers is None else workers
-    shown = ServerProgress()
     run = run_folder(runs, name, resume)
     kept = Kept(run.resolve() / "clients", leading.keep)
 
@@ -113,10 +113,13 @@ def simulate(
 
     faults = faults or Faults()
     about = {"engine": "simulation", "clients": num_clients, "faults": vars(faults)}
-    history = History(run, (forget, *((shown,) if listeners is None else listeners)), about)
-    if devices.is_slow(computing_on):
-        history.notify("note", text=f"computing on {computing_on}")
-    with tempfile.TemporaryDirectory(prefix="mlx-fed-") as folder:
+    with (
+        listeners_or_terminal(listeners) as watching,
+        tempfile.TemporaryDirectory(prefix="mlx-fed-") as folder,
+    ):
+        history = History(run, (forget, LabelsFile(run, num_clients), *watching), about)
+        if devices.is_slow(computing_on):
+            history.notify("note", text=f"computing on {computing_on}")
         job = Job(
             task,
             made_from,
@@ -134,12 +137,9 @@ def simulate(
                 num_clients, pool, Path(folder), leading.round_timeout, history.notify
             )
             roster = SimulatedRoster(num_clients)
-            try:
-                return rounds.run(
-                    grid, strategy, trainer, leading, history, roster, resume=resume is not None
-                )
-            finally:
-                shown.close()
+            return rounds.run(
+                grid, strategy, trainer, leading, history, roster, resume=resume is not None
+            )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from flwr.app import MessageType, MetricRecord, RecordDict
 from .. import aggregate, checks, messages, sums
 from ..batches import lengths
 from ..errors import FedError, SimulationError
+from ..exchange import Failed
 from ..randomness import moment_of
 from ..sums import Block, Counted
 from ..task import Config, Data, TaskSource, make_task
@@ -85,12 +86,17 @@ class Seat(NamedTuple):
 
 class Outcome(NamedTuple):
     """What came of some clients: sums of all their blocks, or replies by place; who failed, and
-    why."""
+    why; and of those who were new, how many examples of each label they have."""
 
     blocks: list[Block]
     replies: list[tuple[int, RecordDict]]
-    failed: list[tuple[int, str]]
+    failed: list[Failed]
     note: str | None
+    labels: dict[int, dict[int, int]]
+
+
+class Silent(FedError):
+    """A client that does not answer."""
 
 
 class Worker:
@@ -115,14 +121,15 @@ class Worker:
         if self.phase is None or self.phase.request is not request:
             self.phase = self._phase(request)
         phase = self.phase
-        failed: list[tuple[int, str]] = []
+        failed: list[Failed] = []
         self.note = None
         if request.kind == MessageType.EVALUATE:
-            return Outcome([], list(self._evaluate(phase, seats, failed)), failed, None)
+            replies = list(self._evaluate(phase, seats, failed))
+            return Outcome([], replies, failed, None, self.partitions.new_labels())
         updates = self._train(phase, seats, failed)
         if request.weighted_by is None:
             replies = [(place, _content(phase, update)) for place, update in updates]
-            return Outcome([], replies, failed, self.note)
+            return Outcome([], replies, failed, self.note, self.partitions.new_labels())
         block = {seat.place: seat.block for seat in seats}
         summed = {
             number: _sum(number, list(group), request.weighted_by, failed)
@@ -130,7 +137,7 @@ class Worker:
         }
         numbers = dict.fromkeys(block.values())
         blocks = [summed.get(number) or sums.sum_block(number, ()) for number in numbers]
-        return Outcome(blocks, [], failed, self.note)
+        return Outcome(blocks, [], failed, self.note, self.partitions.new_labels())
 
     def _phase(self, request: Request) -> Phase:
         name, record = messages.parameters_of(request.content)
@@ -144,7 +151,7 @@ class Worker:
     # -- evaluation ------------------------------------------------------------------------
 
     def _evaluate(
-        self, phase: Phase, seats: Sequence[Seat], failed: list[tuple[int, str]]
+        self, phase: Phase, seats: Sequence[Seat], failed: list[Failed]
     ) -> Iterator[tuple[int, RecordDict]]:
         for place, client, _ in seats:
             try:
@@ -157,14 +164,14 @@ class Worker:
             except SimulationError:
                 raise
             except Exception as error:
-                failed.append((place, reason(error)))
+                failed.append(_failed(place, error))
             else:
                 yield place, RecordDict({"metrics": MetricRecord({**metrics})})
 
     # -- training --------------------------------------------------------------------------
 
     def _train(
-        self, phase: Phase, seats: Sequence[Seat], failed: list[tuple[int, str]]
+        self, phase: Phase, seats: Sequence[Seat], failed: list[Failed]
     ) -> Iterator[tuple[int, Update]]:
         """Updates in the order of places; what they need is loaded a window at a time."""
         window: list[tuple[Seat, Data]] = []
@@ -176,7 +183,7 @@ class Worker:
             except SimulationError:
                 raise
             except Exception as error:
-                failed.append((seat.place, reason(error)))
+                failed.append(_failed(seat.place, error))
                 continue
             if not window:
                 limit = _WINDOW * self._chunk_size(phase, data)
@@ -189,13 +196,13 @@ class Worker:
             yield from self._train_window(phase, window, failed)
 
     def _train_window(
-        self, phase: Phase, window: list[tuple[Seat, Data]], failed: list[tuple[int, str]]
+        self, phase: Phase, window: list[tuple[Seat, Data]], failed: list[Failed]
     ) -> Iterator[tuple[int, Update]]:
         updates: dict[int, Update] = {}
         for chunk in self._chunks(phase, window):
             for (seat, _), update in zip(chunk, self._train_chunk(phase, chunk), strict=True):
                 if isinstance(update, Exception):
-                    failed.append((seat.place, reason(update)))
+                    failed.append(_failed(seat.place, update))
                 else:
                     updates[seat.place] = self._finish(phase, seat.client, update)
         for seat, _ in window:
@@ -261,7 +268,7 @@ class Worker:
     def _require_answer(self, phase: Phase, client: int) -> None:
         moment = moment_of(phase.config, client)
         if why := self.job.faults.why_silent(moment, phase.request.kind, phase.request.timeout):
-            raise FedError(why)
+            raise Silent(why)
 
     def _data(self, client: int) -> Data:
         data = self.partitions.get(client)
@@ -321,7 +328,7 @@ def _sum(
     number: int,
     updates: list[tuple[int, Update]],
     weighted_by: str,
-    failed: list[tuple[int, str]],
+    failed: list[Failed],
 ) -> Block:
     fit = []
     for place, update in updates:
@@ -329,7 +336,7 @@ def _sum(
             checks.check_figures(update.metrics, weighted_by)
             fit.append((Counted(place, float(update.metrics[weighted_by]), update.metrics), update))
         except checks.Refused as refused:
-            failed.append((place, str(refused)))
+            failed.append(_failed(place, refused))
     block = sums.sum_block(number, ((c, u.parameters, u.statistics) for c, u in fit))
     every = (*block.parameters.values(), *block.statistics.values())
     if all(np.isfinite(array).all() for array in every):
@@ -341,8 +348,12 @@ def _sum(
             checks.check_values(update.parameters, update.statistics)
             good.append((client, update))
         except checks.Refused as refused:
-            failed.append((client.place, str(refused)))
+            failed.append(_failed(client.place, refused))
     return sums.sum_block(number, ((c, u.parameters, u.statistics) for c, u in good))
+
+
+def _failed(place: int, error: Exception) -> Failed:
+    return Failed(place, reason(error), missing=isinstance(error, Silent))
 
 
 def reason(error: Exception) -> str:
