@@ -18,7 +18,7 @@ pytest.importorskip("mlx_lm")
 from mlx_lm.utils import load as mlx_lm_load
 
 from mlx_fed import messages
-from mlx_fed.lm import base, texts
+from mlx_fed.lm import base, identity, texts
 from mlx_fed.lm.config import load_config
 from mlx_fed.lm.task import lora_task
 from mlx_fed.training import Trainer
@@ -303,12 +303,33 @@ def test_the_identity_of_a_base_tells_values_and_not_files(llama, tmp_path):
     for number, part in enumerate((names[::2], names[1::2])):
         shard = {name: arrays[name] for name in part}
         mx.save_safetensors(str(same / f"model-{number}.safetensors"), shard)
-    assert base.identity(same) == base.identity(llama)
-    assert base.identity(other) != base.identity(llama)
+    assert identity.of_weights(same) == identity.of_weights(llama)
+    assert identity.of_weights(other) != identity.of_weights(llama)
+
+
+def test_the_identity_of_a_config_tells_what_is_computed_and_not_how_it_is_written(llama, tmp_path):
+    same = tiny_llama.write_model(tmp_path / "same")
+    written = json.loads((same / "config.json").read_text())
+    spelled_out = {"rope_theta": 10000, "transformers_version": "9", "torch_dtype": "float32"}
+    (same / "config.json").write_text(json.dumps({**written, **spelled_out}))
+    assert identity.of_config(same) == identity.of_config(llama)
+    (same / "config.json").write_text(json.dumps({**written, "rope_scaling": {"factor": 8.0}}))
+    found = identity.of_config(same)
+    assert found["rope_scaling.factor"] == "8.0"
+    assert identity.of_config(llama)["rope_scaling"] == "null"
+
+
+def test_no_validation_is_asked_for(llama, data, tmp_path):
+    from mlx_fed.lm.commands import make_strategy
+
+    config = configure(llama, data, val_batches=0)
+    result = simulate(config, tmp_path, strategy=make_strategy(config, 1))
+    assert result.rounds[-1]["evaluate"] == {"nodes": []}
+    assert result.rounds[-1]["refused"] == []
 
 
 def test_the_identity_of_a_tokenizer_tells_its_words(llama, tmp_path):
     longer = tiny_llama.write_model(tmp_path / "longer", words=["anna"])
-    found = [base.tokenizer_identity(base.load_tokenizer(path)) for path in (llama, longer)]
+    found = [identity.of_tokenizer(base.load_tokenizer(path)) for path in (llama, longer)]
     assert found[0] != found[1]
-    assert found[0] == base.tokenizer_identity(base.load_tokenizer(llama))
+    assert found[0] == identity.of_tokenizer(base.load_tokenizer(llama))
