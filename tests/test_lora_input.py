@@ -312,7 +312,7 @@ def test_adapters_to_start_from_that_do_not_fit(llama, tmp_path):
     ("what", "message"),
     [
         ("base", "its base model is not the server's: "),
-        ("rope", "its base model's rope_theta is not the server's: 500000.0, expected 10000"),
+        ("rope", "its base model's rope_theta is not the server's: 500000, expected 10000"),
         ("bits", "its base model's quantization is not the server's: {\"bits\": 4, "),
         ("tokenizer", "its tokenizer is not the server's: "),
         ("rank", "its LoRA rank is not the server's: 2, expected 8"),

@@ -88,6 +88,8 @@ def _says_nothing(key: str) -> bool:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 10000.0 in one file is the 10000 in another
     text = json.dumps(value, sort_keys=True, default=str)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({_short(text.encode())})"
 
