@@ -90,6 +90,39 @@ def test_ways_to_fine_tune(kind, bits, flags, data, tmp_path):
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "bits", "keys"),
+    [
+        ("qwen3", 4, {"head_dim": 16, "max_position_embeddings": 64, "rope_theta": 1e4}),
+        ("gemma", None, {"head_dim": 16}),
+        ("phi", None, {"num_key_value_heads": 4, "layer_norm_eps": 1e-5}),
+        ("mixtral", 4, {"num_local_experts": 2, "num_experts_per_tok": 1}),
+        (
+            "mamba",
+            None,
+            {
+                "state_size": 8,
+                "conv_kernel": 4,
+                "use_bias": False,
+                "use_conv_bias": True,
+                "time_step_rank": 4,
+            },
+        ),
+    ],
+)
+def test_architectures(kind, bits, keys, data, tmp_path):
+    model = tiny_llama.write_model(tmp_path / "base", bits=bits, model_type=kind, **keys)
+    config = configure(model, data, local_iters=1)
+    task = lora_task(config)
+    result = simulate(config, tmp_path)
+    assert [record["refused"] for record in result.rounds] == [[], []]
+    theirs, _ = mlx_lm_load(str(model), adapter_path=str(result.model))
+    test = task.data(0, 3).test
+    got = Trainer(replace(task, model=lambda: unfrozen(theirs)))
+    loss = Trainer(task).evaluate(result.parameters, {}, test)["loss"]
+    assert got.evaluate(got.parameters(), {}, test)["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def unfrozen(model):
     model.unfreeze()
     return model
@@ -230,6 +263,13 @@ def test_texts_that_are_too_long_are_cut_and_named(llama, tmp_path):
     assert max(batch.shape[1] for batch in tokens) == 33
     assert "1 texts are longer than max_seq_length 32 and are cut" in notes[0]
     assert "train.jsonl, line 2 (101 tokens)" in notes[0]
+
+
+def test_a_node_without_texts_to_validate_on_is_named(llama, tmp_path):
+    folder = tiny_llama.write_texts(tmp_path / "all", tiny_llama.lines("anna", 4))
+    notes: list[str] = []
+    assert lora_task(configure(llama, folder), note=notes.append).data(0, None).test is None
+    assert f"no valid.jsonl beside {folder}/train.jsonl: its node trains" in notes[0]
 
 
 def test_a_folder_of_texts_is_dealt_out(llama, tmp_path):

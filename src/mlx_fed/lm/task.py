@@ -144,7 +144,10 @@ def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: i
             f"are cut, the first is {cut[0]}."
         )
     if splits.valid is None:
-        note("Note: there is no valid.jsonl, so this node trains and does not validate.")
+        place = splits.train.where(0).rsplit(",", 1)[0]
+        note(
+            f"Note: there is no valid.jsonl beside {place}: its node trains and does not validate."
+        )
     return Data(
         train=texts.Batches(train, config.batch_size),
         test=texts.Batches(valid, config.batch_size, most) if valid else None,
