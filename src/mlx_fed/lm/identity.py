@@ -46,9 +46,6 @@ def of_weights(folder: Path) -> str:
                 (size,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(size))
                 header.pop("__metadata__", None)
-                whole = 8 + size + max(array["data_offsets"][1] for array in header.values())
-                if (length := path.stat().st_size) < whole:
-                    raise ValueError(f"it is cut off, at {length} of {whole} bytes")
                 for name, array in header.items():
                     begin, end = array["data_offsets"]
                     digest = hashlib.sha256(repr((array["dtype"], array["shape"])).encode())
