@@ -9,7 +9,8 @@ examples/lora/smollm2.py writes.
 - ``mlx-lm``: ``mlx_lm.tuner.trainer.train`` in a process of its own, by its own report, which
   counts the steps alone.
 - ``node``: ``mlx_fed.join`` in a process of its own, with a server in another; the seconds are
-  those of a round's training message, from its arrival to the reply.
+  those of a round's training message, from its arrival to the reply, and beside them those of the
+  steps alone.
 - ``simulation``: one client and four in one process.
 
 Both loops are alive at once and take turns: a round of the node's, as many steps of mlx-lm's, and
@@ -194,14 +195,19 @@ def our_node(model: Path, data: Path, length: Length, port: int) -> dict:
     from mlx_fed.lm.task import lora_task
 
     rates: list[float] = []
+    steps_alone: list[float] = []
 
     def listen(event: str, **fields) -> None:
         if event == "answered" and fields["kind"] == "train":
             rates.append(length.iters / fields["seconds"])
+            tokens, a_second = (
+                fields["metrics"][key] for key in ("num-tokens", "tokens-per-second")
+            )
+            steps_alone.append(length.iters / tokens * a_second)
 
     task = lora_task(configure(model, data, length), note=lambda text: None)
     fed.join(task, f"127.0.0.1:{port}", notify=listen)
-    return {"rates": rates, **peak()}
+    return {"rates": rates, "steps alone": steps_alone, **peak()}
 
 
 # -- a simulation --------------------------------------------------------------------------
@@ -233,6 +239,7 @@ def measure(model: Path, data: Path, length: Length) -> dict:
     )
     (one,), (four,) = (together(partial(simulated, model, data, n)) for n in (1, 4))
     tokens = BATCH_SIZE * LENGTH
+    steps_alone = statistics.median(compared(node.pop("steps alone"), loop["rates"]))
     least, median, most = statistics.quantiles(compared(node["rates"], loop["rates"]), n=4)
     rows = {
         name: {"tokens/s": tokens * statistics.median(run.pop("rates")[LEFT_OUT:]), **run}
@@ -247,6 +254,7 @@ def measure(model: Path, data: Path, length: Length) -> dict:
             "speed": median,
             "speed, lower quartile": least,
             "speed, upper quartile": most,
+            "speed of the steps alone": steps_alone,
             "memory": node["peak MB"] / loop["peak MB"],
             "resident": node["resident MB"] / loop["resident MB"],
             "bytes down": sent["down"] / adapters,
