@@ -1,27 +1,37 @@
 """Fine-tuning in a federation beside mlx-lm's own loop: speed, memory, bytes.
 
-    python benchmarks/lora.py [--model FOLDER] [--iters 40] [--repeats 3] [--json]
+    python benchmarks/lora.py [--model FOLDER] [--iters 2] [--rounds 32] [--json]
 
 The same base model, LoRA of rank 8 on all its layers, Adam, batches of 4 texts of 128 tokens. The
 model is a random Llama of 30 million parameters unless another is named, such as the one that
 examples/lora/smollm2.py writes.
 
-- ``mlx-lm``: ``mlx_lm.tuner.trainer.train`` in a process of its own, by its own report.
-- ``node``: ``mlx_fed.join`` in a process of its own, with a server in another, in three rounds; the
-  seconds are those of a round's training message, from its arrival to the reply.
+- ``mlx-lm``: ``mlx_lm.tuner.trainer.train`` in a process of its own, by its own report, which
+  counts the steps alone.
+- ``node``: ``mlx_fed.join`` in a process of its own, with a server in another; the seconds are
+  those of a round's training message, from its arrival to the reply, and beside them those of the
+  steps alone.
 - ``simulation``: one client and four in one process.
 
-Medians over all but the first report or round, in which programs are compiled; both loops are run
-in turn, ``--repeats`` times. The targets: 97 % of mlx-lm's speed, 1.05 times its memory, 1.02 times
-the adapters' bytes on the wire, and 1.2 times the memory for four clients.
+Both loops are alive at once and take turns: a round of the node's, as many steps of mlx-lm's, and
+so on, so that whatever else the machine does falls on both. Each round is compared with the mean of
+the pieces before and after it; the figure is the median, with the quartiles. The first rounds, in
+which programs are compiled, are left out. Peaks are of what MLX held, as mlx-lm reports them, and
+of the whole process. The targets: 97 % of mlx-lm's speed, 1.05 times its memory, 1.02 times the
+adapters' bytes on the wire, and 1.2 times the memory for four clients.
 """
 
 import argparse
 import json
+import multiprocessing
+import resource
 import statistics
+import sys
 import tempfile
 from functools import partial
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
 
@@ -29,8 +39,24 @@ import mlx.core as mx
 import numpy as np
 from federation import free_port, together
 
-BATCH_SIZE, LENGTH, TEXTS, ROUNDS = 4, 128, 64, 3
+BATCH_SIZE, LENGTH, TEXTS = 4, 128, 64
+LEFT_OUT = 2
+"""Rounds in which programs are compiled and caches filled."""
 LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+
+
+class Length(NamedTuple):
+    """How long both loops train."""
+
+    iters: int
+    rounds: int
+
+
+class Turns(NamedTuple):
+    """Whose turn it is to train; the other waits."""
+
+    ours: Semaphore
+    theirs: Semaphore
 
 
 def write_model(folder: Path) -> Path:
@@ -76,7 +102,7 @@ def write_texts(folder: Path, tokenizer) -> Path:
     return folder
 
 
-def configure(model: Path, data: Path, iters: int):
+def configure(model: Path, data: Path, length: Length):
     from dataclasses import replace
 
     from mlx_fed.lm.config import load_config
@@ -86,21 +112,23 @@ def configure(model: Path, data: Path, iters: int):
         "data": str(data),
         "num_layers": -1,
         "batch_size": BATCH_SIZE,
-        "local_iters": iters,
-        "rounds": ROUNDS,
+        "local_iters": length.iters,
+        "rounds": length.rounds,
     }
     return replace(load_config(None, flags), lora_parameters=LORA)
 
 
-def peak() -> float:
-    """Megabytes that MLX held at most in this process."""
-    return mx.get_peak_memory() / 2**20
+def peak() -> dict[str, float]:
+    """Megabytes at most: that MLX held in this process, and all that was resident of it."""
+    unit = 1 if sys.platform == "darwin" else 2**10  # Linux counts in kilobytes
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak MB": mx.get_peak_memory() / 2**20, "resident MB": resident / 2**20}
 
 
 # -- mlx-lm's own loop ---------------------------------------------------------------------
 
 
-def their_loop(model: Path, data: Path, iters: int) -> dict:
+def their_loop(model: Path, data: Path, length: Length, turns: Turns) -> dict:
     import mlx.optimizers as optim
     from mlx_lm import load
     from mlx_lm.tuner.callbacks import TrainingCallback
@@ -113,16 +141,20 @@ def their_loop(model: Path, data: Path, iters: int) -> dict:
     class Reports(TrainingCallback):
         def on_train_loss_report(self, info: dict) -> None:
             rates.append(info["iterations_per_second"])
+            turns.ours.release()
+            if len(rates) < length.rounds:
+                turns.theirs.acquire()
 
     loaded, tokenizer = load(str(model))
     loaded.freeze()
     linear_to_lora_layers(loaded, -1, LORA)
     texts, _, _ = load_local_dataset(data, tokenizer, None)
+    turns.theirs.acquire()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArgs(
             batch_size=BATCH_SIZE,
-            iters=ROUNDS * iters,
-            steps_per_report=iters,
+            iters=length.rounds * length.iters,
+            steps_per_report=length.iters,
             adapter_file=str(Path(folder, "adapters.safetensors")),
         )
         train(
@@ -132,40 +164,50 @@ def their_loop(model: Path, data: Path, iters: int) -> dict:
             args=arguments,
             training_callback=Reports(),
         )
-    return {"rates": rates[1:], "peak": peak()}
+    return {"rates": rates, **peak()}
 
 
 # -- a federated node ----------------------------------------------------------------------
 
 
-def our_server(model: Path, data: Path, iters: int, port: int) -> dict:
+def our_server(model: Path, data: Path, length: Length, turns: Turns, port: int) -> dict:
     from flwr.serverapp.strategy import FedAvg
 
     from mlx_fed.lm.task import lora_task
 
+    def pass_the_turn(number: int, parameters: dict, statistics: dict) -> None:
+        turns.theirs.release()
+        turns.ours.acquire()
+
     strategy = FedAvg(
         fraction_evaluate=0, min_train_nodes=1, min_evaluate_nodes=0, min_available_nodes=1
     )
+    task = lora_task(configure(model, data, length))
     with tempfile.TemporaryDirectory() as runs:
         result = fed.serve(
-            lora_task(configure(model, data, iters)), strategy, port=port, runs=runs, listeners=()
+            task, strategy, port=port, runs=runs, listeners=(), evaluate_fn=pass_the_turn
         )
         adapters = sum(array.nbytes for array in result.parameters.values())
-        return {"adapters": adapters, "bytes": result.rounds[-1]["bytes"], "peak": peak()}
+        return {"adapters": adapters, "bytes": result.rounds[-1]["bytes"], **peak()}
 
 
-def our_node(model: Path, data: Path, iters: int, port: int) -> dict:
+def our_node(model: Path, data: Path, length: Length, port: int) -> dict:
     from mlx_fed.lm.task import lora_task
 
     rates: list[float] = []
+    steps_alone: list[float] = []
 
     def listen(event: str, **fields) -> None:
         if event == "answered" and fields["kind"] == "train":
-            rates.append(iters / fields["seconds"])
+            rates.append(length.iters / fields["seconds"])
+            tokens, a_second = (
+                fields["metrics"][key] for key in ("num-tokens", "tokens-per-second")
+            )
+            steps_alone.append(length.iters / tokens * a_second)
 
-    task = lora_task(configure(model, data, iters), note=lambda text: None)
+    task = lora_task(configure(model, data, length), note=lambda text: None)
     fed.join(task, f"127.0.0.1:{port}", notify=listen)
-    return {"rates": rates[1:], "peak": peak()}
+    return {"rates": rates, "steps alone": steps_alone, **peak()}
 
 
 # -- a simulation --------------------------------------------------------------------------
@@ -174,45 +216,49 @@ def our_node(model: Path, data: Path, iters: int, port: int) -> dict:
 def simulated(model: Path, data: Path, clients: int) -> float:
     from mlx_fed.lm.task import lora_task
 
-    task = lora_task(configure(model, data, 4), note=lambda text: None)
+    task = lora_task(configure(model, data, Length(4, 2)), note=lambda text: None)
     with tempfile.TemporaryDirectory() as runs:
         fed.simulate(task, num_clients=clients, num_rounds=2, workers=0, runs=runs, listeners=())
-    return peak()
+    return peak()["peak MB"]
 
 
-def measure(model: Path, data: Path, iters: int, repeats: int) -> dict:
-    theirs, ours, rates = [], [], []
-    for _ in range(repeats):
-        (loop,) = together(partial(their_loop, model, data, iters))
-        theirs.append(loop)
-        port = free_port()
-        server, node = together(
-            partial(our_server, model, data, iters, port),
-            partial(our_node, model, data, iters, port),
-        )
-        ours.append({**node, "server": server})
-        rates.append(statistics.median(node["rates"]) / statistics.median(loop["rates"]))
+def compared(ours: list[float], theirs: list[float]) -> list[float]:
+    """Each of our rounds beside the mean of their pieces before and after it."""
+    pairs = zip(ours[1:], theirs, theirs[1:], strict=False)
+    return [rate * (1 / before + 1 / after) / 2 for rate, before, after in pairs][LEFT_OUT:]
+
+
+def measure(model: Path, data: Path, length: Length) -> dict:
+    context = multiprocessing.get_context("spawn")
+    turns = Turns(context.Semaphore(0), context.Semaphore(0))
+    port = free_port()
+    loop, server, node = together(
+        partial(their_loop, model, data, length, turns),
+        partial(our_server, model, data, length, turns, port),
+        partial(our_node, model, data, length, port),
+    )
     (one,), (four,) = (together(partial(simulated, model, data, n)) for n in (1, 4))
-    server = ours[-1]["server"]
     tokens = BATCH_SIZE * LENGTH
+    steps_alone = statistics.median(compared(node.pop("steps alone"), loop["rates"]))
+    least, median, most = statistics.quantiles(compared(node["rates"], loop["rates"]), n=4)
+    rows = {
+        name: {"tokens/s": tokens * statistics.median(run.pop("rates")[LEFT_OUT:]), **run}
+        for name, run in (("mlx-lm", loop), ("node", node))
+    }
+    adapters, sent = server.pop("adapters"), server.pop("bytes")
     return {
-        "mlx-lm": {
-            "tokens/s": tokens * statistics.median(r for run in theirs for r in run["rates"]),
-            "peak MB": max(run["peak"] for run in theirs),
-        },
-        "node": {
-            "tokens/s": tokens * statistics.median(r for run in ours for r in run["rates"]),
-            "peak MB": max(run["peak"] for run in ours),
-        },
-        "server": {"peak MB": server["peak"]},
+        **rows,
+        "server": server,
         "simulation": {"one, peak MB": one, "four, peak MB": four},
         "ratios": {
-            "speed": statistics.median(rates),
-            "speed, least": min(rates),
-            "speed, most": max(rates),
-            "memory": max(run["peak"] for run in ours) / max(run["peak"] for run in theirs),
-            "bytes down": server["bytes"]["down"] / server["adapters"],
-            "bytes up": server["bytes"]["up"] / server["adapters"],
+            "speed": median,
+            "speed, lower quartile": least,
+            "speed, upper quartile": most,
+            "speed of the steps alone": steps_alone,
+            "memory": node["peak MB"] / loop["peak MB"],
+            "resident": node["resident MB"] / loop["resident MB"],
+            "bytes down": sent["down"] / adapters,
+            "bytes up": sent["up"] / adapters,
             "memory of four": four / one,
         },
     }
@@ -221,8 +267,8 @@ def measure(model: Path, data: Path, iters: int, repeats: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a folder that mlx-lm loads")
-    parser.add_argument("--iters", type=int, default=40, help="iterations in a round, default 40")
-    parser.add_argument("--repeats", type=int, default=3, help="default 3")
+    parser.add_argument("--iters", type=int, default=2, help="iterations in a round, default 2")
+    parser.add_argument("--rounds", type=int, default=32, help="default 32")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +276,7 @@ def main() -> None:
 
         model = arguments.model or write_model(Path(folder, "model"))
         data = write_texts(Path(folder, "texts"), load_tokenizer(model))
-        found = measure(model, data, arguments.iters, arguments.repeats)
+        found = measure(model, data, Length(arguments.iters, arguments.rounds))
     if arguments.json:
         print(json.dumps(found, indent=2))
         return

@@ -18,7 +18,7 @@ pytest.importorskip("mlx_lm")
 from mlx_lm.utils import load as mlx_lm_load
 
 from mlx_fed import messages
-from mlx_fed.lm import base, texts
+from mlx_fed.lm import base, identity, texts
 from mlx_fed.lm.config import load_config
 from mlx_fed.lm.task import lora_task
 from mlx_fed.training import Trainer
@@ -88,6 +88,39 @@ def test_ways_to_fine_tune(kind, bits, flags, data, tmp_path):
     loss = Trainer(replace(lora_task(config), model=lambda: unfrozen(theirs)))
     got = loss.evaluate(loss.parameters(), {}, lora_task(config).data(0, 3).test)
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "keys"),
+    [
+        ("qwen3", 4, {"head_dim": 16, "max_position_embeddings": 64, "rope_theta": 1e4}),
+        ("gemma", None, {"head_dim": 16}),
+        ("phi", None, {"num_key_value_heads": 4, "layer_norm_eps": 1e-5}),
+        ("mixtral", 4, {"num_local_experts": 2, "num_experts_per_tok": 1}),
+        (
+            "mamba",
+            None,
+            {
+                "state_size": 8,
+                "conv_kernel": 4,
+                "use_bias": False,
+                "use_conv_bias": True,
+                "time_step_rank": 4,
+            },
+        ),
+    ],
+)
+def test_architectures(kind, bits, keys, data, tmp_path):
+    model = tiny_llama.write_model(tmp_path / "base", bits=bits, model_type=kind, **keys)
+    config = configure(model, data, local_iters=1)
+    task = lora_task(config)
+    result = simulate(config, tmp_path)
+    assert [record["refused"] for record in result.rounds] == [[], []]
+    theirs, _ = mlx_lm_load(str(model), adapter_path=str(result.model))
+    test = task.data(0, 3).test
+    got = Trainer(replace(task, model=lambda: unfrozen(theirs)))
+    loss = Trainer(task).evaluate(result.parameters, {}, test)["loss"]
+    assert got.evaluate(got.parameters(), {}, test)["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def unfrozen(model):
@@ -232,6 +265,13 @@ def test_texts_that_are_too_long_are_cut_and_named(llama, tmp_path):
     assert "train.jsonl, line 2 (101 tokens)" in notes[0]
 
 
+def test_a_node_without_texts_to_validate_on_is_named(llama, tmp_path):
+    folder = tiny_llama.write_texts(tmp_path / "all", tiny_llama.lines("anna", 4))
+    notes: list[str] = []
+    assert lora_task(configure(llama, folder), note=notes.append).data(0, None).test is None
+    assert f"no valid.jsonl beside {folder}/train.jsonl: its node trains" in notes[0]
+
+
 def test_a_folder_of_texts_is_dealt_out(llama, tmp_path):
     folder = tiny_llama.write_texts(
         tmp_path / "all", tiny_llama.lines("anna", 10), ["a valid", "b"]
@@ -303,12 +343,33 @@ def test_the_identity_of_a_base_tells_values_and_not_files(llama, tmp_path):
     for number, part in enumerate((names[::2], names[1::2])):
         shard = {name: arrays[name] for name in part}
         mx.save_safetensors(str(same / f"model-{number}.safetensors"), shard)
-    assert base.identity(same) == base.identity(llama)
-    assert base.identity(other) != base.identity(llama)
+    assert identity.of_weights(same) == identity.of_weights(llama)
+    assert identity.of_weights(other) != identity.of_weights(llama)
+
+
+def test_the_identity_of_a_config_tells_what_is_computed_and_not_how_it_is_written(llama, tmp_path):
+    same = tiny_llama.write_model(tmp_path / "same")
+    written = json.loads((same / "config.json").read_text())
+    spelled_out = {"rope_theta": 10000.0, "transformers_version": "9", "torch_dtype": "float32"}
+    (same / "config.json").write_text(json.dumps({**written, **spelled_out}))
+    assert identity.of_config(same) == identity.of_config(llama)
+    (same / "config.json").write_text(json.dumps({**written, "rope_scaling": {"factor": 8.0}}))
+    found = identity.of_config(same)
+    assert found["rope_scaling.factor"] == "8"
+    assert identity.of_config(llama)["rope_scaling"] == "null"
+
+
+def test_no_validation_is_asked_for(llama, data, tmp_path):
+    from mlx_fed.lm.commands import make_strategy
+
+    config = configure(llama, data, val_batches=0)
+    result = simulate(config, tmp_path, strategy=make_strategy(config, 1))
+    assert result.rounds[-1]["evaluate"] == {"nodes": []}
+    assert result.rounds[-1]["refused"] == []
 
 
 def test_the_identity_of_a_tokenizer_tells_its_words(llama, tmp_path):
     longer = tiny_llama.write_model(tmp_path / "longer", words=["anna"])
-    found = [base.tokenizer_identity(base.load_tokenizer(path)) for path in (llama, longer)]
+    found = [identity.of_tokenizer(base.load_tokenizer(path)) for path in (llama, longer)]
     assert found[0] != found[1]
-    assert found[0] == base.tokenizer_identity(base.load_tokenizer(llama))
+    assert found[0] == identity.of_tokenizer(base.load_tokenizer(llama))

@@ -104,6 +104,11 @@ def test_a_file_of_mlx_lms_is_taken_with_flags_over_it(tmp_path):
         ("federation: {fraction: 2.0}", "federation.fraction is above 0 and at most 1, not 2.0"),
         ("lr_schedule: {name: cosine}", "lr_schedule has a name, one of cosine_decay"),
         ("grad_accumulation_steps: 2", "grad_accumulation_steps is not supported yet"),
+        ("num_layers: 0", "num_layers is 1 or more, or -1 for all, not 0"),
+        ("val_batches: -2", "val_batches is 0 or more, or -1 for all, not -2"),
+        ("learning_rate: -1e-5", "learning_rate is above 0, not -1e-05"),
+        ("lr_schedule: {nmae: x}", "unknown key lr_schedule.nmae. Did you mean lr_schedule.name?"),
+        ("hf_dataset: {path: x}", "hf_dataset is not supported: give the dataset's id as data"),
         ("federation: 3", "federation is a section of keys, not 3"),
         ("- model", "has no keys"),
         ("model: [", "is not YAML"),
@@ -113,6 +118,21 @@ def test_a_configuration_that_cannot_be(text, message, tmp_path):
     with refused(message) as raised:
         load_config(written(tmp_path, text))
     assert "lora.yaml" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer_config: {adam: {beta: 1}}", "train with this optimizer_config.adam: "),
+        ("optimizer_config: {adam: 3}", "train with this optimizer_config.adam: "),
+        ("optimizer_config: {adam: {betas: 3}}", "train with this optimizer_config.adam: "),
+        ("lr_schedule: {name: cosine_decay, arguments: [1e-3]}", "train with this lr_schedule: "),
+        ("lr_schedule: {name: cosine_decay, arguments: [a, 9]}", "train with this lr_schedule: "),
+    ],
+)
+def test_an_optimizer_that_cannot_be(text, message, tmp_path):
+    with refused(message):
+        lora_task(load_config(written(tmp_path, text)))
 
 
 def test_the_command_says_so_and_ends(start, tmp_path):
@@ -172,7 +192,8 @@ def test_a_folder_without_texts(tmp_path):
 def test_a_prompt_that_leaves_nothing_to_learn(llama, tmp_path):
     pair = {"prompt": "x" * 50, "completion": "y"}
     folder = tiny_llama.write_texts(tmp_path / "pairs", [pair])
-    flags = {"model": str(llama), "data": str(folder), "max_seq_length": 32, "mask_prompt": True}
+    flags = {"max_seq_length": 32, "mask_prompt": True, "num_layers": -1}
+    flags |= {"model": str(llama), "data": str(folder)}
     with refused("line 1 has nothing to learn within max_seq_length 32: its prompt takes"):
         lora_task(load_config(None, flags)).data(0, None)
 
@@ -193,6 +214,7 @@ def build(model: Path | str, **flags):
 def test_mlx_lm_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     base.find.cache_clear()
+    base.folder_of_config.cache_clear()
     with refused('needs mlx-lm: pip install "mlx-fed[lm]"'):
         build("anything")
 
@@ -216,7 +238,7 @@ def test_a_folder_that_is_no_model(tmp_path):
 
 def test_an_architecture_that_mlx_lm_does_not_know(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "perceptron"}))
-    with refused("a model of type 'perceptron', which mlx-lm does not know"):
+    with refused("a model of type 'perceptron', which mlx-lm "):
         build(tmp_path)
 
 
@@ -248,6 +270,32 @@ def test_lora_keys_that_match_nothing(llama):
         lora_task(replace(config, lora_parameters=keys)).model()
 
 
+def test_no_lora_keys_at_all(llama):
+    config = load_config(None, {"model": str(llama), "num_layers": 2})
+    with refused("lora_parameters.keys is empty, so that nothing is trained: leave it out"):
+        lora_task(replace(config, lora_parameters={**config.lora_parameters, "keys": []})).model()
+
+
+def test_nothing_is_downloaded_for_adapters_that_do_not_fit(llama, monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    # What the hub has given so far: the model's config.json, which is asked for first.
+    folder = tmp_path / "models--somebody--model"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_bytes((llama / "config.json").read_bytes())
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    base.find.cache_clear()
+    base.folder_of_config.cache_clear()
+    with refused("num_layers is 16, and the model has 2 layers"):
+        build("somebody/model", num_layers=16)
+    with refused(f"{snapshot} has no weights"):
+        build("somebody/model")
+
+
 def test_adapters_to_start_from_that_do_not_fit(llama, tmp_path):
     with refused("Cannot read resume_adapter_file"):
         build(llama, resume_adapter_file=str(tmp_path / "none.safetensors"))
@@ -264,6 +312,8 @@ def test_adapters_to_start_from_that_do_not_fit(llama, tmp_path):
     ("what", "message"),
     [
         ("base", "its base model is not the server's: "),
+        ("rope", "its base model's rope_theta is not the server's: 500000, expected 10000"),
+        ("bits", "its base model's quantization is not the server's: {\"bits\": 4, "),
         ("tokenizer", "its tokenizer is not the server's: "),
         ("rank", "its LoRA rank is not the server's: 2, expected 8"),
         ("scale", "its LoRA scale is not the server's: 5.0, expected 20.0"),
@@ -278,6 +328,10 @@ def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path
     other = {
         "base": lambda: replace(
             config, model=str(tiny_llama.write_model(tmp_path / "other", seed=1))
+        ),
+        "rope": lambda: replace(config, model=str(with_rope_theta(tmp_path / "other", 5e5))),
+        "bits": lambda: replace(
+            config, model=str(tiny_llama.write_model(tmp_path / "other", bits=4))
         ),
         "tokenizer": lambda: replace(
             config, model=str(tiny_llama.write_model(tmp_path / "other", words=["one"]))
@@ -301,6 +355,13 @@ def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path
     assert told[0][1].startswith(message)
 
 
+def with_rope_theta(folder: Path, theta: float) -> Path:
+    """A base of the same weights that turns them by other angles."""
+    path = tiny_llama.write_model(folder) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": theta}))
+    return folder
+
+
 def with_all_texts(task: fed.Task) -> fed.Task:
     return replace(task, data=lambda number, of: task.data(number, None))
 
@@ -310,5 +371,6 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     base.find.cache_clear()
+    base.folder_of_config.cache_clear()
     with refused("neither a folder nobody/nothing nor a model of that name to be had"):
         build("nobody/nothing")

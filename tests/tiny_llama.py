@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx_fed as fed  # noqa: F401  before mlx.core
 
@@ -26,9 +27,13 @@ def write_model(
     bits: int | None = None,
     dtype: mx.Dtype = mx.float32,
     words: Sequence[str] = (),
+    **architecture: Any,
 ) -> Path:
-    """A random Llama as mlx-lm loads it, quantized to ``bits``; ``words`` are more tokens."""
-    from mlx_lm.models import llama
+    """A random Llama as mlx-lm loads it, quantized to ``bits``; ``words`` are more tokens.
+
+    ``architecture`` are keys of config.json, which may make another model of it.
+    """
+    from mlx_lm.utils import _get_classes
 
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -43,9 +48,11 @@ def write_model(
         "vocab_size": 320,
         "tie_word_embeddings": True,
         "eos_token_id": 256,
+        **architecture,
     }
     mx.random.seed(seed)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
+    kind, arguments = _get_classes(config)
+    model = kind(arguments.from_dict(config))
     model.set_dtype(dtype)
     if bits:
         nn.quantize(model, group_size=32, bits=bits)

@@ -60,6 +60,11 @@ def attach(model: nn.Module, config: LoraConfig) -> None:
 def _check_keys(model: nn.Module, layers: list[nn.Module], keys: list[str] | None) -> None:
     if keys is None:
         return
+    if not keys:
+        raise AdapterError(
+            "lora_parameters.keys is empty, so that nothing is trained: leave it out for all "
+            "linear layers."
+        )
     known = {name for layer in layers for name, _ in layer.named_modules() if name}
     known |= {name for name, _ in model.named_modules() if name}
     for key in keys:

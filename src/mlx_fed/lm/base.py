@@ -1,11 +1,8 @@
-"""The base model: found, loaded once a process, shared by all who fine-tune it, and identified."""
+"""The base model: found, loaded once a process, and shared by all who fine-tune it."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import struct
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +12,6 @@ from ..errors import FedError
 
 if TYPE_CHECKING:
     import mlx.nn as nn
-
-_SAMPLES = 16
-"""Places in each array of a base model that its identity looks at."""
-_PROBES = (
-    "The quick brown fox jumps over 13 lazy dogs.\n\n\tdef f(x): return x ** 2",
-    "Zwölf Boxkämpfer, œuvre, Привет мир, 你好世界, こんにちは, مرحبا, 🙂",
-)
 
 
 class BaseModelError(FedError):
@@ -59,17 +49,54 @@ def find(name: str) -> Path:
         BaseModelError: If it is not there, has no weights, or is of an architecture that mlx-lm
             does not know.
     """
+    folder = folder_of_config(name)
+    classes(folder, read_config(folder))
+    if folder != Path(name).expanduser():
+        folder = _download(name, None)
+    if not weight_files(folder):
+        raise BaseModelError(
+            f"{folder} has no weights: no file model*.safetensors. Download all of it, or make "
+            "one of another format with mlx_lm.convert."
+        )
+    return folder
+
+
+def outline(name: str) -> nn.Module | None:
+    """A model's modules without its weights, for which nothing but its config.json is needed.
+
+    Nothing of it takes memory before something is computed with it. A model that comes with code
+    of its own has none.
+
+    Args:
+        name (str): As for :func:`find`.
+
+    Raises:
+        BaseModelError: If the model is not there, or of an architecture that mlx-lm does not know.
+    """
+    folder = folder_of_config(name)
+    config = read_config(folder)
+    if (kinds := classes(folder, config)) is None:
+        return None
+    model, arguments = kinds
+    try:
+        module: nn.Module = model(arguments.from_dict(config))
+    except Exception as error:  # whatever values that are none bring about
+        raise BaseModelError(
+            f"mlx-lm cannot make a model of {folder}/config.json: {error}"
+        ) from error
+    return module.freeze()
+
+
+@lru_cache
+def folder_of_config(name: str) -> Path:
+    """The folder where a model's config.json is, and perhaps nothing else yet."""
     require_mlx_lm()
     folder = Path(name).expanduser()
     if folder.exists():
-        _check_architecture(folder)
-        if not weight_files(folder):
-            raise BaseModelError(f"{folder} has no weights: no file model*.safetensors.")
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BaseModelError(f"There is no model in {name}: no such folder.")
-    _check_architecture(_download(name, ["config.json"]))
-    return _download(name, None)
+    return _download(name, ["config.json"])
 
 
 def _download(name: str, patterns: list[str] | None) -> Path:
@@ -86,22 +113,43 @@ def _download(name: str, patterns: list[str] | None) -> Path:
     return folder
 
 
-def _check_architecture(folder: Path) -> None:
-    from mlx_lm.utils import _get_classes, load_config
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json, as mlx-lm reads it.
+
+    Raises:
+        BaseModelError: If there is none that says of what type the model is.
+    """
+    from mlx_lm.utils import load_config
 
     try:
-        config = load_config(folder)
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{folder} is no model: its config.json: {error}") from error
+        config: dict[str, Any] = load_config(folder)
+        config["model_type"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        why = "it has no model_type" if isinstance(error, (KeyError, TypeError)) else error
+        raise BaseModelError(f"{folder} is no model: its config.json: {why}") from error
+    return config
+
+
+def classes(folder: Path, config: dict[str, Any]) -> tuple[Any, Any] | None:
+    """mlx-lm's classes of a model and its arguments; none where the model comes with code.
+
+    Raises:
+        BaseModelError: If mlx-lm has none.
+    """
+    from importlib.metadata import version
+
+    from mlx_lm.utils import _get_classes
+
     if "model_file" in config:
-        return  # code of its own, which mlx-lm asks trust_remote_code for
+        return None  # which mlx-lm asks trust_remote_code for
     try:
-        _get_classes(config)
-    except (KeyError, ValueError) as error:
-        kind = config.get("model_type")
+        kinds: tuple[Any, Any] = _get_classes(config)
+    except (AttributeError, ValueError) as error:
         raise BaseModelError(
-            f"{folder} is a model of type {kind!r}, which mlx-lm does not know: {error}"
+            f"{folder} is a model of type {config['model_type']!r}, which mlx-lm "
+            f"{version('mlx-lm')} does not know: choose another, or try a newer mlx-lm."
         ) from error
+    return kinds
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -149,46 +197,3 @@ def share(model: nn.Module) -> nn.Module:
     arrays: Any = tree_flatten(model.parameters())
     shared: nn.Module = copy.deepcopy(model, {id(array): array for _, array in arrays})
     return shared
-
-
-def identity(folder: Path) -> str:
-    """A hash of the names, shapes, dtypes and a sample of the values of a model's weights.
-
-    It is read from the files, a few bytes of each array, so that it costs the same for a model of
-    any size; how many files the arrays are spread over does not matter.
-
-    Raises:
-        BaseModelError: If a file is not safetensors.
-    """
-    arrays: dict[str, bytes] = {}
-    for path in weight_files(folder):
-        try:
-            with path.open("rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(size))
-                header.pop("__metadata__", None)
-                for name, array in header.items():
-                    begin, end = array["data_offsets"]
-                    digest = hashlib.sha256(repr((array["dtype"], array["shape"])).encode())
-                    for place in range(_SAMPLES):
-                        file.seek(8 + size + begin + (end - begin) * place // _SAMPLES)
-                        digest.update(file.read(min(16, (end - begin) // _SAMPLES + 1)))
-                    arrays[name] = digest.digest()
-        except (OSError, ValueError, KeyError, struct.error, MemoryError) as error:
-            raise BaseModelError(f"{path} cannot be read as safetensors: {error}") from error
-    return _short(b"".join(name.encode() + arrays[name] for name in sorted(arrays)))
-
-
-def tokenizer_identity(tokenizer: Any) -> str:
-    """A hash of the vocabulary, the chat template, and how some text is split."""
-    known = {
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "template": tokenizer.chat_template,
-        "end": tokenizer.eos_token_id,
-        "probes": [tokenizer.encode(text) for text in _PROBES],
-    }
-    return _short(json.dumps(known, sort_keys=True, default=str).encode())
-
-
-def _short(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

@@ -213,6 +213,8 @@ def make_strategy(config: LoraConfig, min_nodes: int) -> Strategy:
     options: dict[str, Any] = {}
     if federation.fraction != 1.0:
         options["fraction-train"] = federation.fraction
+    if config.val_batches == 0:
+        options["fraction-evaluate"] = 0.0
     if federation.weighting == "tokens":
         options["weighted-by-key"] = "num-tokens"
     return find_strategy(federation.strategy, min_nodes, {**options, **federation.strategy_options})

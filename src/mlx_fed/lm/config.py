@@ -30,12 +30,12 @@ class Federation:
     nodes: Annotated[int | None, "Nodes that a round needs, or clients of a simulation."] = None
     fraction: Annotated[float, "The share of nodes that train in a round."] = 1.0
     strategy: Annotated[str, "A Flower strategy's name, or MODULE:STRATEGY of your own."] = "FedAvg"
-    strategy_options: Annotated[dict, "Its arguments."] = field(default_factory=dict)
+    strategy_options: Annotated[dict, "Its arguments."] = field(default_factory=dict, hash=False)
     weighting: Annotated[str, "What weighs a node in the average: examples or tokens."] = "examples"
     freeze_a: Annotated[bool, "Train and average B alone, as FFA-LoRA does."] = False
     partitioner: Annotated[str, "How a Hugging Face dataset is partitioned (see the docs)."] = "iid"
     partitioner_options: Annotated[dict, "The partitioner's arguments."] = field(
-        default_factory=dict
+        default_factory=dict, hash=False
     )
     sample_prompt: Annotated[str | None, "A prompt that the server continues after rounds."] = None
     sample_every: Annotated[int, "After which rounds."] = 1
@@ -53,7 +53,7 @@ class LoraConfig:
     fine_tune_type: Annotated[str, "lora, dora or full."] = "lora"
     optimizer: Annotated[str, "adam, adamw, muon, sgd or adafactor."] = "adam"
     optimizer_config: Annotated[dict, "Arguments of each optimizer, by its name."] = field(
-        default_factory=dict
+        default_factory=dict, hash=False
     )
     seed: Annotated[int, "Decides initial adapters, shuffling, dropout and sampling."] = 0
     num_layers: Annotated[int, "Layers to fine-tune, from the last; -1 is all."] = 16
@@ -61,12 +61,14 @@ class LoraConfig:
     iters: Annotated[int, "Iterations that a node takes in all."] = 1000
     val_batches: Annotated[int, "Batches to validate on; -1 is all."] = 25
     learning_rate: Annotated[float, "The optimizer's learning rate."] = 1e-5
-    lr_schedule: Annotated[dict | None, "A schedule over all iterations."] = None
+    lr_schedule: Annotated[dict | None, "A schedule over all iterations."] = field(
+        default=None, hash=False
+    )
     max_seq_length: Annotated[int, "Tokens of a text; what is longer is cut."] = 2048
     mask_prompt: Annotated[bool, "Leave prompts out of the loss."] = False
     grad_checkpoint: Annotated[bool, "Use less memory, and more time."] = False
     lora_parameters: Annotated[dict, "rank, scale, dropout and keys."] = field(
-        default_factory=lambda: {"rank": 8, "dropout": 0.0, "scale": 20.0}
+        default_factory=lambda: {"rank": 8, "dropout": 0.0, "scale": 20.0}, hash=False
     )
     resume_adapter_file: Annotated[str | None, "Adapters that the server starts from."] = None
     trust_remote_code: Annotated[bool, "Run code that comes with the model."] = False
@@ -121,6 +123,8 @@ _POSITIVE = {
     "iters",
     "max_seq_length",
 }
+_OR_ALL = {"num_layers": 1, "val_batches": 0}
+"""Keys of which -1 is all, and the least that they may be else."""
 _SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -146,6 +150,12 @@ def load_config(path: Path | str | None, flags: Mapping[str, Any] | None = None)
             (section if key in _names(Federation) else values)[key] = value
     if values.get("grad_accumulation_steps", 1) != 1:
         raise ConfigError(f"{where}: grad_accumulation_steps is not supported yet: leave it out.")
+    if "hf_dataset" in values:
+        raise ConfigError(
+            f"{where}: hf_dataset is not supported: give the dataset's id as data, and "
+            "what its columns are called as prompt_feature, completion_feature, chat_feature or "
+            "text_feature."
+        )
     values = {k: v for k, v in values.items() if k not in IDLE | {"grad_accumulation_steps"}}
     _check(LoraConfig, values, where, "")
     _check(Federation, section, where, "federation.")
@@ -195,6 +205,10 @@ def _check(cls: type, values: Mapping[str, Any], where: str, section: str) -> No
             raise ConfigError(f"{where}: {section}{key} is one of {choices}, not {value!r}.")
         if key in _POSITIVE and value is not None and value < 1:
             raise ConfigError(f"{where}: {section}{key} is 1 or more, not {value}.")
+        if key in _OR_ALL and value != -1 and value < (least := _OR_ALL[key]):
+            raise ConfigError(f"{where}: {key} is {least} or more, or -1 for all, not {value}.")
+        if key == "learning_rate" and not 0 < value < math.inf:
+            raise ConfigError(f"{where}: learning_rate is above 0, not {value}.")
     if not 0 < values.get("fraction", 1) <= 1:
         share = values["fraction"]
         raise ConfigError(f"{where}: {section}fraction is above 0 and at most 1, not {share}.")
@@ -248,6 +262,12 @@ def _check_nested(values: dict[str, Any], where: str, local_epochs: int | None) 
                 f"{where}: lr_schedule counts iterations: give iters or federation.local_iters, "
                 "not federation.local_epochs."
             )
+        for key in schedule:
+            if key not in (keys := ("name", "arguments", "warmup", "warmup_init")):
+                raise ConfigError(
+                    f"{where} has an unknown key lr_schedule.{key}. "
+                    f"Did you mean lr_schedule.{nearest(str(key), keys)}?"
+                )
         name = schedule.get("name")
         if name not in _SCHEDULES or not isinstance(schedule.get("arguments"), list):
             raise ConfigError(

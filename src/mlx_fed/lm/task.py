@@ -6,13 +6,13 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..task import Config, Data, Task
-from . import base, texts
-from .config import LoraConfig
+from . import base, identity, texts
+from .config import ConfigError, LoraConfig
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -32,6 +32,9 @@ def lora_task(config: LoraConfig, note: Note = print) -> Task:
         config (LoraConfig): From :func:`~mlx_fed.lm.load_config`.
         note (callable): Told what is worth knowing of the data. Default: ``print``.
 
+    Raises:
+        ConfigError: If MLX cannot make an optimizer or a schedule of what is said of them.
+
     Example:
         >>> task = lora_task(load_config("lora.yaml"))
         >>> fed.simulate(task, FedAvg(weighted_by_key="num-tokens"), num_clients=3, workers=0)
@@ -42,7 +45,7 @@ def lora_task(config: LoraConfig, note: Note = print) -> Task:
         if steps is None
         else {"local-steps": steps}
     )
-    return Task(
+    task = Task(
         model=partial(build, config),
         loss=token_loss,
         optimizer=make_optimizer,
@@ -61,6 +64,8 @@ def lora_task(config: LoraConfig, note: Note = print) -> Task:
         fingerprint=partial(fingerprint, config),
         save=partial(_save, config),
     )
+    _check_optimizer(config, task.config)
+    return task
 
 
 def build(config: LoraConfig) -> nn.Module:
@@ -83,7 +88,13 @@ def build(config: LoraConfig) -> nn.Module:
     return model
 
 
+@lru_cache(maxsize=1)
 def _base(config: LoraConfig) -> base.Base:
+    """The base model, of which nothing is downloaded or read that cannot be trained as asked."""
+    from . import adapters
+
+    if (outline := base.outline(config.model)) is not None:
+        adapters.attach(outline, config)
     return base.load(base.find(config.model), config.trust_remote_code)
 
 
@@ -107,9 +118,11 @@ def perplexity(metrics: Any) -> dict[str, float]:
 
 def fingerprint(config: LoraConfig) -> dict[str, str]:
     """What has to be the same on the server and its nodes."""
-    prints = {
-        "base model": base.identity(base.find(config.model)),
-        "tokenizer": base.tokenizer_identity(_base(config).tokenizer),
+    folder = base.find(config.model)
+    prints = {f"base model's {key}": value for key, value in identity.of_config(folder).items()}
+    prints |= {
+        "base model": identity.of_weights(folder),
+        "tokenizer": identity.of_tokenizer(_base(config).tokenizer),
         "fine_tune_type": config.fine_tune_type,
     }
     if config.fine_tune_type != "full":
@@ -124,14 +137,17 @@ def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: i
     tokenizer = _base(config).tokenizer
     most = None if config.val_batches < 0 else config.val_batches
     train = texts.tokenize(splits.train, tokenizer, config)
-    valid = texts.tokenize(splits.valid, tokenizer, config) if splits.valid else None
+    valid = texts.tokenize(splits.valid, tokenizer, config) if splits.valid and most != 0 else None
     if cut := [*train.cut, *(valid.cut if valid else [])]:
         note(
             f"Note: {len(cut)} texts are longer than max_seq_length {config.max_seq_length} and "
             f"are cut, the first is {cut[0]}."
         )
-    if valid is None:
-        note("Note: there is no valid.jsonl, so this node trains and does not validate.")
+    if splits.valid is None:
+        place = splits.train.where(0).rsplit(",", 1)[0]
+        note(
+            f"Note: there is no valid.jsonl beside {place}: its node trains and does not validate."
+        )
     return Data(
         train=texts.Batches(train, config.batch_size),
         test=texts.Batches(valid, config.batch_size, most) if valid else None,
@@ -158,6 +174,19 @@ class Schedule:
         before = sum(optimizer.state["steps-before"] for optimizer in self.optimizers)
         rate: mx.array = build_schedule(json.loads(self.settings))(step + before)
         return rate
+
+
+def _check_optimizer(config: LoraConfig, settings: Config) -> None:
+    """Takes a step, so that what the arguments lack is said at the start and not in a round."""
+    import mlx.core as mx
+
+    fixed = {**settings, "lr-schedule": "null"}
+    for key, tried in ((f"optimizer_config.{config.optimizer}", fixed), ("lr_schedule", settings)):
+        try:
+            weight = {"weight": mx.ones((2, 2))}
+            mx.eval(make_optimizer(tried).apply_gradients(weight, weight))
+        except Exception as error:  # whatever arguments that are none bring about
+            raise ConfigError(f"MLX cannot train with this {key}: {error}") from error
 
 
 def make_optimizer(config: Config) -> optim.Optimizer:

@@ -183,16 +183,9 @@ def _check_record(record: Any, where: str, config: LoraConfig) -> None:
 
 
 def _is_turn(message: Any) -> bool:
-    return (
-        isinstance(message, dict)
-        and "role" in message
-        and message.keys()
-        & {
-            "content",
-            "tool_calls",
-        }
-        != set()
-    )
+    if not isinstance(message, dict) or "role" not in message:
+        return False
+    return not message.keys().isdisjoint({"content", "tool_calls"})
 
 
 def _check_alike(
