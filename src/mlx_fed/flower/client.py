@@ -182,9 +182,10 @@ class _Transport(FleetHttpClient):
         return http.client.HTTPSConnection(host, port, timeout=self.timeout, context=context)
 
     def _signed_headers(self) -> dict[str, str]:
-        # The signature covers only the time, so one serves for a few seconds.
+        # The signature covers only the time, so one serves for a few seconds: by the clock on the
+        # wall, which goes on while a laptop sleeps and which the server looks at.
         with self._lock:
-            if time.monotonic() - self._signed_at > _SIGNATURE_AGE:
+            if abs(time.time() - self._signed_at) > _SIGNATURE_AGE:
                 timestamp = now().isoformat()
                 signature = sign_message(self._private_key, timestamp.encode("ascii"))
                 self._headers |= {
@@ -192,7 +193,7 @@ class _Transport(FleetHttpClient):
                     TIMESTAMP_HEADER: timestamp,
                     FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode(),
                 }
-                self._signed_at = time.monotonic()
+                self._signed_at = time.time()
             return dict(self._headers)
 
     def close(self) -> None:
