@@ -9,7 +9,8 @@ import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import mlx.core as mx
 import pytest
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Strategy
 
 from mlx_fed import messages, rounds
@@ -104,6 +105,19 @@ def test_a_resumed_run_counts_on(tmp_path: Path):
     federate(FedAvg(), tmp_path, apps, num_rounds=2)
     result = federate(FedAvg(), tmp_path, apps, num_rounds=4, resume=True)
     assert [record.get("left_out") for record in result.rounds] == [None, None, ["node-1"], None]
+
+
+def test_a_node_whose_connection_breaks_time_and_again_is_not_left_out(tmp_path: Path):
+    def breaks(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "no heartbeat"), reply_to=message)
+        return CLIENT(message, context)
+
+    result = federate(FedAvg(), tmp_path, [CLIENT, breaks], num_rounds=4)
+    why = "it left, or its connection broke, before it had replied"
+    entry = {"node": "node-1", "phase": "train", "reason": why, "missing": True}
+    assert [record["refused"] for record in result.rounds] == [[entry]] * 4
+    assert not any("left_out" in record for record in result.rounds)
 
 
 def test_only_what_a_node_sent_in_training_counts():

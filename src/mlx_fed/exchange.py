@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from . import aggregate, messages
+from .flower.replies import is_of_gone_node
 from .spool import Spool
 from .sums import Block
 from .task import Config
@@ -26,6 +27,7 @@ class Summed(Protocol):
 
 
 SumUpdates = Callable[[list[Message], str], Iterator[Summed]]
+_GONE = "it left, or its connection broke, before it had replied"
 
 
 def exchange(
@@ -71,7 +73,7 @@ def exchange(
             node_id = pending.pop(reply.metadata.reply_to_message_id)
             if reply.has_content():
                 spool.hold(reply.content)
-            came[node_id] = reply
+            came[node_id] = _GONE if is_of_gone_node(reply) else reply
             arrived(names[node_id])
         if pulled:
             continue

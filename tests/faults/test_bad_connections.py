@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import Started
 from tests.faults.proxy import HARMS, Proxy
 from tests.test_fleet import assert_same_bits, history, join, serve
 
@@ -69,3 +73,70 @@ def test_a_bad_connection_does_not_change_a_bit(start, proxy, undisturbed, tmp_p
     print(f"{dict(done)}, {missing} replies missing, {repeats} rounds repeated")
     assert all(done[harm] for harm in HARMS)
     assert_same_bits(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "encrypted"])
+def test_connections_that_break_while_nodes_work_cost_no_reply(
+    start, proxy, tmp_path: Path, encrypted: bool
+):
+    """Each lasts for a second or two, of which nodes train for a good part."""
+    secure = ("--secure", "--federation", tmp_path / "federation") if encrypted else ()
+    server, address = serve(start, tmp_path, "--rounds", 20, "--min-nodes", 3, *secure)
+    ways = [proxy(address, number, inf, 2.0) for number in NODES]
+    tokens: list[str] = []
+    if encrypted:
+        server.line("(?s)(mlxfed-.*){3}\n")
+        tokens = re.findall(r"mlxfed-\S+", server.text)
+    home = {"MLX_FED_HOME": str(tmp_path / "home")}
+    slow = ("-c", "slow=0.4")
+    nodes = [
+        join(start, f"127.0.0.1:{way.port}", number, *slow, *tokens[number : number + 1], **home)
+        for number, way in zip(NODES, ways, strict=True)
+    ]
+    assert server.ends(200) == 0, server.text
+    assert [node.ends() for node in nodes] == [0, 0, 0], nodes[0].text
+    assert sum(way.done["drop"] for way in ways) > 20
+    assert [r for record in history(tmp_path / "run") for r in record["refused"]] == []
+
+
+@pytest.mark.parametrize("cut", [Proxy.refuse, Proxy.swallow], ids=["refused", "swallowed"])
+def test_a_node_that_is_cut_off_comes_back(start, proxy, tmp_path: Path, cut):
+    server, address = serve(start, tmp_path, "--rounds", 10_000, "--min-nodes", 3)
+    way = proxy(address)
+    places = [address, address, f"127.0.0.1:{way.port}"]
+    nodes = [join(start, place, i, "-c", "slow=0.2") for i, place in enumerate(places)]
+    server.line("round 2 ")
+    cut(way)
+    server.line("node-2 left\n")
+    server.line(rf"round {len(history(tmp_path / 'run')) + 3} ")
+    way.mend()
+    comes_back(server, tmp_path / "run")
+    assert [node.ends() for node in nodes] == [0, 0, 0], nodes[2].text
+
+
+def test_a_node_that_sleeps_until_it_counts_as_gone_comes_back(start, tmp_path: Path):
+    """Nothing of its connections breaks: the server hears no heartbeat, and gives it up."""
+    server, address = serve(start, tmp_path, "--rounds", 10_000, "--min-nodes", 3)
+    nodes = [join(start, address, number, "-c", "slow=0.2") for number in NODES]
+    server.line("round 2 ")
+    nodes[2].process.send_signal(signal.SIGSTOP)
+    server.line("node-2 left\n")
+    server.line(rf"round {len(history(tmp_path / 'run')) + 3} ")
+    nodes[2].process.send_signal(signal.SIGCONT)
+    comes_back(server, tmp_path / "run")
+    assert [node.ends() for node in nodes] == [0, 0, 0], nodes[2].text
+
+
+def comes_back(server: Started, run: Path) -> None:
+    """The server takes node-2 in again; the run says who was missing, and when."""
+    server.line("(?s)node-2 left.*node-2 joined", 120)
+    server.line(rf"round {len(history(run)) + 3} ")
+    server.interrupt()
+    assert server.ends() == 130
+    rounds = history(run)
+    took_part = [record["train"]["nodes"] for record in rounds]
+    everyone, others = ["node-0", "node-1", "node-2"], ["node-0", "node-1"]
+    assert took_part[0] == took_part[-1] == everyone
+    assert took_part.count(others) >= 3
+    missing = [entry for record in rounds for entry in record["refused"]]
+    assert {(entry["node"], entry["missing"]) for entry in missing} == {("node-2", True)}
