@@ -57,6 +57,8 @@ _LONGEST_DETAIL = 500
 _TIMEOUT = 60.0
 _FIRST_TIMEOUT = 10.0
 """Seconds that a server may take to answer, and to answer a node that it does not know yet."""
+_LATE = 15.0
+"""Seconds beyond the time that a request is held, after which it counts as lost on the way."""
 
 
 class Unreachable(ConnectionError):
@@ -150,6 +152,9 @@ class _Transport(FleetHttpClient):
             connection = held or self._connect()
         except OSError as error:
             raise Unreachable(str(error) or type(error).__name__) from error
+        connection.timeout = _HELD[path] + _LATE if path in _HELD else self.timeout
+        if connection.sock is not None:
+            connection.sock.settimeout(connection.timeout)
         try:
             connection.request("POST", path, body, headers)
             response = connection.getresponse()
@@ -178,8 +183,8 @@ class _Transport(FleetHttpClient):
         host, port = self._place
         context = self._context() if callable(self._context) else self._context
         if context is None:
-            return http.client.HTTPConnection(host, port, timeout=self.timeout)
-        return http.client.HTTPSConnection(host, port, timeout=self.timeout, context=context)
+            return http.client.HTTPConnection(host, port)
+        return http.client.HTTPSConnection(host, port, context=context)
 
     def _signed_headers(self) -> dict[str, str]:
         # The signature covers only the time, so one serves for a few seconds: by the clock on the
