@@ -319,6 +319,16 @@ def test_a_node_whose_next_connection_breaks_too_is_given_time_for_another(fleet
     assert list(fleet.grid.get_node_ids()) == []
 
 
+def test_a_node_that_did_not_hear_the_answer_registers_again(fleet):
+    node = fleet.node()
+    known = node.node_id
+    message_id = fleet.message(node)
+    node.register()
+    assert node.node_id == known
+    assert list(fleet.grid.get_node_ids()) == [known]
+    assert node.receive().metadata.message_id == message_id
+
+
 def test_a_machine_that_slept_signs_anew(monkeypatch):
     """Its clock on the wall went on, and the monotonic one stood still."""
     import datetime

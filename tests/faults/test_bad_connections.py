@@ -128,6 +128,7 @@ def test_a_node_that_sleeps_until_it_counts_as_gone_comes_back(start, tmp_path: 
 def takes_part(server: Started, run: Path) -> None:
     """node-2 is in a round."""
     server.line("node-2 joined")
+    server.line("round 1 ")
     more_rounds(server, run)
     assert history(run)[-1]["train"]["nodes"] == ["node-0", "node-1", "node-2"]
 

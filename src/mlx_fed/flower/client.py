@@ -279,7 +279,12 @@ class FleetClient:
         key = self._transport.public_key
         self._transport.timeout = _FIRST_TIMEOUT
         if self._registers:
-            self._transport.RegisterNode(fleet_pb2.RegisterNodeFleetRequest(public_key=key))
+            try:
+                self._transport.RegisterNode(fleet_pb2.RegisterNodeFleetRequest(public_key=key))
+            except Refused as refusal:
+                # It has registered before, and the answer was lost on the way.
+                if refusal.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
+                    raise
         request = fleet_pb2.ActivateNodeRequest(public_key=key, heartbeat_interval=_HEARTBEAT)
         self.node_id = self._transport.ActivateNode(request).node_id
         self._transport.close()
