@@ -308,6 +308,46 @@ def test_a_node_whose_connection_breaks_and_comes_back_stays_online(fleet):
     assert received[0].metadata.message_id == message_id
 
 
+def test_a_node_whose_next_connection_breaks_too_is_given_time_for_another(fleet):
+    node, link = fleet.node(), fleet.link
+    heard = link._heard[node.node_id]
+    link.hold(node.node_id)
+    link.let_go(node.node_id, broken=True)
+    link._count_as_gone(node.node_id, heard)
+    assert list(fleet.grid.get_node_ids()) == [node.node_id]
+    link._count_as_gone(node.node_id, heard + 1)
+    assert list(fleet.grid.get_node_ids()) == []
+
+
+def test_a_node_that_did_not_hear_the_answer_registers_again(fleet):
+    node = fleet.node()
+    known = node.node_id
+    message_id = fleet.message(node)
+    node.register()
+    assert node.node_id == known
+    assert list(fleet.grid.get_node_ids()) == [known]
+    assert node.receive().metadata.message_id == message_id
+
+
+def test_a_machine_that_slept_signs_anew(monkeypatch):
+    """Its clock on the wall went on, and the monotonic one stood still."""
+    import datetime
+
+    from mlx_fed.flower import client
+
+    with _socket("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    node = FleetClient("127.0.0.1", port)
+    an_hour_ago = client.now() - datetime.timedelta(hours=1)
+    with monkeypatch.context() as then:
+        then.setattr(client, "now", lambda: an_hour_ago)
+        then.setattr(client.time, "time", an_hour_ago.timestamp)
+        with pytest.raises(Unreachable):
+            node.register()
+    with _socket("127.0.0.1", port) as listening, _serving(listening):
+        node.register()
+
+
 def test_nodes_that_could_not_be_heard_are_not_given_up(fleet, monkeypatch):
     from mlx_fed.flower import link
 

@@ -23,7 +23,8 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, Strateg
 from mlx_fed.checkpoint import Checkpoint, CheckpointError, Checkpoints, read
 from mlx_fed.errors import FedError
 from mlx_fed.history import HistoryError
-from mlx_fed.strategy_state import StateError
+from mlx_fed.spool import Spool
+from mlx_fed.strategy_state import State, StateError
 
 from .conftest import command
 from .test_strategies import (
@@ -445,6 +446,17 @@ def test_a_checkpoint_is_readable(tmp_path: Path):
     assert kept.identity["strategy"]["name"] == "FedAdam"
     saved = mx.load(str(tmp_path / "model.safetensors"))
     assert difference(dict(kept.masters), saved) == 0
+
+
+def test_large_parameters_of_a_checkpoint_wait_on_disk(tmp_path: Path):
+    values = np.arange(2**19, dtype=np.float32)
+    saved = Checkpoint(1, ArrayRecord({"w": Array(values)}), {}, State({}, {}), None, {})
+    kept = Checkpoints(tmp_path, 1)
+    kept.save(saved, lambda: None)
+    kept.wait()
+    read_again = kept.last(lambda path, why: pytest.fail(why), Spool(tmp_path / "waiting"))
+    assert len(list((tmp_path / "waiting").iterdir())) == 1
+    assert np.array_equal(read_again.masters["w"].numpy(), values)
 
 
 def test_a_disk_that_is_full_ends_the_run_with_what_was_reached(tmp_path: Path):

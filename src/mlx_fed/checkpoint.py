@@ -19,11 +19,12 @@ from typing import IO, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 
 from . import safetensors
 from .errors import FedError
 from .history import errors_named, sync, sync_folder
+from .spool import Spool
 from .strategy_state import State
 from .weights import Arrays
 
@@ -134,15 +135,18 @@ class Checkpoints:
         found = [path for path in self.folder.glob("*.safetensors") if _NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (_round_of(path), path.name), reverse=True)
 
-    def last(self, damaged: Callable[[Path, str], None]) -> Checkpoint | None:
+    def last(
+        self, damaged: Callable[[Path, str], None], spool: Spool | None = None
+    ) -> Checkpoint | None:
         """The newest that is whole, or None if there is none.
 
         Args:
             damaged (callable): Told of each newer one that is not, and why.
+            spool (Spool, optional): Where its large parameters wait.
         """
         for path in self.paths():
             try:
-                return read(path)
+                return read(path, spool)
             except CheckpointError as error:
                 damaged(path, str(error))
         return None
@@ -155,22 +159,28 @@ class Checkpoints:
                     return read(path).strategy
         return None
 
-    def best(self, best: Best) -> Checkpoint | None:
+    def best(self, best: Best, spool: Spool) -> Checkpoint | None:
         """The checkpoint of the best round, if it is there and whole."""
         for path in self.paths():
             if _round_of(path) == best.round:
                 with suppress(CheckpointError):
-                    return read(path)
+                    return read(path, spool)
         return None
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, spool: Spool | None = None) -> Checkpoint:
     """Reads a checkpoint.
+
+    Args:
+        path (Path): The file.
+        spool (Spool, optional): Where large parameters wait, one of which is in memory at a time.
+            Default: all stay in memory.
 
     Raises:
         CheckpointError: If its bytes are not those that were written.
     """
     named = _NAME.fullmatch(path.name)
+    spool = spool or Spool()
     try:
         with path.open("rb") as file:
             if named is None or _checksum(file) != int(named[2], 16):
@@ -178,15 +188,17 @@ def read(path: Path) -> Checkpoint:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
         kinds: dict[str, Arrays] = {kind: {} for kind in _KINDS}
-        for name, array in arrays.items():
+        for name in list(arrays):
             kind, _, rest = name.partition("/")
-            kinds[kind][rest] = array
+            kinds[kind][rest] = arrays.pop(name)
         about = json.loads(metadata["run"])
-        masters = {name: Array(np.array(kinds["parameters"][name])) for name in about["order"]}
-        mx.eval(kinds)
+        masters = ArrayRecord()
+        for name in about["order"]:  # MLX reads each as it is asked for, and it is let go then
+            masters[name] = spool.values(np.asarray(kinds["parameters"].pop(name)))
+        mx.eval(kinds["statistics"], kinds["strategy"])
         return Checkpoint(
             int(metadata["round"]),
-            ArrayRecord(masters),
+            masters,
             {name: kinds["statistics"][name] for name in about["statistics"]},
             State(json.loads(metadata["strategy"]), kinds["strategy"]),
             Best(*about["best"]) if about["best"] else None,

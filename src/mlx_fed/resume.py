@@ -68,7 +68,7 @@ def resume(run: Run, checkpoints: Checkpoints, identity: dict[str, Any]) -> Posi
     def damaged(path: Path, why: str) -> None:
         run.history.notify("note", text=f"checkpoint {path} is damaged, {why}: trying another")
 
-    checkpoint = checkpoints.last(damaged)
+    checkpoint = checkpoints.last(damaged, run.spool)
     if checkpoint is None:
         if paths := checkpoints.paths():
             raise CheckpointError(
@@ -80,8 +80,7 @@ def resume(run: Run, checkpoints: Checkpoints, identity: dict[str, Any]) -> Posi
     _require_same(checkpoint.identity, identity, run.history.folder)
     strategy_state.restore(run.strategy, checkpoint.strategy)
     run.history.go_on_after(checkpoint.round)
-    masters = run.spool.record(checkpoint.masters.items())
-    model = Model(masters, checkpoint.statistics)
+    model = Model(checkpoint.masters, checkpoint.statistics)
     return Position(checkpoint.round, model, checkpoint.best)
 
 

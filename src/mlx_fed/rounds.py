@@ -157,7 +157,7 @@ def _save(run: Run, model: Model, name: str = "model") -> Path:
 
 def _save_best(run: Run, position: Position, checkpoints: Checkpoints) -> Path | None:
     """Writes the model of the best round, beside that of the last."""
-    checkpoint = checkpoints.best(position.best) if position.best else None
+    checkpoint = checkpoints.best(position.best, run.spool) if position.best else None
     if checkpoint is None:
         return None
     path = _save(run, Model(checkpoint.masters, checkpoint.statistics), "best")

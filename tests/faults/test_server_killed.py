@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import free_port
+from tests.conftest import Started, free_port
 from tests.test_resume import checkpoints, figures, read_history
 
 pytestmark = pytest.mark.slow
@@ -29,6 +29,12 @@ def seconds_a_round(folder: Path) -> float:
     started = (folder / "settings.json").stat().st_mtime
     ended = (folder / "model.safetensors").stat().st_mtime
     return (ended - started) / len(read_history(folder))
+
+
+def go_on_for(rounds: int, run: Started) -> None:
+    """Waits until the run has gone so many rounds beyond its first."""
+    first = int(run.line(r"(?m)^round (\d+) ")[1])
+    run.line(rf"(?m)^round {first + rounds} ")
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -51,9 +57,11 @@ def test_a_simulation_that_is_killed_again_and_again(start, tmp_path: Path):
     reached = set()
     while kills < KILLS:
         run = start(*command, *(("--resume",) if folder.exists() else ("--name",)), "killed")
-        if rng.random() < 0.8:  # the others are killed while they start
-            run.line(r"round \d+ ")
-        time.sleep(rng.uniform(0, 15) * a_round)
+        if rng.random() < 0.8:
+            go_on_for(rng.randrange(15), run)
+            time.sleep(rng.uniform(0, 1.5) * a_round)
+        else:  # while it starts
+            time.sleep(rng.uniform(0, 15) * a_round)
         assert run.process.poll() is None, "it was to be killed, and is done: more rounds!"
         run.process.send_signal(signal.SIGKILL)
         assert run.ends() == -signal.SIGKILL
@@ -110,8 +118,8 @@ def test_a_server_that_is_killed_while_its_nodes_go_on(start, tmp_path: Path):
     nodes = with_nodes()
     for number in range(6):
         server = start(*command, *(("--resume",) if number else ("--name",)), "killed")
-        server.line(r"round \d+ ")
-        time.sleep(rng.uniform(0, 15) * a_round)
+        go_on_for(rng.randrange(15), server)
+        time.sleep(rng.uniform(0, 1.5) * a_round)
         assert server.process.poll() is None, "it was to be killed, and is done: more rounds!"
         server.process.send_signal(signal.SIGKILL)
         server.ends()

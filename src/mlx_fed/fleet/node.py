@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,11 +288,14 @@ class _Node:
             pause = 0.0
             while not stop.wait(pause):
                 started = time.monotonic()
-                # What is wrong with the connection is for the main thread to act on.
-                with suppress(Unreachable, Refused):
+                try:
                     self.client.beat()
-                # A server of ours has held the beat for longer than the pause.
-                pause = max(0.0, _BEAT - (time.monotonic() - started))
+                    # A server of ours has held the beat for longer than the pause.
+                    pause = max(0.0, _BEAT - (time.monotonic() - started))
+                except (Unreachable, Refused):
+                    # What is wrong is for the main thread to act on. It may be at work, and the
+                    # server takes a node whose connections broke for gone within a second.
+                    pause = min(2 * pause + 0.1, _BEAT)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()

@@ -57,6 +57,8 @@ _LONGEST_DETAIL = 500
 _TIMEOUT = 60.0
 _FIRST_TIMEOUT = 10.0
 """Seconds that a server may take to answer, and to answer a node that it does not know yet."""
+_LATE = 15.0
+"""Seconds beyond the time that a request is held, after which it counts as lost on the way."""
 
 
 class Unreachable(ConnectionError):
@@ -150,6 +152,9 @@ class _Transport(FleetHttpClient):
             connection = held or self._connect()
         except OSError as error:
             raise Unreachable(str(error) or type(error).__name__) from error
+        connection.timeout = _HELD[path] + _LATE if path in _HELD else self.timeout
+        if connection.sock is not None:
+            connection.sock.settimeout(connection.timeout)
         try:
             connection.request("POST", path, body, headers)
             response = connection.getresponse()
@@ -178,13 +183,14 @@ class _Transport(FleetHttpClient):
         host, port = self._place
         context = self._context() if callable(self._context) else self._context
         if context is None:
-            return http.client.HTTPConnection(host, port, timeout=self.timeout)
-        return http.client.HTTPSConnection(host, port, timeout=self.timeout, context=context)
+            return http.client.HTTPConnection(host, port)
+        return http.client.HTTPSConnection(host, port, context=context)
 
     def _signed_headers(self) -> dict[str, str]:
-        # The signature covers only the time, so one serves for a few seconds.
+        # The signature covers only the time, so one serves for a few seconds: by the clock on the
+        # wall, which goes on while a laptop sleeps and which the server looks at.
         with self._lock:
-            if time.monotonic() - self._signed_at > _SIGNATURE_AGE:
+            if abs(time.time() - self._signed_at) > _SIGNATURE_AGE:
                 timestamp = now().isoformat()
                 signature = sign_message(self._private_key, timestamp.encode("ascii"))
                 self._headers |= {
@@ -192,7 +198,7 @@ class _Transport(FleetHttpClient):
                     TIMESTAMP_HEADER: timestamp,
                     FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode(),
                 }
-                self._signed_at = time.monotonic()
+                self._signed_at = time.time()
             return dict(self._headers)
 
     def close(self) -> None:
@@ -273,7 +279,12 @@ class FleetClient:
         key = self._transport.public_key
         self._transport.timeout = _FIRST_TIMEOUT
         if self._registers:
-            self._transport.RegisterNode(fleet_pb2.RegisterNodeFleetRequest(public_key=key))
+            try:
+                self._transport.RegisterNode(fleet_pb2.RegisterNodeFleetRequest(public_key=key))
+            except Refused as refusal:
+                # It has registered before, and the answer was lost on the way.
+                if refusal.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
+                    raise
         request = fleet_pb2.ActivateNodeRequest(public_key=key, heartbeat_interval=_HEARTBEAT)
         self.node_id = self._transport.ActivateNode(request).node_id
         self._transport.close()

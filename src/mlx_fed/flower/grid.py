@@ -17,7 +17,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 
 from .link import Link
 from .local import OneRunGrid, number
-from .replies import error_reply
+from .replies import error_reply, gone
 
 
 class LinkGrid(OneRunGrid):
@@ -82,7 +82,7 @@ class LinkGrid(OneRunGrid):
         # Flower would give a node's last reply away for an error once the node has left.
         replies = [self._reply_to(message_id) for message_id in complete]
         if lost:
-            replies += state.get_message_res(set(lost), self._link.run_id)
+            replies += map(gone, state.get_message_res(set(lost), self._link.run_id))
         self._forget(complete | lost)
         return replies
 

@@ -92,6 +92,7 @@ class Link:
         self._news = threading.Condition()
         self._count = 0
         self._held: Counter[int] = Counter()
+        self._heard: Counter[int] = Counter()
         self._looked = time.time()
 
     def finish(self) -> None:
@@ -149,6 +150,7 @@ class Link:
     def hold(self, node_id: int) -> None:
         """A request of the node is held open."""
         self._held[node_id] += 1
+        self._heard[node_id] += 1
 
     def let_go(self, node_id: int, broken: bool) -> None:
         """A held request has been answered, or its connection broke.
@@ -158,10 +160,14 @@ class Link:
         """
         self._held[node_id] -= 1
         if broken and self.loop is not None:
-            self.loop.call_later(_RECONNECT, self._count_as_gone, node_id)
+            heard = self._heard[node_id]
+            self.loop.call_later(_RECONNECT, self._count_as_gone, node_id, heard)
 
-    def _count_as_gone(self, node_id: int) -> None:
-        if not self._held[node_id] and self.state.deactivate_node(node_id):
+    def _count_as_gone(self, node_id: int, heard: int) -> None:
+        """A node that was heard since has made another connection; if that broke too, it has time
+        of its own."""
+        silent = not self._held[node_id] and self._heard[node_id] == heard
+        if silent and self.state.deactivate_node(node_id):
             self.tell_grid()
 
     # Messages.

@@ -243,8 +243,15 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
         try:
             return fleet_handlers.activate_node(request, state)
         except FlowerError as error:
-            if link.door is None or error.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+            if error.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
                 raise
+            if link.door is None:
+                # Where any node may come it makes its key for this time, and nobody else has it:
+                # it has been activated, and the answer was lost on the way.
+                node_id = state.get_node_id_by_public_key(request.public_key)
+                if node_id is None or not state.deactivate_node(node_id):
+                    raise
+                return fleet_handlers.activate_node(request, state)
             raise HTTPException(
                 HTTPStatus.CONFLICT,
                 "A node with this key is online: one key is one node. End the other one first.",

@@ -1,0 +1,143 @@
+"""A connection that cannot be relied on: a TCP proxy on the loopback that does harm.
+
+A seed decides what befalls each connection, and at which byte of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections import Counter
+from collections.abc import Coroutine
+from math import inf
+from typing import Any
+
+HARMS = ("drop", "delay", "truncate")
+_LONGEST = 0.4
+"""Seconds that bytes may be late."""
+_NEVER = 1e15
+
+
+class Proxy:
+    """Passes connections on to a port of the loopback.
+
+    Args:
+        port (int): Where they go.
+        seed (int): Decides what befalls them.
+        every (float): Bytes of a connection, in one direction, that come to no harm, on average.
+        life (float): Seconds that a connection lasts, on average.
+
+    Attributes:
+        port (int): Where it listens.
+        done (Counter): How often each kind of harm was done.
+    """
+
+    def __init__(self, port: int, seed: int = 0, every: float = inf, life: float = inf):
+        self.seed, self.every, self.life = seed, every, life
+        self.done: Counter[str] = Counter()
+        self._to = port
+        self._number = 0
+        self._swallows = False
+        self._open: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.port = 0
+        self.mend()
+
+    def refuse(self) -> None:
+        """Breaks all connections, and lets none be made."""
+        self._do(self._refuse())
+
+    def swallow(self) -> None:
+        """Lets nothing through any more, and says nothing either, of these connections for good."""
+        self._swallows = True
+
+    def mend(self) -> None:
+        """Lets new connections through."""
+        self._swallows = False
+        self._do(self._listen())
+
+    def close(self) -> None:
+        """Ends it, with all its connections."""
+        self._do(self._refuse())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _do(self, what: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(what, self._loop).result(10)
+
+    async def _listen(self) -> None:
+        if self._server is None:
+            self._server = await asyncio.start_server(self._connect, "127.0.0.1", self.port)
+            self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _refuse(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for writer in list(self._open):
+            writer.transport.abort()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._number += 1
+        number = f"{self.seed} {self._number}"
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self._to)
+        except OSError:  # there is no server
+            writer.transport.abort()
+            return
+        ends = {writer, back}
+        self._open |= ends
+        end = self._loop.call_later(_drawn(random.Random(number), self.life), self._drop, ends)
+        await asyncio.gather(
+            self._pass(reader, back, ends, random.Random(f"{number} up")),
+            self._pass(there, writer, ends, random.Random(f"{number} down")),
+        )
+        end.cancel()
+        self._open -= ends
+
+    def _drop(self, ends: set[asyncio.StreamWriter]) -> None:
+        self.done["drop"] += 1
+        for end in ends:
+            end.transport.abort()
+
+    async def _pass(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        ends: set[asyncio.StreamWriter],
+        rng: random.Random,
+    ) -> None:
+        swallowed = False
+        try:
+            left = _drawn(rng, self.every)
+            while data := await reader.read(2**16):
+                swallowed = swallowed or self._swallows
+                if swallowed:
+                    continue
+                if len(data) > left:
+                    harm = rng.choice(HARMS)
+                    if harm == "drop":
+                        self._drop(ends)
+                        return
+                    self.done[harm] += 1
+                    if harm == "truncate":
+                        writer.write(data[: int(left)])
+                        break
+                    await asyncio.sleep(rng.uniform(0, _LONGEST))
+                    left = _drawn(rng, self.every)
+                left -= len(data)
+                writer.write(data)
+                await writer.drain()
+        except OSError:  # one of the ends is gone
+            pass
+        for end in ends:
+            end.close()
+
+
+def _drawn(rng: random.Random, mean: float) -> float:
+    return rng.expovariate(1 / mean) if mean < inf else _NEVER
