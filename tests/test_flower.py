@@ -58,9 +58,14 @@ class Fleet:
         self.clients.append(client)
         return client
 
-    def message(self, node: FleetClient, content: RecordDict | None = None) -> str:
+    def message(
+        self,
+        node: FleetClient,
+        content: RecordDict | None = None,
+        kind: str = MessageType.TRAIN,
+    ) -> str:
         content = content or RecordDict({"arrays": messages.pack(ARRAYS)})
-        (message_id,) = self.grid.push_messages([Message(content, node.node_id, MessageType.TRAIN)])
+        (message_id,) = self.grid.push_messages([Message(content, node.node_id, kind)])
         return message_id
 
     def post(self, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
@@ -149,21 +154,23 @@ def test_nodes_that_share_arrays_do_not_take_them_from_each_other(fleet):
     assert len(list(fleet.grid.pull_messages(ids))) == 3
 
 
-def test_a_node_pulls_what_it_holds_already_only_once(fleet, monkeypatch):
+def test_a_node_pulls_what_it_evaluated_and_trains_from_only_once(fleet, monkeypatch):
     node = fleet.node()
     pulled = []
     pull = node._pull_object
     monkeypatch.setattr(node, "_pull_object", lambda *a: pulled.append(a) or pull(*a))
     record = messages.pack(ARRAYS)
     sizes = []
-    for number in range(2):
+    for number, kind in enumerate((MessageType.EVALUATE, MessageType.TRAIN, MessageType.TRAIN)):
         content = RecordDict({"arrays": record, "config": ConfigRecord({"n": number})})
-        fleet.message(node, content)
+        fleet.message(node, content, kind)
         assert_carried(node.receive().content)
         sizes.append(len(pulled))
+        pulled.clear()
     # message, record dict and config are new; array record, arrays and chunks are not
-    assert sizes[1] - sizes[0] == 3
-    assert sizes[0] > 6
+    assert sizes[1] == 3
+    # What was trained from does not come again, and is not held.
+    assert sizes[0] == sizes[2] > 6
 
 
 def test_a_reply_counts_only_when_all_its_objects_are_there(fleet, monkeypatch):

@@ -8,17 +8,14 @@ as well.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from io import BytesIO
-from typing import Any
 
 import mlx.core as mx
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from . import safetensors
 from .errors import FedError
-from .spool import num_bytes
+from .spool import Part, WaitingArray, num_bytes, parts_of
 from .weights import Arrays, Unread
 
 STATISTICS = "statistics"
@@ -29,7 +26,6 @@ LEAVE = "query.leave"
 
 _SHARD_TYPE = "safetensors"
 _SHARD_BYTES = 4 * 2**20
-_MAX_DIMS = 64  # NumPy's
 
 
 class MessageError(FedError):
@@ -37,14 +33,18 @@ class MessageError(FedError):
 
 
 def pack(arrays: Mapping[str, mx.array]) -> ArrayRecord:
-    """Arrays of any dtype as shards of up to 4 MiB, or of one larger array."""
+    """Arrays of any dtype as shards of up to 4 MiB, or of one larger array.
+
+    Their values stay where they are: the shards are views of them.
+    """
     shards = list(_shards(arrays))
-    record = {}
+    record = ArrayRecord()
     for number, shard in enumerate(shards, 1):
-        data = b"".join(safetensors.parts(shard))
+        waiting = tuple(map(Part, safetensors.parts(shard)))
+        size = sum(map(len, waiting))
         name = f"shard-{number:05}-of-{len(shards):05}"
-        record[name] = Array("uint8", (len(data),), _SHARD_TYPE, data)
-    return ArrayRecord(record)
+        record[name] = WaitingArray("uint8", (size,), _SHARD_TYPE, waiting)
+    return record
 
 
 def unpack(record: ArrayRecord) -> Arrays:
@@ -96,13 +96,9 @@ def unread(record: ArrayRecord, places: Mapping[str, str]) -> Unread:
 def _read(name: str, array: Array) -> Arrays:
     if array.stype != _SHARD_TYPE:
         return {name: mx.array(array.numpy())}
-    shard: Any = mx.load(BytesIO(array.data), format="safetensors")
-    for key, value in shard.items():
-        # MLX multiplies shapes modulo 2**64 and takes negative ones; using them ends the process.
-        size = math.prod(value.shape) * value.itemsize
-        if value.ndim > _MAX_DIMS or min(value.shape, default=0) < 0 or size != value.nbytes:
-            raise ValueError(f"parameter {key!r} has a shape that no array can have")
-    return shard
+    # Where arrays are many and small, their bytes are joined once rather than looked for each time.
+    large = num_bytes(array) > _SHARD_BYTES
+    return safetensors.read(parts_of(array) if large else (Part(array.data),))
 
 
 def is_packed(record: ArrayRecord) -> bool:

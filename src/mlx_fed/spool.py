@@ -41,9 +41,18 @@ class OnDisk:
         with self._path.open("rb", buffering=0) as file:
             file.seek(start)
             data = file.read(size)
-        if data is None or len(data) != size:
-            raise OSError(f"{self._path} is not what was written")
+        self._require(data is not None and len(data) == size)
         return data
+
+    def read_into(self, target: memoryview, start: int) -> None:
+        """Fills memory with the bytes from ``start`` on."""
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(start)
+            self._require(file.readinto(target) == len(target))
+
+    def _require(self, whole: bool) -> None:
+        if not whole:
+            raise OSError(f"{self._path} is not what was written")
 
     def __del__(self) -> None:
         with suppress(OSError):
@@ -53,7 +62,7 @@ class OnDisk:
 class Part(NamedTuple):
     """A part of an array's bytes: what a file or memory holds from ``start`` on."""
 
-    held: OnDisk | bytes
+    held: OnDisk | bytes | memoryview
     start: int = 0
 
     def __len__(self) -> int:
@@ -65,9 +74,18 @@ class Part(NamedTuple):
             return self.held.read(self.start)
         return memoryview(self.held)[self.start :]
 
+    def read_into(self, target: memoryview, start: int) -> None:
+        """Fills memory with the part's bytes from ``start`` on."""
+        start += self.start
+        if isinstance(self.held, OnDisk):
+            self.held.read_into(target, start)
+        else:
+            target[:] = memoryview(self.held)[start : start + len(target)]
+
 
 class WaitingArray(Array):
-    """One of Flower's arrays, whose bytes are read from disk each time that they are asked for."""
+    """One of Flower's arrays, whose bytes are in parts, on disk or in memory, and are joined each
+    time that they are asked for."""
 
     def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, parts: tuple[Part, ...]):
         self.__dict__.update(dtype=dtype, shape=shape, stype=stype)
@@ -101,9 +119,11 @@ class Spool:
     def __init__(self, folder: Path | None = None):
         self.folder = folder
 
-    def put(self, data: bytes) -> OnDisk | bytes:
-        """Bytes on disk, or as they are where they are few or the disk does not take them."""
-        return self._write(data) or data
+    def put(self, *parts: bytes | memoryview) -> OnDisk | bytes:
+        """Bytes on disk, or in memory where they are few or the disk does not take them."""
+        if held := self._write(*parts):
+            return held
+        return parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
 
     def _write(self, *parts: bytes | memoryview) -> OnDisk | None:
         """The parts in one file, or nothing where they are few or the disk does not take them."""
@@ -174,6 +194,11 @@ class Spool:
 def _waiting(like: Array | np.ndarray, held: OnDisk) -> WaitingArray:
     stype = like.stype if isinstance(like, Array) else "numpy.ndarray"
     return WaitingArray(str(like.dtype), tuple(like.shape), stype, (Part(held),))
+
+
+def parts_of(array: Array) -> tuple[Part, ...]:
+    """Where an array's bytes are."""
+    return array.parts if isinstance(array, WaitingArray) else (Part(array.data),)
 
 
 def num_bytes(array: Array) -> int:

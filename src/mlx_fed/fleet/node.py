@@ -16,7 +16,7 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from .. import batches, clientapp, devices, messages
+from .. import batches, clientapp, devices, memory, messages
 from ..errors import FedError
 from ..flower.client import FleetClient, Refused, Unreachable, Untrusted
 from ..flower.replies import error_reply
@@ -118,6 +118,7 @@ def join(
             f"A node's name has 1 to {_LONGEST_NAME} printable characters: {name!r:.90}."
         )
     quiet_flower()
+    memory.keep_what_is_freed()
     where = devices.use(device)
     made = make_task(task, config)
     data = batches.load(made, partition_id, num_partitions)
