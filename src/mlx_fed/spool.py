@@ -1,7 +1,8 @@
 """Where arrays wait on disk: replies before it is their turn, and masters until they are used.
 
-What is small stays in memory. A file goes when nothing refers to it any more; the folder goes with
-the run, and a run that was killed finds it empty when it goes on.
+What is small stays in memory. A file that nothing refers to any more is written over by the next of
+its size, which takes a fraction of the time that a new one takes; the folder goes with the run, and
+a run that was killed finds it empty when it goes on.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -21,16 +24,18 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 _SMALL = 2**20
 """Bytes that are not worth a file."""
+_MOST_SPARE = 4 * 2**30
+"""Bytes of files that are kept to be written over."""
 
 _numbers = count(1)
 log = logging.getLogger("mlx_fed")
 
 
 class OnDisk:
-    """Bytes in a file of their own, which lasts as long as this object."""
+    """Bytes in a file of their own, which are there as long as this object."""
 
-    def __init__(self, path: Path, size: int):
-        self._path, self._size = path, size
+    def __init__(self, path: Path, size: int, spool: Spool):
+        self._path, self._size, self._spool = path, size, spool
 
     def __len__(self) -> int:
         return self._size
@@ -55,8 +60,7 @@ class OnDisk:
             raise OSError(f"{self._path} is not what was written")
 
     def __del__(self) -> None:
-        with suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        self._spool.let_go(self._path, self._size)
 
 
 class Part(NamedTuple):
@@ -114,10 +118,16 @@ class Spool:
     Args:
         folder (Path, optional): Where they wait; made when it is needed. Without, all stay in
             memory.
+
+    Attributes:
+        spare (dict): Files that nothing refers to any more, by their size.
     """
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
+        self.spare: dict[int, list[Path]] = defaultdict(list)
+        self._spare_bytes = 0
+        self._lock = threading.RLock()  # a collection of garbage may let go of a file at any time
 
     def put(self, *parts: bytes | memoryview) -> OnDisk | bytes:
         """Bytes on disk, or in memory where they are few or the disk does not take them."""
@@ -130,11 +140,12 @@ class Spool:
         size = sum(map(len, parts))
         if self.folder is None or size < _SMALL:
             return None
-        path = self.folder / f"{os.getpid()}-{next(_numbers)}"
+        spare = self._take_spare(size)
+        path = spare or self.folder / f"{os.getpid()}-{next(_numbers)}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            waiting = OnDisk(path, size)
-            with path.open("xb", buffering=0) as file:
+            waiting = OnDisk(path, size, self)
+            with path.open("r+b" if spare else "xb", buffering=0) as file:
                 for part in parts:
                     view = memoryview(part)
                     while view:
@@ -145,11 +156,29 @@ class Spool:
             return None
         return waiting
 
+    def _take_spare(self, size: int) -> Path | None:
+        with self._lock:
+            if not self.spare[size]:
+                return None
+            self._spare_bytes -= size
+            return self.spare[size].pop()
+
+    def let_go(self, path: Path, size: int) -> None:
+        """Keeps a file that nothing refers to any more for the next bytes, or removes it."""
+        with self._lock:
+            if self.folder is not None and self._spare_bytes + size <= _MOST_SPARE:
+                self._spare_bytes += size
+                self.spare[size].append(path)
+                return
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
     def array(self, array: Array) -> Array:
         """An array that waits here, if it is large."""
-        if isinstance(array, WaitingArray):
+        parts = parts_of(array)
+        if any(isinstance(part.held, OnDisk) for part in parts):
             return array
-        held = self._write(array.data)
+        held = self._write(*(part.read() for part in parts))
         return _waiting(array, held) if held else array
 
     def values(self, values: np.ndarray) -> Array:
@@ -185,6 +214,7 @@ class Spool:
         finally:
             self._remove()
             self.folder = None
+            self.spare.clear()
 
     def _remove(self) -> None:
         if self.folder is not None:
