@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # glibc's names for mallopt
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's names for mallopt
 _SPARE = 2**30
 """Bytes that stay with the process beyond what it uses."""
 
@@ -23,3 +23,4 @@ def keep_what_is_freed() -> None:
     if mallopt is not None:  # musl has none
         mallopt(_MMAP_MAX, 0)  # what is mapped by itself is returned when it is freed
         mallopt(_TRIM_THRESHOLD, _SPARE)
+        mallopt(_ARENA_MAX, 1)  # or each thread would keep its own
