@@ -13,12 +13,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from . import aggregate, batches, messages
 from .errors import FedError
 from .flower.replies import error_reply
+from .spool import records_in
 from .task import Data, TaskSource, make_task
 from .training import Trainer
 from .weights import Arrays
@@ -172,7 +173,7 @@ class _Client:
     def _statistics(self, trainer: Trainer, message: Message, context: Context) -> dict:
         """Running statistics: from the message, past the mods, or the model's first ones."""
         for source in (context.state, message.content):
-            if record := source.array_records.get(messages.STATISTICS):
+            if record := records_in(source, ArrayRecord).get(messages.STATISTICS):
                 return messages.unpack(record)
         return trainer.statistics()
 
@@ -195,7 +196,7 @@ def _take_parameters(message: Message, trainer: Trainer) -> tuple[str, bool, Arr
 
 def _own(context: Context) -> dict | None:
     """What this client has kept of its last update."""
-    record = context.state.array_records.get(_OWN)
+    record = records_in(context.state, ArrayRecord).get(_OWN)
     return messages.unpack(record) if record else None
 
 

@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from . import safetensors
 from .errors import FedError
-from .spool import Part, WaitingArray, num_bytes, parts_of
+from .spool import Part, WaitingArray, num_bytes, parts_of, records_in
 from .weights import Arrays, Unread
 
 STATISTICS = "statistics"
@@ -114,7 +114,7 @@ def parameters_of(content: RecordDict) -> tuple[str, ArrayRecord]:
     Raises:
         MessageError: If there is none, or more than one beside the statistics.
     """
-    records = {k: v for k, v in content.array_records.items() if k != STATISTICS}
+    records = {k: v for k, v in records_in(content, ArrayRecord).items() if k != STATISTICS}
     if len(records) != 1:
         raise MessageError(f"expected one record of parameters in the message, got {len(records)}")
     return next(iter(records.items()))
@@ -122,12 +122,13 @@ def parameters_of(content: RecordDict) -> tuple[str, ArrayRecord]:
 
 def config_of(content: RecordDict) -> tuple[str, ConfigRecord]:
     """The name and the record of the settings in a message; empty where there are none."""
-    return next(iter(content.config_records.items()), ("config", ConfigRecord()))
+    return next(iter(records_in(content, ConfigRecord).items()), ("config", ConfigRecord()))
 
 
 def count_bytes(content: RecordDict) -> int:
     """The size of a message's arrays, in bytes."""
-    return sum(num_bytes(a) for record in content.array_records.values() for a in record.values())
+    records = records_in(content, ArrayRecord).values()
+    return sum(num_bytes(array) for record in records for array in record.values())
 
 
 def _shards(arrays: Mapping[str, mx.array]) -> Iterator[Arrays]:

@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 _SMALL = 2**20
 """Bytes that are not worth a file."""
@@ -28,6 +28,7 @@ _MOST_SPARE = 4 * 2**30
 """Bytes of files that are kept to be written over."""
 
 _numbers = count(1)
+_Record = TypeVar("_Record", ArrayRecord, ConfigRecord, MetricRecord)
 log = logging.getLogger("mlx_fed")
 
 
@@ -201,7 +202,7 @@ class Spool:
 
     def hold(self, content: RecordDict) -> None:
         """Lets the arrays of a message wait here."""
-        for record in content.array_records.values():
+        for record in records_in(content, ArrayRecord).values():
             for name, array in record.items():
                 record[name] = self.array(array)
 
@@ -234,6 +235,15 @@ def parts_of(array: Array) -> tuple[Part, ...]:
 def num_bytes(array: Array) -> int:
     """The bytes of an array, without a look at them."""
     return len(array) if isinstance(array, WaitingArray) else len(array.data)
+
+
+def records_in(content: RecordDict, kind: type[_Record]) -> dict[str, _Record]:
+    """The records of a kind in a message, by name.
+
+    Flower's properties for it leave a cycle of references each time, which keeps a message's arrays
+    in memory or on disk until garbage is collected.
+    """
+    return {name: record for name, record in content.items() if isinstance(record, kind)}
 
 
 def copy_of(record: ArrayRecord) -> ArrayRecord:

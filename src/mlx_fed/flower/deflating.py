@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from flwr.app import Array, Message
+from flwr.app import Array, ArrayRecord, Message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 
-from ..spool import parts_of
+from ..spool import parts_of, records_in
 
 
 class Chunk(InflatableObject):
@@ -46,7 +46,7 @@ def cut_arrays(message: Message) -> None:
     """Cuts the arrays of a message into chunks of ours, which Flower takes for its own."""
     if not message.has_content():
         return
-    for record in message.content.array_records.values():
+    for record in records_in(message.content, ArrayRecord).values():
         for array in record.values():
             if "_chunks" not in array.__dict__:
                 array.__dict__["_chunks"] = [(chunk.object_id, chunk) for chunk in _chunks(array)]
