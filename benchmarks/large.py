@@ -36,6 +36,8 @@ from federation import free_port, together
 from flwr.serverapp.strategy import FedAvg
 from large_app.app import Still, task
 
+_RUNS = Path("runs")
+"""On disk, which the system's temporary folder need not be."""
 QUIET = {"notify": lambda event, **fields: None}
 
 
@@ -89,7 +91,8 @@ def server(port: int, megabytes: int, rounds: int, nodes: int, keep: int) -> dic
         if event == "round":
             ends.append(time.perf_counter())
 
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as runs:
+    _RUNS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="large-", dir=_RUNS) as runs:
         result = fed.serve(
             task,
             FedAvg(fraction_evaluate=0.0, min_available_nodes=nodes, min_train_nodes=nodes),

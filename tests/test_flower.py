@@ -15,8 +15,18 @@ from contextlib import suppress
 import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import mlx.core as mx
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.app.message import array as flower_array
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
@@ -30,9 +40,10 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
-from mlx_fed import messages
+from mlx_fed import messages, spool
 from mlx_fed.exchange import exchange
 from mlx_fed.fleet.server import _serving, _socket
+from mlx_fed.flower import deflating, local
 from mlx_fed.flower.client import FleetClient, Refused, Unreachable
 from mlx_fed.flower.grid import LinkGrid
 from mlx_fed.flower.link import Link
@@ -58,9 +69,14 @@ class Fleet:
         self.clients.append(client)
         return client
 
-    def message(self, node: FleetClient, content: RecordDict | None = None) -> str:
+    def message(
+        self,
+        node: FleetClient,
+        content: RecordDict | None = None,
+        kind: str = MessageType.TRAIN,
+    ) -> str:
         content = content or RecordDict({"arrays": messages.pack(ARRAYS)})
-        (message_id,) = self.grid.push_messages([Message(content, node.node_id, MessageType.TRAIN)])
+        (message_id,) = self.grid.push_messages([Message(content, node.node_id, kind)])
         return message_id
 
     def post(self, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
@@ -127,6 +143,40 @@ def test_a_message_and_its_reply_come_through_unchanged(fleet):
     assert fleet.link.state.num_message_ins() == 0
 
 
+@pytest.mark.parametrize("largest", [7, 100, 5 * 2**20])
+def test_arrays_are_cut_into_flowers_own_chunks(largest, monkeypatch, tmp_path):
+    for module in (deflating, flower_array):
+        monkeypatch.setattr(module, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", largest)
+    monkeypatch.setattr(spool, "_SMALL", 0)
+    few = {"w": mx.arange(9.0), "v": mx.array(1.0, mx.bfloat16)}
+    values = [np.asfortranarray(np.ones((3, 2))), np.array(1.0), np.zeros((0, 3), np.float16)]
+    plain = {str(number): Array(array) for number, array in enumerate(values)}
+    place = spool.Spool(tmp_path)
+    records = {
+        "packed": messages.pack(ARRAYS if largest > 100 else few),
+        "plain": ArrayRecord(plain),
+        "on disk": place.record(plain.items()),
+        "none": ArrayRecord(),
+    }
+    ours = RecordDict(records)
+    flowers = RecordDict(
+        {
+            kind: ArrayRecord(
+                {n: Array(a.dtype, a.shape, a.stype, a.data) for n, a in record.items()}
+            )
+            for kind, record in records.items()
+        }
+    )
+    expected = {key: item.deflate() for key, item in get_all_nested_objects(flowers).items()}
+    local.begin_run()
+    deflating.cut_arrays(Message(ours, 7, MessageType.TRAIN))
+    got = {
+        key: b"".join(deflating.parts_in(item))
+        for key, item in get_all_nested_objects(ours).items()
+    }
+    assert got == expected
+
+
 def test_an_error_comes_through_with_its_reason(fleet):
     node = fleet.node()
     message_id = fleet.message(node)
@@ -149,21 +199,23 @@ def test_nodes_that_share_arrays_do_not_take_them_from_each_other(fleet):
     assert len(list(fleet.grid.pull_messages(ids))) == 3
 
 
-def test_a_node_pulls_what_it_holds_already_only_once(fleet, monkeypatch):
+def test_a_node_pulls_what_it_evaluated_and_trains_from_only_once(fleet, monkeypatch):
     node = fleet.node()
     pulled = []
     pull = node._pull_object
     monkeypatch.setattr(node, "_pull_object", lambda *a: pulled.append(a) or pull(*a))
     record = messages.pack(ARRAYS)
     sizes = []
-    for number in range(2):
+    for number, kind in enumerate((MessageType.EVALUATE, MessageType.TRAIN, MessageType.TRAIN)):
         content = RecordDict({"arrays": record, "config": ConfigRecord({"n": number})})
-        fleet.message(node, content)
+        fleet.message(node, content, kind)
         assert_carried(node.receive().content)
         sizes.append(len(pulled))
+        pulled.clear()
     # message, record dict and config are new; array record, arrays and chunks are not
-    assert sizes[1] - sizes[0] == 3
-    assert sizes[0] > 6
+    assert sizes[1] == 3
+    # What was trained from does not come again, and is not held.
+    assert sizes[0] == sizes[2] > 6
 
 
 def test_a_reply_counts_only_when_all_its_objects_are_there(fleet, monkeypatch):

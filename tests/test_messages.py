@@ -19,8 +19,9 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_fed import messages, weights
+from mlx_fed import messages, safetensors, weights
 from mlx_fed.messages import MessageError
+from mlx_fed.spool import Part
 
 from .test_weights import bits, modules, noise
 
@@ -131,6 +132,25 @@ def test_plain_arrays_are_read_as_well():
     )
 
 
+@settings(max_examples=50, deadline=None)
+@given(named_arrays(), st.data())
+def test_shards_are_read_from_parts_however_they_are_cut(arrays, data):
+    for waiting in messages.pack(arrays).values():
+        whole = waiting.data
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=5)))
+        ends = zip([0, *cuts], [*cuts, len(whole)], strict=True)
+        # Each part stands behind bytes that are not its own.
+        parts = [Part(b"head" + whole[start:end], 4) for start, end in ends]
+        assert all_bits(safetensors.read(parts)) == all_bits(arrays)
+
+
+def test_a_shard_is_a_view_of_what_it_holds():
+    array = mx.zeros((MiB,))
+    (shard,) = messages.pack({"w": array}).values()
+    held = np.frombuffer(shard.parts[-1].read(), np.float32)
+    assert np.shares_memory(held, np.asarray(array))
+
+
 def test_an_array_that_occurs_twice_is_refused():
     (shard,) = messages.pack({"w": mx.zeros(1), "v": mx.zeros(1)}).values()
     with pytest.raises(MessageError, match="parameter 'v' occurs twice"):
@@ -164,6 +184,14 @@ def entry(shape: list, end: int, dtype: str = "F32") -> bytes:
     return shard({"w": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}})
 
 
+def entries(places: dict[str, tuple[int, int]], size: int) -> bytes:
+    header = {
+        name: {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+        for name, (start, end) in places.items()
+    }
+    return shard(header, b"\0" * size)
+
+
 def record(data: bytes, stype: str = "safetensors") -> ArrayRecord:
     return ArrayRecord({"shard": Array("uint8", (len(data),), stype, data)})
 
@@ -181,6 +209,12 @@ def record(data: bytes, stype: str = "safetensors") -> ArrayRecord:
         entry([100_000, 100_000], 4),
         entry([17], 68),
         entry([1], 4, "F64"),
+        entry([17], 64),
+        entry([15], 60),  # four bytes more than that
+        entries({"w": (0, 32), "v": (0, 32)}, 32),
+        entries({"w": (0, 32), "v": (16, 48)}, 64),
+        entries({"w": (0, 32), "v": (36, 64)}, 64),
+        entries({"w": (32, 64), "v": (0, 32)}, 64),
         # What MLX itself takes for an array, and what ends the process when it is used:
         entry([2**31, 2**31], 0),
         entry([65536] * 4, 0),

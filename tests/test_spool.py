@@ -31,6 +31,11 @@ def everything(monkeypatch):
     monkeypatch.setattr(spool, "_SMALL", 0)
 
 
+def in_use(place: Spool) -> set[Path]:
+    """The files that something refers to."""
+    return {*place.folder.iterdir()}.difference(*place.spare.values())
+
+
 def test_an_array_that_waits_is_the_same(everything, tmp_path: Path):
     values = np.asfortranarray(np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32))
     plain = Array(values)
@@ -46,18 +51,23 @@ def test_an_array_that_waits_is_the_same(everything, tmp_path: Path):
         assert made.data == plain.data
 
 
-def test_a_file_lasts_as_long_as_what_refers_to_it(everything, tmp_path: Path):
+def test_a_file_is_used_again_when_nothing_refers_to_it(everything, tmp_path: Path):
     place = Spool(tmp_path / "waiting")
     with place.open():
         record = place.record([("w", Array(np.ones(3)))])
         other = copy_of(record)
         del record
         gc.collect()
-        assert len(list(place.folder.iterdir())) == 1
+        (path,) = in_use(place)
         assert other["w"].numpy().sum() == 3
         del other
         gc.collect()
-        assert list(place.folder.iterdir()) == []
+        assert in_use(place) == set()
+        smaller = place.record([("w", Array(np.zeros(2)))])
+        assert path not in in_use(place)
+        same = place.record([("w", Array(np.full(3, 2.0)))])
+        assert path in in_use(place)
+        assert (smaller["w"].numpy().sum(), same["w"].numpy().sum()) == (0, 6)
     assert not (tmp_path / "waiting").exists()
 
 
@@ -65,6 +75,17 @@ def test_what_is_small_stays_in_memory(tmp_path: Path):
     place = Spool(tmp_path / "waiting")
     assert place.put(b"few") == b"few"
     assert not (tmp_path / "waiting").exists()
+
+
+def test_few_files_are_kept_to_be_used_again(everything, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(spool, "_MOST_SPARE", 5)
+    place = Spool(tmp_path)
+    for size in (3, 2, 1, 3, 2):
+        held = [place.put(bytes(size)) for _ in range(2)]
+        assert [each.read() for each in held] == [bytes(size)] * 2
+        del held
+        gc.collect()
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 5
 
 
 def test_what_a_disk_does_not_take_stays_in_memory(everything, tmp_path: Path, caplog):
@@ -154,7 +175,7 @@ def test_replies_are_given_in_order_and_early_ones_wait(everything, order, tmp_p
     ]
     del reply
     gc.collect()
-    assert list(tmp_path.iterdir()) == []
+    assert in_use(place) == set()
 
 
 def test_objects_of_messages_wait_on_disk_and_go(everything, tmp_path: Path):
@@ -176,7 +197,7 @@ def test_objects_of_messages_wait_on_disk_and_go(everything, tmp_path: Path):
         assert len(link.store) == 0
         del reply, record
         gc.collect()
-        assert list(place.folder.iterdir()) == []
+        assert in_use(place) == set()
         link.finish()
         node.leave()
 

@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from . import aggregate, messages, weights
 from .errors import FedError
+from .spool import records_in
 from .weights import Spec, Unread
 
 _LONGEST = 500
@@ -110,9 +111,10 @@ def check_update(
         arrays = _check_arrays(record, parameters, messages.is_packed(record))
         running: Mapping[str, mx.array] = {}
         if statistics:
-            if messages.STATISTICS not in message.content.array_records:
+            records = records_in(message.content, ArrayRecord)
+            if messages.STATISTICS not in records:
                 raise Refused("it has no running statistics, which this task averages")
-            record = message.content.array_records[messages.STATISTICS]
+            record = records[messages.STATISTICS]
             running = _check_arrays(record, statistics, packed=True, check_variance=True)
     except Refused:
         raise
@@ -210,7 +212,7 @@ def check_metrics(message: Message, weighted_by: str) -> MetricRecord:
             not a positive number.
     """
     check_answer(message)
-    records = list(message.content.metric_records.values())
+    records = list(records_in(message.content, MetricRecord).values())
     if len(records) != 1:
         raise Refused(f"expected one record of metrics, got {len(records)}")
     check_figures(records[0], weighted_by)
@@ -252,8 +254,9 @@ def odd_names(names: Mapping[str, frozenset[str]]) -> dict[str, str]:
 
 def names_in(content: RecordDict) -> frozenset[str]:
     """What a reply's records and metrics are called; statistics are not a strategy's matter."""
-    records = (*content.array_records, *content.metric_records)
-    metrics = {name for record in content.metric_records.values() for name in record}
+    own = records_in(content, MetricRecord)
+    records = (*records_in(content, ArrayRecord), *own)
+    metrics = {name for record in own.values() for name in record}
     return frozenset(
         {f"record {n!r}" for n in records if n != messages.STATISTICS}
         | {f"metric {n!r}" for n in metrics}

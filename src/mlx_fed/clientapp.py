@@ -13,14 +13,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from . import aggregate, batches, messages
 from .errors import FedError
 from .flower.replies import error_reply
+from .spool import records_in
 from .task import Data, TaskSource, make_task
 from .training import Trainer
+from .weights import Arrays
 
 if TYPE_CHECKING:
     from flwr.clientapp.typing import Mod
@@ -141,13 +143,11 @@ class _Client:
     def train(self, message: Message, context: Context) -> Message:
         trainer, config = self.setting_out(message, context)
         data, partition = self.data_of(trainer, context)
-        name, record = messages.parameters_of(message.content)
-        parameters = aggregate.cast(messages.unpack(record), trainer.spec)
         statistics = self._statistics(trainer, message, context)
+        name, packed, parameters = _take_parameters(message, trainer)
         own = _own(context)
         update = trainer.train(parameters, statistics, data, config, client=partition, own=own)
         metrics: dict[str, Any] = dict(update.metrics)
-        packed = messages.is_packed(record)
         arrays = messages.pack if packed else aggregate.to_masters
         content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})
         if update.own:
@@ -163,9 +163,8 @@ class _Client:
         data, partition = self.data_of(trainer, context)
         if data.test is None:
             raise ClientError(f"Partition {partition} has no test examples: Data.test is None.")
-        _, record = messages.parameters_of(message.content)
-        parameters = aggregate.cast(messages.unpack(record), trainer.spec)
         statistics = self._statistics(trainer, message, context)
+        _, _, parameters = _take_parameters(message, trainer)
         metrics: dict[str, Any] = dict(
             trainer.evaluate(parameters, statistics, data.test, _own(context))
         )
@@ -174,14 +173,30 @@ class _Client:
     def _statistics(self, trainer: Trainer, message: Message, context: Context) -> dict:
         """Running statistics: from the message, past the mods, or the model's first ones."""
         for source in (context.state, message.content):
-            if record := source.array_records.get(messages.STATISTICS):
+            if record := records_in(source, ArrayRecord).get(messages.STATISTICS):
                 return messages.unpack(record)
         return trainer.statistics()
 
 
+def _take_parameters(message: Message, trainer: Trainer) -> tuple[str, bool, Arrays]:
+    """What the record of the parameters is called, whether it is packed, and the parameters.
+
+    They are in memory once: neither the model's last ones nor the message stay beside them. One
+    that is not packed is left as it is, for the mods that it came by.
+    """
+    trainer.let_go()
+    content = message.content
+    name, record = messages.parameters_of(content)
+    parameters = aggregate.cast(messages.unpack(record), trainer.spec)
+    packed = messages.is_packed(record)
+    if packed:  # several messages may share their content
+        message.content = RecordDict({key: content[key] for key in content if key != name})
+    return name, packed, parameters
+
+
 def _own(context: Context) -> dict | None:
     """What this client has kept of its last update."""
-    record = context.state.array_records.get(_OWN)
+    record = records_in(context.state, ArrayRecord).get(_OWN)
     return messages.unpack(record) if record else None
 
 

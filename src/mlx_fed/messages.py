@@ -8,17 +8,14 @@ as well.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from io import BytesIO
-from typing import Any
 
 import mlx.core as mx
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from . import safetensors
 from .errors import FedError
-from .spool import num_bytes
+from .spool import Part, WaitingArray, num_bytes, parts_of, records_in
 from .weights import Arrays, Unread
 
 STATISTICS = "statistics"
@@ -29,7 +26,6 @@ LEAVE = "query.leave"
 
 _SHARD_TYPE = "safetensors"
 _SHARD_BYTES = 4 * 2**20
-_MAX_DIMS = 64  # NumPy's
 
 
 class MessageError(FedError):
@@ -37,14 +33,18 @@ class MessageError(FedError):
 
 
 def pack(arrays: Mapping[str, mx.array]) -> ArrayRecord:
-    """Arrays of any dtype as shards of up to 4 MiB, or of one larger array."""
+    """Arrays of any dtype as shards of up to 4 MiB, or of one larger array.
+
+    Their values stay where they are: the shards are views of them.
+    """
     shards = list(_shards(arrays))
-    record = {}
+    record = ArrayRecord()
     for number, shard in enumerate(shards, 1):
-        data = b"".join(safetensors.parts(shard))
+        waiting = tuple(map(Part, safetensors.parts(shard)))
+        size = sum(map(len, waiting))
         name = f"shard-{number:05}-of-{len(shards):05}"
-        record[name] = Array("uint8", (len(data),), _SHARD_TYPE, data)
-    return ArrayRecord(record)
+        record[name] = WaitingArray("uint8", (size,), _SHARD_TYPE, waiting)
+    return record
 
 
 def unpack(record: ArrayRecord) -> Arrays:
@@ -96,13 +96,9 @@ def unread(record: ArrayRecord, places: Mapping[str, str]) -> Unread:
 def _read(name: str, array: Array) -> Arrays:
     if array.stype != _SHARD_TYPE:
         return {name: mx.array(array.numpy())}
-    shard: Any = mx.load(BytesIO(array.data), format="safetensors")
-    for key, value in shard.items():
-        # MLX multiplies shapes modulo 2**64 and takes negative ones; using them ends the process.
-        size = math.prod(value.shape) * value.itemsize
-        if value.ndim > _MAX_DIMS or min(value.shape, default=0) < 0 or size != value.nbytes:
-            raise ValueError(f"parameter {key!r} has a shape that no array can have")
-    return shard
+    # Where arrays are many and small, their bytes are joined once rather than looked for each time.
+    large = num_bytes(array) > _SHARD_BYTES
+    return safetensors.read(parts_of(array) if large else (Part(array.data),))
 
 
 def is_packed(record: ArrayRecord) -> bool:
@@ -118,7 +114,7 @@ def parameters_of(content: RecordDict) -> tuple[str, ArrayRecord]:
     Raises:
         MessageError: If there is none, or more than one beside the statistics.
     """
-    records = {k: v for k, v in content.array_records.items() if k != STATISTICS}
+    records = {k: v for k, v in records_in(content, ArrayRecord).items() if k != STATISTICS}
     if len(records) != 1:
         raise MessageError(f"expected one record of parameters in the message, got {len(records)}")
     return next(iter(records.items()))
@@ -126,12 +122,13 @@ def parameters_of(content: RecordDict) -> tuple[str, ArrayRecord]:
 
 def config_of(content: RecordDict) -> tuple[str, ConfigRecord]:
     """The name and the record of the settings in a message; empty where there are none."""
-    return next(iter(content.config_records.items()), ("config", ConfigRecord()))
+    return next(iter(records_in(content, ConfigRecord).items()), ("config", ConfigRecord()))
 
 
 def count_bytes(content: RecordDict) -> int:
     """The size of a message's arrays, in bytes."""
-    return sum(num_bytes(a) for record in content.array_records.values() for a in record.values())
+    records = records_in(content, ArrayRecord).values()
+    return sum(num_bytes(array) for record in records for array in record.values())
 
 
 def _shards(arrays: Mapping[str, mx.array]) -> Iterator[Arrays]:

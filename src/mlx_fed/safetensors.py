@@ -1,4 +1,6 @@
-"""Arrays as safetensors, written from where they lie: MLX's own way copies them more than once.
+"""Arrays as safetensors, written from where they lie and read to where they are used.
+
+MLX's own way copies them more than once, and trusts what it reads.
 
 The format: https://github.com/huggingface/safetensors#format
 """
@@ -7,14 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from flwr.app import Array
 
-from .spool import values_of
+from .spool import Part, values_of
 from .weights import dtype_name
 
 Values = mx.array | np.ndarray | Array
@@ -27,6 +30,8 @@ _DTYPES = {
     **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in _BITS},
     **{f"float{bits}": f"F{bits}" for bits in (16, 32)},
 }
+_NAMES = {code: name for name, code in _DTYPES.items()}
+_LONGEST_AXIS = 2**31 - 1  # MLX's
 
 
 def parts(
@@ -54,6 +59,52 @@ def parts(
     yield text
     for array in arrays.values():
         yield np.ascontiguousarray(_values(array).reshape(-1)).view(np.uint8).data
+
+
+def read(parts: Sequence[Part]) -> dict[str, mx.array]:
+    """The arrays in the bytes of a file, by name.
+
+    Args:
+        parts (sequence): The bytes, one part after another.
+
+    Raises:
+        ValueError: If the bytes are no such file, or leave a hole between arrays or share bytes
+            among them, which the format does not allow. (Or another error: they may be anyone's.)
+    """
+    whole = sum(map(len, parts))
+    length = int.from_bytes(_read(parts, 0, np.empty(8, np.uint8)).tobytes(), "little")
+    if length > whole - 8:
+        raise ValueError("the header is longer than the file")
+    header = json.loads(_read(parts, 8, np.empty(length, np.uint8)).tobytes())
+    header.pop("__metadata__", None)
+    arrays, end = {}, 0
+    for name, about in header.items():
+        dtype, shape = _NAMES[about["dtype"]], tuple(map(operator.index, about["shape"]))
+        if not all(0 <= axis <= _LONGEST_AXIS for axis in shape):
+            raise ValueError(f"parameter {name!r} has a shape that no array can have")
+        stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)
+        start, end = end, end + stored.itemsize * math.prod(shape)
+        if about["data_offsets"] != [start, end] or end > whole - 8 - length:
+            raise ValueError(f"the bytes of parameter {name!r} are not where they belong")
+        values = mx.array(_read(parts, 8 + length + start, np.empty(shape, stored)))
+        arrays[name] = values.view(mx.bfloat16) if dtype == "bfloat16" else values
+    if end != whole - 8 - length:
+        raise ValueError("there are bytes of no parameter")
+    return arrays
+
+
+def _read(parts: Sequence[Part], start: int, values: np.ndarray) -> np.ndarray:
+    """Fills an array with the bytes from ``start`` on."""
+    target = values.reshape(-1).view(np.uint8).data
+    for part in parts:
+        if start < len(part) and len(target):
+            count = min(len(part) - start, len(target))
+            part.read_into(target[:count], start)
+            target = target[count:]
+        start = max(0, start - len(part))
+    if len(target):
+        raise ValueError("the file ends early")
+    return values
 
 
 def _size(array: Values) -> int:

@@ -1,7 +1,8 @@
 """Where arrays wait on disk: replies before it is their turn, and masters until they are used.
 
-What is small stays in memory. A file goes when nothing refers to it any more; the folder goes with
-the run, and a run that was killed finds it empty when it goes on.
+What is small stays in memory. A file that nothing refers to any more is written over by the next of
+its size, which takes a fraction of the time that a new one takes; the folder goes with the run, and
+a run that was killed finds it empty when it goes on.
 """
 
 from __future__ import annotations
@@ -9,28 +10,33 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 _SMALL = 2**20
 """Bytes that are not worth a file."""
+_MOST_SPARE = 4 * 2**30
+"""Bytes of files that are kept to be written over."""
 
 _numbers = count(1)
+_Record = TypeVar("_Record", ArrayRecord, ConfigRecord, MetricRecord)
 log = logging.getLogger("mlx_fed")
 
 
 class OnDisk:
-    """Bytes in a file of their own, which lasts as long as this object."""
+    """Bytes in a file of their own, which are there as long as this object."""
 
-    def __init__(self, path: Path, size: int):
-        self._path, self._size = path, size
+    def __init__(self, path: Path, size: int, spool: Spool):
+        self._path, self._size, self._spool = path, size, spool
 
     def __len__(self) -> int:
         return self._size
@@ -41,19 +47,27 @@ class OnDisk:
         with self._path.open("rb", buffering=0) as file:
             file.seek(start)
             data = file.read(size)
-        if data is None or len(data) != size:
-            raise OSError(f"{self._path} is not what was written")
+        self._require(data is not None and len(data) == size)
         return data
 
+    def read_into(self, target: memoryview, start: int) -> None:
+        """Fills memory with the bytes from ``start`` on."""
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(start)
+            self._require(file.readinto(target) == len(target))
+
+    def _require(self, whole: bool) -> None:
+        if not whole:
+            raise OSError(f"{self._path} is not what was written")
+
     def __del__(self) -> None:
-        with suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        self._spool.let_go(self._path, self._size)
 
 
 class Part(NamedTuple):
     """A part of an array's bytes: what a file or memory holds from ``start`` on."""
 
-    held: OnDisk | bytes
+    held: OnDisk | bytes | memoryview
     start: int = 0
 
     def __len__(self) -> int:
@@ -65,9 +79,18 @@ class Part(NamedTuple):
             return self.held.read(self.start)
         return memoryview(self.held)[self.start :]
 
+    def read_into(self, target: memoryview, start: int) -> None:
+        """Fills memory with the part's bytes from ``start`` on."""
+        start += self.start
+        if isinstance(self.held, OnDisk):
+            self.held.read_into(target, start)
+        else:
+            target[:] = memoryview(self.held)[start : start + len(target)]
+
 
 class WaitingArray(Array):
-    """One of Flower's arrays, whose bytes are read from disk each time that they are asked for."""
+    """One of Flower's arrays, whose bytes are in parts, on disk or in memory, and are joined each
+    time that they are asked for."""
 
     def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, parts: tuple[Part, ...]):
         self.__dict__.update(dtype=dtype, shape=shape, stype=stype)
@@ -96,25 +119,34 @@ class Spool:
     Args:
         folder (Path, optional): Where they wait; made when it is needed. Without, all stay in
             memory.
+
+    Attributes:
+        spare (dict): Files that nothing refers to any more, by their size.
     """
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
+        self.spare: dict[int, list[Path]] = defaultdict(list)
+        self._spare_bytes = 0
+        self._lock = threading.RLock()  # a collection of garbage may let go of a file at any time
 
-    def put(self, data: bytes) -> OnDisk | bytes:
-        """Bytes on disk, or as they are where they are few or the disk does not take them."""
-        return self._write(data) or data
+    def put(self, *parts: bytes | memoryview) -> OnDisk | bytes:
+        """Bytes on disk, or in memory where they are few or the disk does not take them."""
+        if held := self._write(*parts):
+            return held
+        return parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
 
     def _write(self, *parts: bytes | memoryview) -> OnDisk | None:
         """The parts in one file, or nothing where they are few or the disk does not take them."""
         size = sum(map(len, parts))
         if self.folder is None or size < _SMALL:
             return None
-        path = self.folder / f"{os.getpid()}-{next(_numbers)}"
+        spare = self._take_spare(size)
+        path = spare or self.folder / f"{os.getpid()}-{next(_numbers)}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            waiting = OnDisk(path, size)
-            with path.open("xb", buffering=0) as file:
+            waiting = OnDisk(path, size, self)
+            with path.open("r+b" if spare else "xb", buffering=0) as file:
                 for part in parts:
                     view = memoryview(part)
                     while view:
@@ -125,11 +157,29 @@ class Spool:
             return None
         return waiting
 
+    def _take_spare(self, size: int) -> Path | None:
+        with self._lock:
+            if not self.spare[size]:
+                return None
+            self._spare_bytes -= size
+            return self.spare[size].pop()
+
+    def let_go(self, path: Path, size: int) -> None:
+        """Keeps a file that nothing refers to any more for the next bytes, or removes it."""
+        with self._lock:
+            if self.folder is not None and self._spare_bytes + size <= _MOST_SPARE:
+                self._spare_bytes += size
+                self.spare[size].append(path)
+                return
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
     def array(self, array: Array) -> Array:
         """An array that waits here, if it is large."""
-        if isinstance(array, WaitingArray):
+        parts = parts_of(array)
+        if any(isinstance(part.held, OnDisk) for part in parts):
             return array
-        held = self._write(array.data)
+        held = self._write(*(part.read() for part in parts))
         return _waiting(array, held) if held else array
 
     def values(self, values: np.ndarray) -> Array:
@@ -152,7 +202,7 @@ class Spool:
 
     def hold(self, content: RecordDict) -> None:
         """Lets the arrays of a message wait here."""
-        for record in content.array_records.values():
+        for record in records_in(content, ArrayRecord).values():
             for name, array in record.items():
                 record[name] = self.array(array)
 
@@ -165,6 +215,7 @@ class Spool:
         finally:
             self._remove()
             self.folder = None
+            self.spare.clear()
 
     def _remove(self) -> None:
         if self.folder is not None:
@@ -176,9 +227,23 @@ def _waiting(like: Array | np.ndarray, held: OnDisk) -> WaitingArray:
     return WaitingArray(str(like.dtype), tuple(like.shape), stype, (Part(held),))
 
 
+def parts_of(array: Array) -> tuple[Part, ...]:
+    """Where an array's bytes are."""
+    return array.parts if isinstance(array, WaitingArray) else (Part(array.data),)
+
+
 def num_bytes(array: Array) -> int:
     """The bytes of an array, without a look at them."""
     return len(array) if isinstance(array, WaitingArray) else len(array.data)
+
+
+def records_in(content: RecordDict, kind: type[_Record]) -> dict[str, _Record]:
+    """The records of a kind in a message, by name.
+
+    Flower's properties for it leave a cycle of references each time, which keeps a message's arrays
+    in memory or on disk until garbage is collected.
+    """
+    return {name: record for name, record in content.items() if isinstance(record, kind)}
 
 
 def copy_of(record: ArrayRecord) -> ArrayRecord:

@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 
-from .. import batches, clientapp, devices, messages
+from .. import batches, clientapp, devices, memory, messages
 from ..errors import FedError
 from ..flower.client import FleetClient, Refused, Unreachable, Untrusted
 from ..flower.replies import error_reply
 from ..progress import node_progress, quiet_flower
+from ..spool import records_in
 from ..task import Data, Task, TaskSource, make_task
 from . import address, certificates
 from .identity import Identity, from_files, from_token
@@ -119,6 +120,7 @@ def join(
             f"A node's name has 1 to {_LONGEST_NAME} printable characters: {name!r:.90}."
         )
     quiet_flower()
+    memory.keep_what_is_freed()
     where = devices.use(device)
     made = make_task(task, config)
     data = batches.load(made, partition_id, num_partitions)
@@ -199,7 +201,7 @@ class _Node:
             self.notify("failed", kind=kind, round=message.metadata.group_id, reason=reason)
         seconds = time.monotonic() - started
         self._persist(lambda: self.client.send(reply, seconds))
-        records = reply.content.metric_records if reply.has_content() else {}
+        records = records_in(reply.content, MetricRecord) if reply.has_content() else {}
         self.notify(
             "answered",
             kind=kind,

@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from flwr.serverapp.strategy import Strategy
 
-from .. import devices, rounds, strategies, weights
+from .. import devices, memory, rounds, strategies, weights
 from ..errors import FedError
 from ..flower.grid import LinkGrid
 from ..flower.link import Link
@@ -118,6 +118,7 @@ def serve(
     recorded = recorded_rounds(run_folder(runs, name, resume)) if resume is not None else None
     decide_rounds(leading, made.config, num_rounds, recorded)
     quiet_flower()
+    memory.keep_what_is_freed()
     with _socket(host, port) as listening, listeners_or_terminal(listeners) as watching:
         port = listening.getsockname()[1]
         computing_on = devices.use(device)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, MessageType
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -39,6 +39,7 @@ from google.protobuf.message import DecodeError
 
 from . import headers as ours
 from . import keys
+from .deflating import cut_arrays
 from .inflating import inflate
 
 Context = ssl.SSLContext | Callable[[], ssl.SSLContext | None] | None
@@ -228,8 +229,8 @@ def _trees(response: fleet_pb2.PullMessagesResponse) -> Iterator[ObjectTree]:
 class FleetClient:
     """A node's connection to a server of ours or to a stock SuperLink.
 
-    It holds the objects of the last message: what the node evaluates at the end of a round it
-    trains from in the next, and it comes over the wire once.
+    It holds the objects of a message that it does not train from: what the node evaluates at the
+    end of a round it trains from in the next, and it comes over the wire once.
 
     Args:
         host (str): The server's host.
@@ -326,11 +327,11 @@ class FleetClient:
             envelope = message_from_proto(response.messages_list[0])
             message_id, run_id = envelope.metadata.message_id, envelope.metadata.run_id
             objects = [tree.object_id for tree in _trees(response)]
-        contents: dict[str, bytes] = {}
+        contents = {each: self._held[each] for each in objects if each in self._held}
+        self._held = {}  # what is not of this message must not be in memory beside it
         for object_id in objects:
             if object_id not in contents:
-                held = self._held.get(object_id)
-                contents[object_id] = held or self._pull_object(run_id, object_id)
+                contents[object_id] = self._pull_object(run_id, object_id)
         with suppress(Unreachable):  # it only frees the server's memory early
             self._transport.ConfirmMessageReceived(
                 message_pb2.ConfirmMessageReceivedRequest(
@@ -342,11 +343,14 @@ class FleetClient:
             if not isinstance(message, Message):
                 raise TypeError(f"a {type(message).__name__}")
         message.metadata.__dict__["_message_id"] = message_id
-        self._held, self._run_id = contents, run_id
+        self._run_id = run_id
+        if not message.metadata.message_type.startswith(MessageType.TRAIN):
+            self._held = contents
         return message
 
     def send(self, reply: Message, seconds: float) -> None:
         """Sends a reply, with the seconds that it took to make."""
+        cut_arrays(reply)
         with no_object_id_recompute():
             message_id = reply.object_id
             reply.metadata.__dict__["_message_id"] = message_id

@@ -15,6 +15,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 
+from .deflating import cut_arrays, parts_in
 from .link import Link
 from .local import OneRunGrid, number
 from .replies import error_reply, gone
@@ -60,11 +61,12 @@ class LinkGrid(OneRunGrid):
             objects: dict[str, Any] = {}
             missing: set[str] = set()
             for message in messages:
+                cut_arrays(message)
                 number(message, message.object_id)
                 objects.update(get_all_nested_objects(message))
                 missing.update(store.preregister(self._link.run_id, get_object_tree(message)))
             for object_id in missing:
-                store.put_own(object_id, objects[object_id].deflate())
+                store.put_own(object_id, *parts_in(objects[object_id]))
         for message in messages:
             self._receivers[message.metadata.message_id] = message.metadata.dst_node_id
             state.store_message_ins(remove_content_from_message(message))

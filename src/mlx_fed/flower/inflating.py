@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from flwr.app import Array, Message
+from flwr.app import Array, ArrayRecord, Message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import (
@@ -20,7 +20,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from ..spool import OnDisk, Part, WaitingArray
+from ..spool import OnDisk, Part, WaitingArray, records_in
 
 _ARRAY, _CHUNK = (
     f"{kind.__qualname__}{HEAD_VALUE_DIVIDER}".encode() for kind in (Array, ArrayChunk)
@@ -46,7 +46,7 @@ def inflate(object_id: str, objects: Mapping[str, OnDisk | bytes]) -> Any:
             inflated[each] = _array(content, objects)
     found = inflate_object_from_contents(object_id, contents, objects=inflated)
     if isinstance(found, Message) and found.has_content():
-        for record in found.content.array_records.values():
+        for record in records_in(found.content, ArrayRecord).values():
             for name, array in record.items():
                 parts = cast(_Parts, array.data).parts
                 record[name] = WaitingArray(array.dtype, array.shape, array.stype, parts)

@@ -30,23 +30,19 @@ class Objects(InMemoryObjectStore):
     def put(self, object_id: str, object_content: bytes) -> None:
         """Takes an object that a node sent, once it is what its id says."""
         super().put(object_id, object_content)
-        self._let_wait(object_id, object_content)
-
-    def put_own(self, object_id: str, object_content: bytes) -> None:
-        """Takes an object of our own, whose id was just made from it."""
-        with self.lock_store:
-            entry = self.store[object_id]
-            if entry.is_available:
-                return
-            entry.content, entry.is_available = object_content, True
-        self._let_wait(object_id, object_content)
-
-    def _let_wait(self, object_id: str, content: bytes) -> None:
-        waiting: Any = self._spool.put(content)
+        waiting: Any = self._spool.put(object_content)
         with self.lock_store:
             entry = self.store.get(object_id)
-            if entry is not None and entry.content is content:
+            if entry is not None and entry.content is object_content:
                 entry.content = waiting
+
+    def put_own(self, object_id: str, *parts: bytes | memoryview) -> None:
+        """Takes the bytes of an object of our own, whose id was just made from them."""
+        waiting: Any = self._spool.put(*parts)
+        with self.lock_store:
+            entry = self.store[object_id]
+            if not entry.is_available:
+                entry.content, entry.is_available = waiting, True
 
     def get(self, object_id: str) -> bytes | None:
         held = self.held(object_id)
