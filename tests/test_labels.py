@@ -28,8 +28,7 @@ def held(client: int) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("strategy", [FedAvg, FedMedian])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("strategy", "workers"), [(FedAvg, 0), (FedMedian, 0), (FedAvg, 2)])
 def test_the_labels_of_who_took_part_are_counted(strategy: Any, workers: int, tmp_path: Path):
     sampling = strategy(fraction_train=0.2, fraction_evaluate=0.0, min_train_nodes=1)
     result = simulate(sampling, tmp_path, num_rounds=2, workers=workers)

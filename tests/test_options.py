@@ -93,6 +93,7 @@ def test_options_are_handed_on_as_flags():
     assert as_flags(watching) == ["--dashboard", "--track=a", "--track=b"]
 
 
+@pytest.mark.slow
 def test_run_hands_its_options_on_to_the_server(start, tmp_path: Path):
     options = (
         "--name",
