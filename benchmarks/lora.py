@@ -1,6 +1,6 @@
 """Fine-tuning in a federation beside mlx-lm's own loop: speed, memory, bytes.
 
-    python benchmarks/lora.py [--model FOLDER] [--iters 2] [--rounds 32] [--json]
+    python benchmarks/lora.py [--model FOLDER] [--iters 6] [--rounds 13] [--json]
 
 The same base model, LoRA of rank 8 on all its layers, Adam, batches of 4 texts of 128 tokens. The
 model is a random Llama of 30 million parameters unless another is named, such as the one that
@@ -267,8 +267,8 @@ def measure(model: Path, data: Path, length: Length) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a folder that mlx-lm loads")
-    parser.add_argument("--iters", type=int, default=2, help="iterations in a round, default 2")
-    parser.add_argument("--rounds", type=int, default=32, help="default 32")
+    parser.add_argument("--iters", type=int, default=6, help="iterations in a round, default 6")
+    parser.add_argument("--rounds", type=int, default=13, help="default 13")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
