@@ -134,3 +134,16 @@ def test_the_cpu_says_which_blas():
         assert mx.default_device() == mx.Device(mx.cpu)
     finally:
         mx.set_default_device(before)
+
+
+def test_who_simulates_has_their_own_default_device_again(tmp_path):
+    code = """if True:
+        from tests.simulated import simulate
+        import mlx.core as mx
+        from pathlib import Path
+        mx.set_default_device(mx.Device(mx.cpu, 1))
+        simulate(None, Path("."), num_clients=1, num_rounds=1, device="cpu")
+        print(mx.default_device())
+        """
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    assert python(code, cwd=tmp_path, PYTHONPATH=path).stdout == "Device(cpu, 1)\n"

@@ -263,3 +263,14 @@ def test_a_simulation_ends_as_a_fleet(strategy, start, tmp_path: Path):
     one = simulate(make(fraction_train=0.8), tmp_path, LOCAL, num_clients, workers=2)
     assert_same(one, expected)
     assert one.model.read_bytes() == expected.model.read_bytes()
+
+
+def test_one_process_has_one_model(tmp_path: Path):
+    made = []
+
+    def model() -> nn.Module:
+        made.append(1)
+        return TASK.model()
+
+    simulate(None, tmp_path, replace(TASK, model=model), num_clients=3, num_rounds=1)
+    assert len(made) == 1

@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -128,6 +129,18 @@ def use(device: str | None) -> str:
         return "gpu"
     blas = load_fast_blas()
     return f"cpu, {blas.name}" + (f" ({blas.hint})" if blas.hint else "")
+
+
+@contextmanager
+def put_back() -> Iterator[None]:
+    """Puts MLX's default device back at the end, as it was before somebody else's code ran."""
+    import mlx.core as mx
+
+    before = mx.default_device()
+    try:
+        yield
+    finally:
+        mx.set_default_device(before)
 
 
 def is_slow(device: str) -> bool:

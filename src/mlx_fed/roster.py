@@ -44,8 +44,12 @@ class Members(Protocol):
     def wait_for(self, needed: int, seconds: float) -> None:
         """Waits until that many take part, or raises RunError."""
 
+    @property
+    def stays(self) -> bool:
+        """Whether every node takes part to the end, whatever it replies."""
+
     def leave_out(self, name: str, why: str) -> bool:
-        """Leaves a node out of later rounds; whether it was there and can be left out."""
+        """Leaves a node out of later rounds; whether it was there."""
 
 
 class Roster:
@@ -62,7 +66,10 @@ class Roster:
     Attributes:
         nodes (dict): The nodes that take part and are online, by id, in order.
         reasons (dict): Why nodes were left out, by the names that they gave.
+        stays (bool): No node stays for certain.
     """
+
+    stays = False
 
     def __init__(
         self,

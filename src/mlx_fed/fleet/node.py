@@ -37,6 +37,7 @@ class JoinError(FedError):
     """A node that could not join, or had to leave before the run was over."""
 
 
+@devices.put_back()
 def join(
     task: TaskSource,
     server: str | None = None,

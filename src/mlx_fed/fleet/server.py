@@ -44,6 +44,7 @@ class ServeError(FedError):
     """A server that cannot start."""
 
 
+@devices.put_back()
 def serve(
     task: TaskSource,
     strategy: Strategy | None = None,

@@ -19,6 +19,7 @@ import mlx.core as mx
 from loky import ProcessPoolExecutor
 
 from ..errors import SimulationError
+from ..training import Trainer
 from . import pickling, process
 from .worker import Job, Outcome, Seat, Worker
 
@@ -63,12 +64,12 @@ def _cores() -> Sequence[int]:
 
 
 class InProcess:
-    """The one worker of this process itself, in place of a pool."""
+    """The one worker of this process itself, in place of a pool: it has the server's model."""
 
     size = 1
 
-    def __init__(self, job: Job):
-        self.worker = Worker(job)
+    def __init__(self, job: Job, trainer: Trainer):
+        self.worker = Worker(job, trainer)
 
     def run(self, spans: Sequence[Span]) -> Iterator[Outcome]:
         """What comes of each span, in order."""

@@ -31,13 +31,18 @@ class SimulatedRoster:
 
     Args:
         num_clients (int): How many clients there are.
+
+    Attributes:
+        stays (bool): Clients stay, whatever they reply: that is what is simulated.
     """
+
+    stays = True
 
     def __init__(self, num_clients: int):
         self.nodes = SimulatedNodes(num_clients)
 
     def leave_out(self, name: str, why: str) -> bool:
-        """Simulated clients stay, whatever they reply: that is what is simulated."""
+        """Nobody is left out."""
         return False
 
     def wait_for(self, needed: int, seconds: float) -> None:

@@ -25,6 +25,7 @@ from .roster import SimulatedRoster
 from .worker import Job
 
 
+@devices.put_back()
 def simulate(
     task: TaskSource,
     strategy: Strategy | None = None,
@@ -128,7 +129,7 @@ def simulate(
             data_bytes(size or 1),
             kept,
         )
-        with _pool(job, size, device) as pool:
+        with _pool(job, size, device, trainer) as pool:
             grid = SimulationGrid(
                 num_clients, pool, Path(folder), leading.round_timeout, history.notify
             )
@@ -142,8 +143,8 @@ def simulate(
 
 
 @contextmanager
-def _pool(job: Job, size: int, device: str | None) -> Iterator[Pool | InProcess]:
-    pool = Pool(job, size, device) if size else InProcess(job)
+def _pool(job: Job, size: int, device: str | None, trainer: Trainer) -> Iterator[Pool | InProcess]:
+    pool = Pool(job, size, device) if size else InProcess(job, trainer)
     try:
         yield pool
     except BaseException:
