@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -93,6 +94,25 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
         process.end()
 
 
+class Ended(NamedTuple):
+    """What came of a command: its exit code, and all that it printed."""
+
+    code: int
+    text: str
+
+
+def command(*arguments: object, columns: int = 100) -> Ended:
+    """Runs ``mlx-fed`` in this process, which spares seconds of imports."""
+    from typer.testing import CliRunner
+
+    from mlx_fed.cli import app
+
+    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": str(columns)})
+    if not isinstance(result.exception, (SystemExit, type(None))):
+        raise result.exception  # what a process would show as a traceback
+    return Ended(result.exit_code, result.output)
+
+
 @pytest.fixture
 def mnist() -> Path:
     """The folder with the full MNIST as parquet, where there is one."""
@@ -111,9 +131,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uncompiled() -> Iterator[None]:
-    """Many different programs, each run a few times, are not worth compiling."""
+    """Many different programs, each run a few times, are not worth compiling.
+
+    A machine that has not run them before calls its C++ compiler for half a second or more for
+    each piece. Processes that are started do without as well.
+    """
     import mlx.core as mx
 
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_DISABLE_COMPILE", "1")
+        mx.disable_compile()
+        yield
+        mx.enable_compile()

@@ -34,6 +34,8 @@ from .test_strategies import (
     on_train,
 )
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 VARIANCE = "layers.1.running_var"
 
 

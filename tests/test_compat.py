@@ -17,6 +17,8 @@ import pytest
 from mlx_fed.compat import MLXClient
 from mlx_fed.weights import WeightsError
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 CLIENT = """
 import sys
 from tests.test_compat import moons_task

@@ -322,25 +322,45 @@ def test_a_cache_saves_time_and_changes_nothing(folder, tmp_path):
     first, imported = read(folder, str(cache))
     assert imported == "datasets flwr_datasets"
     assert read(folder, str(cache)) == (first, "")
-    for path in cache.iterdir():  # as a full disk leaves them
-        path.write_bytes(path.read_bytes()[:-1])
-    assert read(folder, str(cache))[0] == first
-    assert read(folder, str(cache)) == (first, "")
-    taken = tmp_path / "file"
-    taken.touch()
-    assert read(folder, str(taken))[0] == first  # where no folder can be made
     assert not list(cache.glob("*.part"))
+
+
+def test_a_cache_that_is_damaged_or_cannot_be_made_costs_time_only(tmp_path, monkeypatch):
+    made = []
+
+    def make() -> np.ndarray:
+        made.append(1)
+        return np.arange(5)
+
+    cache, taken = tmp_path / "cache", tmp_path / "file"
+    taken.touch()  # where no folder can be made
+    for place, times in ((cache, [1, 1]), (taken, [2, 3])):
+        monkeypatch.setenv("MLX_FED_CACHE", str(place))
+        for expected in times:
+            assert sources.kept(["numbers"], make).tolist() == [0, 1, 2, 3, 4]
+            assert len(made) == expected
+    monkeypatch.setenv("MLX_FED_CACHE", str(cache))
+    (path,) = cache.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])  # as a full disk leaves it
+    for _ in range(2):
+        assert sources.kept(["numbers"], make).tolist() == [0, 1, 2, 3, 4]
+    assert len(made) == 4
 
 
 def test_a_changed_folder_is_read_anew(folder, tmp_path):
     datasets = pytest.importorskip("datasets")
-    copied, cache = tmp_path / "copied", str(tmp_path / "cache")
+    copied = tmp_path / "copied"
     shutil.copytree(folder, copied)
-    first, _ = read(str(copied), cache)
-    assert first == read(folder, cache)[0]
+
+    def labels() -> list[int]:
+        sources.find_source.cache_clear()  # as in a new process
+        return data.columns(data.load_partition(str(copied), 3, 7)[0], "label")[0].tolist()
+
+    first = labels()
+    assert labels() == first
     (path,) = copied.iterdir()
     datasets.Dataset.from_parquet(str(path)).select(range(299, -1, -1)).to_parquet(path)
-    assert read(str(copied), cache)[0] != first
+    assert labels() != first
 
 
 def test_columns_of_words_and_of_arrays_of_many_shapes(folder, tmp_path):

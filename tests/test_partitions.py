@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -17,6 +15,8 @@ from mlx_fed.arguments import find_task
 from mlx_fed.partitions import Labels, count_labels, draw
 from mlx_fed.task import make_task
 
+from .conftest import Ended, command
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
@@ -26,13 +26,8 @@ def cache(tmp_path_factory):
         yield
 
 
-def partitions(*arguments: object, cwd=None, columns: int = 80) -> tuple[int, str]:
-    import os
-
-    command = [sys.executable, "-m", "mlx_fed", "partitions", *map(str, arguments)]
-    env = {**os.environ, "COLUMNS": str(columns)}
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stdout + done.stderr
+def partitions(*arguments: object, columns: int = 80) -> Ended:
+    return command("partitions", *arguments, columns=columns)
 
 
 def digits(num_partitions: int, **config: object) -> Labels:

@@ -25,6 +25,7 @@ from mlx_fed.errors import FedError
 from mlx_fed.history import HistoryError
 from mlx_fed.strategy_state import StateError
 
+from .conftest import command
 from .test_strategies import (
     BFLOAT16,
     NORMALIZED,
@@ -34,6 +35,8 @@ from .test_strategies import (
     federate,
     run_ours,
 )
+
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 def figures(rounds: list[dict]) -> list[dict]:
@@ -461,27 +464,25 @@ def test_a_disk_that_is_full_ends_the_run_with_what_was_reached(tmp_path: Path):
 # -- the commands --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("-m", "mlx_fed", "serve", "tests.tasks:moons", "--port", "0"),
-        ("-m", "mlx_fed", "simulate", "tests.tasks:moons", "--workers", "0"),
-        ("server.py", "--port", "0"),
-    ],
-    ids=["serve", "simulate", "server.py"],
-)
-def test_a_command_says_which_run_there_is_not(command: tuple, start, tmp_path: Path):
-    process = start(*command, "--runs", tmp_path, "--resume", "gone")
+@pytest.mark.parametrize("name", ["serve", "simulate"])
+def test_a_command_says_which_run_there_is_not(name: str, tmp_path: Path):
+    code, text = command(name, "tests.tasks:moons", "--runs", tmp_path, "--resume", "gone")
+    assert code == 1
+    assert "Error: There is no run 'gone' to resume" in text
+
+
+def test_the_quickstarts_server_says_which_run_there_is_not(start, tmp_path: Path):
+    process = start("server.py", "--port", 0, "--runs", tmp_path, "--resume", "gone")
     assert process.ends() == 1
     assert "Error: There is no run 'gone' to resume" in process.text
 
 
-def test_a_command_goes_on_with_its_run(start, tmp_path: Path):
-    command = ("-m", "mlx_fed", "simulate", "tests.tasks:moons", "--workers", "0", "--clients", "3")
-    first = start(*command, "--runs", tmp_path, "--name", "run", "--rounds", 2, "--keep", 1)
-    assert first.ends() == 0, first.text
+def test_a_command_goes_on_with_its_run(tmp_path: Path):
+    simulate = ("simulate", "tests.tasks:moons", "--workers", "0", "--clients", "3")
+    first = command(*simulate, "--runs", tmp_path, "--name", "run", "--rounds", 2, "--keep", 1)
+    assert first.code == 0, first.text
     assert checkpoints(tmp_path / "run").keys() == {2}
-    second = start(*command, "--resume", tmp_path / "run", "--rounds", 3)
-    assert second.ends() == 0, second.text
+    second = command(*simulate, "--resume", tmp_path / "run", "--rounds", 3)
+    assert second.code == 0, second.text
     assert "Going on after round 2" in second.text
     assert [record["round"] for record in read_history(tmp_path / "run")] == [1, 2, 3]

@@ -25,6 +25,8 @@ from mlx_fed.training import Trainer
 from .loopback import LoopbackGrid
 from .test_strategies import CLIENT, SEED, TASK, federate
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 
 def lead(grid: Grid, folder: Path, listener=None, **settings) -> rounds.Result:
     """A run of one round by two nodes or more."""
@@ -73,12 +75,15 @@ def test_a_node_that_could_not_be_sent_a_message_is_left_out(kind: str, tmp_path
 
 
 class Slow(LoopbackGrid):
-    """A grid that brings one answer at a time, each a while after the one before."""
+    """A grid that brings one answer at a time, those to the roll call a while after each other."""
 
     delay = 0.2
+    given = 0
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        time.sleep(self.delay)
+        if self.given < len(self.contexts):
+            self.given += 1
+            time.sleep(self.delay)
         return super().pull_messages(sorted(message_ids)[:1])
 
 

@@ -23,6 +23,8 @@ from .loopback import LoopbackGrid
 from .tasks import moons
 from .test_strategies import CLIENT, NORMALIZED, SEED, TASK, difference, federate, load
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 
 def read_history(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]

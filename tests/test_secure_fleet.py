@@ -11,7 +11,7 @@ import pytest
 
 from mlx_fed.fleet.federation import Federation
 
-from .conftest import Started, free_port
+from .conftest import Ended, Started, command, free_port
 
 TASK = "tests.tasks:moons"
 FED = ("-m", "mlx_fed")
@@ -35,10 +35,8 @@ class Commands:
         home = str(self.folder / "home")
         return self.start(*FED, "join", TASK, *arguments, "--wait", 30, MLX_FED_HOME=home)
 
-    def nodes(self, *arguments: object) -> Started:
-        done = self.start(*FED, "nodes", *arguments, "--federation", self.federation)
-        done.ends()
-        return done
+    def nodes(self, *arguments: object) -> Ended:
+        return command("nodes", *arguments, "--federation", self.federation)
 
 
 @pytest.fixture

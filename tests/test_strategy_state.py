@@ -20,6 +20,8 @@ from mlx_fed.strategy_state import State, StateError, restore, snapshot
 
 from .test_strategies import STRATEGIES, Wrapper
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 
 class Holding(FedAvg):
     """A strategy that holds something, or nothing yet."""

@@ -365,7 +365,7 @@ def test_a_program_is_never_taken_for_one_that_went_before():
         return compiled(lambda x: x * factor)
 
     x = mx.ones(4)
-    for factor in range(20):
+    for factor in range(6):  # a machine that is new to each of these compiles it for a while
         program = scaled_by(factor)
         assert program(x)[0].item() == factor
         thread = threading.Thread(target=lambda program=program: mx.eval(program(x)))
