@@ -14,7 +14,6 @@ from mlx_fed import devices
 from mlx_fed.devices import DeviceError
 
 from .conftest import ROOT
-from .simulated import simulate
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX has its own BLAS")
 
@@ -138,10 +137,13 @@ def test_the_cpu_says_which_blas():
 
 
 def test_who_simulates_has_their_own_default_device_again(tmp_path):
-    before, theirs = mx.default_device(), mx.Device(mx.cpu, 1)
-    mx.set_default_device(theirs)
-    try:
-        simulate(None, tmp_path, num_clients=1, num_rounds=1, device="cpu")
-        assert mx.default_device() == theirs
-    finally:
-        mx.set_default_device(before)
+    code = """if True:
+        from tests.simulated import simulate
+        import mlx.core as mx
+        from pathlib import Path
+        mx.set_default_device(mx.Device(mx.cpu, 1))
+        simulate(None, Path("."), num_clients=1, num_rounds=1, device="cpu")
+        print(mx.default_device())
+        """
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    assert python(code, cwd=tmp_path, PYTHONPATH=path).stdout == "Device(cpu, 1)\n"
