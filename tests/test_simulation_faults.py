@@ -26,8 +26,6 @@ from mlx_fed.training import Trainer
 
 from .simulated import CLIENTS, SEED, TASK, assert_same, load, simulate
 
-pytestmark = pytest.mark.usefixtures("uncompiled")
-
 TEST = tuple(
     np.concatenate(arrays)
     for arrays in zip(*(load(k, CLIENTS).test for k in range(CLIENTS)), strict=True)

@@ -19,8 +19,6 @@ from mlx_fed.data import columns, load_partition
 
 from .simulated import CLIENTS, TASK, assert_same, load, loss, raising_for, simulate
 
-pytestmark = pytest.mark.usefixtures("uncompiled")
-
 
 def refused(result: fed.Result, phase: str = "train") -> dict[str, str]:
     """Who was left out of the first round, and why."""
