@@ -119,18 +119,20 @@ def gradient_step(
     return gradient
 
 
-def update_step(slots: Slots, optimizer: optim.Optimizer) -> Callable[..., Any]:
+def update_step(
+    slots: Slots, optimizer: optim.Optimizer, stacked: bool = False
+) -> Callable[..., Any]:
     """The function ``update(client, counters, grads)``: new parameters, state and counters.
 
     A linear layer multiplies by its weight's transpose, so that is what its gradient comes as: a
-    view, over which MLX's fused update would go element by element. Where the optimizer does not
-    care, it works on the transposes; the new weight is a view then, in the gradient's order, as is
-    the next product.
+    view, over which MLX's fused update goes element by element. With many clients ``stacked`` that
+    takes long enough for an elementwise optimizer to work on the transposes; the new weight is a
+    view then, in the gradient's order, as is the next product. For one client the views cost more.
     """
     linear = {
         name
         for name, (owner, key) in slots.parameters.items()
-        if isinstance(owner, nn.Linear) and key == "weight" and is_elementwise(optimizer)
+        if stacked and isinstance(owner, nn.Linear) and key == "weight"
     }
 
     def flip(arrays, linear=linear):
