@@ -61,6 +61,14 @@ def visit(browser) -> Iterator[Any]:
     assert complaints == []
 
 
+def begun(folder: Path, num_rounds: int) -> History:
+    """The history of a run that has no round yet."""
+    folder.mkdir(parents=True)
+    history = History(folder)
+    history.write_settings({"num_rounds": num_rounds})
+    return history
+
+
 def add_round(history: History, number: int, of: int, clients: int, left_out: list[dict]) -> None:
     chance = random.Random(number)
     nodes = [f"node-{k}" for k in range(clients)]
@@ -165,9 +173,7 @@ def test_values_are_read_under_the_pointer_and_by_keyboard(visit, tmp_path: Path
 
 def test_reasons_that_are_alike_stand_together(visit, tmp_path: Path):
     folder = tmp_path / "one"
-    folder.mkdir()
-    history = History(folder)
-    history.write_settings({"num_rounds": 3})
+    history = begun(folder, 3)
     for number in range(1, 4):
         late = f"no reply within 30 seconds (a delay of {30 + number}.5)"
         refused = [
@@ -188,9 +194,7 @@ def test_reasons_that_are_alike_stand_together(visit, tmp_path: Path):
 def test_who_is_not_let_in_is_shown_with_the_reason(visit, tmp_path: Path):
     with serving(tmp_path / "runs", port=0) as address:
         folder = tmp_path / "runs" / "one"
-        folder.mkdir(parents=True)
-        history = History(folder)
-        history.write_settings({"num_rounds": 3})
+        history = begun(folder, 3)
         history.notify("refused", node=NASTY, reason=f"its model is not the server's: {NASTY}")
         page = visit(address)  # it waits for nodes, and no round has begun
         said = f"{NASTY} is not let in: its model is not the server's: {NASTY}"
@@ -293,9 +297,7 @@ def test_a_narrow_screen_in_light_and_dark(visit, tmp_path: Path, scheme: str):
 
 def test_a_thousand_clients_in_a_thousand_rounds(visit, tmp_path: Path):
     folder = tmp_path / "many"
-    folder.mkdir()
-    history = History(folder)
-    history.write_settings({"num_rounds": 1000})
+    history = begun(folder, 1000)
     for number in range(1, 1001):
         add_round(history, number, 1000, 1000, [])
     page = visit(written(tmp_path, folder))
