@@ -19,7 +19,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import weights
+from . import linear, weights
 from .randomness import Keys, drawing_from
 from .task import Config, Task
 from .weights import Arrays, Slots
@@ -78,7 +78,7 @@ def training_step(
     ``batch`` is a tuple of arrays, ``mask`` float32 of shape (batch,) or ``None``: see
     :class:`~mlx_fed.batches.Rows`.
     """
-    gradient, update = gradient_step(model, slots, task, config), update_step(slots, optimizer)
+    gradient, update = gradient_step(model, slots, task, config), update_step(optimizer)
 
     def step(client, shared, batch, mask):
         given = gradient(client, shared.anchor, batch, mask)
@@ -94,10 +94,15 @@ def gradient_step(
 ) -> Callable[..., Gradient]:
     """The function ``gradient(client, anchor, batch, mask)``: all of a step but the update."""
     max_norm = config.get("max-grad-norm", task.max_grad_norm)
+    layers = linear.layers(slots)
 
     def objective(parameters, statistics, key, batch, mask):
         keys = Keys(key)
-        with holding(model, slots, parameters, statistics, training=True), drawing_from(keys):
+        with (
+            holding(model, slots, parameters, statistics, training=True),
+            linear.in_order(layers),
+            drawing_from(keys),
+        ):
             if task.augment:
                 batch = tuple(task.augment(keys.next(), *batch))
             loss, weight = _mean_and_weight(task.loss(model, *batch), batch, mask)
@@ -119,33 +124,16 @@ def gradient_step(
     return gradient
 
 
-def update_step(
-    slots: Slots, optimizer: optim.Optimizer, stacked: bool = False
-) -> Callable[..., Any]:
-    """The function ``update(client, counters, grads)``: new parameters, state and counters.
-
-    A linear layer multiplies by its weight's transpose, so that is what its gradient comes as: a
-    view, over which MLX's fused update goes element by element. With many clients ``stacked`` that
-    takes long enough for an elementwise optimizer to work on the transposes; the new weight is a
-    view then, in the gradient's order, as is the next product. For one client the views cost more.
-    """
-    linear = {
-        name
-        for name, (owner, key) in slots.parameters.items()
-        if stacked and isinstance(owner, nn.Linear) and key == "weight"
-    }
-
-    def flip(arrays, linear=linear):
-        return {name: a.swapaxes(-1, -2) if name in linear else a for name, a in arrays.items()}
+def update_step(optimizer: optim.Optimizer) -> Callable[..., Any]:
+    """The function ``update(client, counters, grads)``: new parameters, state and counters."""
 
     def update(client, counters, grads):
-        turned = {path for path in client.state if path.rpartition(".")[0] in linear}
-        state = flip(client.state, turned)
-        optimizer.state = tree_unflatten([*counters.items(), *state.items()])
-        after = optimizer.apply_gradients(_nested(flip(grads)), _nested(flip(client.parameters)))
+        optimizer.state = tree_unflatten([*counters.items(), *client.state.items()])
+        after = dict(
+            tree_flatten(optimizer.apply_gradients(_nested(grads), _nested(client.parameters)))
+        )
         counters, state = _split(optimizer.state, counters)
-        parameters = flip(dict(tree_flatten(after)))
-        return {name: parameters[name] for name in client.parameters}, flip(state, turned), counters
+        return {name: after[name] for name in client.parameters}, state, counters
 
     return update
 
@@ -164,7 +152,7 @@ _ELEMENTWISE = (
 
 def is_elementwise(optimizer: optim.Optimizer) -> bool:
     """Whether an optimizer is one of MLX's own that treats each element by itself, so that
-    arrays may be transposed or stacked."""
+    arrays may be stacked."""
     return type(optimizer) in _ELEMENTWISE
 
 

@@ -133,9 +133,8 @@ class BatchedTrainer:
         if self._compiled is None or self._compiled[0] != key:
             mx.eval(trainer.model.parameters())
             gradient = gradient_step(trainer.model, trainer.slots, trainer.task, config)
-            together = is_elementwise(optimizer)
-            update = update_step(trainer.slots, optimizer, stacked=together)
-            if not together:
+            update = update_step(optimizer)
+            if not is_elementwise(optimizer):
                 update = _mapped_update(update)
             step = compiled(_mapped(gradient, update))
             self._compiled = (key, TrainingPrograms(compiled(initial_state(optimizer)), step))

@@ -1,0 +1,76 @@
+"""Linear layers whose gradients come in the order of their weights.
+
+A linear layer multiplies by its weight's transpose, so MLX gives the weight's gradient as the
+transpose of a product. An optimizer then goes through the two in different orders, element by
+element, which takes long on a CPU. Here the product is made the other way round: the same sums in
+the same order, so the same bits, laid out as the weight is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .weights import Slots
+
+
+def layers(slots: Slots) -> list[nn.Linear]:
+    """The plain linear layers among those that are trained: a subclass may do as it likes."""
+    owners = [owner for owner, key in slots.parameters.values() if key == "weight"]
+    return [owner for owner in owners if type(owner) is nn.Linear]
+
+
+@contextmanager
+def in_order(layers: Iterable[nn.Linear]) -> Iterator[None]:
+    """While a program is traced: what the layers compute has its gradient in the weights' order."""
+    for layer in layers:
+        layer.__class__ = _InOrder
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.Linear
+
+
+class _InOrder(nn.Linear):
+    def __call__(self, x: mx.array) -> Any:
+        if "bias" in self:
+            return _affine(x, self["weight"], self["bias"])
+        return _product(x, self["weight"])
+
+
+def _in_order_gradients(cotangent: mx.array, x: mx.array, weight: mx.array) -> list[mx.array]:
+    """Those of ``x`` and ``weight``, each in its own dtype: either may be the wider one."""
+    rows = cotangent.reshape(-1, cotangent.shape[-1])
+    of_weight = rows.T @ x.reshape(-1, x.shape[-1])
+    return [(cotangent @ weight).astype(x.dtype), of_weight.astype(weight.dtype)]
+
+
+@mx.custom_function
+def _product(x: mx.array, weight: mx.array) -> Any:
+    return x @ weight.T
+
+
+@_product.vjp
+def _(primals, cotangent, output):
+    return _in_order_gradients(cotangent, *primals)
+
+
+@mx.custom_function
+def _affine(x: mx.array, weight: mx.array, bias: mx.array) -> Any:
+    return mx.addmm(bias, x, weight.T)
+
+
+@_affine.vjp
+def _(primals, cotangent, output):
+    x, weight, bias = primals
+
+    def spread(bias: mx.array) -> mx.array:
+        return mx.broadcast_to(bias.astype(cotangent.dtype), cotangent.shape)
+
+    _, of_bias = mx.vjp(spread, [bias], [cotangent])
+    return _in_order_gradients(cotangent, x, weight) + of_bias
