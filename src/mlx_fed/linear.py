@@ -45,9 +45,12 @@ class _InOrder(nn.Linear):
 
 def _in_order_gradients(cotangent: mx.array, x: mx.array, weight: mx.array) -> list[mx.array]:
     """Those of ``x`` and ``weight``, each in its own dtype: either may be the wider one."""
-    rows = cotangent.reshape(-1, cotangent.shape[-1])
-    of_weight = rows.T @ x.reshape(-1, x.shape[-1])
+    of_weight = _rows(cotangent).T @ _rows(x)
     return [(cotangent @ weight).astype(x.dtype), of_weight.astype(weight.dtype)]
+
+
+def _rows(array: mx.array) -> mx.array:
+    return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
 
 
 @mx.custom_function
