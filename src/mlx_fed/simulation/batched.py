@@ -227,11 +227,19 @@ def _regroup(
         whole = tree_map(lambda *parts: mx.concatenate(list(parts)), *(at for _, at in groups))
     regrouped: list[_Group] = []
     for kind, chosen in wanted.items():
-        index = mx.array([everyone.index(place) for place in chosen])
-        at = tree_map(lambda array, index=index: mx.take(array, index, axis=0), whole)
-        group = _Group(tuple(chosen), Client(*at))
+        at = _entries(whole, [everyone.index(place) for place in chosen])
+        group = _Group(tuple(chosen), at)
         (done if kind is None else regrouped).append(group)
     return regrouped
+
+
+def _entries(stacked: Client, chosen: list[int]) -> Client:
+    """Some clients of a stack, without a copy where they stand together."""
+    first, last = chosen[0], chosen[-1]
+    if chosen == list(range(first, last + 1)):
+        return Client(*tree_map(lambda array: array[first : last + 1], stacked))
+    index = mx.array(chosen)
+    return Client(*tree_map(lambda array: mx.take(array, index, axis=0), stacked))
 
 
 def _ends(
