@@ -313,6 +313,10 @@ def test_adapters_to_start_from_that_do_not_fit(llama, tmp_path):
     [
         ("base", "its base model is not the server's: "),
         ("rope", "its base model's rope_theta is not the server's: 500000, expected 10000"),
+        (
+            "not yet downloaded",
+            "its base model's rope_theta is not the server's: 500000, expected 10000",
+        ),
         ("bits", "its base model's quantization is not the server's: {\"bits\": 4, "),
         ("tokenizer", "its tokenizer is not the server's: "),
         ("rank", "its LoRA rank is not the server's: 2, expected 8"),
@@ -330,6 +334,9 @@ def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path
             config, model=str(tiny_llama.write_model(tmp_path / "other", seed=1))
         ),
         "rope": lambda: replace(config, model=str(with_rope_theta(tmp_path / "other", 5e5))),
+        "not yet downloaded": lambda: replace(
+            config, model=str(without_weights(tmp_path / "other", 5e5))
+        ),
         "bits": lambda: replace(
             config, model=str(tiny_llama.write_model(tmp_path / "other", bits=4))
         ),
@@ -359,6 +366,13 @@ def with_rope_theta(folder: Path, theta: float) -> Path:
     """A base of the same weights that turns them by other angles."""
     path = tiny_llama.write_model(folder) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": theta}))
+    return folder
+
+
+def without_weights(folder: Path, theta: float) -> Path:
+    """What is there of another base before it is downloaded."""
+    for path in with_rope_theta(folder, theta).glob("*.safetensors"):
+        path.unlink()
     return folder
 
 

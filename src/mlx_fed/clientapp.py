@@ -20,7 +20,7 @@ from . import aggregate, batches, messages
 from .errors import FedError
 from .flower.replies import error_reply
 from .spool import records_in
-from .task import Data, TaskSource, make_task
+from .task import Data, Task, TaskSource, fingerprint_of, make_task
 from .training import Trainer
 from .weights import Arrays
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from flwr.clientapp.typing import Mod
 
 
+RunConfig = tuple[tuple[str, Any], ...]
+"""A run's settings, as a cache takes them."""
 _OWN = "own"
 """The name of the record in a client's context that has what it keeps."""
 
@@ -78,6 +80,7 @@ class _Client:
     def __init__(self, source: TaskSource, token: str = ""):
         self.source = source
         self.token = token or uuid4().hex
+        self.task = lru_cache(maxsize=1)(self._make_task)
         self.trainer = lru_cache(maxsize=1)(self._make_trainer)
         self.data = lru_cache(maxsize=2)(self._load_data)
 
@@ -86,34 +89,40 @@ class _Client:
         # with the client that it has.
         return _same_client, (self.token, self.source)
 
-    def _make_trainer(self, seed: int, run_config: tuple[tuple[str, Any], ...]) -> Trainer:
-        return Trainer(make_task(self.source, dict(run_config)), seed)
+    def _make_task(self, run_config: RunConfig) -> Task:
+        return make_task(self.source, dict(run_config))
+
+    def _make_trainer(self, seed: int, run_config: RunConfig) -> Trainer:
+        return Trainer(self.task(run_config), seed)
 
     def _load_data(self, trainer: Trainer, partition: int, num_partitions: int | None) -> Data:
         return batches.load(trainer.task, partition, num_partitions)
 
     def setting_out(self, message: Message, context: Context) -> tuple[Trainer, ConfigRecord]:
         _, config = messages.config_of(message.content)
-        run_config = tuple(sorted(context.run_config.items()))
-        return self.trainer(int(str(config.get("seed", 0))), run_config), config
+        return self.trainer(int(str(config.get("seed", 0))), _run_config(context)), config
 
     def data_of(self, trainer: Trainer, context: Context) -> tuple[Data, int]:
         partition, num_partitions = partition_of(context)
         return self.data(trainer, partition, num_partitions), partition
 
     def answer_roll_call(self, message: Message, context: Context) -> Message:
-        trainer, config = self.setting_out(message, context)
         partition, _ = partition_of(context)
-        if config.get("prepare"):
-            data, _ = self.data_of(trainer, context)
-            trainer.warm_up(data, config)
+        _, config = messages.config_of(message.content)
+        expected = json.loads(str(config.get("fingerprint", "{}")))
+        found = fingerprint_of(self.task(_run_config(context)), expected)
         answer: dict[str, Any] = {
             "name": str(context.node_config.get("name") or f"node-{partition}"),
             "partition-id": partition,
-            "parameters": json.dumps(trainer.spec),
-            "statistics": json.dumps(trainer.statistics_spec),
-            "fingerprint": json.dumps(trainer.fingerprint),
+            "fingerprint": json.dumps(found),
         }
+        if found == expected:  # another's model is not built, nor downloaded
+            trainer, _ = self.setting_out(message, context)
+            if config.get("prepare"):
+                data, _ = self.data_of(trainer, context)
+                trainer.warm_up(data, config)
+            answer["parameters"] = json.dumps(trainer.spec)
+            answer["statistics"] = json.dumps(trainer.statistics_spec)
         return Message(RecordDict({"node": ConfigRecord(answer)}), reply_to=message)
 
     def plain_for_mods(self, message: Message, context: Context, call_next: Any) -> Message:
@@ -192,6 +201,10 @@ def _take_parameters(message: Message, trainer: Trainer) -> tuple[str, bool, Arr
     if packed:  # several messages may share their content
         message.content = RecordDict({key: content[key] for key in content if key != name})
     return name, packed, parameters
+
+
+def _run_config(context: Context) -> RunConfig:
+    return tuple(sorted(context.run_config.items()))
 
 
 def _own(context: Context) -> dict | None:

@@ -154,7 +154,8 @@ class Roster:
             message_id: node_id for message_id, node_id in self.asked.items() if node_id in node_ids
         }
         newcomers = sorted(node_ids - set(self.asked.values()))
-        content = RecordDict({"config": ConfigRecord(self.config)})
+        asked = {**self.config, "fingerprint": json.dumps(dict(self.fingerprint))}
+        content = RecordDict({"config": ConfigRecord(asked)})
         questions = [Message(content, node_id, messages.ROLL_CALL) for node_id in newcomers]
         if sent := push(self.grid, questions):
             self.asked |= sent

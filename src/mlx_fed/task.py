@@ -97,7 +97,8 @@ class Task:
             ``lambda metrics: {"perplexity": math.exp(metrics["loss"])}``.
         fingerprint (callable, optional): ``fingerprint()`` returns what has to be the same on the
             server and its nodes, each with a short text that tells it from others:
-            ``{"base model": "3f2a5c..."}``. A node that differs is turned away.
+            ``{"base model": "3f2a5c..."}``. A node that differs is turned away. A function in
+            place of a text is called when all before it agree: what takes a download comes last.
         save (callable, optional): ``save(model, folder)`` writes the final model below a run's
             folder and returns the path. Default: all arrays, as ``model.safetensors``.
 
@@ -128,7 +129,7 @@ class Task:
     keep_optimizer: bool = False
     weight_unit: str | None = None
     derived: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
-    fingerprint: Callable[[], Mapping[str, str]] | None = None
+    fingerprint: Callable[[], Mapping[str, str | Callable[[], str]]] | None = None
     save: Callable[[nn.Module, Path], Path] | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +151,17 @@ class Task:
 
 TaskSource = Task | Callable[[Config], Task]
 """A task, or a function that makes one from the settings it is run with."""
+
+
+def fingerprint_of(task: Task, expected: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What the task says has to be the same on every machine: all of it, or up to the first that
+    is not as expected."""
+    known: dict[str, str] = {}
+    for what, value in (task.fingerprint() if task.fingerprint else {}).items():
+        known[what] = value() if callable(value) else value
+        if expected is not None and expected.get(what) != known[what]:
+            break
+    return known
 
 
 def make_task(source: TaskSource, config: Config | None = None) -> Task:

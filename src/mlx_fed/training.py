@@ -28,7 +28,7 @@ from .steps import (
     signature,
     training_step,
 )
-from .task import Config, Data, Task
+from .task import Config, Data, Task, fingerprint_of
 from .weights import Arrays
 
 
@@ -88,7 +88,7 @@ class Trainer:
         self.keeps = bool(self._personal) or self._keeps_statistics or task.keep_optimizer
         self.spec = weights.spec(self.parameters())
         self.statistics_spec = weights.spec(weights.get(self.slots.statistics))
-        self.fingerprint = dict(task.fingerprint()) if task.fingerprint else {}
+        self.fingerprint = fingerprint_of(task)
         self.batches = Batches(task, self.model, masked=not self.slots.statistics)
         self._training: tuple[Any, TrainingPrograms] | None = None
         self._evaluation: Callable | None = None

@@ -116,19 +116,18 @@ def perplexity(metrics: Any) -> dict[str, float]:
     return {"perplexity": math.exp(min(float(metrics["loss"]), 700.0))}  # above, exp overflows
 
 
-def fingerprint(config: LoraConfig) -> dict[str, str]:
-    """What has to be the same on the server and its nodes."""
-    folder = base.find(config.model)
-    prints = {f"base model's {key}": value for key, value in identity.of_config(folder).items()}
-    prints |= {
-        "base model": identity.of_weights(folder),
-        "tokenizer": identity.of_tokenizer(_base(config).tokenizer),
-        "fine_tune_type": config.fine_tune_type,
-    }
+def fingerprint(config: LoraConfig) -> dict[str, str | Callable[[], str]]:
+    """What has to be the same on the server and its nodes; last what takes the model's weights."""
+    prints: dict[str, str | Callable[[], str]] = {"fine_tune_type": config.fine_tune_type}
     if config.fine_tune_type != "full":
         rank, scale = (config.lora_parameters[key] for key in ("rank", "scale"))
         prints |= {"LoRA rank": str(rank), "LoRA scale": str(float(scale))}
-    return prints
+    outline = identity.of_config(base.folder_of_config(config.model))
+    prints |= {f"base model's {key}": value for key, value in outline.items()}
+    return prints | {
+        "base model": lambda: identity.of_weights(base.find(config.model)),
+        "tokenizer": lambda: identity.of_tokenizer(_base(config).tokenizer),
+    }
 
 
 def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: int | None) -> Data:
