@@ -185,6 +185,28 @@ def test_updates_that_are_not_finite_are_refused_as_in_a_federation(strategy, tm
     assert any("not finite" in refused["reason"] for refused in one.rounds[0]["refused"])
 
 
+def untested(partition_id: int, num_partitions: int | None) -> fed.Data:
+    data = load(partition_id, num_partitions)
+    return data if partition_id % 3 else fed.Data(data.train)
+
+
+def test_clients_without_test_examples_train_as_in_a_federation(tmp_path: Path):
+    task = replace(TASK, data=untested)
+    (tmp_path / "apps").mkdir()
+    expected = rounds.run(
+        LoopbackGrid([fed.client_app(task)] * CLIENTS),
+        FedAvg(),
+        Trainer(task, SEED),
+        Settings(num_rounds=3, seed=SEED),
+        History(tmp_path / "apps"),
+    )
+    one = simulate(FedAvg(), tmp_path, task)
+    assert_same(one, expected)
+    evaluated = one.rounds[-1]["evaluate"]["nodes"]
+    assert evaluated == [f"node-{k}" for k in range(CLIENTS) if k % 3]
+    assert [record["refused"] for record in one.rounds] == [[], [], []]
+
+
 # -- however the work is done --------------------------------------------------------------
 
 

@@ -76,10 +76,11 @@ def test_clients_without_test_examples_are_left_out_of_evaluation(tmp_path: Path
         data = load(partition_id, num_partitions)
         return data if partition_id else fed.Data(data.train)
 
-    one = simulate(FedAvg(), tmp_path, replace(TASK, data=untested), num_clients=4)
-    why = {"node-0": "Partition 0 has no test examples: Data.test is None."}
-    assert refused(one, "evaluate") == why
-    assert refused(one) == {}
+    task = replace(TASK, data=untested)
+    one = simulate(FedAvg(), tmp_path, task, num_clients=4)
+    assert one.rounds[-1]["train"]["nodes"] == ["node-0", "node-1", "node-2", "node-3"]
+    assert one.rounds[-1]["evaluate"]["nodes"] == ["node-1", "node-2", "node-3"]
+    assert refused(one, "evaluate") == refused(one) == {}
 
 
 def test_a_strategy_that_asks_for_more_clients_than_there_are(tmp_path: Path):

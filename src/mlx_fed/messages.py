@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from . import safetensors
 from .errors import FedError
@@ -129,6 +129,17 @@ def count_bytes(content: RecordDict) -> int:
     """The size of a message's arrays, in bytes."""
     records = records_in(content, ArrayRecord).values()
     return sum(num_bytes(array) for record in records for array in record.values())
+
+
+def nothing_to_evaluate() -> RecordDict:
+    """The reply of a client that has no test examples, which is no failure: no metrics."""
+    return RecordDict({"metrics": MetricRecord()})
+
+
+def has_nothing_to_evaluate(reply: Message) -> bool:
+    """Whether a reply is :func:`nothing_to_evaluate`."""
+    content = reply.content if reply.has_content() else {}
+    return [*content] == ["metrics"] and content["metrics"] == MetricRecord()
 
 
 def _shards(arrays: Mapping[str, mx.array]) -> Iterator[Arrays]:

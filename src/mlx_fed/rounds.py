@@ -16,7 +16,7 @@ from flwr.app import Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from . import aggregate, checks, strategies, strategy_state, weights
+from . import aggregate, checks, messages, strategies, strategy_state, weights
 from .checkpoint import Checkpoints
 from .errors import RunError, TooFewReplies
 from .history import History, Result, recorded_run_id
@@ -216,6 +216,8 @@ def _evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
     accepted: list[tuple[str, Message]] = []
     each: dict[str, MetricRecord] = {}
     for node, reply in phase.exchange(phase.configure(model)):
+        if messages.has_nothing_to_evaluate(reply):
+            continue
         with phase.refusing(node):
             each[node] = checks.check_metrics(reply, run.weighted_by)
             accepted.append((node, reply))

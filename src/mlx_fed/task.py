@@ -30,7 +30,7 @@ class Data:
             that takes a random key and returns an iterable of batches. If it has a length, that
             is the number of its examples.
         test (tuple or callable): The held-out examples, in the same form. ``None`` where a
-            client has nothing to evaluate on.
+            client has nothing to evaluate on: it trains, and evaluations go on without it.
 
     Example:
         >>> Data(train=(images, labels), test=(held_out_images, held_out_labels))

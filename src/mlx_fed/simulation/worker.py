@@ -158,7 +158,8 @@ class Worker:
                 self._require_answer(phase, client)
                 data = self.partitions.get(client)
                 if data.test is None:
-                    raise FedError(f"Partition {client} has no test examples: Data.test is None.")
+                    yield place, messages.nothing_to_evaluate()
+                    continue
                 own = self._own(phase, client, later=True)
                 metrics = self.trainer.evaluate(phase.parameters, phase.statistics, data.test, own)
             except SimulationError:
