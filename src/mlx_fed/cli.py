@@ -73,8 +73,8 @@ def serve(
 
         found = find_task(task)
         chosen = find_strategy(strategy, min_nodes, parse_settings(strategy_option))
-        held_out = find_test(test, settings) if test else None
         with watching(leading.runs, **vars(shown)) as listeners:
+            held_out = find_test(test, settings) if test else None
             serve(
                 found,
                 chosen,
@@ -142,13 +142,15 @@ def partitions(
         from rich.console import Console
 
         from .partitions import check_picture, count_labels, draw, show
+        from .progress import loading_on
         from .task import make_task
 
         if output:
             check_picture(output)
         settings = parse_settings(config)
         made = make_task(find_task(task), settings)
-        labels = count_labels(made, num_partitions, Console(stderr=True))
+        with loading_on(Console(stderr=True)):
+            labels = count_labels(made, num_partitions)
         console = Console()
         console.print(show(labels, console.width))
         if output:
@@ -235,8 +237,8 @@ def simulate(
         options |= parse_settings(strategy_option)
         found = find_task(task)
         chosen = find_strategy(strategy, 1, options)
-        held_out = find_test(test, settings) if test else None
         with watching(leading.runs, **vars(shown)) as listeners:
+            held_out = find_test(test, settings) if test else None
             simulate(
                 found,
                 chosen,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .loading import loading
 from .partitioners import CannotPartition, check_partitioner, partition_rows, partition_settings
 from .sources import DataError, Source, find_source, installed, kept
 
@@ -172,7 +173,9 @@ def _index(
 
     def make() -> np.ndarray:
         given = (partitioner, num_partitions, seed, arguments.values)
-        parts = partition_rows(source.dataset, *given)
+        dataset = source.dataset
+        with loading(f"Dividing {source.name!r} into {num_partitions} parts"):
+            parts = partition_rows(dataset, *given)
         starts = np.cumsum([num_partitions + 1, *map(len, parts)])
         return np.concatenate([starts, *parts])
 

@@ -26,6 +26,9 @@ from .weights import Arrays
 
 Listener = Callable[[str, dict[str, Any]], None]
 
+_LATELY = 5
+"""Rounds by which the time of those to come is told."""
+
 
 class HistoryError(FedError):
     """A run's folder that cannot be made or written."""
@@ -38,10 +41,10 @@ class History:
         folder (Path): Where the run is kept, from :func:`new_run_folder`.
         listeners (tuple): Each is called ``listener(event, fields)`` for what happens, with
             the events ``started``, ``serving``, ``invited``, ``joined``, ``left``, ``refused``,
-            ``waiting``, ``resumed``, ``phase``, ``reply``, ``replies`` (of a simulation, several at
-            once), ``labels`` (of simulated clients), ``failed``, ``note``, ``round``, ``finished``
-            and ``stopped``. Only rounds are written down, and in ``status.json`` what the run is
-            doing now.
+            ``waiting``, ``resumed``, ``phase``, ``replies`` (how many have answered, as they do),
+            ``labels`` (of simulated clients), ``failed``, ``note``, ``round``, ``finished`` and
+            ``stopped``. Only rounds are written down, and in ``status.json`` what the run is
+            doing now: a listener that wants what was told before reads it there.
         about (dict, optional): What is known of the run beside its settings, for the record.
     """
 
@@ -55,6 +58,7 @@ class History:
         self.listeners: tuple[Listener, ...] = (Status(folder), *listeners)
         self.about = about or {}
         self.rounds: list[dict[str, Any]] = []
+        self.moved = 0
 
     def notify(self, event: str, **fields: Any) -> None:
         """Tells the listeners."""
@@ -92,7 +96,20 @@ class History:
                     os.truncate(path, size)
                 raise
         self.rounds.append(record)
+        self.moved += _bytes(record)
         self.notify("round", **record)
+
+    def so_far(self, left: int) -> dict[str, Any]:
+        """The bytes that the rounds so far moved, and about how many seconds those to come take,
+        or None while there is none to go by.
+
+        Args:
+            left (int): How many rounds are to come.
+        """
+        lately = self.rounds[1:][-_LATELY:] or self.rounds  # the first may compile and load
+        took = [sum(record.get("seconds", {}).values()) for record in lately]
+        seconds = left * sum(took) / len(took) if took else None
+        return {"bytes": self.moved, "seconds_left": seconds}
 
     def sync(self) -> None:
         """Brings the rounds so far to disk, past the system's memory.
@@ -119,6 +136,7 @@ class History:
                 record = records.from_line(line)
                 rounds[record["round"]] = record
         self.rounds = [rounds[n] for n in sorted(rounds) if n <= number]
+        self.moved = sum(map(_bytes, self.rounds))
         text = "".join(records.to_line(record) + "\n" for record in self.rounds)
         with _replacing(path) as half_written:
             half_written.write_text(text, encoding="utf-8")
@@ -173,6 +191,10 @@ class History:
         with errors_named(folder):
             folder.mkdir(exist_ok=True)
             return save(folder)
+
+
+def _bytes(record: dict[str, Any]) -> int:
+    return sum(record.get("bytes", {}).values())
 
 
 @dataclass

@@ -13,12 +13,13 @@ import numpy as np
 
 from .errors import FedError
 from .labels import labels_of
+from .loading import loading
 from .task import Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
     from rich.table import Table
 
 PICTURES = (".png", ".svg", ".html")
@@ -42,50 +43,48 @@ class Labels(NamedTuple):
         return self.train + self.test
 
 
-def count_labels(task: Task, num_partitions: int, console: Console | None = None) -> Labels:
+def count_labels(task: Task, num_partitions: int) -> Labels:
     """The labels of each client of a task: integers, in the last array of its data.
 
     Args:
         task (Task): Its data are arrays.
         num_partitions (int): Clients to ask it for.
-        console (Console, optional): Shows how far it has come.
 
     Raises:
         FedError: If a client has no data, or its data has no labels to show.
     """
-    from rich.progress import track
-
     counted = []
-    for client in track(
-        range(num_partitions),
-        "Reading partitions",
-        console=console,
-        transient=True,
-        disable=console is None or not console.is_terminal,
-    ):
-        try:
-            data = task.data(client, num_partitions)
-        except FedError:
-            raise
-        except Exception as error:
-            raise FedError(
-                f"The task's data cannot give partition {client} of {num_partitions}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        train = _labels(data.train, client, num_partitions)
-        if not len(train):
-            raise FedError(
-                f"Partition {client} of {num_partitions} has no examples to train on: use fewer "
-                "partitions, or spread the examples more evenly."
-            )
-        test = _labels(data.test, client, num_partitions) if data.test is not None else train[:0]
-        counted.append([np.unique(split, return_counts=True) for split in (train, test)])
+    with loading("Counting labels", num_partitions, "clients") as progress:
+        for client in range(num_partitions):
+            counted.append(_count(task, client, num_partitions))
+            progress.reached(client + 1)
     classes = np.unique(np.concatenate([found for row in counted for found, _ in row]))
     counts = np.zeros((2, num_partitions, len(classes)), np.int64)
     for client, row in enumerate(counted):
         for split, (found, number) in enumerate(row):
             counts[split, client, np.searchsorted(classes, found)] = number
     return Labels(classes, *counts)
+
+
+def _count(task: Task, client: int, num_partitions: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The labels that a client has and how many of each, of its two splits."""
+    try:
+        data = task.data(client, num_partitions)
+    except FedError:
+        raise
+    except Exception as error:
+        raise FedError(
+            f"The task's data cannot give partition {client} of {num_partitions}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    train = _labels(data.train, client, num_partitions)
+    if not len(train):
+        raise FedError(
+            f"Partition {client} of {num_partitions} has no examples to train on: use fewer "
+            "partitions, or spread the examples more evenly."
+        )
+    test = _labels(data.test, client, num_partitions) if data.test is not None else train[:0]
+    return [np.unique(split, return_counts=True) for split in (train, test)]
 
 
 def _labels(split: Any, client: int, num_partitions: int) -> np.ndarray:

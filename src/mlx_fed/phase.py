@@ -71,6 +71,7 @@ class Phase:
         self.run_id = 0
         self.number: int = record["round"]
         self.asked = 0
+        self.now: dict[str, Any] = {}
 
     def configure(self, model: Model) -> list[Message]:
         """The strategy's messages, as they travel and in the roster's order."""
@@ -109,8 +110,21 @@ class Phase:
 
     def begin(self, outgoing: list[Message]) -> None:
         """Says that the messages are on their way."""
-        fields = {"phase": self.name, "round": self.number, "of": self.run.settings.num_rounds}
-        self.run.history.notify("phase", **fields, nodes=len(outgoing))
+        history, of = self.run.history, self.run.settings.num_rounds
+        self.now = {
+            "phase": self.name,
+            "round": self.number,
+            "of": of,
+            "nodes": len(outgoing),
+            "answered": 0,
+            **history.so_far(of - self.number + 1),
+        }
+        history.notify("phase", **self.now)
+
+    def answered(self, count: int) -> None:
+        """Says that so many more nodes have answered, with an update or without."""
+        self.now["answered"] += count
+        self.run.history.notify("replies", **self.now)
 
     def exchange(self, outgoing: list[Message]) -> Iterator[tuple[str, Message]]:
         """The replies in the roster's order, each as it comes; who has none is left out.
@@ -124,7 +138,7 @@ class Phase:
             outgoing,
             {message.metadata.dst_node_id: self.node_of(message) for message in outgoing},
             self.run.settings.round_timeout,
-            lambda node: self.run.history.notify("reply", node=node, phase=self.name),
+            lambda node: self.answered(1),
             self.run.spool,
         )
         while True:

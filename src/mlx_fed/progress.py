@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from . import records
+from . import records, runs
+from .live import LiveLines
+from .loading import watched
 
 if TYPE_CHECKING:
     from .history import Listener
@@ -21,6 +24,8 @@ _LONGEST = 1000
 """Characters of a line."""
 _MOST_FAILURES = 10
 """Lines about nodes that are left out of a phase."""
+_RUN = "run"
+"""The live line that what happens in rounds is shown on."""
 _STYLES = {
     "serving": "bold",
     "dashboard": "bold",
@@ -101,84 +106,126 @@ class ServerProgress:
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
-        self.bar = Progress(
-            SpinnerColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.description}", style="cyan", markup=False),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.bar.add_task("", total=None)
-        self.phase: dict[str, Any] = {}
-        self.replies = 0
-        self.failures = 0
-        self.rounds: list[dict[str, Any]] = []
+        self.live = LiveLines(self.console)
+        self.loading = LoadingProgress(self.console, self.live)
+        self.folder: Path | None = None
+        self.of = 0
+        self.left_out: Counter[str] = Counter()
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        if event in ("phase", "round"):
-            self._count_failures()
-        if event == "failed":
-            self.failures += 1
-            if self.failures > _MOST_FAILURES:
-                return
-        if event == "phase":
-            self.phase, self.replies = fields, 0
-        elif event == "reply":
-            self.replies += 1
-        elif event == "replies":
-            self.replies += fields["count"]
-        elif event == "round":
-            self.rounds.append(fields)
-            fields = {**fields, "of": self.phase.get("of", 0)}
-        elif event == "finished":
-            self.close()
-            if line := _summary(self.rounds):
-                _print(self.console, line, "bold")
-        if event in ("phase", "reply", "replies"):
-            done, of = self.phase["round"] - 1, self.phase["of"]
-            nodes = max(1, self.phase["nodes"])
-            part = (self.phase["phase"] == "evaluate") + min(1.0, self.replies / nodes)
-            self._show(
-                f"round {done + 1}/{of}  {self.phase['phase']}  "
-                f"{self.replies} of {self.phase['nodes']} nodes{self._so_far(of - done)}",
-                done + part / 2,
-                of,
-            )
-        elif event == "waiting" and not self.bar.disable:
-            self._show(server_line(event, fields))
-        elif line := server_line(event, fields):
+        match event:
+            case "loading" | "loaded":
+                self.loading(event, fields)
+            case "phase" | "replies":
+                self._show_phase(**fields)
+            case "waiting" if self.live.is_shown:
+                self.live.show(_RUN, server_line(event, fields))
+            case "failed":
+                self.left_out[fields["phase"]] += 1
+                if self.left_out[fields["phase"]] <= _MOST_FAILURES:
+                    self._print(event, fields)
+            case "started":
+                self.folder, self.of = fields["folder"], fields["settings"].get("num_rounds", 0)
+            case "round":
+                self._count_left_out(fields)
+                self._print(event, {**fields, "of": self.of})
+            case "finished":
+                self.close()
+                if line := self._summary():
+                    _print(self.console, line, "bold")
+                self._print(event, fields)
+            case _:
+                self._print(event, fields)
+
+    def _print(self, event: str, fields: dict[str, Any]) -> None:
+        if line := server_line(event, fields):
             _print(self.console, line, _STYLES.get(event, ""))
-            for name, text in fields.get("central", {}).items():
-                if isinstance(text, str):  # such as a sample of what a model writes
-                    _print(self.console, f"{name}: {text}", "dim")
+        for name, text in fields.get("central", {}).items():
+            if isinstance(text, str):  # such as a sample of what a model writes
+                _print(self.console, f"{name}: {text}", "dim")
 
-    def _so_far(self, left: int) -> str:
-        """The bytes that have travelled, and the time that the rounds still take."""
-        if not self.rounds:
+    def _show_phase(
+        self,
+        phase: str,
+        round: int,
+        of: int,
+        nodes: int,
+        answered: int,
+        bytes: int = 0,
+        seconds_left: float | None = None,
+    ) -> None:
+        parts = [f"round {round}/{of}", phase]
+        if nodes:
+            parts.append(f"{answered} of {nodes} nodes")
+        if seconds_left is not None:
+            parts += [size_text(bytes), f"about {seconds_text(seconds_left)} left"]
+        # Half a round is training, the other half what comes after it.
+        half = 0.0 if phase == "train" else 1.0
+        share = min(1.0, answered / nodes) if nodes else 1.0
+        self.live.show(_RUN, "  ".join(parts), round - 1 + (half + share) / 2, of)
+
+    def _count_left_out(self, record: dict[str, Any]) -> None:
+        """A line for the nodes left out of a round that had none of their own."""
+        self.left_out.clear()
+        for phase, count in Counter(each["phase"] for each in record.get("refused", ())).items():
+            if count > _MOST_FAILURES:
+                more = f"{count - _MOST_FAILURES} more left out of {phase}"
+                _print(self.console, f"{more}: history.jsonl says why", _STYLES["failed"])
+
+    def _summary(self) -> str:
+        """What the rounds changed, by the run's folder; empty where there is nothing to compare."""
+        rounds = runs.read(self.folder).rounds if self.folder else []
+        if len(rounds) < 2:
             return ""
-        moved = sum(sum(record.get("bytes", {}).values()) for record in self.rounds)
-        # The first round may compile and load.
-        lately = self.rounds[1:][-5:] or self.rounds
-        each = sum(sum(record["seconds"].values()) for record in lately) / len(lately)
-        return f"  {size_text(moved)}  about {seconds_text(left * each)} left"
-
-    def _show(self, text: str, done: float | None = None, of: int | None = None) -> None:
-        self.bar.update(self.task, description=text, completed=done, total=of)
-        self.bar.start()
-
-    def _count_failures(self) -> None:
-        """A line for the nodes left out of a phase that had none of their own."""
-        more, self.failures = self.failures - _MOST_FAILURES, 0
-        if more > 0:
-            line = f"{more} more left out of {self.phase['phase']}: history.jsonl says why"
-            _print(self.console, line, _STYLES["failed"])
+        first, last = _figures(rounds[0]), _figures(rounds[-1])
+        changes = [f"{n} {first[n]:.4f} -> {last[n]:.4f}" for n in last if n in first]
+        return f"In {len(rounds)} rounds: {', '.join(changes)}" if changes else ""
 
     def close(self) -> None:
-        """Takes the live line off the terminal."""
-        self._count_failures()
-        self.bar.stop()
+        """Takes the live lines off the terminal."""
+        self.live.close()
+
+
+class LoadingProgress:
+    """Shows what :mod:`~mlx_fed.loading` tells of: a live line on a terminal, and elsewhere a plain
+    line when it begins and one when it ends."""
+
+    def __init__(self, console: Console, live: LiveLines):
+        self.console, self.live = console, live
+        self.begun: set[str] = set()
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        what = printable(fields["what"])
+        if self.live.is_shown:
+            if event == "loading":
+                self.live.show(what, f"{what}{_how_far(**fields)}", fields["done"], fields["of"])
+            else:
+                self.live.drop(what)
+        elif event == "loaded":
+            self.begun.discard(what)
+            _print(self.console, f"{what}: done in {seconds_text(fields['seconds'])}", "")
+        elif what not in self.begun:
+            self.begun.add(what)
+            _print(self.console, f"{what} ...", "")
+
+
+@contextmanager
+def loading_on(console: Console) -> Iterator[None]:
+    """Shows what is loaded on a console, for as long as the context lasts."""
+    live = LiveLines(console)
+    try:
+        with watched(LoadingProgress(console, live)):
+            yield
+    finally:
+        live.close()
+
+
+def _how_far(what: str, done: int, of: int | None, unit: str) -> str:
+    if not done and not of:
+        return ""
+    if unit == "B":
+        return f"  {size_text(done)}" + (f" of {size_text(of)}" if of else "")
+    return f"  {done:,}" + (f" of {of:,}" if of else "") + (f" {unit}" if unit else "")
 
 
 @contextmanager
@@ -186,15 +233,32 @@ def listeners_or_terminal(
     listeners: tuple[Listener, ...] | None,
 ) -> Iterator[tuple[Listener, ...]]:
     """The listeners that were given, or if none were the terminal for as long as the context
-    lasts."""
+    lasts. They are told of what is loaded, too."""
     if listeners is not None:
-        yield tuple(listeners)
+        with watched(*listeners):
+            yield tuple(listeners)
         return
     shown = ServerProgress()
     try:
-        yield (shown,)
+        with watched(shown):
+            yield (shown,)
     finally:
         shown.close()
+
+
+@contextmanager
+def told_or_terminal(notify: Callable[..., None] | None) -> Iterator[Callable[..., None]]:
+    """Whom a node tells what happens: who was given, or else the terminal for as long as the
+    context lasts. It is told of what is loaded, too."""
+    shown = NodeProgress() if notify is None else None
+    told = notify or shown
+    assert told is not None
+    try:
+        with watched(lambda event, fields: told(event, **fields)):
+            yield told
+    finally:
+        if shown:
+            shown.close()
 
 
 class JsonLines:
@@ -208,7 +272,7 @@ class JsonLines:
         self.file = file or sys.stdout
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        if event not in ("reply", "replies", "labels"):
+        if event not in ("replies", "labels", "loading", "loaded"):
             print(records.to_json({"event": event, **fields}), file=self.file, flush=True)
 
 
@@ -230,15 +294,28 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def node_progress(console: Console | None = None) -> Callable[..., None]:
-    """A function that prints a line for what happens on a node."""
-    console = console or Console(highlight=False)
+class NodeProgress:
+    """Shows what happens on a node, and as a live line on a terminal what it is at."""
 
-    def show(event: str, **fields: Any) -> None:
-        if line := node_line(event, fields):
-            _print(console, line, _STYLES.get(event, ""))
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self.live = LiveLines(self.console)
+        self.loading = LoadingProgress(self.console, self.live)
 
-    return show
+    def __call__(self, event: str, **fields: Any) -> None:
+        if event in ("loading", "loaded"):
+            self.loading(event, fields)
+        elif event == "working":
+            self.live.show(_RUN, _what(fields))
+        else:
+            if event in ("joined", "answered"):
+                self.live.show(_RUN, "waiting for the server")
+            if line := node_line(event, fields):
+                _print(self.console, line, _STYLES.get(event, ""))
+
+    def close(self) -> None:
+        """Takes the live lines off the terminal."""
+        self.live.close()
 
 
 def quiet_flower() -> None:
@@ -267,15 +344,6 @@ def _round_line(record: dict[str, Any]) -> str:
     number = f"round {record['round']}".ljust(len(f"round {record.get('of', 0)}"))
     figures = [f"{name} {value:.4f}" for name, value in _figures(record).items()]
     return "   ".join([number, *figures, f"{sum(record['seconds'].values()):.2f} s"])
-
-
-def _summary(rounds: list[dict[str, Any]]) -> str:
-    """What the rounds changed; empty where there is nothing to compare."""
-    if len(rounds) < 2:
-        return ""
-    first, last = _figures(rounds[0]), _figures(rounds[-1])
-    changes = [f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in last if name in first]
-    return f"In {len(rounds)} rounds: {', '.join(changes)}" if changes else ""
 
 
 def _figures(record: dict[str, Any]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from .checkpoint import Checkpoints
 from .errors import RunError, TooFewReplies
 from .history import History, Result, recorded_run_id
 from .metrics import derived
-from .phase import Model, Phase, Run, timed
+from .phase import Model, Phase, Run
 from .resume import Position, identity_of
 from .resume import resume as taken_up
 from .roster import Members, Roster
@@ -239,7 +239,9 @@ def _evaluate_centrally(run: Run, model: Model, record: dict[str, Any]) -> None:
     test, evaluate = run.settings.test, run.settings.evaluate_fn
     if test is None and evaluate is None:
         return
-    with timed(record, "central"):
+    phase = Phase(run, "central", record)
+    phase.begin([])
+    with phase.timed("central"):
         parameters = model.parameters(run.trainer.spec)
         metrics: dict[str, Any] = {}
         if test is not None:

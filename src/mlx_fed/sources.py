@@ -23,7 +23,9 @@ from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
+from .bars import loading_with_bars
 from .errors import FedError
+from .loading import loading
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 _NAMES = {"mnist": "ylecun/mnist"}
 _REACH_SECONDS = 3.0
 _KEPT_KINDS = "biuf"
+_AT_ONCE = 1000
+"""Examples that are decoded between two words of how far it has come."""
 _LARGEST_KEPT = 4 * 2**30
 """Bytes of a column that is decoded as a whole and kept; a larger one is read row by row."""
 
@@ -113,7 +117,25 @@ class Source:
         feature = self.dataset.features[name]
         dtype = getattr(feature, "dtype", None) if hasattr(feature, "shape") else None
         some = self.dataset if rows is None else self.dataset.select(rows)
-        return np.asarray(some.with_format("numpy")[name][:], dtype)
+        column = some.with_format("numpy")[name]
+        parts = []
+        with loading(f"Decoding {name!r} of {self.name!r}", len(some), "examples") as progress:
+            for start in range(0, len(some) or 1, _AT_ONCE):
+                parts.append(np.asarray(column[start : start + _AT_ONCE], dtype))
+                progress.reached(min(start + _AT_ONCE, len(some)))
+        return _laid_together(parts)
+
+
+def _laid_together(parts: list[np.ndarray]) -> np.ndarray:
+    """Parts of a column as one array: of objects where not all examples are of one shape."""
+    if len(parts) == 1:
+        return parts[0]
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) == 1 and not any(part.dtype == object for part in parts):
+        return np.concatenate(parts)
+    together = np.empty(sum(map(len, parts)), object)
+    together[:] = [example for part in parts for example in part]
+    return together
 
 
 class _NotWhole(Exception):
@@ -185,10 +207,12 @@ def _load(dataset: str, folder: Path | None) -> Any:
     if not folder:
         _go_offline_without_hub()  # before the import below, which settles whether it is asked
     import datasets
+    import huggingface_hub.utils
 
-    datasets.disable_progress_bars()
+    bars = datasets.utils.tqdm, huggingface_hub.utils.tqdm
     try:
-        return datasets.load_dataset(str(folder or _NAMES.get(dataset, dataset)))
+        with loading_with_bars(f"Loading the dataset {dataset!r}", *bars):
+            return datasets.load_dataset(str(folder or _NAMES.get(dataset, dataset)))
     except Exception as error:
         raise DataError(_not_loaded(dataset, folder is not None, error)) from error
 

@@ -54,12 +54,8 @@ class Status:
         match event:
             case "waiting":
                 self.now |= {"state": "waiting", "nodes": fields["nodes"], "of": fields["needed"]}
-            case "phase":
-                self.now |= {"state": "running", **fields, "answered": 0}
-            case "reply":
-                self.now["answered"] += 1
-            case "replies":
-                self.now["answered"] += fields["count"]
+            case "phase" | "replies":
+                self.now |= {"state": "running", **fields}
             case "finished":
                 self.now["state"] = "finished"
             case "stopped":
@@ -79,7 +75,7 @@ class Status:
         if not self.begun:
             return
         now = time.monotonic()
-        if event in ("reply", "replies", "joined", "left") and now - self.written < _PAUSE:
+        if event in ("replies", "joined", "left") and now - self.written < _PAUSE:
             return
         if event == "phase":
             if now - self.phase_written < _GLANCE:

@@ -140,7 +140,7 @@ def _summed_by_grid(
             failed |= {each.place: each for each in outcome.failed}
             # An update has the arrays of the message, in as many bytes.
             up += sum(sizes[place] for place in came)
-            run.history.notify("replies", count=len(came) + len(outcome.failed))
+            phase.answered(len(came) + len(outcome.failed))
     for place in sorted(failed):
         phase.refuse(nodes[place], failed[place].reason, failed[place].missing)
     phase.count_bytes(sum(sizes), up)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .errors import FedError
 from .history import Listener
+from .loading import watched
 
 
 @contextmanager
@@ -61,4 +62,5 @@ def watching(
             address = until_the_end.enter_context(serving(runs, port=dashboard_port))
             for listener in listeners:
                 listener("dashboard", {"address": address})
+        until_the_end.enter_context(watched(*listeners))
         yield tuple(listeners)

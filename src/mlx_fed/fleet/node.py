@@ -20,7 +20,7 @@ from .. import batches, clientapp, devices, memory, messages
 from ..errors import FedError
 from ..flower.client import FleetClient, Refused, Unreachable, Untrusted
 from ..flower.replies import error_reply
-from ..progress import node_progress, quiet_flower
+from ..progress import quiet_flower, told_or_terminal
 from ..spool import records_in
 from ..task import Data, Task, TaskSource, make_task
 from . import address, certificates
@@ -92,7 +92,6 @@ def join(
     Example:
         >>> join(task, partition_id=0)
     """
-    notify = notify or node_progress()
     if token is not None:
         if root_certificates or key:
             raise JoinError("A token says whom to trust: leave out certificates and key.")
@@ -102,13 +101,12 @@ def join(
         files = (Path(path) if path else None for path in (root_certificates, key))
         default = address.join(address.DEFAULT_HOST, address.DEFAULT_PORT)
         who = from_files(server or default, *files)
-    if who.authority is None and not address.is_loopback(who.host):
-        if not insecure:
-            raise address.AddressError(
-                f"{who.host} is not this machine: join with a token, which the server prints "
-                "and `mlx-fed nodes add NAME` makes there, or with --root-certificates."
-            )
-        notify("note", text=f"not encrypted: {who.host} and all between may read and change it")
+    is_open = who.authority is None and not address.is_loopback(who.host)
+    if is_open and not insecure:
+        raise address.AddressError(
+            f"{who.host} is not this machine: join with a token, which the server prints and "
+            "`mlx-fed nodes add NAME` makes there, or with --root-certificates."
+        )
     if who.name is not None and name not in (None, who.name):
         raise JoinError(f"The token is for {who.name}: leave out the name, or ask for another.")
     name = who.name if name is None else name
@@ -122,17 +120,20 @@ def join(
     quiet_flower()
     memory.keep_what_is_freed()
     where = devices.use(device)
-    made = make_task(task, config)
-    data = batches.load(made, partition_id, num_partitions)
-    notify("ready", device=where, partition=partition_id)
     node_config: dict[str, Any] = {"partition-id": partition_id}
     if num_partitions is not None:
         node_config["num-partitions"] = num_partitions
     if name is not None:
         node_config["name"] = name
-    app = clientapp.client_app(_with_data(made, data), mods)
-    client = FleetClient(who.host, who.port, who.context, who.key, who.invitation)
-    _Node(client, app, node_config, who, wait, notify).run()
+    with told_or_terminal(notify) as tell:
+        if is_open:
+            tell("note", text=f"not encrypted: {who.host} and all between may read and change it")
+        made = make_task(task, config)
+        data = batches.load(made, partition_id, num_partitions)
+        tell("ready", device=where, partition=partition_id)
+        app = clientapp.client_app(_with_data(made, data), mods)
+        client = FleetClient(who.host, who.port, who.context, who.key, who.invitation)
+        _Node(client, app, node_config, who, wait, tell).run()
 
 
 def _with_data(task: Task, data: Data) -> Task:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..bars import loading_with_bars
 from ..errors import FedError
 
 if TYPE_CHECKING:
@@ -100,10 +101,12 @@ def folder_of_config(name: str) -> Path:
 
 
 def _download(name: str, patterns: list[str] | None) -> Path:
+    from huggingface_hub.utils import tqdm
     from mlx_lm.utils import _download as download
 
     try:
-        folder: Path = download(name, allow_patterns=patterns)
+        with loading_with_bars(f"Downloading the model {name}", tqdm):
+            folder: Path = download(name, allow_patterns=patterns)
     except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise BaseModelError(

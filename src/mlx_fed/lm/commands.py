@@ -143,6 +143,7 @@ def join(
     """Join a federation with the texts in --data, until the run is over."""
     from ..fleet import tokens
     from ..fleet.node import join
+    from ..progress import told_or_terminal
     from .task import lora_task
 
     if num_partitions is not None and node_id is None:
@@ -153,19 +154,22 @@ def join(
         name = f"{socket.gethostname().split('.')[0]}-{Path(config.data).resolve().name}"[:64]
     if node_id is None:
         node_id = randomness.derive(0, str(name)) % 2**31
-    # Adapters to start from are the server's, which sends them.
-    task = lora_task(replace(config, resume_adapter_file=None))
-    data = task.data(node_id, num_partitions)
-    task.model()  # what is wrong with it is said now, and not when the server asks
-    join(
-        replace(task, data=lambda partition_id, num_partitions: data),
-        token=token,
-        partition_id=node_id,
-        num_partitions=num_partitions,
-        name=name,
-        device=_device(gpu),
-        **vars(joining),
-    )
+    with told_or_terminal(None) as tell:
+        # Adapters to start from are the server's, which sends them.
+        own = replace(config, resume_adapter_file=None)
+        task = lora_task(own, note=lambda text: tell("note", text=text))
+        data = task.data(node_id, num_partitions)
+        task.model()  # what is wrong with it is said now, and not when the server asks
+        join(
+            replace(task, data=lambda partition_id, num_partitions: data),
+            token=token,
+            partition_id=node_id,
+            num_partitions=num_partitions,
+            name=name,
+            device=_device(gpu),
+            notify=tell,
+            **vars(joining),
+        )
 
 
 @lora.command()
@@ -190,9 +194,14 @@ def simulate(
 
     folders = folders_of_texts(Path(config.data).expanduser())
     clients = config.federation.nodes or len(folders) or 2
-    task = lora_task(config)
-    data = [task.data(client, clients) for client in range(clients)]  # all are looked at first
     with watching(leading.runs, **vars(shown)) as listeners:
+
+        def note(text: str) -> None:
+            for listener in listeners:
+                listener("note", {"text": text})
+
+        task = lora_task(config, note)
+        data = [task.data(client, clients) for client in range(clients)]  # all are looked at first
         simulate(
             replace(task, data=lambda partition_id, num_partitions: data[partition_id]),
             make_strategy(config, 1),

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 
 
-def lora_task(config: LoraConfig, note: Note = print) -> Task:
+def _print(text: str) -> None:
+    print(f"Note: {text}")
+
+
+def lora_task(config: LoraConfig, note: Note = _print) -> Task:
     """The task that a configuration describes.
 
     A node's texts are read and checked before its base model is looked for, and that before any of
@@ -30,7 +34,7 @@ def lora_task(config: LoraConfig, note: Note = print) -> Task:
 
     Args:
         config (LoraConfig): From :func:`~mlx_fed.lm.load_config`.
-        note (callable): Told what is worth knowing of the data. Default: ``print``.
+        note (callable): Told what is worth knowing of the data. Default: prints it.
 
     Raises:
         ConfigError: If MLX cannot make an optimizer or a schedule of what is said of them.
@@ -139,14 +143,12 @@ def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: i
     valid = texts.tokenize(splits.valid, tokenizer, config) if splits.valid and most != 0 else None
     if cut := [*train.cut, *(valid.cut if valid else [])]:
         note(
-            f"Note: {len(cut)} texts are longer than max_seq_length {config.max_seq_length} and "
+            f"{len(cut)} texts are longer than max_seq_length {config.max_seq_length} and "
             f"are cut, the first is {cut[0]}."
         )
     if splits.valid is None:
         place = splits.train.where(0).rsplit(",", 1)[0]
-        note(
-            f"Note: there is no valid.jsonl beside {place}: its node trains and does not validate."
-        )
+        note(f"there is no valid.jsonl beside {place}: its node trains and does not validate.")
     return Data(
         train=texts.Batches(train, config.batch_size),
         test=texts.Batches(valid, config.batch_size, most) if valid else None,

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FedError
+from ..loading import loading
 from .config import LoraConfig
 
 _PAD_TO = 32
@@ -222,20 +223,22 @@ def tokenize(rows: Rows, tokenizer: Any, config: LoraConfig) -> Tokenized:
     dataset = create_dataset(rows.records, tokenizer, SimpleNamespace(**settings))
     result = Tokenized([], [], [])
     limit = config.max_seq_length
-    for number, record in enumerate(rows.records):
-        try:
-            ids, start = dataset.process(record)
-        except Exception as error:  # whatever a chat template raises
-            raise TextError(f"{rows.where(number)} cannot be tokenized: {error}") from error
-        if max(start, 1) >= min(len(ids), limit):
-            raise TextError(
-                f"{rows.where(number)} has nothing to learn within max_seq_length {limit}: its "
-                f"prompt takes {start} of {len(ids)} tokens."
-            )
-        if len(ids) > limit:
-            result.cut.append(f"{rows.where(number)} ({len(ids)} tokens)")
-        result.tokens.append(np.asarray(ids[:limit], np.int32))
-        result.starts.append(start)
+    with loading("Tokenizing texts", len(rows.records), "texts") as progress:
+        for number, record in enumerate(rows.records):
+            progress.reached(number)
+            try:
+                ids, start = dataset.process(record)
+            except Exception as error:  # whatever a chat template raises
+                raise TextError(f"{rows.where(number)} cannot be tokenized: {error}") from error
+            if max(start, 1) >= min(len(ids), limit):
+                raise TextError(
+                    f"{rows.where(number)} has nothing to learn within max_seq_length {limit}: its "
+                    f"prompt takes {start} of {len(ids)} tokens."
+                )
+            if len(ids) > limit:
+                result.cut.append(f"{rows.where(number)} ({len(ids)} tokens)")
+            result.tokens.append(np.asarray(ids[:limit], np.int32))
+            result.starts.append(start)
     return result
 
 

@@ -21,6 +21,7 @@ from ..training import Trainer
 from .faults import Faults
 from .grid import SimulationGrid
 from .kept import Kept
+from .news import received
 from .pool import InProcess, Pool, data_bytes, default_workers
 from .roster import SimulatedRoster
 from .worker import Job
@@ -102,21 +103,21 @@ def simulate(
     made_from = leading.config
     decide_rounds(leading, made.config, num_rounds, recorded)
     strategy = strategy or FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
-    trainer = Trainer(made, leading.seed)
-    size = default_workers(device) if workers is None else workers
-    run = run_folder(runs, name, resume)
-    kept = Kept(run.resolve() / "clients", leading.keep)
-
-    def forget(event: str, fields: dict[str, Any]) -> None:
-        if event == "resumed":
-            kept.forget_after(fields["round"])
-
     faults = faults or Faults()
-    about = {"engine": "simulation", "clients": num_clients, "faults": vars(faults)}
     with (
         listeners_or_terminal(listeners) as watching,
         tempfile.TemporaryDirectory(prefix="mlx-fed-") as folder,
     ):
+        trainer = Trainer(made, leading.seed)
+        size = default_workers(device) if workers is None else workers
+        run = run_folder(runs, name, resume)
+        kept = Kept(run.resolve() / "clients", leading.keep)
+
+        def forget(event: str, fields: dict[str, Any]) -> None:
+            if event == "resumed":
+                kept.forget_after(fields["round"])
+
+        about = {"engine": "simulation", "clients": num_clients, "faults": vars(faults)}
         history = History(run, (forget, LabelsFile(run, num_clients), *watching), about)
         if devices.is_slow(computing_on):
             history.notify("note", text=f"computing on {computing_on}")
@@ -132,7 +133,10 @@ def simulate(
             data_bytes(size or 1),
             kept,
         )
-        with _pool(job, size, device, trainer) as pool:
+        with (
+            received(Path(folder), watching),
+            _pool(job, size, device, trainer) as pool,
+        ):
             grid = SimulationGrid(
                 num_clients, pool, Path(folder), leading.round_timeout, history.notify
             )
