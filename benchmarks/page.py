@@ -57,7 +57,8 @@ def writing(rounds: int = 1000) -> None:
             kept, own = record(number)
             began = time.perf_counter()
             for phase in ("train", "evaluate"):
-                history.notify("phase", phase=phase, round=number, of=rounds, nodes=CLIENTS)
+                now = {"phase": phase, "round": number, "of": rounds, "nodes": CLIENTS}
+                history.notify("phase", **now, answered=0, **history.so_far(rounds - number + 1))
             kept["spread"] = {"train": records.spread(own)}
             history.add_round(kept)
             took.append(1000 * (time.perf_counter() - began))
@@ -87,7 +88,8 @@ def stuttering(rounds: int = 1000) -> None:
         def add(number: int) -> None:
             kept, own = record(number)
             kept["spread"] = {"train": records.spread(own), "evaluate": records.spread(own[::3])}
-            history.notify("phase", phase="train", round=number, of=rounds + 5, nodes=CLIENTS)
+            now = {"phase": "train", "round": number, "of": rounds + 5, "nodes": CLIENTS}
+            history.notify("phase", **now, answered=0)
             history.add_round(kept)
 
         for number in range(1, rounds + 1):

@@ -78,8 +78,9 @@ def add_round(history: History, number: int, of: int, clients: int, left_out: li
     }
     few = clients <= records.MANY
     for phase in ("train", "evaluate"):
-        history.notify("phase", phase=phase, round=number, of=of, nodes=clients)
-        history.notify("replies", count=clients)
+        now = {"phase": phase, "round": number, "of": of, "nodes": clients}
+        history.notify("phase", **now, answered=0)
+        history.notify("replies", **now, answered=clients)
     history.add_round(
         {
             "round": number,
@@ -206,6 +207,21 @@ def test_who_is_not_let_in_is_shown_with_the_reason(visit, tmp_path: Path):
         history.notify("joined", node=NASTY, nodes=5)
         history.notify("note", text="it has the right model now")
         page.locator("#reasons").get_by_text(said, exact=True).wait_for(state="detached")
+
+
+def test_who_is_left_out_of_the_round_that_goes_on_is_shown(visit, tmp_path: Path):
+    with serving(tmp_path / "runs", port=0) as address:
+        history = begun(tmp_path / "runs" / "one", 3)
+        history.notify("phase", phase="train", round=1, of=3, nodes=2, answered=0)
+        history.notify("failed", node=NASTY, phase="train", reason=f"no {NASTY}")
+        history.notify("note", text="written at once")
+        page = visit(address)
+        said = f"{NASTY} is left out of round 1, train: no {NASTY}"
+        page.locator("#reasons").get_by_text(said, exact=True).wait_for()
+        with pytest.raises(RuntimeError), history.held():
+            raise RuntimeError("none gave a reply")
+        page.locator("#now").get_by_text("stopped").wait_for()
+        assert page.locator("#reasons").get_by_text(said, exact=True).is_visible()
 
 
 @pytest.mark.parametrize("clients", [3, 1000])
@@ -347,7 +363,7 @@ def test_the_page_follows_a_run_as_it_goes(visit, tmp_path: Path):
         page.get_by_text("No run yet").wait_for()
         history = make(tmp_path / "runs" / "one", rounds=2, finish=False)
         time.sleep(0.2)  # a phase that one can see
-        history.notify("phase", phase="evaluate", round=2, of=2, nodes=4)
+        history.notify("phase", phase="evaluate", round=2, of=2, nodes=4, answered=0)
         page.get_by_text("round 2 of 2: evaluate").wait_for()
         add_round(history, 3, 4, 4, [])
         page.locator("#runs").get_by_text("3 of 2").wait_for()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 from rich.console import Console
 
+from mlx_fed.history import History, Listener
 from mlx_fed.progress import JsonLines, ServerProgress, seconds_text, size_text
 
 
@@ -20,21 +22,34 @@ def record(number: int, loss: float, accuracy: float) -> dict:
     }
 
 
-def show(progress: ServerProgress, rounds: int) -> None:
-    progress("serving", {"address": "127.0.0.1:8080", "secure": False})
-    progress("waiting", {"nodes": 0, "needed": 1})
-    progress("joined", {"node": "[red]node-0", "nodes": 1})
-    for number in range(1, rounds + 1):
-        for phase in ("train", "evaluate"):
-            progress("phase", {"phase": phase, "round": number, "of": rounds, "nodes": 1})
-            progress("reply", {"node": "[red]node-0", "phase": phase})
-        progress("round", record(number, 1 / number, 1 - 0.5 / number))
-    progress("finished", {"seconds": 12.34, "model": "runs/one/model.safetensors"})
+def show(folder: Path, progress: Listener, rounds: int) -> None:
+    """A run of one node, in a folder that need not be there."""
+    folder.mkdir(exist_ok=True)
+    history = History(folder, (progress,))
+    history.notify("serving", address="127.0.0.1:8080", secure=False)
+    history.write_settings({"num_rounds": rounds})
+    history.notify("waiting", nodes=0, needed=1)
+    history.notify("joined", node="[red]node-0", nodes=1)
+    for number in range(len(history.rounds) + 1, rounds + 1):
+        begin(history, "train", number, rounds, answered=1)
+        begin(history, "evaluate", number, rounds, answered=1)
+        history.add_round(record(number, 1 / number, 1 - 0.5 / number))
+    history.notify("finished", seconds=12.34, model="runs/one/model.safetensors")
 
 
-def test_a_file_gets_plain_lines_and_a_summary():
+def begin(
+    history: History, phase: str, number: int, of: int, nodes: int = 1, answered: int = 0
+) -> None:
+    now = {"phase": phase, "round": number, "of": of, "nodes": nodes}
+    now |= history.so_far(of - number + 1)
+    history.notify("phase", **now, answered=0)
+    history.notify("replies", **now, answered=answered)
+
+
+def test_a_file_gets_plain_lines_and_a_summary(tmp_path: Path):
     written = io.StringIO()
-    show(ServerProgress(Console(file=written, highlight=False, width=60)), rounds=10)
+    console = Console(file=written, highlight=False, width=60)
+    show(tmp_path, ServerProgress(console), rounds=10)
     lines = written.getvalue().splitlines()
     assert lines[:4] == [
         "Server ready on 127.0.0.1:8080",
@@ -51,56 +66,71 @@ def test_a_file_gets_plain_lines_and_a_summary():
     assert len(lines) == 15
 
 
-def test_of_many_that_are_left_out_a_few_are_named_and_the_others_counted():
+def test_the_summary_is_of_the_whole_run_that_was_resumed(tmp_path: Path):
+    show(tmp_path, ServerProgress(Console(file=io.StringIO())), rounds=4)
     written = io.StringIO()
-    progress = ServerProgress(Console(file=written, highlight=False))
+    history = History(tmp_path, (ServerProgress(Console(file=written, highlight=False)),))
+    history.write_settings({"num_rounds": 5})
+    history.go_on_after(4)
+    assert history.so_far(2) == {"bytes": 16_000_000, "seconds_left": 1.0}
+    history.add_round(record(5, 0.25, 0.75))
+    history.notify("finished", seconds=1.0, model="model.safetensors")
+    assert "In 5 rounds: train loss 2.0000 -> 0.5000, loss 1.0000 -> 0.2500" in written.getvalue()
+
+
+def test_of_many_that_are_left_out_a_few_are_named_and_the_others_counted(tmp_path: Path):
+    written = io.StringIO()
+    history = History(tmp_path, (ServerProgress(Console(file=written, highlight=False)),))
+    refused = []
     for phase, failures in (("train", 12), ("evaluate", 10)):
-        progress("phase", {"phase": phase, "round": 1, "of": 1, "nodes": 100})
+        begin(history, phase, 1, 1, nodes=100)
         for number in range(failures):
-            progress("failed", {"node": f"node-{number}", "phase": phase, "reason": "no answer"})
-    progress("round", record(1, 1, 1))
+            refused.append({"node": f"node-{number}", "phase": phase, "reason": "no answer"})
+            history.notify("failed", **refused[-1])
+    history.add_round({**record(1, 1, 1), "refused": refused})
     lines = written.getvalue().splitlines()
     assert lines[:10] == [f"node-{k} left out of train: no answer" for k in range(10)]
-    assert lines[10] == "2 more left out of train: history.jsonl says why"
-    assert lines[11:21] == [f"node-{k} left out of evaluate: no answer" for k in range(10)]
+    assert lines[10:20] == [f"node-{k} left out of evaluate: no answer" for k in range(10)]
+    assert lines[20] == "2 more left out of train: history.jsonl says why"
     assert lines[21].startswith("round 1 ")
 
 
-def test_one_round_has_nothing_to_compare():
+def test_one_round_has_nothing_to_compare(tmp_path: Path):
     written = io.StringIO()
-    show(ServerProgress(Console(file=written, highlight=False)), rounds=1)
+    show(tmp_path, ServerProgress(Console(file=written, highlight=False)), rounds=1)
     assert "In 1 rounds" not in written.getvalue()
 
 
-def test_a_terminal_has_a_live_line_which_is_gone_in_the_end():
+def test_a_terminal_has_a_live_line_which_is_gone_in_the_end(tmp_path: Path):
     written = io.StringIO()
-    show(ServerProgress(Console(file=written, force_terminal=True, width=100)), rounds=2)
+    console = Console(file=written, force_terminal=True, width=100)
+    show(tmp_path, ServerProgress(console), rounds=2)
     shown = written.getvalue()
     assert "Waiting for nodes: 0 of 1" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is back
     assert "The model: runs/one/model.safetensors" in shown.split("\x1b[?25h")[1]
 
 
-def test_the_live_line_has_bytes_and_the_time_left():
+def test_the_live_line_has_bytes_and_the_time_left(tmp_path: Path):
     progress = ServerProgress(Console(file=io.StringIO(), force_terminal=True, width=120))
+    history = History(tmp_path, (progress,))
     for number in (1, 2, 3):
-        progress("phase", {"phase": "train", "round": number, "of": 4, "nodes": 8})
-        progress("replies", {"count": 3})
-        shown = progress.bar.tasks[0].description
-        progress("round", record(number, 1, 1))
+        begin(history, "train", number, 4, nodes=8, answered=3)
+        shown = progress.live.progress.tasks[0].description
+        history.add_round(record(number, 1, 1))
     progress.close()
     assert shown == "round 3/4  train  3 of 8 nodes  8 MB  about 1 s left"
 
 
-def test_programs_get_an_object_a_line():
+def test_programs_get_an_object_a_line(tmp_path: Path):
     written = io.StringIO()
-    show(JsonLines(written), rounds=2)
+    show(tmp_path, JsonLines(written), rounds=2)
     told = [json.loads(line) for line in written.getvalue().splitlines()]
     assert [each["event"] for each in told] == [
-        *("serving", "waiting", "joined"),
+        *("serving", "started", "waiting", "joined"),
         *("phase", "phase", "round", "phase", "phase", "round", "finished"),
     ]
-    assert told[5]["train"]["loss"] == 2.0
+    assert told[6]["train"]["loss"] == 2.0
 
 
 def test_sizes_and_times_are_written_as_people_do():

@@ -78,6 +78,26 @@ def test_one_run_is_shown(tmp_path: Path):
     assert "train/loss" in shown
 
 
+def test_why_a_run_stopped_and_who_was_kept_out_is_shown(tmp_path: Path):
+    history = History(make_run(tmp_path / "one"))
+    history.write_settings({"num_rounds": 5})
+    history.notify("refused", node="\x1b[2Jnode-3", reason="its model is another")
+    left_out = [
+        {"node": f"node-{k}", "phase": "train", "reason": f"no water in {k}"} for k in (1, 2)
+    ]
+    history.notify("failed", **left_out[0])
+    history.add_round({"round": 3, "refused": left_out[:1]})
+    history.notify("failed", **left_out[1])
+    with pytest.raises(RuntimeError), history.held():
+        raise RuntimeError("Round 4: none of 2 nodes")
+    shown = command("runs", "show", "one", "--runs", tmp_path).splitlines()
+    assert shown[1:4] == [
+        "Stopped: Round 4: none of 2 nodes",
+        "\N{REPLACEMENT CHARACTER}[2Jnode-3 is not let in: its model is another",
+        "node-2 is left out of train: no water in 2",
+    ]
+
+
 def test_what_settings_differ_in_is_compared(tmp_path: Path):
     config = {"lr": 0.1, "run-id": "x"}
     make_run(tmp_path / "one", config=config, seed=1)
@@ -193,7 +213,7 @@ def test_a_run_says_what_it_is_doing(tmp_path: Path):
     history = History(tmp_path)
     history.notify("invited", node="a", token="secret", command="join")
     history.notify("joined", node="a", nodes=1)
-    history.notify("phase", phase="train", round=1, of=3, nodes=2)
+    history.notify("phase", phase="train", round=1, of=3, nodes=2, answered=0)
     history.write_settings({})
     now = status.read(tmp_path)
     assert (now["state"], now["round"], now["of"], now["answered"]) == ("running", 1, 3, 0)

@@ -182,6 +182,18 @@ def differences(runs: Sequence[Recorded]) -> dict[str, list[Any]]:
     return {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
 
 
+def troubles(run: Recorded) -> Iterator[str]:
+    """Why a run stopped, who was not let in, and who was left out of a round that has no record."""
+    if run.state == "stopped" and (reason := run.status.get("reason")):
+        yield f"Stopped: {reason}"
+    refused, failed = run.status.get("refused"), run.status.get("failed")
+    if isinstance(refused, dict):
+        yield from (f"{node} is not let in: {why}" for node, why in refused.items())
+    if isinstance(failed, list) and run.state != "finished":
+        for each in failed:
+            yield "{node} is left out of {phase}: {reason}".format(**each)
+
+
 def to_csv(runs: Iterable[Recorded]) -> str:
     """A line for each round of each run, a column for each of its figures."""
     rows: list[dict[str, Any]] = []

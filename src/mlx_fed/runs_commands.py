@@ -44,9 +44,12 @@ def show(run: str, runs: RunsFolder = Path("runs")) -> None:
     """Show one run: its settings and its rounds."""
     with errors_as_messages():
         from . import runs as recorded
+        from .progress import printable
 
         found = recorded.read(recorded.find(runs, run))
         typer.echo(f"{found.name}  {found.state}  {found.folder}")
+        for line in recorded.troubles(found):
+            typer.echo(printable(line))
         _table([("setting", "value"), *recorded.flat(found.settings).items()])
         typer.echo("")
         _table([*_rounds(found)])

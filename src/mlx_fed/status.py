@@ -21,6 +21,7 @@ _GLANCE = 0.1
 """Seconds until another phase is written: to write costs as much as a short one takes."""
 _MOST_NOTICES = 100
 _MOST_REFUSED = 100
+_OFTEN = ("replies", "failed", "joined", "left")
 _TOLD = ("joined", "left", "refused", "note", "resumed")
 """What is worth a notice. What is secret, such as an invitation's token, is not among them."""
 
@@ -38,6 +39,7 @@ class Status:
         self.written = self.phase_written = -math.inf
         self.begun = False
         self.refused: dict[str, str] = {}
+        self.failed: list[dict[str, str]] = []
         self.now: dict[str, Any] = {
             "state": "waiting",
             "pid": os.getpid(),
@@ -66,6 +68,12 @@ class Status:
                     self.refused[fields["node"]] = fields["reason"]
             case "joined":
                 self.refused.pop(fields["node"], None)
+            case "failed":
+                if len(self.failed) < _MOST_REFUSED:
+                    self.failed.append({key: fields[key] for key in ("node", "phase", "reason")})
+            case "round":
+                self.failed.clear()  # its record has them
+                return
             case "left" | "note" | "resumed" | "started":
                 pass
             case _:
@@ -75,7 +83,7 @@ class Status:
         if not self.begun:
             return
         now = time.monotonic()
-        if event in ("replies", "joined", "left") and now - self.written < _PAUSE:
+        if event in _OFTEN and now - self.written < _PAUSE:
             return
         if event == "phase":
             if now - self.phase_written < _GLANCE:
@@ -85,8 +93,8 @@ class Status:
 
     def _write(self) -> None:
         self.written = time.monotonic()
-        told = {"time": time.time(), "refused": self.refused, "notices": self.notices}
-        text = json.dumps({**self.now, **told}, default=str)
+        known = {"refused": self.refused, "failed": self.failed, "notices": self.notices}
+        text = json.dumps({**self.now, "time": time.time(), **known}, default=str)
         half_written = self.path.with_suffix(".part.json")
         with suppress(OSError):
             half_written.write_text(text, encoding="utf-8")

@@ -127,14 +127,6 @@ class Run {
       .filter((value) => typeof value === "number").sort((a, b) => a - b);
     return values.length < 2 ? null : quantiles(values);
   }
-
-  secondsLeft() {
-    const of = this.status.of, done = this.rounds.length ? this.last().round : 0;
-    const some = this.rounds.slice(-6);
-    if (this.status.state !== "running" || !(of > done) || some.length < 2) return null;
-    const first = some[0].time, last = some[some.length - 1].time;
-    return first && last ? (of - done) * (last - first) / (some.length - 1) : null;
-  }
 }
 
 // [least, quartile, median, quartile, most] of values in order.

@@ -24,7 +24,7 @@ function draw() {
     const palette = colours().filter((_, k) => found[k].rounds.length);
     curves.draw(metricsOf(withRounds).map((metric) => curve(metric, withRounds, palette)));
   });
-  section("#s-nodes", focus && (focus.nodes.length || keptOut(focus).length), () => {
+  section("#s-nodes", focus && (focus.nodes.length + keptOut(focus).length + leftOutNow(focus).length), () => {
     $("#h-nodes small").textContent = `${number(focus.nodes.length)} of ${focus.name}`;
     later.push(() => map.draw(focus));
     drawReasons(focus);
@@ -74,9 +74,10 @@ function drawNow(focus) {
   if (status.state === "running" || status.state === "waiting") {
     let text = status.state === "waiting" && status.nodes !== undefined ? `, ${status.nodes} of ${status.of} nodes` : "";
     if (status.phase) {
-      const left = focus.secondsLeft();
-      text = `, round ${status.round} of ${status.of}: ${status.phase}, ${number(status.answered)} of ${number(status.nodes)} nodes` +
-        (left === null ? "" : `, about ${seconds(left)} left`);
+      const left = status.seconds_left;
+      text = `, round ${status.round} of ${status.of}: ${status.phase}` +
+        (status.nodes ? `, ${number(status.answered)} of ${number(status.nodes)} nodes` : "") +
+        (typeof left === "number" ? `, about ${seconds(left)} left` : "");
       bar.hidden = false;
       bar.firstElementChild.style.width = `${100 * done / status.of}%`;
       document.title = `${done}/${status.of} ${focus.name}`;
