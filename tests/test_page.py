@@ -216,7 +216,7 @@ def test_who_is_left_out_of_the_round_that_goes_on_is_shown(visit, tmp_path: Pat
         history.notify("failed", node=NASTY, phase="train", reason=f"no {NASTY}")
         history.notify("note", text="written at once")
         page = visit(address)
-        said = f"{NASTY} is left out of round 1, train: no {NASTY}"
+        said = f"{NASTY} left out of round 1, train: no {NASTY}"
         page.locator("#reasons").get_by_text(said, exact=True).wait_for()
         with pytest.raises(RuntimeError), history.held():
             raise RuntimeError("none gave a reply")

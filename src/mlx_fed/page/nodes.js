@@ -64,8 +64,8 @@ function keptOut(run) {
 
 // Who was left out of the round that goes on, or that the run stopped in: it has no record yet.
 function leftOutNow(run) {
-  const failed = run.status.failed;
-  return Array.isArray(failed) && run.status.state !== "finished" ? failed : [];
+  const { failed, round } = run.status, over = run.rounds.length && run.last().round >= round;
+  return Array.isArray(failed) && !over && run.status.state !== "finished" ? failed : [];
 }
 
 // The clients that come first by trouble, then by name; a thousand rows would help nobody.
@@ -105,10 +105,13 @@ function drawReasons(run) {
   const out = keptOut(run);
   const kept = out.slice(0, 12).map(([name, reason]) => make("p", `${name} is not let in: ${reason}`));
   if (out.length > 12) kept.push(make("p", `${number(out.length - 12)} more are not let in.`));
-  const now = leftOutNow(run);
-  kept.push(...now.slice(0, 12).map(({ node, phase, reason }) =>
-    make("p", `${node} is left out of round ${run.status.round}, ${phase}: ${reason}`)));
-  if (now.length > 12) kept.push(make("p", `${number(now.length - 12)} more are left out of round ${run.status.round}.`));
+  const now = new Map();
+  for (const { node, phase, reason } of leftOutNow(run)) {
+    const same = `left out of round ${run.status.round}, ${phase}: ${reason}`;
+    now.set(same, [...(now.get(same) || []), node]);
+  }
+  kept.push(...[...now].slice(0, 12).map(([same, nodes]) =>
+    make("p", `${nodes.length > 3 ? `${number(nodes.length)} nodes` : nodes.join(", ")} ${same}`)));
   const sorted = [...run.reasons.values()].sort((a, b) => b.count - a.count).slice(0, 12);
   $("#reasons").replaceChildren(...kept, ...sorted.map(({ count, phase, reason }) =>
     make("p", `${number(count)} × ${phase}: ${reason}`)));
