@@ -245,10 +245,22 @@ def test_another_seed_gives_another_result(plain, tmp_path: Path):
 
 
 def test_the_servers_own_examples_are_evaluated(plain, tmp_path: Path):
+    told = []
+
+    def listen(event: str, fields: dict) -> None:
+        if event in ("phase", "replies"):
+            told.append((fields["phase"], fields["answered"], fields["nodes"]))
+
     test = load(1000, None).test
-    one = simulate(STRATEGIES["FedAvg"](), tmp_path, test=test)
+    one = simulate(STRATEGIES["FedAvg"](), tmp_path, test=test, listeners=(listen,))
     assert one.rounds[-1]["central"].keys() == {"loss", "accuracy"}
     assert one.rounds[-1]["central"] != one.rounds[0]["central"]
+    assert [phase for phase, answered, _ in told if not answered] == 3 * [
+        *("train", "evaluate", "central")
+    ]
+    for phase in ("train", "evaluate"):
+        asked = [(answered, nodes) for each, answered, nodes in told if each == phase]
+        assert asked[-1] == (asked[-1][1], asked[-1][1]) > (0, 0)
 
 
 # -- as nodes in processes of their own ----------------------------------------------------
