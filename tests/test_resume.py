@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields as fields_of
 from dataclasses import replace
 from filecmp import cmp
+import time
 from pathlib import Path
 from typing import Any
 
@@ -462,9 +463,9 @@ def test_large_parameters_of_a_checkpoint_wait_on_disk(tmp_path: Path):
 def test_a_disk_that_is_full_ends_the_run_with_what_was_reached(tmp_path: Path):
     def fill(event: str, fields: dict) -> None:
         if event == "round" and fields["round"] == 2:
-            folder = tmp_path / "checkpoints"
-            folder.mkdir(exist_ok=True)  # the first is written beside the rounds
-            (folder / "00003.part").symlink_to("/dev/full")
+            while not (tmp_path / "checkpoints").exists():  # it is made beside the rounds
+                time.sleep(0.01)
+            (tmp_path / "checkpoints" / "00003.part").symlink_to("/dev/full")
 
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
