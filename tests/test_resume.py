@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import fields as fields_of
 from dataclasses import replace
 from filecmp import cmp
-import time
 from pathlib import Path
 from typing import Any
 
