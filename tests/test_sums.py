@@ -122,7 +122,7 @@ def test_updates_that_are_read_in_pieces_have_the_same_sum(dtype, tmp_path):
         for number in range(4)
     )
     place = Spool(tmp_path)
-    read = sums.mean(blocks(on_disk(update, place) for update in updates))
+    read = sums.in_order(sums.blocks((on_disk(u, place) for u in updates), ALL)).mean()
     for got, expected in zip(read[:2], plain[:2], strict=True):
         assert list(got) == list(expected)
         for name, array in expected.items():
@@ -157,6 +157,15 @@ def test_nobody_is_no_mean():
     assert sums.mean([empty])[:] == ({}, {}, 0, [])
     one = sums.mean([empty, *blocks([update(1)])])
     assert [counted.place for counted in one.counted] == [1]
+
+
+def test_blocks_in_order_do_not_wait_for_one_without_updates():
+    updates = [update(place) for place in (BLOCK, BLOCK + 1, 3 * BLOCK)]
+    total = sums.in_order(sums.blocks(updates, ALL))
+    assert not total.early
+    mean, expected = total.mean(), sums.mean(blocks(updates))
+    assert np.array_equal(mean.parameters["w"], expected.parameters["w"])
+    assert mean.counted == expected.counted
 
 
 def test_only_blocks_that_come_early_are_kept():

@@ -115,13 +115,14 @@ class ArraySum(NamedTuple):
 
     def pieces(self) -> Iterator[np.ndarray]:
         """The sum, flat and a piece at a time."""
-        weight = [np.float32(client.weight) for client in self.clients]
-        each = [weights.pieces(arrays, self.name) for arrays in self.arrays]
-        for piece in zip(*each, strict=True):
-            products = map(np.multiply, piece, weight)
-            total = next(products)
-            for product in products:
-                total += product
+        (first, weight), *others = (
+            (weights.pieces(arrays, self.name), np.float32(client.weight))
+            for client, arrays in zip(self.clients, self.arrays, strict=True)
+        )
+        for values in first:
+            total = values * weight
+            for same, its_weight in others:
+                total += next(same) * its_weight
             yield total
 
 
@@ -188,6 +189,15 @@ class Total:
             for name, array in part.items():
                 _take_in(total, name, array)
         self._counted += block.counted
+
+
+def in_order(parts: Iterable[Block]) -> Total:
+    """The sum of blocks that come in the order of their numbers: none waits for one without
+    updates, which never comes."""
+    total = Total()
+    for block in parts:
+        total._take(block)
+    return total
 
 
 def mean(parts: Iterable[Block]) -> Mean:
