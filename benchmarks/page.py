@@ -168,7 +168,8 @@ def open_page(address: str, seconds: int):
 
 def simulating(rounds: int, pairs: int) -> None:
     """Seconds of a simulation with a page open, beside the same without one, in turns."""
-    from examples.mnist import task
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from examples.mnist import task  # from the repository's root
 
     def seconds(runs: Path, name: str) -> float:
         strategy = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)

@@ -141,7 +141,29 @@ def test_shards_are_read_from_parts_however_they_are_cut(arrays, data):
         ends = zip([0, *cuts], [*cuts, len(whole)], strict=True)
         # Each part stands behind bytes that are not its own.
         parts = [Part(b"head" + whole[start:end], 4) for start, end in ends]
-        assert all_bits(safetensors.read(parts)) == all_bits(arrays)
+        found = safetensors.find(parts)
+        assert all_bits({name: each.read() for name, each in found.items()}) == all_bits(arrays)
+
+
+SEVERAL_PIECES = [(0, 3), (), (5, 7), (weights.PIECE,), (3, weights.PIECE - 1)]
+
+
+@pytest.mark.parametrize("wanted", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("stored", [mx.float32, mx.float16, mx.bfloat16])
+def test_an_array_has_the_same_values_in_pieces(stored, wanted):
+    """On disk it does not begin where a number may, and is cut anywhere."""
+    arrays = {
+        str(shape): (mx.random.normal(shape) * 1e4).astype(stored) for shape in SEVERAL_PIECES
+    }
+    for shard in messages.pack(arrays).values():
+        whole = shard.data
+        parts = [Part(b"h" + whole[:100], 1), Part(b"head" + whole[100:], 4)]
+        for name, each in safetensors.find(parts).items():
+            pieces = [*each.pieces(wanted)]
+            assert all(piece.ndim == 1 and piece.size <= weights.PIECE for piece in pieces)
+            values = weights.to_float32(arrays[name].astype(getattr(mx, wanted))).tobytes()
+            assert b"".join(piece.tobytes() for piece in pieces) == values
+            assert weights.to_float32(each.read(wanted)).tobytes() == values
 
 
 def test_a_shard_is_a_view_of_what_it_holds():

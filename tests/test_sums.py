@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_fed import sums
+from mlx_fed import messages, sums, weights
+from mlx_fed.spool import Spool
 from mlx_fed.sums import Counted
 
 ALL = 300
@@ -94,13 +95,49 @@ def test_whoever_sums_a_block_the_mean_has_the_same_bits(
     assert mean[2:] == expected[2:]
 
 
+def on_disk(update: tuple[Counted, dict, dict], place: Spool) -> tuple:
+    """The same update, read from disk as it is summed."""
+
+    def waiting(arrays: dict[str, mx.array]) -> weights.Unread:
+        record = place.record(messages.pack(arrays).items())
+        found = {name: part for part, held in messages.parts(record) for name in held}
+        return messages.unread(record, weights.spec(arrays), found)
+
+    counted, parameters, running = update
+    return counted, waiting(parameters), waiting(running)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_updates_that_are_read_in_pieces_have_the_same_sum(dtype, tmp_path):
+    def long(place: int) -> tuple[Counted, dict, dict]:
+        counted, parameters, running = update(place, dtype)
+        rng = np.random.default_rng(place)
+        values = mx.array(rng.normal(size=(3, weights.PIECE // 2)).astype(np.float32))
+        odd = mx.array([-0.0, 1e-45, 65504.0]).astype(dtype)
+        return counted, {"long": values.astype(dtype), **parameters, "odd": odd}, running
+
+    updates = [long(place) for place in (0, 1, 5, BLOCK, BLOCK + 3, 3 * BLOCK)]
+    plain = sums.mean(
+        sums.sum_block(number, (u for u in updates if u[0].place // BLOCK == number))
+        for number in range(4)
+    )
+    place = Spool(tmp_path)
+    read = sums.in_order(sums.blocks((on_disk(u, place) for u in updates), ALL)).mean()
+    for got, expected in zip(read[:2], plain[:2], strict=True):
+        assert list(got) == list(expected)
+        for name, array in expected.items():
+            assert got[name].shape == array.shape
+            assert got[name].tobytes() == array.tobytes()
+
+
 def test_who_is_missing_leaves_the_blocks_of_the_others_as_they_are():
     updates = [update(place) for place in range(3 * BLOCK)]
     whole = blocks(updates)
     some = blocks(updates[:BLOCK] + updates[2 * BLOCK :])
     assert [block.number for block in some] == [0, 2]
     for block, same in zip(some, (whole[0], whole[2]), strict=True):
-        assert all(np.array_equal(block.parameters[k], same.parameters[k]) for k in ("w", "b"))
+        one, other = sums.mean([block]), sums.mean([same])
+        assert all(np.array_equal(one.parameters[k], other.parameters[k]) for k in ("w", "b"))
 
 
 def test_running_statistics_are_averaged_by_examples():
@@ -120,6 +157,15 @@ def test_nobody_is_no_mean():
     assert sums.mean([empty])[:] == ({}, {}, 0, [])
     one = sums.mean([empty, *blocks([update(1)])])
     assert [counted.place for counted in one.counted] == [1]
+
+
+def test_blocks_in_order_do_not_wait_for_one_without_updates():
+    updates = [update(place) for place in (BLOCK, BLOCK + 1, 3 * BLOCK)]
+    total = sums.in_order(sums.blocks(updates, ALL))
+    assert not total.early
+    mean, expected = total.mean(), sums.mean(blocks(updates))
+    assert np.array_equal(mean.parameters["w"], expected.parameters["w"])
+    assert mean.counted == expected.counted
 
 
 def test_only_blocks_that_come_early_are_kept():

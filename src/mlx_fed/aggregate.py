@@ -86,12 +86,7 @@ def cast(arrays: Arrays, expected: Spec) -> Arrays:
     """
     got = spec(arrays)
     check(expected, {name: _but_for_float32(got[name], expected.get(name)) for name in got})
-    return dict(unread_cast(arrays, expected))
-
-
-def unread_cast(arrays: Mapping[str, mx.array], expected: Spec) -> Unread:
-    """The same of arrays that fit, each when it is asked for."""
-    return Unread(expected, lambda name: arrays[name].astype(getattr(mx, expected[name][1])))
+    return {n: arrays[n].astype(getattr(mx, dtype)) for n, (_, dtype) in expected.items()}
 
 
 def check_one(name: str, got: tuple[tuple[int, ...], str], expected: Spec) -> None:

@@ -9,14 +9,17 @@ as well.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import mlx.core as mx
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from . import safetensors
 from .errors import FedError
+from .safetensors import Stored
 from .spool import Part, WaitingArray, num_bytes, parts_of, records_in
-from .weights import Arrays, Unread
+from .weights import Arrays, Spec, Unread, dtype_name
 
 STATISTICS = "statistics"
 """The name of the record that carries running statistics beside the parameters."""
@@ -53,10 +56,14 @@ def unpack(record: ArrayRecord) -> Arrays:
     Raises:
         MessageError: If the bytes cannot be read, or an array occurs twice.
     """
-    return {key: array for _, part in parts(record) for key, array in part.items()}
+    arrays: Arrays = {}
+    for name, part in parts(record):
+        with _reading(name):
+            arrays |= {key: stored.read() for key, stored in part.items()}
+    return arrays
 
 
-def parts(record: ArrayRecord) -> Iterator[tuple[str, Arrays]]:
+def parts(record: ArrayRecord) -> Iterator[tuple[str, dict[str, Stored]]]:
     """The arrays in a record, a part at a time, and what the record calls the part.
 
     Raises:
@@ -64,41 +71,54 @@ def parts(record: ArrayRecord) -> Iterator[tuple[str, Arrays]]:
     """
     seen: set[str] = set()
     for name, array in record.items():
-        try:
-            part = _read(name, array)
-        except Exception as error:  # a stranger's bytes can bring about any
-            raise MessageError(f"array {name!r} in the message is unreadable: {error}") from error
+        with _reading(name):
+            part = _find(name, array)
         if twice := seen & part.keys():
             raise MessageError(f"parameter {min(twice)!r} occurs twice in the message")
         seen |= part.keys()
         yield name, part
 
 
-def unread(record: ArrayRecord, places: Mapping[str, str]) -> Unread:
-    """The arrays in a record, read when they are asked for; the part read last is kept.
+def unread(record: ArrayRecord, spec: Spec, places: Mapping[str, str]) -> Unread:
+    """The arrays in a record, read when they are asked for; the part looked at last is kept.
 
     Args:
-        record (ArrayRecord): One that has been read before, by :func:`parts`.
+        record (ArrayRecord): One that has been looked through before, by :func:`parts`.
+        spec (dict): The shape of each array, by name, and the dtype that it is wanted in.
         places (dict): What the record calls the part that has an array, by the array's name.
     """
-    last: dict[str, Arrays] = {}
+    last: dict[str, dict[str, Stored]] = {}
 
-    def read(name: str) -> mx.array:
+    def find(name: str) -> Stored:
         place = places[name]
         if place not in last:
             last.clear()
-            last[place] = _read(place, record[place])
+            last[place] = _find(place, record[place])
         return last[place][name]
 
-    return Unread(places, read)
+    return Unread(
+        spec,
+        lambda name: find(name).read(spec[name][1]),
+        lambda name: find(name).pieces(spec[name][1]),
+    )
 
 
-def _read(name: str, array: Array) -> Arrays:
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a stranger's bytes can bring about any
+        raise MessageError(f"array {name!r} in the message is unreadable: {error}") from error
+
+
+def _find(name: str, array: Array) -> dict[str, Stored]:
     if array.stype != _SHARD_TYPE:
-        return {name: mx.array(array.numpy())}
+        values = mx.array(array.numpy())
+        held = Part(np.asarray(values.reshape(-1)).view(np.uint8).data)
+        return {name: Stored((held,), 0, dtype_name(values.dtype), tuple(values.shape))}
     # Where arrays are many and small, their bytes are joined once rather than looked for each time.
     large = num_bytes(array) > _SHARD_BYTES
-    return safetensors.read(parts_of(array) if large else (Part(array.data),))
+    return safetensors.find(parts_of(array) if large else (Part(array.data),))
 
 
 def is_packed(record: ArrayRecord) -> bool:

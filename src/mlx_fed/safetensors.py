@@ -11,14 +11,14 @@ import json
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from flwr.app import Array
 
 from .spool import Part, values_of
-from .weights import dtype_name
+from .weights import PIECE, dtype_name, to_float32
 
 Values = mx.array | np.ndarray | Array
 
@@ -61,7 +61,39 @@ def parts(
         yield np.ascontiguousarray(_values(array).reshape(-1)).view(np.uint8).data
 
 
-def read(parts: Sequence[Part]) -> dict[str, mx.array]:
+class Stored(NamedTuple):
+    """An array in the bytes of a file, which are read when they are asked for."""
+
+    parts: Sequence[Part]
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self, dtype: str | None = None) -> mx.array:
+        """The array, in its own dtype or another."""
+        return self._array(_read(self.parts, self.start, np.empty(self.shape, self._kept)), dtype)
+
+    def pieces(self, dtype: str | None = None) -> Iterator[np.ndarray]:
+        """The values that :meth:`read` gives, as :func:`.weights.pieces` has them."""
+        start, left = self.start, math.prod(self.shape)
+        while left:
+            values = _read(self.parts, start, np.empty(min(left, PIECE), self._kept))
+            start, left = start + values.nbytes, left - values.size
+            as_it_is = self.dtype == "float32" == (dtype or self.dtype)
+            yield values if as_it_is else to_float32(self._array(values, dtype))
+
+    @property
+    def _kept(self) -> np.dtype:
+        return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
+
+    def _array(self, values: np.ndarray, dtype: str | None) -> mx.array:
+        array = mx.array(values)
+        if self.dtype == "bfloat16":
+            array = array.view(mx.bfloat16)
+        return array.astype(getattr(mx, dtype)) if dtype else array
+
+
+def find(parts: Sequence[Part]) -> dict[str, Stored]:
     """The arrays in the bytes of a file, by name.
 
     Args:
@@ -77,17 +109,17 @@ def read(parts: Sequence[Part]) -> dict[str, mx.array]:
         raise ValueError("the header is longer than the file")
     header = json.loads(_read(parts, 8, np.empty(length, np.uint8)).tobytes())
     header.pop("__metadata__", None)
-    arrays, end = {}, 0
+    arrays: dict[str, Stored] = {}
+    end = 0
     for name, about in header.items():
         dtype, shape = _NAMES[about["dtype"]], tuple(map(operator.index, about["shape"]))
         if not all(0 <= axis <= _LONGEST_AXIS for axis in shape):
             raise ValueError(f"parameter {name!r} has a shape that no array can have")
-        stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)
-        start, end = end, end + stored.itemsize * math.prod(shape)
+        stored = Stored(parts, 8 + length + end, dtype, shape)
+        start, end = end, end + stored._kept.itemsize * math.prod(shape)
         if about["data_offsets"] != [start, end] or end > whole - 8 - length:
             raise ValueError(f"the bytes of parameter {name!r} are not where they belong")
-        values = mx.array(_read(parts, 8 + length + start, np.empty(shape, stored)))
-        arrays[name] = values.view(mx.bfloat16) if dtype == "bfloat16" else values
+        arrays[name] = stored
     if end != whole - 8 - length:
         raise ValueError("there are bytes of no parameter")
     return arrays

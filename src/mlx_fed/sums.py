@@ -16,8 +16,9 @@ import mlx.core as mx
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
+from . import weights
 from .spool import Spool
-from .weights import Arrays, Spec, StackedRow, to_float32
+from .weights import Arrays, Spec, StackedRow, Unread, to_float32
 
 _LARGEST_BLOCK = 16
 _FEWEST_BLOCKS = 20
@@ -41,8 +42,8 @@ class Block(NamedTuple):
     """The sum of the updates from one block of places, each times its weight."""
 
     number: int
-    parameters: Mapping[str, np.ndarray]
-    statistics: Mapping[str, np.ndarray]
+    parameters: Mapping[str, np.ndarray | ArraySum]
+    statistics: Mapping[str, np.ndarray | ArraySum]
     counted: list[Counted]
 
 
@@ -84,8 +85,8 @@ def block_size(num_places: int) -> int:
 def blocks(updates: Iterable[CountedUpdate], num_places: int) -> Iterator[Block]:
     """Blocks of updates that come in the order of their places, each once its last has come.
 
-    Their sums are taken where they are asked for, array by array: of updates that lie on disk
-    there is never a whole one in memory.
+    Their sums are taken where they are asked for, a piece of an array at a time: of updates that
+    lie on disk there is never a whole array in memory.
 
     Args:
         updates (iterable): As for :func:`sum_block`, of any blocks.
@@ -93,27 +94,41 @@ def blocks(updates: Iterable[CountedUpdate], num_places: int) -> Iterator[Block]
     """
     size = block_size(num_places)
     for number, group in groupby(updates, lambda update: update[0].place // size):
-        clients, parameters, statistics = zip(*group, strict=True)
-        yield Block(number, _Sum(clients, parameters), _Sum(clients, statistics), list(clients))
+        clients, *both = zip(*group, strict=True)
+        parameters, statistics = (
+            {name: ArraySum(clients, arrays, name) for name in arrays[0]} for arrays in both
+        )
+        yield Block(number, parameters, statistics, list(clients))
 
 
-class _Sum(Mapping[str, np.ndarray]):
-    """What :func:`sum_block` sums, array by array."""
+class ArraySum(NamedTuple):
+    """What :func:`sum_block` sums of one array."""
 
-    def __init__(self, clients: Sequence[Counted], arrays: Sequence[Mapping[str, mx.array]]):
-        self._clients, self._arrays = clients, arrays
+    clients: Sequence[Counted]
+    arrays: Sequence[Mapping[str, mx.array]]
+    name: str
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        sums: Sums = {}
-        for client, arrays in zip(self._clients, self._arrays, strict=True):
-            _add(sums, (name,), arrays, client.weight)
-        return sums[name]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.arrays[0]
+        return first.spec[self.name][0] if isinstance(first, Unread) else first[self.name].shape
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays[0])
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The sum, flat and a piece at a time."""
+        (first, weight), *others = (
+            (weights.pieces(arrays, self.name), np.float32(client.weight))
+            for client, arrays in zip(self.clients, self.arrays, strict=True)
+        )
+        for values in first:
+            total = values * weight
+            for same, its_weight in others:
+                total += next(same) * its_weight
+            yield total
 
-    def __len__(self) -> int:
-        return len(self._arrays[0])
+
+def pieces(part: np.ndarray | ArraySum) -> Iterator[np.ndarray]:
+    """A block's sum of one array, flat and a piece at a time."""
+    return part.pieces() if isinstance(part, ArraySum) else weights.cut(part)
 
 
 def sum_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
@@ -172,11 +187,17 @@ class Total:
             (self._statistics, block.statistics),
         ):
             for name, array in part.items():
-                if name in total:
-                    total[name] += array
-                else:
-                    total[name] = array.astype(np.float64)
+                _take_in(total, name, array)
         self._counted += block.counted
+
+
+def in_order(parts: Iterable[Block]) -> Total:
+    """The sum of blocks that come in the order of their numbers: none waits for one without
+    updates, which never comes."""
+    total = Total()
+    for block in parts:
+        total._take(block)
+    return total
 
 
 def mean(parts: Iterable[Block]) -> Mean:
@@ -197,6 +218,19 @@ def _add(sums: Sums, names: Iterable[str], arrays: Mapping[str, mx.array], weigh
             sums[name] += product
         else:
             sums[name] = product
+
+
+def _take_in(totals: Sums, name: str, part: np.ndarray | ArraySum) -> None:
+    first = name not in totals
+    if first:
+        totals[name] = np.empty(part.shape, np.float64)
+    total, end = totals[name].reshape(-1), 0
+    for piece in pieces(part):
+        start, end = end, end + piece.size
+        if first:
+            total[start:end] = piece
+        else:
+            total[start:end] += piece
 
 
 def _divided(sums: Sums, weight: float) -> Sums:

@@ -118,10 +118,7 @@ def _summed(
         )
         for update in updates
     )
-    total = sums.Total()
-    for block in sums.blocks(counted, len(nodes)):
-        total.add(block)
-    return total
+    return sums.in_order(sums.blocks(counted, len(nodes)))
 
 
 def _summed_by_grid(

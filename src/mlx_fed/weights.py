@@ -23,6 +23,8 @@ from .errors import FedError
 Arrays = dict[str, mx.array]
 Spec = dict[str, tuple[tuple[int, ...], str]]
 
+PIECE = 2**18
+"""Numbers of an array that are worked on at a time."""
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -204,23 +206,47 @@ class Unread(Mapping[str, mx.array]):
     """Arrays that are read one at a time, each when it is asked for.
 
     Args:
-        names (iterable): What they are called, in order.
+        spec (dict): The shape and dtype that each has, by name and in order.
         read (callable): Gives the array of a name.
+        pieces (callable, optional): Gives what :func:`pieces` does, without the whole array in
+            memory.
     """
 
-    def __init__(self, names: Iterable[str], read: Callable[[str], mx.array]):
-        self._names, self._read = dict.fromkeys(names), read
+    def __init__(
+        self,
+        spec: Spec,
+        read: Callable[[str], mx.array],
+        pieces: Callable[[str], Iterator[np.ndarray]] | None = None,
+    ):
+        self.spec, self._read = spec, read
+        self.pieces = pieces or (lambda name: cut(to_float32(read(name))))
 
     def __getitem__(self, name: str) -> mx.array:
-        if name not in self._names:
+        if name not in self.spec:
             raise KeyError(name)
         return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self.spec)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.spec)
+
+
+def pieces(arrays: Mapping[str, mx.array], name: str) -> Iterator[np.ndarray]:
+    """An array's values as float32, flat and a piece at a time, which a core's cache holds.
+
+    What is done with a piece then costs little beside reading it from memory or from disk.
+    """
+    if isinstance(arrays, Unread):
+        return arrays.pieces(name)
+    return cut(to_float32(arrays[name]))
+
+
+def cut(values: np.ndarray) -> Iterator[np.ndarray]:
+    """The values of an array that is in memory, flat and a piece at a time."""
+    flat = values.reshape(-1)
+    return (flat[start : start + PIECE] for start in range(0, flat.size, PIECE))
 
 
 def to_float32(array: mx.array) -> np.ndarray:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 from flwr.app import MessageType, MetricRecord, RecordDict
 
 from .. import aggregate, checks, messages, sums
@@ -19,7 +18,7 @@ from ..randomness import moment_of
 from ..sums import Block, Counted
 from ..task import Config, Data, TaskSource, make_task
 from ..training import Trainer, Update
-from ..weights import Arrays
+from ..weights import Arrays, is_finite
 from .batched import BatchedTrainer, Member
 from .faults import Faults
 from .kept import Kept
@@ -340,7 +339,7 @@ def _sum(
             failed.append(_failed(place, refused))
     block = sums.sum_block(number, ((c, u.parameters, u.statistics) for c, u in fit))
     every = (*block.parameters.values(), *block.statistics.values())
-    if all(np.isfinite(array).all() for array in every):
+    if all(is_finite(piece) for array in every for piece in sums.pieces(array)):
         return block
     # A sum of finite values may overflow as well: then all of them are fit, and the mean says so.
     good = []
