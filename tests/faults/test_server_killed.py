@@ -22,7 +22,7 @@ KILLS = int(os.environ.get("MLX_FED_KILLS", "20"))
 FED = ("-m", "mlx_fed")
 SIZE = ("-c", "hidden=50000", "-c", "local-steps=1")
 TASK = ("tests.tasks:moons", "--strategy", "FedAdam", *SIZE)
-"""A quarter of the time a checkpoint is being written, so that kills come in the middle of it."""
+"""A model of which a checkpoint takes a while to write, so that kills come in the middle of it."""
 
 
 def seconds_a_round(folder: Path) -> float:
@@ -36,6 +36,16 @@ def go_on_for(rounds: int, run: Started) -> None:
     """Waits until the run has gone so many rounds beyond its first."""
     first = int(run.line(r"(?m)^round (\d+) ")[1])
     run.line(rf"(?m)^round {first + rounds} ")
+
+
+def has_half_a_checkpoint(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("*.part"))
+
+
+def wait_for_half_a_checkpoint(folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not has_half_a_checkpoint(folder):
+        assert time.monotonic() < deadline, "no checkpoint is written"
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -58,16 +68,20 @@ def test_a_simulation_that_is_killed_again_and_again(start, tmp_path: Path):
     reached = set()
     while kills < KILLS:
         run = start(*command, *(("--resume",) if folder.exists() else ("--name",)), "killed")
-        if rng.random() < 0.8:
-            go_on_for(rng.randrange(15), run)
-            time.sleep(rng.uniform(0, 1.5) * a_round)
-        else:  # while it starts
-            time.sleep(rng.uniform(0, 15) * a_round)
+        match rng.randrange(5):
+            case 0:  # while it starts
+                time.sleep(rng.uniform(0, 15) * a_round)
+            case 1:  # as it writes
+                go_on_for(rng.randrange(15), run)
+                wait_for_half_a_checkpoint(folder)
+            case _:
+                go_on_for(rng.randrange(15), run)
+                time.sleep(rng.uniform(0, 1.5) * a_round)
         assert run.process.poll() is None, "it was to be killed, and is done: more rounds!"
         run.process.send_signal(signal.SIGKILL)
         assert run.ends() == -signal.SIGKILL
         kills += 1
-        halves += any((folder / "checkpoints").glob("*.part"))
+        halves += has_half_a_checkpoint(folder)
         reached.add(max(checkpoints(folder), default=0) if folder.exists() else 0)
     last = start(*command, "--resume", "killed")
     assert last.ends(600) == 0, last.text
