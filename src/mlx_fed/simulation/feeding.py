@@ -11,7 +11,7 @@ Examples = tuple[mx.array, ...]
 Feed = Callable[[Sequence[int], Sequence[np.ndarray]], Examples]
 """``feed(places, indices)``: for each array of a batch, shape (clients, batch, ...)."""
 
-_MOST_STACKS = 256
+_MOST_STACKS = 32
 
 
 class HostStacks:
