@@ -186,6 +186,15 @@ def test_a_node_with_another_fingerprint_is_turned_away(tmp_path: Path):
     ]
 
 
+def test_what_only_a_node_says_is_not_asked_of_it(tmp_path: Path):
+    telling = replace(TASK, fingerprint=lambda: {"base model": "3f2a", "tokenizer": lambda: "9c1b"})
+    apps = [fed.client_app(task) for task in (telling, TASK)]
+    leading = Settings(num_rounds=1, seed=SEED)
+    history = History(tmp_path)
+    result = rounds.run(LoopbackGrid(apps), FedAvg(), Trainer(TASK, SEED), leading, history)
+    assert result.rounds[0]["train"]["nodes"] == ["node-0", "node-1"]
+
+
 def test_a_task_saves_the_model_in_a_form_of_its_own(tmp_path: Path):
     def save(model: nn.Module, folder: Path) -> Path:
         model.save_weights(str(folder / "weights.npz"))

@@ -116,7 +116,7 @@ class _Client:
             "partition-id": partition,
             "fingerprint": json.dumps(found),
         }
-        if found == expected:  # another's model is not built, nor downloaded
+        if expected.items() <= found.items():  # another's model is not built, nor downloaded
             trainer, _ = self.setting_out(message, context)
             if config.get("prepare"):
                 data, _ = self.data_of(trainer, context)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -153,13 +154,15 @@ TaskSource = Task | Callable[[Config], Task]
 """A task, or a function that makes one from the settings it is run with."""
 
 
-def fingerprint_of(task: Task, expected: Mapping[str, str] | None = None) -> dict[str, str]:
+def fingerprint_of(
+    task: Task, expected: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
     """What the task says has to be the same on every machine: all of it, or up to the first that
     is not as expected."""
     known: dict[str, str] = {}
     for what, value in (task.fingerprint() if task.fingerprint else {}).items():
         known[what] = value() if callable(value) else value
-        if expected is not None and expected.get(what) != known[what]:
+        if expected.get(what, known[what]) != known[what]:
             break
     return known
 

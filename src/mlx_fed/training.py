@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from functools import cached_property
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -65,7 +66,6 @@ class Trainer:
         spec (dict): Shape and dtype of each parameter that is trained together, by name.
         statistics_spec (dict): The same of the running statistics.
         keeps (bool): Whether clients keep arrays of their own from round to round.
-        fingerprint (dict): What the task says has to be the same on every machine.
     """
 
     def __init__(self, task: Task, seed: int = 0):
@@ -88,10 +88,14 @@ class Trainer:
         self.keeps = bool(self._personal) or self._keeps_statistics or task.keep_optimizer
         self.spec = weights.spec(self.parameters())
         self.statistics_spec = weights.spec(weights.get(self.slots.statistics))
-        self.fingerprint = fingerprint_of(task)
         self.batches = Batches(task, self.model, masked=not self.slots.statistics)
         self._training: tuple[Any, TrainingPrograms] | None = None
         self._evaluation: Callable | None = None
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What the task says has to be the same on every machine: asked for by who leads a run."""
+        return fingerprint_of(self.task)
 
     def parameters(self) -> Arrays:
         """The model's parameters that are trained together, by name."""

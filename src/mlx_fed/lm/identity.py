@@ -6,7 +6,6 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ _PROBES = (
 )
 
 
-@lru_cache(maxsize=1)
 def of_weights(folder: Path) -> str:
     """A hash of the names, shapes, dtypes and a sample of the values of a model's weights.
 
@@ -96,7 +94,6 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({_short(text.encode())})"
 
 
-@lru_cache(maxsize=1)
 def of_tokenizer(tokenizer: Any) -> str:
     """A hash of the vocabulary, the chat template, and how some text is split."""
     known = {
