@@ -94,6 +94,15 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
         process.end()
 
 
+def python(code: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    """Runs code in a process of its own, in which nothing is imported yet."""
+    environment = {k: v for k, v in os.environ.items() if k != "MLX_FED_BLAS"} | env
+    command = [sys.executable, "-W", "always", "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 class Ended(NamedTuple):
     """What came of a command: its exit code, and all that it printed."""
 

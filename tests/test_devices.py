@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -13,88 +11,9 @@ import pytest
 from mlx_fed import devices
 from mlx_fed.devices import DeviceError
 
-from .conftest import ROOT
+from .conftest import ROOT, python
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX has its own BLAS")
-
-
-def python(code: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
-    """Runs code in a process of its own, in which nothing is imported yet."""
-    environment = {k: v for k, v in os.environ.items() if k != "MLX_FED_BLAS"} | env
-    command = [sys.executable, "-W", "always", "-c", code]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def has_fast_blas() -> bool:
-    return any(devices._candidates())
-
-
-REPORT = """
-import sys
-assert "mlx.core" not in sys.modules
-import mlx_fed
-from mlx_fed import devices
-assert "mlx.core" not in sys.modules
-blas = devices.load_fast_blas()
-import mlx.core as mx
-a = mx.arange(6.0).reshape(2, 3)
-assert mx.array_equal(a @ a.T, mx.array([[5.0, 14.0], [14.0, 50.0]]))
-print(blas.name, blas.hint, sep="|")
-print(any("openblas" in line for line in open("/proc/self/maps")))
-"""
-
-
-@linux
-@pytest.mark.skipif(not has_fast_blas(), reason="needs an OpenBLAS")
-def test_an_openblas_is_loaded_before_mlx():
-    done = python(REPORT)
-    name, loaded = done.stdout.splitlines()
-    assert name.startswith("OpenBLAS (")
-    assert loaded == "True"
-    assert "MLX was imported first" not in done.stderr
-
-
-@linux
-@pytest.mark.parametrize(
-    ("setting", "hint"),
-    [
-        ("off", "MLX_FED_BLAS=off"),
-        ("/nowhere/libblas.so", "/nowhere/libblas.so"),
-        (sys.executable, ""),  # not a library
-    ],
-)
-def test_without_a_library_mlx_computes_with_its_own(setting, hint):
-    name, loaded = python(REPORT, MLX_FED_BLAS=setting).stdout.splitlines()
-    assert name.startswith("reference BLAS|")
-    assert hint in name
-    assert loaded == "False"
-
-
-@linux
-def test_a_library_without_matrix_products_is_passed_over():
-    name, _ = python(REPORT, MLX_FED_BLAS="libm.so.6").stdout.splitlines()
-    assert name.startswith("reference BLAS|")
-    assert "cblas_sgemm" in name
-
-
-@linux
-@pytest.mark.skipif(not has_fast_blas(), reason="needs an OpenBLAS")
-def test_too_late_is_told_once():
-    done = python(
-        "import mlx.core\nimport mlx_fed\nfrom mlx_fed import devices\n"
-        "print(devices.load_fast_blas().hint)\nprint(devices.use('cpu'))"
-    )
-    assert done.stderr.count("import mlx_fed before mlx.core") == 1
-    assert "<string>:2: UserWarning" in done.stderr  # where the program can be mended
-    assert done.stdout.count("import mlx_fed before mlx.core") == 2
-
-
-@linux
-def test_too_late_for_nothing_is_no_warning():
-    done = python("import mlx.core\nimport mlx_fed", MLX_FED_BLAS="off")
-    assert "UserWarning" not in done.stderr
 
 
 @pytest.mark.skipif(mx.is_available(mx.gpu), reason="there is a GPU")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import devices
+from . import blas, devices
 from .errors import FedError
 from .task import Data, Task
 
@@ -47,7 +47,7 @@ _LATE = {
     "simulate": "simulation.simulate",
 }
 
-devices.load_fast_blas()
+blas.load_fast_blas()
 devices.require_backend()
 
 

@@ -1,83 +1,20 @@
-"""Where MLX computes: the GPU or CPU, and on Linux a BLAS that is worth having.
-
-The Linux wheel of MLX is linked against the reference BLAS, whose matrix products run at a
-twentieth or less of the machine's speed. An OpenBLAS that is loaded first takes its place.
-"""
+"""Where MLX computes: the GPU or the CPU."""
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import importlib
 import importlib.util
-import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
+from .blas import load_fast_blas
 from .errors import FedError
 
 
 class DeviceError(FedError):
     """The device that was asked for is not there."""
-
-
-class Blas(NamedTuple):
-    """The BLAS that MLX uses on the CPU, and a hint where it could be a faster one."""
-
-    name: str
-    hint: str = ""
-
-
-def _candidates() -> Iterator[str]:
-    """Libraries to try in order: the user's own, the one that pip installs, the system's."""
-    own = os.environ.get("MLX_FED_BLAS")
-    if own:
-        yield own
-        return
-    pip = (Path(p, "cmeel.prefix", "lib", "libopenblas.so.0") for p in sys.path if p)
-    yield from (str(path) for path in pip if path.exists())
-    if system := ctypes.util.find_library("openblas"):  # which asks the compiler
-        yield system
-
-
-@cache
-def load_fast_blas() -> Blas:
-    """Loads an OpenBLAS before MLX does its own, where there is one. Never raises.
-
-    It has an effect only before the first ``import mlx.core`` of a process, which is why
-    ``import mlx_fed`` calls it. One thread a process unless ``OPENBLAS_NUM_THREADS`` says
-    otherwise: clients on one machine would slow each other down many times over. Set
-    ``MLX_FED_BLAS`` to the path of another library with CBLAS names to use that, or to ``off``
-    to leave MLX as it is.
-    """
-    if sys.platform != "linux":
-        return Blas("Accelerate" if sys.platform == "darwin" else "MLX's own")
-    if os.environ.get("MLX_FED_BLAS") == "off":
-        return Blas("reference BLAS", "MLX_FED_BLAS=off")
-    if "mlx.core" in sys.modules:
-        hint = "import mlx_fed before mlx.core, which then computes many times faster on the CPU"
-        if any(_candidates()):
-            warnings.warn(f"MLX was imported first: {hint}.", stacklevel=3)
-        return Blas("as MLX was imported", hint)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    failures = []
-    for path in _candidates():
-        try:
-            library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-            library.cblas_sgemm  # noqa: B018 - raises where the names carry a prefix
-        except (OSError, AttributeError) as error:
-            failures.append(str(error))
-        else:
-            return Blas(f"OpenBLAS ({path})")
-    if any("libgfortran" in failure for failure in failures):
-        return Blas("reference BLAS", "OpenBLAS needs libgfortran5: apt install libgfortran5")
-    hint = failures[0] if failures else "OpenBLAS is not installed: mlx-fed's extra cpu brings it"
-    return Blas("reference BLAS", hint)
 
 
 def require_backend() -> None:

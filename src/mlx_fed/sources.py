@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +22,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
+from . import cached
 from .bars import loading_with_bars
 from .errors import FedError
 from .loading import loading
@@ -155,28 +155,19 @@ def kept(content: list[Any], make: Callable[[], np.ndarray]) -> np.ndarray:
     """
     name = hashlib.sha256(json.dumps([1, *content]).encode()).hexdigest()[:40]
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = Path(os.environ.get("MLX_FED_CACHE") or home / "mlx-fed") / f"{name}.npy"
-    except RuntimeError:  # no home
-        return make()
-    try:
-        return np.asarray(np.load(path, mmap_mode="r"))
+        return _mapped(cached.path_of(f"{name}.npy"))
     except (EOFError, OSError, ValueError):
         array = make()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            try:
-                np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-        return np.asarray(np.load(path, mmap_mode="r"))
+        path = cached.path_of(f"{name}.npy")
+        cached.make(path, lambda part: np.save(part, array))
+        return _mapped(path)
     except (EOFError, OSError, ValueError):
         return array
+
+
+def _mapped(path: Path) -> np.ndarray:
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def installed(package: str) -> str | None:
