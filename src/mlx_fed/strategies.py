@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
 
 from . import randomness
+from .spool import records_in
 
 _NOBODY = 0
 """The receiver of a message that is never sent."""
@@ -92,7 +93,7 @@ def aggregate_mean(
 
     if type(strategy).aggregate_train is FedAvg.aggregate_train:
         # The mean of one reply is that reply: what Flower would do first is copy it three times.
-        return next(iter(mean.array_records.values())), aggregate([], weighted_by)
+        return next(iter(records_in(mean, ArrayRecord).values())), aggregate([], weighted_by)
     averaging.train_metrics_aggr_fn = aggregate
     try:
         return strategy.aggregate_train(number, [Message(mean, _NOBODY, MessageType.TRAIN)])

@@ -22,6 +22,9 @@ from .weights import Arrays, Spec, StackedRow, Unread, to_float32
 
 _LARGEST_BLOCK = 16
 _FEWEST_BLOCKS = 20
+_AT_ONCE = 4
+"""Blocks that are added to the sum together, a piece of them after another: most of the time goes
+into the sum's own bytes, which are twice those of a block."""
 
 Sums = dict[str, np.ndarray]
 
@@ -48,24 +51,25 @@ class Block(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """The mean of all updates: float32 arrays by name, the total weight, and who counted."""
+    """The mean of all updates: float32 arrays by name, the total weight, and who counted.
 
-    parameters: Sums
-    statistics: Sums
+    Each array is computed when it is asked for.
+    """
+
+    parameters: Mapping[str, np.ndarray]
+    statistics: Mapping[str, np.ndarray]
     weight: float
     counted: list[Counted]
 
     def as_reply(self, like: ArrayRecord, weighted_by: str, spool: Spool) -> RecordDict:
         """What a client would reply that had the mean and all the weight.
 
-        The mean's parameters go over into it, one after another.
-
         Args:
             like (ArrayRecord): The masters before, whose order the mean's arrays take.
             weighted_by (str): The metric that weighs.
             spool (Spool): Where large arrays wait.
         """
-        arrays = spool.record((name, spool.values(self.parameters.pop(name))) for name in like)
+        arrays = spool.record((name, spool.values(self.parameters[name])) for name in like)
         metrics = MetricRecord({weighted_by: self.weight})
         return RecordDict({"arrays": arrays, "metrics": metrics})
 
@@ -160,8 +164,8 @@ class Total:
     """
 
     def __init__(self) -> None:
-        self._parameters: Sums = {}
-        self._statistics: Sums = {}
+        self._parameters = _Sum()
+        self._statistics = _Sum()
         self._counted: list[Counted] = []
         self.early: dict[int, Block] = {}
         self._next = 0
@@ -174,21 +178,68 @@ class Total:
             self._next += 1
 
     def mean(self) -> Mean:
-        """The mean over all updates, once the last block has been added: it uses the sum up."""
+        """The mean over all updates, once the last block has been added."""
         for number in sorted(self.early):
             self._take(self.early.pop(number))
         weight = sum(client.weight for client in self._counted)
-        parameters = _divided(self._parameters, weight)
-        return Mean(parameters, _divided(self._statistics, weight), weight, self._counted)
+        parameters, statistics = _Means(self._parameters, weight), _Means(self._statistics, weight)
+        return Mean(parameters, statistics, weight, self._counted)
 
     def _take(self, block: Block) -> None:
-        for total, part in (
-            (self._parameters, block.parameters),
-            (self._statistics, block.statistics),
-        ):
-            for name, array in part.items():
-                _take_in(total, name, array)
+        self._parameters.take(block.parameters)
+        self._statistics.take(block.statistics)
         self._counted += block.counted
+
+
+class _Sum:
+    """A sum of arrays by name: what is added up, and the parts that are not yet, in order."""
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+        self.waiting: list[Mapping[str, np.ndarray | ArraySum]] = []
+
+    def take(self, part: Mapping[str, np.ndarray | ArraySum]) -> None:
+        if part:
+            self.waiting.append(part)
+        if len(self.waiting) == _AT_ONCE:
+            for name, first in part.items():
+                known = name in self.sums
+                total = self.sums[name] if known else np.empty(first.shape, np.float64)
+                _fill(total, self.pieces(name))
+                self.sums[name] = total
+            self.waiting = []
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The sum of one array in float64, flat and a piece at a time."""
+        parts = [pieces(part[name]) for part in self.waiting]
+        if name in self.sums:
+            parts.insert(0, weights.cut(self.sums[name]))
+        for first, *others in zip(*parts, strict=True):
+            total = first.astype(np.float64)
+            for other in others:
+                total += other
+            yield total
+
+
+class _Means(Mapping[str, np.ndarray]):
+    """A sum divided by a weight, in float32."""
+
+    def __init__(self, total: _Sum, weight: float):
+        self._total, self._weight = total, weight
+        self._shapes = {
+            n: a.shape for each in (*total.waiting, total.sums) for n, a in each.items()
+        }
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        mean = np.empty(self._shapes[name], np.float32)
+        _fill(mean, (piece / self._weight for piece in self._total.pieces(name)))
+        return mean
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 def in_order(parts: Iterable[Block]) -> Total:
@@ -220,23 +271,8 @@ def _add(sums: Sums, names: Iterable[str], arrays: Mapping[str, mx.array], weigh
             sums[name] = product
 
 
-def _take_in(totals: Sums, name: str, part: np.ndarray | ArraySum) -> None:
-    first = name not in totals
-    if first:
-        totals[name] = np.empty(part.shape, np.float64)
-    total, end = totals[name].reshape(-1), 0
-    for piece in pieces(part):
+def _fill(array: np.ndarray, flat_pieces: Iterable[np.ndarray]) -> None:
+    flat, end = array.reshape(-1), 0
+    for piece in flat_pieces:
         start, end = end, end + piece.size
-        if first:
-            total[start:end] = piece
-        else:
-            total[start:end] += piece
-
-
-def _divided(sums: Sums, weight: float) -> Sums:
-    divided: Sums = {}
-    for name in list(sums):
-        total = sums.pop(name)
-        total /= weight
-        divided[name] = total.astype(np.float32)
-    return divided
+        flat[start:end] = piece

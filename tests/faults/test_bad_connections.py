@@ -1,6 +1,7 @@
 """Connections break, dawdle and end in the middle; nodes are cut off, and sleep.
 
-``MLX_FED_CONNECTIONS=20 pytest -m slow tests/faults`` tries as many seeds.
+``MLX_FED_CONNECTIONS=20 pytest -m slow tests/faults`` tries as many seeds, and
+``MLX_FED_SLEEP=3600`` has a node sleep for an hour.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from tests.conftest import Started
 from tests.faults.proxy import HARMS, Proxy
 from tests.test_fleet import assert_same_bits, history, join, serve
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+SLEEP = float(os.environ.get("MLX_FED_SLEEP", "0"))
+"""Seconds that a node goes on sleeping after it has been given up."""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240 + SLEEP)]
 SEEDS = range(int(os.environ.get("MLX_FED_CONNECTIONS", "3")))
 NODES = range(3)
 ROUNDS = 30
@@ -119,10 +122,12 @@ def test_a_node_that_is_cut_off_comes_back(start, proxy, tmp_path: Path, cut):
 def test_a_node_that_sleeps_until_it_counts_as_gone_comes_back(start, tmp_path: Path):
     """Nothing of its connections breaks: the server hears no heartbeat, and gives it up."""
     server, address = serve(start, tmp_path, "--rounds", 10_000)
-    nodes = [join(start, address, number, "-c", "slow=0.2") for number in NODES]
+    slow = f"slow={0.2 + SLEEP / 2000}"
+    nodes = [join(start, address, number, "-c", slow) for number in NODES]
     takes_part(server, tmp_path / "run")
     nodes[2].process.send_signal(signal.SIGSTOP)
     is_given_up(server, tmp_path / "run")
+    time.sleep(SLEEP)
     nodes[2].process.send_signal(signal.SIGCONT)
     comes_back(server, tmp_path / "run")
     assert [node.ends() for node in nodes] == [0, 0, 0], nodes[2].text
