@@ -22,9 +22,10 @@ from .weights import Arrays, Spec, StackedRow, Unread, to_float32
 
 _LARGEST_BLOCK = 16
 _FEWEST_BLOCKS = 20
-_AT_ONCE = 4
-"""Blocks that are added to the sum together, a piece of them after another: most of the time goes
-into the sum's own bytes, which are twice those of a block."""
+_FEW = 4
+"""Blocks whose sum is not kept in memory: it is taken once, a piece at a time, when the mean is."""
+_NOTHING = np.float64(-0.0)
+"""What changes no number that is added to it, not the sign of a zero either."""
 
 Sums = dict[str, np.ndarray]
 
@@ -195,30 +196,46 @@ class _Sum:
     """A sum of arrays by name: what is added up, and the parts that are not yet, in order."""
 
     def __init__(self) -> None:
-        self.sums: Sums = {}
-        self.waiting: list[Mapping[str, np.ndarray | ArraySum]] = []
+        self._sums: Sums = {}
+        self._waiting: list[Mapping[str, np.ndarray | ArraySum]] = []
 
     def take(self, part: Mapping[str, np.ndarray | ArraySum]) -> None:
         if part:
-            self.waiting.append(part)
-        if len(self.waiting) == _AT_ONCE:
-            for name, first in part.items():
-                known = name in self.sums
-                total = self.sums[name] if known else np.empty(first.shape, np.float64)
-                _fill(total, self.pieces(name))
-                self.sums[name] = total
-            self.waiting = []
+            self._waiting.append(part)
+        if self._sums or len(self._waiting) > _FEW:
+            for name, shape in self.shapes.items():
+                if name not in self._sums:
+                    self._sums[name] = np.full(shape, _NOTHING)
+                parts = self._parts(name)
+                for total in weights.cut(self._sums[name]):
+                    _add_next(total, parts)
+            self._waiting = []
 
-    def pieces(self, name: str) -> Iterator[np.ndarray]:
-        """The sum of one array in float64, flat and a piece at a time."""
-        parts = [pieces(part[name]) for part in self.waiting]
-        if name in self.sums:
-            parts.insert(0, weights.cut(self.sums[name]))
-        for first, *others in zip(*parts, strict=True):
-            total = first.astype(np.float64)
-            for other in others:
-                total += other
-            yield total
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        some: Mapping[str, np.ndarray | ArraySum] = self._sums or next(iter(self._waiting), {})
+        return {name: array.shape for name, array in some.items()}
+
+    def mean(self, name: str, weight: float) -> np.ndarray:
+        """The sum of one array, divided by a weight."""
+        mean = np.empty(self.shapes[name], np.float32)
+        known = weights.cut(self._sums[name]) if name in self._sums else None
+        parts = self._parts(name)
+        for piece in weights.cut(mean):
+            total = next(known).copy() if known else np.full(piece.shape, _NOTHING)
+            _add_next(total, parts)
+            total /= weight
+            piece[:] = total
+        return mean
+
+    def _parts(self, name: str) -> list[Iterator[np.ndarray]]:
+        return [pieces(part[name]) for part in self._waiting]
+
+
+def _add_next(total: np.ndarray, parts: Iterable[Iterator[np.ndarray]]) -> None:
+    """Adds the next piece of each part: one at a time, as a core's cache holds no more."""
+    for part in parts:
+        total += next(part)
 
 
 class _Means(Mapping[str, np.ndarray]):
@@ -226,20 +243,15 @@ class _Means(Mapping[str, np.ndarray]):
 
     def __init__(self, total: _Sum, weight: float):
         self._total, self._weight = total, weight
-        self._shapes = {
-            n: a.shape for each in (*total.waiting, total.sums) for n, a in each.items()
-        }
 
     def __getitem__(self, name: str) -> np.ndarray:
-        mean = np.empty(self._shapes[name], np.float32)
-        _fill(mean, (piece / self._weight for piece in self._total.pieces(name)))
-        return mean
+        return self._total.mean(name, self._weight)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
+        return iter(self._total.shapes)
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self._total.shapes)
 
 
 def in_order(parts: Iterable[Block]) -> Total:
@@ -269,10 +281,3 @@ def _add(sums: Sums, names: Iterable[str], arrays: Mapping[str, mx.array], weigh
             sums[name] += product
         else:
             sums[name] = product
-
-
-def _fill(array: np.ndarray, flat_pieces: Iterable[np.ndarray]) -> None:
-    flat, end = array.reshape(-1), 0
-    for piece in flat_pieces:
-        start, end = end, end + piece.size
-        flat[start:end] = piece
