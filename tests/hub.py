@@ -20,6 +20,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder: Path
     seconds: float
+    given: list[str]
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -33,6 +34,8 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         if not file.is_file():
             self._answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
             return
+        if self.command == "GET":
+            self.given.append(file.name)
         content = file.read_bytes()
         tag = f'"{hashlib.sha256(content).hexdigest()}"'
         self._answer(content, 200, {"ETag": tag, "X-Repo-Commit": _COMMIT}, self.seconds)
@@ -67,13 +70,20 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path, seconds: float) -> Iterator[str]:
+def serving(folder: Path, seconds: float = 0.0, given: list[str] | None = None) -> Iterator[str]:
     """Serves a repository with a folder's files, each of which takes some seconds to come.
+
+    Args:
+        folder (Path): Where the files are.
+        seconds (float): How long each takes.
+        given (list, optional): Has the name of each file afterwards, once for each time that it was
+            asked for.
 
     Yields:
         str: Its address, for ``HF_ENDPOINT``.
     """
-    hub = type("Hub", (_Hub,), {"folder": folder, "seconds": seconds})
+    known = {"folder": folder, "seconds": seconds, "given": [] if given is None else given}
+    hub = type("Hub", (_Hub,), known)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), hub) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()

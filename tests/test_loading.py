@@ -248,5 +248,6 @@ def test_a_base_model_of_the_hub_is_told_where_it_is_downloaded(start, tmp_path:
         assert "note" in {json.loads(line)["event"] for line in run.text.splitlines()}
     else:
         assert run.text.startswith("Downloading the model org/it ...\n")
+        assert "Downloading the tokenizer of org/it: done in" in run.text
         assert "Downloading the model org/it: done in" in run.text
         assert "%|" not in run.text

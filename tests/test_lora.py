@@ -180,7 +180,7 @@ def test_the_base_is_loaded_once_and_its_arrays_are_shared(llama, data):
     layers = [model.layers[0].self_attn.q_proj for model in (one, other)]
     assert layers[0] is not layers[1]
     assert layers[0].linear.weight is layers[1].linear.weight
-    assert "linear" not in base.load(llama).model.layers[0].self_attn.q_proj
+    assert "linear" not in base.load(llama).layers[0].self_attn.q_proj
 
 
 def test_the_loss_is_the_mean_over_tokens_whatever_the_batches(llama, data):

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("mlx_lm")
 
-from . import tiny_llama
+from . import hub, tiny_llama
 
 pytestmark = pytest.mark.slow
 LORA = ("-m", "mlx_fed", "lora")
@@ -124,6 +124,34 @@ def test_a_federation_that_encrypts(start, config, tmp_path):
     assert server.ends() == 0, server.text
     assert [node.ends() for node in nodes] == [0, 0, 0], nodes[1].text
     assert "node-1 joined" in server.text
+
+
+def test_a_node_downloads_each_file_once_and_no_weights_for_another_tokenizer(
+    start, config, tmp_path
+):
+    tiny_llama.write_model(tmp_path / "other", bits=4, words=["one"])
+    run = ("--nodes", 1, "--rounds", 1, "--runs", tmp_path)
+    server = start(*LORA, "serve", "-c", config, "--port", 0, *run)
+    address = server.line(r"Server ready on (\S+)").group(1)
+
+    def joins_with(model: Path) -> tuple[int, str, list[str]]:
+        given: list[str] = []
+        with hub.serving(model, given=given) as endpoint:
+            node = start(
+                *(*LORA, "join", "-c", config, "--data", tmp_path / "data" / "anna"),
+                *("--model", "org/it", "--server", address),
+                HF_ENDPOINT=endpoint,
+                HF_HOME=str(tmp_path / f"home-{model.name}"),
+            )
+            return node.ends(), " ".join(node.text.split()), sorted(given)
+
+    code, text, given = joins_with(tmp_path / "other")
+    assert code == 1
+    assert "its tokenizer is not the server's: " in text
+    assert given == ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    code, text, given = joins_with(tmp_path / "base")
+    assert (code, server.ends()) == (0, 0), text
+    assert given == sorted(path.name for path in (tmp_path / "base").iterdir())
 
 
 def test_malformed_texts_end_a_simulation_before_it_begins(start, config, tmp_path):

@@ -207,14 +207,19 @@ def test_plain_text_has_no_prompt_to_mask(llama, data):
 # -- the base model ------------------------------------------------------------------------
 
 
+def forget_what_was_found() -> None:
+    """As in a new process."""
+    for remembered in (base.find, base.folder_of_tokenizer, base.folder_of_config):
+        remembered.cache_clear()
+
+
 def build(model: Path | str, **flags):
     return lora_task(load_config(None, {"model": str(model), "num_layers": 2, **flags})).model()
 
 
 def test_mlx_lm_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
-    base.find.cache_clear()
-    base.folder_of_config.cache_clear()
+    forget_what_was_found()
     with refused('needs mlx-lm: pip install "mlx-fed[lm]"'):
         build("anything")
 
@@ -250,12 +255,13 @@ def test_weights_that_are_cut_off(tmp_path):
         build(model)
 
 
-def test_a_model_without_a_tokenizer(tmp_path):
+def test_a_model_without_a_tokenizer(data, tmp_path):
     model = tiny_llama.write_model(tmp_path / "mute")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
+    config = load_config(None, {"model": str(model), "num_layers": 2, "data": str(data)})
     with refused(f"Cannot load the tokenizer in {model}"):
-        build(model)
+        lora_task(config).data(0, None)
 
 
 def test_more_layers_than_there_are(llama):
@@ -288,8 +294,7 @@ def test_nothing_is_downloaded_for_adapters_that_do_not_fit(llama, monkeypatch, 
     (snapshot / "config.json").write_bytes((llama / "config.json").read_bytes())
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    base.find.cache_clear()
-    base.folder_of_config.cache_clear()
+    forget_what_was_found()
     with refused("num_layers is 16, and the model has 2 layers"):
         build("somebody/model", num_layers=16)
     with refused(f"{snapshot} has no weights"):
@@ -319,6 +324,7 @@ def test_adapters_to_start_from_that_do_not_fit(llama, tmp_path):
         ),
         ("bits", "its base model's quantization is not the server's: {\"bits\": 4, "),
         ("tokenizer", "its tokenizer is not the server's: "),
+        ("tokenizer before weights", "its tokenizer is not the server's: "),
         ("rank", "its LoRA rank is not the server's: 2, expected 8"),
         ("scale", "its LoRA scale is not the server's: 5.0, expected 20.0"),
         ("kind", "its fine_tune_type is not the server's: dora, expected lora"),
@@ -335,13 +341,17 @@ def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path
         ),
         "rope": lambda: replace(config, model=str(with_rope_theta(tmp_path / "other", 5e5))),
         "not yet downloaded": lambda: replace(
-            config, model=str(without_weights(tmp_path / "other", 5e5))
+            config, model=str(without_weights(with_rope_theta(tmp_path / "other", 5e5)))
         ),
         "bits": lambda: replace(
             config, model=str(tiny_llama.write_model(tmp_path / "other", bits=4))
         ),
         "tokenizer": lambda: replace(
             config, model=str(tiny_llama.write_model(tmp_path / "other", words=["one"]))
+        ),
+        "tokenizer before weights": lambda: replace(
+            config,
+            model=str(without_weights(tiny_llama.write_model(tmp_path / "other", words=["one"]))),
         ),
         "rank": lambda: replace(config, lora_parameters={**config.lora_parameters, "rank": 2}),
         "scale": lambda: replace(config, lora_parameters={**config.lora_parameters, "scale": 5}),
@@ -369,9 +379,9 @@ def with_rope_theta(folder: Path, theta: float) -> Path:
     return folder
 
 
-def without_weights(folder: Path, theta: float) -> Path:
-    """What is there of another base before it is downloaded."""
-    for path in with_rope_theta(folder, theta).glob("*.safetensors"):
+def without_weights(folder: Path) -> Path:
+    """What is there of a base before its weights are downloaded."""
+    for path in folder.glob("*.safetensors"):
         path.unlink()
     return folder
 
@@ -384,7 +394,6 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    base.find.cache_clear()
-    base.folder_of_config.cache_clear()
+    forget_what_was_found()
     with refused("neither a folder nobody/nothing nor a model of that name to be had"):
         build("nobody/nothing")

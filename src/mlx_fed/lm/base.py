@@ -1,4 +1,8 @@
-"""The base model: found, loaded once a process, and shared by all who fine-tune it."""
+"""The base model and its tokenizer: found, loaded once a process, shared by all who fine-tune it.
+
+Of a model on the hub its config.json is downloaded first, then all that the tokenizer may need, and
+then the weights: each when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import copy
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..bars import loading_with_bars
 from ..errors import FedError
@@ -17,13 +21,6 @@ if TYPE_CHECKING:
 
 class BaseModelError(FedError):
     """A base model that is not there, or cannot be loaded."""
-
-
-class Base(NamedTuple):
-    """A base model in memory: its module, of which nothing is trained, and its tokenizer."""
-
-    model: nn.Module
-    tokenizer: Any
 
 
 def require_mlx_lm() -> None:
@@ -50,10 +47,9 @@ def find(name: str) -> Path:
         BaseModelError: If it is not there, has no weights, or is of an architecture that mlx-lm
             does not know.
     """
-    folder = folder_of_config(name)
-    classes(folder, read_config(folder))
-    if folder != Path(name).expanduser():
-        folder = _download(name, None)
+    folder = folder_of_tokenizer(name)
+    if not is_folder(name):
+        folder = _download(name, f"the model {name}", None)
     if not weight_files(folder):
         raise BaseModelError(
             f"{folder} has no weights: no file model*.safetensors. Download all of it, or make "
@@ -92,20 +88,41 @@ def outline(name: str) -> nn.Module | None:
 def folder_of_config(name: str) -> Path:
     """The folder where a model's config.json is, and perhaps nothing else yet."""
     require_mlx_lm()
-    folder = Path(name).expanduser()
-    if folder.exists():
-        return folder
+    if is_folder(name):
+        return Path(name).expanduser()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BaseModelError(f"There is no model in {name}: no such folder.")
-    return _download(name, ["config.json"])
+    return _download(name, f"the model {name}", ["config.json"])
 
 
-def _download(name: str, patterns: list[str] | None) -> Path:
+@lru_cache
+def folder_of_tokenizer(name: str) -> Path:
+    """The folder where all of a model is but perhaps its weights.
+
+    Raises:
+        BaseModelError: If it is not there, or of an architecture that mlx-lm does not know.
+    """
+    folder = folder_of_config(name)
+    classes(folder, read_config(folder))
+    if is_folder(name):
+        return folder
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    small = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if not pattern.endswith(".safetensors")]
+    return _download(name, f"the tokenizer of {name}", small)
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model is on this machine under its name, and nothing of it is downloaded."""
+    return Path(name).expanduser().exists()
+
+
+def _download(name: str, what: str, patterns: list[str] | None) -> Path:
     from huggingface_hub.utils import tqdm
     from mlx_lm.utils import _download as download
 
     try:
-        with loading_with_bars(f"Downloading the model {name}", tqdm):
+        with loading_with_bars(f"Downloading {what}", tqdm):
             folder: Path = download(name, allow_patterns=patterns)
     except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
         why = str(error).strip().splitlines() or [type(error).__name__]
@@ -161,8 +178,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 @lru_cache(maxsize=1)
-def load(folder: Path, trust_remote_code: bool = False) -> Base:
-    """The base model and its tokenizer, loaded once a process.
+def load(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+    """The base model, of which nothing is trained, loaded once a process.
 
     Arrays are read when they are first computed with.
 
@@ -172,21 +189,22 @@ def load(folder: Path, trust_remote_code: bool = False) -> Base:
     from mlx_lm.utils import load_model
 
     try:
-        model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+        model, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever files that are not a model's bring about
         raise BaseModelError(f"mlx-lm cannot load {folder}: {error}") from error
-    model.freeze()
-    return Base(model, load_tokenizer(folder, trust_remote_code, config.get("eos_token_id")))
+    return model.freeze()
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False, eos: Any = None) -> Any:
-    """The tokenizer alone.
+@lru_cache(maxsize=1)
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a base model, loaded once a process.
 
     Raises:
         BaseModelError: If there is none that can be loaded.
     """
     from mlx_lm.utils import load_tokenizer as load
 
+    eos = read_config(folder).get("eos_token_id")
     try:
         return load(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
     except Exception as error:  # transformers' many kinds

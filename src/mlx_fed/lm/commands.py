@@ -16,7 +16,7 @@ import typer
 from .. import randomness
 from ..arguments import errors_as_messages, find_strategy
 from ..options import Joining, Leading, Listening, Token, Watching, with_options
-from .base import require_mlx_lm
+from .base import is_folder, require_mlx_lm
 from .config import ConfigError, Federation, LoraConfig, load_config
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def join(
         own = replace(config, resume_adapter_file=None)
         task = lora_task(own, note=lambda text: tell("note", text=text))
         data = task.data(node_id, num_partitions)
-        task.model()  # what is wrong with it is said now, and not when the server asks
+        if is_folder(config.model):  # else its weights are downloaded when the server has agreed
+            task.model()  # what is wrong with it is said now, and not when the server asks
         join(
             replace(task, data=lambda partition_id, num_partitions: data),
             token=token,

@@ -9,8 +9,8 @@ from .. import weights
 from ..settings import EvaluateFn
 from ..task import Task
 from ..weights import Arrays
-from . import base
 from .config import LoraConfig
+from .task import load_tokenizer
 
 
 def sampler(config: LoraConfig, task: Task) -> EvaluateFn | None:
@@ -36,7 +36,7 @@ def sampler(config: LoraConfig, task: Task) -> EvaluateFn | None:
 
         model().load_weights(list(parameters.items()), strict=False)
         model().eval()
-        tokenizer = base.load(base.find(config.model), config.trust_remote_code).tokenizer
+        tokenizer = load_tokenizer(config)
         written = generate(model(), tokenizer, prompt, max_tokens=federation.sample_tokens)
         return {"sample": prompt + written}
 

@@ -84,7 +84,8 @@ def build(config: LoraConfig) -> nn.Module:
 
     # Loading draws numbers, too, and only the first time: what is drawn here comes before it.
     seed: Any = mx.random.randint(0, 2**31 - 1).item()
-    model = base.share(_base(config).model)
+    _check_fit(config)
+    model = base.share(base.load(base.find(config.model), config.trust_remote_code))
     mx.random.seed(seed)
     adapters.attach(model, config)
     if config.resume_adapter_file:
@@ -92,14 +93,20 @@ def build(config: LoraConfig) -> nn.Module:
     return model
 
 
+def load_tokenizer(config: LoraConfig) -> Any:
+    """The base model's tokenizer, for which its weights are not looked for."""
+    _check_fit(config)
+    folder = base.folder_of_tokenizer(config.model)
+    return base.load_tokenizer(folder, config.trust_remote_code)
+
+
 @lru_cache(maxsize=1)
-def _base(config: LoraConfig) -> base.Base:
-    """The base model, of which nothing is downloaded or read that cannot be trained as asked."""
+def _check_fit(config: LoraConfig) -> None:
+    """Sees to it that nothing is downloaded or read of a model that cannot be trained as asked."""
     from . import adapters
 
     if (outline := base.outline(config.model)) is not None:
         adapters.attach(outline, config)
-    return base.load(base.find(config.model), config.trust_remote_code)
 
 
 def _save(config: LoraConfig, model: nn.Module, folder: Path) -> Path:
@@ -129,15 +136,15 @@ def fingerprint(config: LoraConfig) -> dict[str, str | Callable[[], str]]:
     outline = identity.of_config(base.folder_of_config(config.model))
     prints |= {f"base model's {key}": value for key, value in outline.items()}
     return prints | {
+        "tokenizer": lambda: identity.of_tokenizer(load_tokenizer(config)),
         "base model": lambda: identity.of_weights(base.find(config.model)),
-        "tokenizer": lambda: identity.of_tokenizer(_base(config).tokenizer),
     }
 
 
 def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: int | None) -> Data:
-    """A node's texts, read and checked before its base model is looked for."""
+    """A node's texts, read and checked before its tokenizer is looked for."""
     splits = texts.read_splits(config, partition, num_partitions)
-    tokenizer = _base(config).tokenizer
+    tokenizer = load_tokenizer(config)
     most = None if config.val_batches < 0 else config.val_batches
     train = texts.tokenize(splits.train, tokenizer, config)
     valid = texts.tokenize(splits.valid, tokenizer, config) if splits.valid and most != 0 else None
