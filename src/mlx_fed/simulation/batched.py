@@ -207,39 +207,48 @@ def _regroup(
 ) -> list[_Group]:
     """The clients that go on, together with those whose next batch has the same size.
 
-    Groups are stacked anew only when one of them changes, which is at the last batches of a
+    A group that stays together is left as it is, which it mostly is until the last batch of a
     pass. Clients that have no step left go to ``done``.
     """
-    wanted: dict[Any, list[int]] = {}
-    for places, _ in groups:
-        for place in places:
-            left = number < len(rows[place])
-            # A batch without padding keeps out of the company of masks: bit for bit the same
-            # program as alone.
-            step = rows[place][number] if left else None
-            kind = (len(step.indices), step.size == len(step.indices)) if step else None
-            wanted.setdefault(kind, []).append(place)
-    if len(wanted) == len(groups) == 1 and None not in wanted:
-        return groups
-    everyone = [place for places, _ in groups for place in places]
-    whole = groups[0].at
-    if len(groups) > 1:
-        whole = tree_map(lambda *parts: mx.concatenate(list(parts)), *(at for _, at in groups))
-    regrouped: list[_Group] = []
-    for kind, chosen in wanted.items():
-        at = _entries(whole, [everyone.index(place) for place in chosen])
-        group = _Group(tuple(chosen), at)
-        (done if kind is None else regrouped).append(group)
-    return regrouped
+    parts: dict[Any, list[_Group]] = {}
+    for group in groups:
+        wanted: dict[Any, list[int]] = {}
+        for index, place in enumerate(group.places):
+            wanted.setdefault(_kind(rows[place], number), []).append(index)
+        for kind, chosen in wanted.items():
+            part = group if len(wanted) == 1 else _part(group, chosen)
+            parts.setdefault(kind, []).append(part)
+    done += parts.pop(None, [])
+    return [_joined(alike) for alike in parts.values()]
 
 
-def _entries(stacked: Client, chosen: list[int]) -> Client:
-    """Some clients of a stack, without a copy where they stand together."""
+def _kind(rows: list[Rows], number: int) -> Any:
+    """What clients have in common that take a step together; ``None`` if there is none left."""
+    if number >= len(rows):
+        return None
+    step = rows[number]
+    # A batch without padding keeps out of the company of masks: bit for bit the same program as
+    # alone.
+    return len(step.indices), step.size == len(step.indices)
+
+
+def _joined(groups: list[_Group]) -> _Group:
+    if len(groups) == 1:
+        return groups[0]
+    places = tuple(place for group in groups for place in group.places)
+    at = tree_map(lambda *parts: mx.concatenate(list(parts)), *(group.at for group in groups))
+    return _Group(places, Client(*at))
+
+
+def _part(group: _Group, chosen: list[int]) -> _Group:
+    """Some clients of a group, without a copy where they stand together."""
+    places = tuple(group.places[index] for index in chosen)
     first, last = chosen[0], chosen[-1]
     if chosen == list(range(first, last + 1)):
-        return Client(*tree_map(lambda array: array[first : last + 1], stacked))
+        return _Group(places, Client(*tree_map(lambda array: array[first : last + 1], group.at)))
     index = mx.array(chosen)
-    return Client(*tree_map(lambda array: mx.take(array, index, axis=0), stacked))
+    at = tree_map(lambda array: mx.take(array, index, axis=0), group.at)
+    return _Group(places, Client(*at))
 
 
 def _ends(
