@@ -31,14 +31,16 @@ def gradients(layer: nn.Linear, x: mx.array, cotangent: mx.array, in_order: bool
     return [*outputs, *grads]
 
 
-def assert_same(ours: list[mx.array], mlx: list[mx.array]) -> None:
+def assert_same(ours: list[mx.array], mlx: list[mx.array], bits: bool = False) -> None:
     for one, other in zip(ours, mlx, strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
         values = [np.array(array.astype(mx.float32)) for array in (one, other)]
-        if SAME_BITS:
+        if bits and SAME_BITS:
             np.testing.assert_array_equal(*values)
         else:
-            np.testing.assert_allclose(*values, rtol=1e-2, atol=1e-2)
+            # Sums of up to 1,600 products, whose roundings add up.
+            close = 3e-4 if SAME_BITS and one.dtype == mx.float32 else 1e-2
+            np.testing.assert_allclose(*values, rtol=close, atol=close)
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,7 +76,7 @@ def test_gradients_of_many_layers_at_once_are_those_of_each():
     together = mx.compile(mx.vmap(grads))(many, x, cotangent)
     for k in range(5):
         alone = grads({name: array[k] for name, array in many.items()}, x[k], cotangent[k])
-        assert_same([array[k] for array in together], alone)
+        assert_same([array[k] for array in together], alone, bits=True)
 
 
 class Scaled(nn.Linear):

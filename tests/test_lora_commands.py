@@ -83,7 +83,8 @@ def test_a_federation_and_its_simulation_end_with_one_adapter_that_mlx_lm_reads(
         *("--save-path", tmp_path / "fused"),
     )
     assert written.ends() == 0, written.text
-    assert "Generation: 5 tokens" in written.text
+    # Fewer than five where roundings, other ones on other CPUs, let the text end.
+    assert re.search("Generation: [1-5] tokens", written.text)
     assert fused.ends() == 0, fused.text
     whole = mx.load(str(tmp_path / "fused" / "model.safetensors"))
     before = mx.load(str(tmp_path / "base" / "model.safetensors"))

@@ -2,8 +2,9 @@
 
 A linear layer multiplies by its weight's transpose, so MLX gives the weight's gradient as the
 transpose of a product. An optimizer then goes through the two in different orders, element by
-element, which takes long on a CPU. Here the product is made the other way round: the same sums in
-the same order, so the same bits, laid out as the weight is.
+element, which takes long on a CPU. Here the product is made the other way round: the same sums,
+laid out as the weight is, and the same bits where the BLAS adds up rows and columns alike, as it
+does on some CPUs and for some shapes.
 """
 
 from __future__ import annotations
