@@ -33,7 +33,7 @@ class HostStacks:
                 array, view = self._stack((len(places), len(indices[0]), *like.shape[1:]), like)
                 for row, (place, index) in enumerate(zip(places, indices, strict=True)):
                     # "clip" spares a copy that "raise" makes to be able to undo.
-                    np.take(views[place][column], index, axis=0, out=view[row], mode="clip")
+                    views[place][column].take(index, axis=0, out=view[row], mode="clip")
                 stacked.append(array)
             return tuple(stacked)
 
