@@ -77,7 +77,7 @@ def load_fast_blas() -> Blas:
 
 def is_installed() -> bool:
     """Whether there is a library to load."""
-    return any(True for _ in _candidates())
+    return any(_candidates())
 
 
 def _candidates() -> Iterator[str]:

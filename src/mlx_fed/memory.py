@@ -6,8 +6,8 @@ import ctypes
 import sys
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's names for mallopt
-_SPARE = 2**31 - 1
-"""Bytes that stay with the process beyond what it uses: the most that glibc takes."""
+_SPARE = 2**30
+"""Bytes that stay with the process beyond what it uses."""
 
 
 def keep_what_is_freed() -> None:
