@@ -136,7 +136,18 @@ def test_only_what_a_node_sent_in_training_counts():
 # -- rounds that are repeated --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [FedAvg, FedAdam, FedMedian])
+class Scheduled(FedAvg):
+    """Sends a rate that falls from round to round."""
+
+    rate = 1.0
+
+    def configure_train(self, server_round, arrays, config, grid):
+        self.rate /= 2
+        config["learning-rate"] = self.rate
+        return super().configure_train(server_round, arrays, config, grid)
+
+
+@pytest.mark.parametrize("kind", [FedAvg, FedAdam, FedMedian, Scheduled])
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("keep", [0, 3])
 def test_a_repeated_round_ends_as_if_it_had_been_well(kind, number, keep, tmp_path: Path):

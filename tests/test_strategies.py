@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -281,6 +282,10 @@ def test_strategy_ends_where_flowers_loop_ends(name: str, tmp_path: Path):
             assert record[phase] == pytest.approx(dict(theirs[number]), rel=10 * tolerance, abs=0)
 
 
+MEAN = FedAvg.aggregate_train
+"""It is not called: the mean is taken as replies come."""
+
+
 class Collecting(FedMedian):
     """Notes how many objects a collection of garbage looks through as it aggregates."""
 
@@ -297,6 +302,35 @@ def test_a_strategy_that_collects_garbage_looks_through_little(tmp_path: Path):
     federate(strategy, tmp_path, num_rounds=1)
     assert strategy.looked_through < 20_000
     assert gc.get_freeze_count() == before == 0
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, make in STRATEGIES.items() if make().aggregate_train.__func__ is not MEAN]
+)
+def test_replies_are_gone_once_they_are_aggregated(name: str, tmp_path: Path):
+    """Not when garbage happens to be collected: they may be large."""
+    replied: list[weakref.ref] = []
+    strategy = STRATEGIES[name]()
+    aggregate = strategy.aggregate_train
+
+    def aggregate_train(server_round, replies):
+        replies = list(replies)
+        records = (record for reply in replies for record in reply.content.values())
+        arrays = [record.values() for record in records if isinstance(record, ArrayRecord)]
+        replied.extend(weakref.ref(array) for some in arrays for array in some)
+        return aggregate(server_round, replies)
+
+    def listener(event: str, fields: dict) -> None:
+        if event == "phase" and fields["phase"] == "evaluate":
+            assert [each() for each in replied] == [None] * len(replied)
+
+    strategy.aggregate_train = aggregate_train
+    gc.disable()
+    try:
+        run_ours(strategy, tmp_path, num_rounds=2, listener=listener)
+    finally:
+        gc.enable()
+    assert replied
 
 
 def test_strategies_do_differ_on_this_task(tmp_path: Path):

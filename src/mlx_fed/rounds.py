@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,6 +29,7 @@ from .roster import Members, Roster
 from .settings import Settings, require_one_model
 from .spool import Spool
 from .standing import to_leave_out
+from .strategy_state import State, StateError
 from .train_phase import train
 from .training import Trainer
 
@@ -77,12 +79,12 @@ def run(
 
     def again(number: int) -> None:
         """Before a round is repeated: the strategy as it was, and nodes that are there now."""
-        before = initial
-        if number > first:
+        state = before
+        if state is None and settings.keep:
             checkpoints.wait()
-            before = checkpoints.state_after(number - 1)
-        if before is not None:
-            strategy_state.restore(strategy, before)
+            state = checkpoints.state_after(number - 1)
+        if state is not None:
+            strategy_state.restore(strategy, state, new=False)
         run.roster.wait_for(min_nodes, settings.wait)
 
     with history.held(), run.spool.open():
@@ -93,7 +95,6 @@ def run(
         )
         trainer.let_go()
         first = position.round + 1
-        initial = strategy_state.snapshot(strategy) if settings.keep else None
         history.write_settings(
             {
                 **settings.for_the_record(),
@@ -103,10 +104,11 @@ def run(
             }
         )
         try:
-            for number in range(position.round + 1, settings.num_rounds + 1):
+            for number in range(first, settings.num_rounds + 1):
                 run.roster.wait_for(min_nodes, settings.wait)
+                # Before later rounds it is in a checkpoint, if there are any.
+                before = _state(strategy) if number == first or not settings.keep else None
                 position = _round(run, position, number, again)
-                initial = None
                 checkpoints.wait()
                 if settings.keep:
                     checkpoints.save(position.checkpoint(strategy, identity), history.sync)
@@ -143,6 +145,14 @@ def _set_up(
     # A federation's grid puts there what nodes send.
     spool = getattr(grid, "spool", None) or Spool(history.folder / "waiting")
     return Run(grid, strategy, trainer, settings, history, roster, config, spool)
+
+
+def _state(strategy: Strategy) -> State | None:
+    """A strategy's state; none of one that holds what cannot be kept, as it may without
+    checkpoints."""
+    with suppress(StateError):
+        return strategy_state.snapshot(strategy)
+    return None
 
 
 def _save(run: Run, model: Model, name: str = "model") -> Path:

@@ -148,10 +148,12 @@ def seeded(strategy: Strategy, seed: int, number: int, hook: str) -> Iterator[No
 
 @contextmanager
 def collecting_only_new() -> Iterator[None]:
-    """Leaves what there is already out of garbage collections for a while.
+    """Leaves what there is already out of garbage collections for a while, and collects the rest.
 
     Many of Flower's strategies collect after each reply that they unpack, and looking through all
-    that a process has imported takes longer than a client's training.
+    that a process has imported takes longer than a client's training. Flower's
+    ``RecordDict.array_records``, which they ask for, leaves a cycle of references, which would keep
+    a reply's arrays in memory or on disk until some later collection.
     """
     frozen = gc.get_freeze_count() > 0  # by somebody else, who wants it to stay so
     if not frozen:
@@ -159,6 +161,7 @@ def collecting_only_new() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()
         if not frozen:
             gc.unfreeze()
 

@@ -57,20 +57,22 @@ def snapshot(strategy: Strategy) -> State:
     return State(walk.of(strategy, type(strategy).__name__), walk.arrays)
 
 
-def restore(strategy: Strategy, state: State) -> None:
-    """Gives a new strategy the state of one that was made in the same way.
+def restore(strategy: Strategy, state: State, *, new: bool = True) -> None:
+    """Gives a strategy the state of one that was made in the same way.
 
-    Functions and nested strategies stay the new one's own, the latter with their state; so do
-    the numbers of nodes to wait for, which an operator may have to change.
+    Functions and nested strategies stay its own, the latter with their state; so do the numbers
+    of nodes to wait for, which an operator may have to change.
 
     Args:
-        strategy (Strategy): The new one.
+        strategy (Strategy): The one to change.
         state (State): From :func:`snapshot`.
+        new (bool): Whether it was just made. One that was the same as in the snapshot loses what
+            attributes it has got since.
 
     Raises:
         StateError: If the strategy is of another class, or lacks a function that the other had.
     """
-    _Restoration(state.arrays).value(state.tree, strategy, type(strategy).__name__)
+    _Restoration(state.arrays, new).value(state.tree, strategy, type(strategy).__name__)
 
 
 class _Snapshot:
@@ -145,8 +147,8 @@ class _Snapshot:
 class _Restoration:
     """The walk back. ``now`` is what the new strategy has in a value's place."""
 
-    def __init__(self, arrays: Mapping[str, mx.array | np.ndarray]):
-        self.arrays = arrays
+    def __init__(self, arrays: Mapping[str, mx.array | np.ndarray], new: bool):
+        self.arrays, self.new = arrays, new
         self.made: dict[str, Any] = {}
 
     def value(self, node: Any, now: Any, path: str) -> Any:
@@ -175,6 +177,8 @@ class _Restoration:
                 if _class_name(now) != name:
                     raise StateError(f"{path} was a {name}, and is a {_class_name(now)} now.")
                 made = self.made[node["at"]] = now
+                for key in () if self.new else vars(now).keys() - attributes.keys():
+                    del vars(now)[key]
                 for key, value in attributes.items():
                     if key not in LEAST_NODES:
                         # Past what the class may do when an attribute is set.
