@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mlx_fed.arguments import errors_as_messages
-from mlx_fed.options import Joining, Token, with_options
+from mlx_fed.options import Joining, Showing, Token, with_options
 
 
 @with_options
@@ -21,6 +21,7 @@ def main(
     num_partitions: Annotated[int, typer.Option(min=1, help="Parts that the data has.")] = 3,
     partitioner: Annotated[str, typer.Option(help="iid or dirichlet.")] = "iid",
     joining: Joining,
+    shown: Showing,
 ) -> None:
     """Train on this client's digits until the server's run is over."""
     if node_id is None and token is None:
@@ -28,6 +29,7 @@ def main(
     with errors_as_messages():
         from examples.mnist import task
         from mlx_fed import join
+        from mlx_fed.watching import told
 
         join(
             task,
@@ -36,6 +38,7 @@ def main(
             num_partitions=num_partitions,
             device="gpu" if gpu else "cpu",
             config={"dataset": dataset, "partitioner": partitioner},
+            notify=told(**vars(shown)),
             **vars(joining),
         )
 

@@ -307,6 +307,28 @@ def test_a_name_that_cannot_be_shown(name):
     assert "A node's name has 1 to 64 printable characters" in text
 
 
+def test_a_node_shows_nothing_or_json(start, tmp_path):
+    server, address = serve(start, tmp_path, "--rounds", 1)
+    quiet = join(start, address, 0, "--quiet")
+    told = join(start, address, 1, "--json")
+    for process in (server, quiet, told):
+        assert process.ends() == 0, process.text
+    assert quiet.text == ""
+    events = [json.loads(line) for line in told.text.splitlines()]
+    assert [each["event"] for each in events if each["event"] != "answered"] == [
+        *("ready", "joined", "working", "working", "working", "finished"),
+    ]
+    answers = [(each["kind"], each["round"]) for each in events if each["event"] == "answered"]
+    assert answers == [("query.roll_call", None), ("train", 1), ("evaluate", 1)]
+    assert events[-2]["metrics"]["num-examples"] > 0
+
+
+def test_a_node_shows_nothing_and_json():
+    code, text = command("join", TASK, "--quiet", "--json")
+    assert code == 1
+    assert "Choose --quiet or --json" in text
+
+
 def test_on_ipv6(start, tmp_path):
     server, address = serve(start, tmp_path, "--host", "::1", "--min-nodes", 1)
     assert address.startswith("[::1]:")

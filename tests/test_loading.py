@@ -95,9 +95,9 @@ def test_a_terminal_has_a_bar_beside_that_of_the_run(at_once):
 def test_a_node_shows_what_it_is_at():
     shown = NodeProgress(Console(file=io.StringIO(), force_terminal=True, width=120))
     shown("joined", server="127.0.0.1:8080")
-    shown("working", kind="train", round="3")
+    shown("working", kind="train", round=3)
     assert shown.live.progress.tasks[0].description == "round 3 train"
-    shown("answered", kind="train", round="3", seconds=1.0, metrics={})
+    shown("answered", kind="train", round=3, seconds=1.0, metrics={})
     assert shown.live.progress.tasks[0].description == "waiting for the server"
     shown.close()
 

@@ -23,6 +23,7 @@ from .options import (
     Listening,
     Rounds,
     Settings,
+    Showing,
     StrategyName,
     StrategyOptions,
     TaskName,
@@ -110,10 +111,12 @@ def join(
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
     config: Settings = None,
     joining: Joining,
+    shown: Showing,
 ) -> None:
     """Join a federation with this machine's data, until the run is over."""
     with errors_as_messages():
         from .fleet.node import join
+        from .watching import told
 
         join(
             find_task(task),
@@ -123,6 +126,7 @@ def join(
             name=name,
             device="gpu" if gpu else "cpu",
             config=parse_settings(config),
+            notify=told(**vars(shown)),
             **vars(joining),
         )
 

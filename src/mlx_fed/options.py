@@ -102,7 +102,15 @@ class Leading(Options):
 
 
 @dataclass(frozen=True)
-class Watching(Options):
+class Showing(Options):
+    """How much is shown, and how."""
+
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False
+    json: Annotated[bool, typer.Option("--json", help="Show JSON, an object a line.")] = False
+
+
+@dataclass(frozen=True)
+class Watching(Showing):
     """Who watches a run as it goes."""
 
     dashboard: Annotated[
@@ -119,8 +127,6 @@ class Watching(Options):
             help="Log to a tracker: tensorboard, wandb, or MODULE:TRACKER of your own.",
         ),
     ] = None
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False
-    json: Annotated[bool, typer.Option("--json", help="Show JSON, an object a line.")] = False
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Who watches a run as it goes: the terminal, the dashboard, trackers. The run knows of none.
 
-They are listeners of its history, or read its folder.
+They are listeners of its history, or read its folder. What a node does is told to one alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -37,8 +37,7 @@ def watching(
     Raises:
         FedError: If the options do not go together, or one cannot be had.
     """
-    if quiet and json:
-        raise FedError("Choose --quiet or --json: the one shows nothing, the other all.")
+    _require_one(quiet, json)
     from .progress import JsonLines, ServerProgress
 
     listeners: list[Listener] = []
@@ -64,3 +63,25 @@ def watching(
                 listener("dashboard", {"address": address})
         until_the_end.enter_context(watched(*listeners))
         yield tuple(listeners)
+
+
+def told(quiet: bool = False, json: bool = False) -> Callable[..., None] | None:
+    """Whom a node tells what happens, by its command's options; ``None`` is the terminal.
+
+    Raises:
+        FedError: If the options do not go together.
+    """
+    _require_one(quiet, json)
+    if quiet:
+        return lambda event, **fields: None
+    if json:
+        from .progress import JsonLines
+
+        lines = JsonLines()
+        return lambda event, **fields: lines(event, fields)
+    return None
+
+
+def _require_one(quiet: bool, json: bool) -> None:
+    if quiet and json:
+        raise FedError("Choose --quiet or --json: the one shows nothing, the other all.")

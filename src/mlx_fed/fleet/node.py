@@ -190,7 +190,9 @@ class _Node:
         # A run that goes on is another one to Flower: only its server knows that it is the same.
         kept = self.kept.setdefault(str(config.get("run-id", run_id)), RecordDict())
         context = Context(run_id, self.client.node_id, self.node_config, kept, {})
-        self.notify("working", kind=kind, round=message.metadata.group_id)
+        number = config.get("server-round")
+        what = {"kind": kind, "round": number if isinstance(number, int) else None}
+        self.notify("working", **what)
         started = time.monotonic()
         try:
             reply = self.app(message, context)
@@ -199,14 +201,13 @@ class _Node:
         if reply.has_error():
             # The node stays: it may be the data of one round, or one bad message.
             reason = reply.error.reason
-            self.notify("failed", kind=kind, round=message.metadata.group_id, reason=reason)
+            self.notify("failed", **what, reason=reason)
         seconds = time.monotonic() - started
         self._persist(lambda: self.client.send(reply, seconds))
         records = records_in(reply.content, MetricRecord) if reply.has_content() else {}
         self.notify(
             "answered",
-            kind=kind,
-            round=message.metadata.group_id,
+            **what,
             seconds=seconds,
             metrics=dict(next(iter(records.values()), {})),
         )

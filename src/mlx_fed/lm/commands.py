@@ -15,7 +15,7 @@ import typer
 
 from .. import randomness
 from ..arguments import errors_as_messages, find_strategy
-from ..options import Joining, Leading, Listening, Token, Watching, with_options
+from ..options import Joining, Leading, Listening, Showing, Token, Watching, with_options
 from .base import is_folder, require_mlx_lm
 from .config import ConfigError, Federation, LoraConfig, load_config
 
@@ -139,11 +139,13 @@ def join(
     ] = None,
     gpu: Gpu = None,
     joining: Joining,
+    shown: Showing,
 ) -> None:
     """Join a federation with the texts in --data, until the run is over."""
     from ..fleet import tokens
     from ..fleet.node import join
     from ..progress import told_or_terminal
+    from ..watching import told
     from .task import lora_task
 
     if num_partitions is not None and node_id is None:
@@ -154,7 +156,7 @@ def join(
         name = f"{socket.gethostname().split('.')[0]}-{Path(config.data).resolve().name}"[:64]
     if node_id is None:
         node_id = randomness.derive(0, str(name)) % 2**31
-    with told_or_terminal(None) as tell:
+    with told_or_terminal(told(**vars(shown))) as tell:
         # Adapters to start from are the server's, which sends them.
         own = replace(config, resume_adapter_file=None)
         task = lora_task(own, note=lambda text: tell("note", text=text))
