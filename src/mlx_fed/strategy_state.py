@@ -145,7 +145,7 @@ class _Snapshot:
 
 
 class _Restoration:
-    """The walk back. ``now`` is what the new strategy has in a value's place."""
+    """The walk back. ``now`` is what the strategy has in a value's place."""
 
     def __init__(self, arrays: Mapping[str, mx.array | np.ndarray], new: bool):
         self.arrays, self.new = arrays, new

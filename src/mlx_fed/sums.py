@@ -203,22 +203,22 @@ class _Sum:
         if part:
             self._waiting.append(part)
         if self._sums or len(self._waiting) > _FEW:
-            for name, shape in self.shapes.items():
+            for name, like in self.like.items():
                 if name not in self._sums:
-                    self._sums[name] = np.full(shape, _NOTHING)
+                    self._sums[name] = np.full(like.shape, _NOTHING)
                 parts = self._parts(name)
                 for total in weights.cut(self._sums[name]):
                     _add_next(total, parts)
             self._waiting = []
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        some: Mapping[str, np.ndarray | ArraySum] = self._sums or next(iter(self._waiting), {})
-        return {name: array.shape for name, array in some.items()}
+    def like(self) -> Mapping[str, np.ndarray | ArraySum]:
+        """Arrays with the sum's names and shapes."""
+        return self._sums or next(iter(self._waiting), {})
 
     def mean(self, name: str, weight: float) -> np.ndarray:
         """The sum of one array, divided by a weight."""
-        mean = np.empty(self.shapes[name], np.float32)
+        mean = np.empty(self.like[name].shape, np.float32)
         known = weights.cut(self._sums[name]) if name in self._sums else None
         parts = self._parts(name)
         for piece in weights.cut(mean):
@@ -248,10 +248,10 @@ class _Means(Mapping[str, np.ndarray]):
         return self._total.mean(name, self._weight)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._total.shapes)
+        return iter(self._total.like)
 
     def __len__(self) -> int:
-        return len(self._total.shapes)
+        return len(self._total.like)
 
 
 def in_order(parts: Iterable[Block]) -> Total:
