@@ -79,6 +79,7 @@ def renamed(reply: Message) -> None:
 UNFIT = {
     "NaN": (with_weight(lambda w: w * mx.nan), f"{WEIGHT!r} has values that are not finite"),
     "infinite": (with_weight(lambda w: w / 0), f"{WEIGHT!r} has values that are not finite"),
+    "huge": (with_weight(lambda w: w * 0 + 1e37), f"{WEIGHT!r} has values that are too large"),
     "NaN in NumPy": (in_numpy, f"{WEIGHT!r} has values that are not finite"),
     "shape": (with_weight(lambda w: w[:1]), f"{WEIGHT!r} has shape (1, 5), expected (8, 5)"),
     "dtype": (

@@ -6,7 +6,10 @@ import json
 import struct
 import subprocess
 import sys
+import tempfile
 from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -19,9 +22,9 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_fed import messages, safetensors, weights
+from mlx_fed import messages, safetensors, spool, weights
 from mlx_fed.messages import MessageError
-from mlx_fed.spool import Part
+from mlx_fed.spool import Part, Spool
 
 from .test_weights import bits, modules, noise
 
@@ -54,7 +57,9 @@ def all_bits(arrays: dict[str, mx.array]) -> list:
 @st.composite
 def named_arrays(draw: st.DrawFn) -> dict[str, mx.array]:
     shapes = st.lists(st.integers(0, 4), max_size=4)
-    names = st.text(st.characters(codec="utf-8"), max_size=12)
+    names = st.text(st.characters(codec="utf-8"), max_size=12).filter(
+        lambda name: name != safetensors._METADATA
+    )
     return {
         name: noise(
             mx.zeros(draw(shapes), draw(st.sampled_from(DTYPES))), draw(st.integers(0, 2**32))
@@ -145,6 +150,49 @@ def test_shards_are_read_from_parts_however_they_are_cut(arrays, data):
         assert all_bits({name: each.read() for name, each in found.items()}) == all_bits(arrays)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_values_that_are_not_finite_are_among_the_unseen(data):
+    """Wherever they stand, and wherever a node cuts the bytes in which they come."""
+    values = np.zeros(data.draw(st.integers(1, 3000)), np.float32)
+    for place in data.draw(st.sets(st.integers(0, values.size - 1), max_size=3)):
+        values[place] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf, 1e30]))
+    shards = messages.pack({"first": mx.zeros(5), "w": mx.array(values), "last": mx.ones(3)})
+    whole = b"".join(shard.data for shard in shards.values())
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(whole)), max_size=4)) | {0, len(whole)})
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "_SMALL", data.draw(st.sampled_from([0, 500, 10**6])))
+        patch.setattr(spool, "_TEXT", 400)
+        place = Spool(Path(folder))
+        parts = [
+            Part(place.put_numbers(b"head" + whole[start:end], 4), 4)
+            for start, end in pairwise(cuts)
+        ]
+        stored = safetensors.find(parts)["w"]
+        unseen = np.concatenate([*stored.unseen(), np.empty(0, np.float32)])
+        assert np.isfinite(unseen).all() == np.isfinite(values).all()
+        assert np.array_equal(
+            np.concatenate([*stored.pieces(stored.cuts())]), values, equal_nan=True
+        )
+
+
+def test_what_was_found_finite_as_it_came_is_not_read_again(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(spool, "_SMALL", 0)
+    array = mx.random.normal((2**20,))
+    (shard,) = messages.pack({"w": array}).values()
+    place, whole = Spool(tmp_path), shard.data
+    parts = [
+        Part(place.put_numbers(b"head" + whole[start : start + 2**20], 4), 4)
+        for start in range(0, len(whole), 2**20)
+    ]
+    stored = safetensors.find(parts)["w"]
+    assert sum(piece.size for piece in stored.unseen()) < 1100  # beside the text in front
+    assert sum(piece.size for piece in stored.unseen("float16")) == array.size
+    pieces = [*stored.pieces(stored.cuts())]
+    assert not any(piece.flags.owndata or not piece.flags.aligned for piece in pieces)
+    assert np.array_equal(np.concatenate(pieces), np.asarray(array))
+
+
 SEVERAL_PIECES = [(0, 3), (), (5, 7), (weights.PIECE,), (3, weights.PIECE - 1)]
 
 
@@ -159,7 +207,7 @@ def test_an_array_has_the_same_values_in_pieces(stored, wanted):
         whole = shard.data
         parts = [Part(b"h" + whole[:100], 1), Part(b"head" + whole[100:], 4)]
         for name, each in safetensors.find(parts).items():
-            pieces = [*each.pieces(wanted)]
+            pieces = [*each.pieces(each.cuts(), wanted)]
             assert all(piece.ndim == 1 and piece.size <= weights.PIECE for piece in pieces)
             values = weights.to_float32(arrays[name].astype(getattr(mx, wanted))).tobytes()
             assert b"".join(piece.tobytes() for piece in pieces) == values
@@ -169,7 +217,7 @@ def test_an_array_has_the_same_values_in_pieces(stored, wanted):
 def test_a_shard_is_a_view_of_what_it_holds():
     array = mx.zeros((MiB,))
     (shard,) = messages.pack({"w": array}).values()
-    held = np.frombuffer(shard.parts[-1].read(), np.float32)
+    held = np.frombuffer(shard.parts[-1].view(), np.float32)
     assert np.shares_memory(held, np.asarray(array))
 
 

@@ -6,6 +6,8 @@ import copy
 import gc
 import itertools
 import pickle
+import resource
+import signal
 from pathlib import Path
 
 import mlx_fed as fed
@@ -82,7 +84,7 @@ def test_few_files_are_kept_to_be_used_again(everything, monkeypatch, tmp_path: 
     place = Spool(tmp_path)
     for size in (3, 2, 1, 3, 2):
         held = [place.put(bytes(size)) for _ in range(2)]
-        assert [each.read() for each in held] == [bytes(size)] * 2
+        assert [bytes(each.view()) for each in held] == [bytes(size)] * 2
         del held
         gc.collect()
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 5
@@ -94,6 +96,48 @@ def test_what_a_disk_does_not_take_stays_in_memory(everything, tmp_path: Path, c
     assert place.put(b"some") == b"some"
     assert "stays in memory" in caplog.text
     assert place.put(b"more") == b"more"
+
+
+def test_a_file_is_not_written_over_while_somebody_looks_at_it(everything, tmp_path: Path):
+    place = Spool(tmp_path)
+    view = place.put(b"before").view(1)
+    other = place.put(b"behind")
+    assert (bytes(view), bytes(other.view())) == (b"efore", b"behind")
+    del view
+    again = place.put(b"beyond")
+    assert bytes(again.view(2, 4)) == b"yo"
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_file_that_is_not_what_was_written_is_said(everything, tmp_path: Path):
+    held = Spool(tmp_path).put(b"whole")
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"half")
+    with pytest.raises(OSError, match="not what was written"):
+        held.view()
+
+
+def test_where_a_disk_takes_no_more_the_room_of_what_is_not_needed_is_used(
+    everything, tmp_path: Path, caplog
+):
+    """A limit on a file's size stands for a full disk: files can be too large for it."""
+    place = Spool(tmp_path)
+    del_later = [place.put(bytes(100)) for _ in range(2)]
+    del del_later
+    gc.collect()
+    assert len([*tmp_path.iterdir()]) == 2
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert place.put(bytes(1001)) == bytes(1001)
+        assert [*tmp_path.iterdir()] == []
+        assert place.put(bytes(1002)) == bytes(1002)
+        assert isinstance(place.put(bytes(999)), OnDisk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caplog.text.count("stays in memory") == 1
 
 
 @pytest.mark.parametrize("kind", [FedAvg, FedAdam, FedMedian])

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from . import aggregate, messages, weights
+from . import aggregate, messages, sums, weights
 from .errors import FedError
 from .spool import records_in
 from .weights import Spec, Unread
@@ -23,6 +23,7 @@ _LONGEST = 500
 
 _SPARE = 2**20
 """Bytes that a reply may have beside its arrays' values."""
+_VARIANCE = "running_var"
 
 
 class Refused(FedError):
@@ -96,9 +97,9 @@ def check_update(
             difference from them, is wanted.
 
     Raises:
-        Refused: If a name, shape or dtype differs, an array is missing, a value is not finite,
-            a variance is negative, the arrays are too large, or the number of examples is not a
-            positive and believable number.
+        Refused: If a name, shape or dtype differs, an array is missing, a value is not finite or
+            would not be in a sum, a variance is negative, the arrays are too large, or
+            the number of examples is not a positive and believable number.
     """
     check_answer(message)
     metrics = check_metrics(message, weighted_by)
@@ -108,14 +109,14 @@ def check_update(
     check_size(message.content, parameters, statistics)
     try:
         name, record = messages.parameters_of(message.content)
-        arrays = _check_arrays(record, parameters, messages.is_packed(record))
+        arrays = _check_arrays(record, parameters, messages.is_packed(record), weight)
         running: Mapping[str, mx.array] = {}
         if statistics:
             records = records_in(message.content, ArrayRecord)
             if messages.STATISTICS not in records:
                 raise Refused("it has no running statistics, which this task averages")
             record = records[messages.STATISTICS]
-            running = _check_arrays(record, statistics, packed=True, check_variance=True)
+            running = _check_arrays(record, statistics, True, weight, are_statistics=True)
     except Refused:
         raise
     except FedError as error:
@@ -156,7 +157,7 @@ def out_of_proportion(norms: Mapping[str, float], limit: float) -> dict[str, str
 
 
 def _check_arrays(
-    record: ArrayRecord, expected: Spec, packed: bool, check_variance: bool = False
+    record: ArrayRecord, expected: Spec, packed: bool, weight: float, are_statistics: bool = False
 ) -> Unread:
     """Checks the arrays in a record, a part at a time, and gives them in the expected order.
 
@@ -170,30 +171,41 @@ def _check_arrays(
             aggregate.check_one(name, (stored.shape, stored.dtype), expected)
             places[name] = place
             given[name] = stored.shape, expected[name][1] if packed else stored.dtype
-            _check_pieces(name, stored.pieces(given[name][1]), check_variance)
+            dtype = given[name][1]
+            if is_variance := are_statistics and name.endswith(_VARIANCE):
+                pieces = stored.pieces(stored.cuts(), dtype)
+            else:
+                pieces = stored.unseen(dtype)
+            _check_pieces(name, pieces, weight, is_variance)
     weights.check(expected, {name: expected[name] for name in places})
     return messages.unread(record, {name: given[name] for name in expected}, places)
 
 
-def check_values(parameters: Mapping[str, mx.array], statistics: Mapping[str, mx.array]) -> None:
-    """Checks that all values are finite and variances are not negative.
+def check_values(
+    parameters: Mapping[str, mx.array], statistics: Mapping[str, mx.array], weight: float
+) -> None:
+    """Checks that all values are finite, and would be in a sum in which they have a weight, and
+    that variances are not negative.
 
     Raises:
         Refused: Naming the first array of which that is not so.
     """
     mx.eval(dict(parameters), dict(statistics))
-    for name in parameters:
-        _check_pieces(name, weights.pieces(parameters, name))
-    for name in statistics:
-        _check_pieces(name, weights.pieces(statistics, name), check_variance=True)
+    for arrays, are_statistics in ((parameters, False), (statistics, True)):
+        for name in arrays:
+            pieces = weights.pieces(arrays, name, weights.cuts(arrays, name))
+            _check_pieces(name, pieces, weight, are_statistics and name.endswith(_VARIANCE))
 
 
-def _check_pieces(name: str, pieces: Iterable[np.ndarray], check_variance: bool = False) -> None:
+def _check_pieces(
+    name: str, pieces: Iterable[np.ndarray], weight: float, is_variance: bool
+) -> None:
     for values in pieces:
         # NumPy takes a tenth of the time that MLX takes on a CPU; float32 holds every value.
-        if not weights.is_finite(values):
-            raise Refused(f"parameter {name!r} has values that are not finite")
-        if check_variance and name.endswith("running_var") and (values < 0).any():
+        if not weights.is_finite(values, weight * sums.LARGEST_BLOCK):
+            what = "not finite" if not weights.is_finite(values) else "too large to be averaged"
+            raise Refused(f"parameter {name!r} has values that are {what}")
+        if is_variance and (values < 0).any():
             raise Refused(f"parameter {name!r} has negative values, which no variance has")
 
 

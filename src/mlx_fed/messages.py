@@ -99,7 +99,8 @@ def unread(record: ArrayRecord, spec: Spec, places: Mapping[str, str]) -> Unread
     return Unread(
         spec,
         lambda name: find(name).read(spec[name][1]),
-        lambda name: find(name).pieces(spec[name][1]),
+        lambda name, cuts: find(name).pieces(cuts, spec[name][1]),
+        lambda name: find(name).cuts(),
     )
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ import numpy as np
 from flwr.app import Array
 
 from .spool import Part, values_of
-from .weights import PIECE, dtype_name, to_float32
+from .weights import PIECE, Cuts, dtype_name, to_float32
 
 Values = mx.array | np.ndarray | Array
 
@@ -31,6 +32,8 @@ _DTYPES = {
     **{f"float{bits}": f"F{bits}" for bits in (16, 32)},
 }
 _NAMES = {code: name for name, code in _DTYPES.items()}
+_METADATA = "__metadata__"
+"""What no array is called: no module has an array with such a name."""
 _LONGEST_AXIS = 2**31 - 1  # MLX's
 
 
@@ -44,7 +47,7 @@ def parts(
             if they wait on disk.
         metadata (dict, optional): Text by name.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     end = 0
     for name, array in arrays.items():
         start, end = end, end + _size(array)
@@ -71,16 +74,57 @@ class Stored(NamedTuple):
 
     def read(self, dtype: str | None = None) -> mx.array:
         """The array, in its own dtype or another."""
-        return self._array(_read(self.parts, self.start, np.empty(self.shape, self._kept)), dtype)
+        return self._array(self._between(0, self._size).reshape(self.shape), dtype)
 
-    def pieces(self, dtype: str | None = None) -> Iterator[np.ndarray]:
+    def pieces(self, cuts: Cuts, dtype: str | None = None) -> Iterator[np.ndarray]:
         """The values that :meth:`read` gives, as :func:`.weights.pieces` has them."""
-        start, left = self.start, math.prod(self.shape)
-        while left:
-            values = _read(self.parts, start, np.empty(min(left, PIECE), self._kept))
-            start, left = start + values.nbytes, left - values.size
-            as_it_is = self.dtype == "float32" == (dtype or self.dtype)
+        as_it_is = self.dtype == "float32" == (dtype or self.dtype)
+        for start, end in pairwise(cuts):
+            values = self._between(start, end)
             yield values if as_it_is else to_float32(self._array(values, dtype))
+
+    def unseen(self, dtype: str | None = None) -> Iterator[np.ndarray]:
+        """Those pieces that may have values which are not finite: nobody has looked at them yet."""
+        wider = dtype in (None, self.dtype)
+        for start, end, known in self._stretches():
+            if not (known and wider):
+                yield from self.pieces([*range(start, end, PIECE), end], dtype)
+
+    def cuts(self) -> Cuts:
+        """Cuts between which the values are in one part of the file, where they can be."""
+        within = (range(start, end, PIECE) for start, end, _ in self._stretches())
+        return [*chain.from_iterable(within), self._size]
+
+    def _stretches(self) -> Iterator[tuple[int, int, bool]]:
+        """From which number to which the values stand together in one part, and whether they are
+        known to be finite."""
+        width, start, end = self._kept.itemsize, 0, -self.start
+        known = is_float32 = self.dtype == "float32"
+        for size, finite in chain.from_iterable(part.stretches() for part in self.parts):
+            known = known and (finite or not size) and end % width == 0
+            end += size
+            if end >= self._size * width:
+                break
+            if end <= 0:
+                known = is_float32
+            elif end % width:  # a number lies in this part and in the next
+                known = False
+            else:
+                if end // width > start:
+                    yield start, end // width, known
+                start, known = end // width, is_float32
+        yield start, self._size, known
+
+    def _between(self, start: int, end: int) -> np.ndarray:
+        """The values from one number to another, flat, where they lie if that is in one part."""
+        width = self._kept.itemsize
+        return _bytes(self.parts, self.start + start * width, (end - start) * width).view(
+            self._kept
+        )
+
+    @property
+    def _size(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def _kept(self) -> np.dtype:
@@ -104,11 +148,11 @@ def find(parts: Sequence[Part]) -> dict[str, Stored]:
             among them, which the format does not allow. (Or another error: they may be anyone's.)
     """
     whole = sum(map(len, parts))
-    length = int.from_bytes(_read(parts, 0, np.empty(8, np.uint8)).tobytes(), "little")
+    length = int.from_bytes(_bytes(parts, 0, 8).tobytes(), "little")
     if length > whole - 8:
         raise ValueError("the header is longer than the file")
-    header = json.loads(_read(parts, 8, np.empty(length, np.uint8)).tobytes())
-    header.pop("__metadata__", None)
+    header = json.loads(_bytes(parts, 8, length).tobytes())
+    header.pop(_METADATA, None)
     arrays: dict[str, Stored] = {}
     end = 0
     for name, about in header.items():
@@ -125,18 +169,26 @@ def find(parts: Sequence[Part]) -> dict[str, Stored]:
     return arrays
 
 
-def _read(parts: Sequence[Part], start: int, values: np.ndarray) -> np.ndarray:
-    """Fills an array with the bytes from ``start`` on."""
-    target = values.reshape(-1).view(np.uint8).data
+def _bytes(parts: Sequence[Part], start: int, count: int) -> np.ndarray:
+    """So many bytes from ``start`` on: a view where one part has them all, or a copy.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    joined, filled = None, 0
     for part in parts:
-        if start < len(part) and len(target):
-            count = min(len(part) - start, len(target))
-            part.read_into(target[:count], start)
-            target = target[count:]
+        if start < len(part) and filled < count:
+            found = np.frombuffer(part.view(start, start + count - filled), np.uint8)
+            if len(found) == count:
+                return found
+            if joined is None:
+                joined = np.empty(count, np.uint8)
+            joined[filled : filled + len(found)] = found
+            filled += len(found)
         start = max(0, start - len(part))
-    if len(target):
+    if filled < count:
         raise ValueError("the file ends early")
-    return values
+    return np.empty(0, np.uint8) if joined is None else joined
 
 
 def _size(array: Values) -> int:

@@ -8,11 +8,13 @@ a run that was killed finds it empty when it goes on.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import shutil
 import threading
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import count
@@ -22,10 +24,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from .weights import has_finite_squares
+
 _SMALL = 2**20
 """Bytes that are not worth a file."""
 _MOST_SPARE = 4 * 2**30
 """Bytes of files that are kept to be written over."""
+_TEXT = 4096
+"""Bytes at the beginning of a file of arrays that may be a text, which says where they are."""
+_ALIGNMENT = 64
+"""Bytes at whose multiples numbers lie well."""
 
 _numbers = count(1)
 _Record = TypeVar("_Record", ArrayRecord, ConfigRecord, MetricRecord)
@@ -33,35 +41,52 @@ log = logging.getLogger("mlx_fed")
 
 
 class OnDisk:
-    """Bytes in a file of their own, which are there as long as this object."""
+    """Bytes in a file of their own, which are there as long as this object or a view of them.
 
-    def __init__(self, path: Path, size: int, spool: Spool):
-        self._path, self._size, self._spool = path, size, spool
+    Args:
+        path (Path): The file.
+        start (int): Where the bytes begin in it.
+        size (int): How many they are.
+        spool (Spool): What gets the file in the end.
+
+    Attributes:
+        finite_from (int, optional): From this byte on they are float32 numbers, if they are
+            numbers, all of which were found finite, and their squares' sum as well.
+    """
+
+    finite_from: int | None = None
+
+    def __init__(self, path: Path, start: int, size: int, spool: Spool):
+        self._path, self._start, self._size, self._spool = path, start, size, spool
+        self._mapped: Callable[[], _Mapped | None] = lambda: None
 
     def __len__(self) -> int:
         return self._size
 
-    def read(self, start: int = 0, end: int | None = None) -> bytes:
-        """The bytes from ``start`` on, up to ``end``."""
-        size = (self._size if end is None else min(end, self._size)) - start
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(start)
-            data = file.read(size)
-        self._require(data is not None and len(data) == size)
-        return data
+    def view(self, start: int = 0, end: int | None = None) -> memoryview:
+        """The bytes from ``start`` up to ``end``, where the system has them: none is copied."""
+        end = self._size if end is None else min(end, self._size)
+        mapped = self._mapped() or self._map()
+        return memoryview(mapped)[self._start + start : self._start + end]
 
-    def read_into(self, target: memoryview, start: int) -> None:
-        """Fills memory with the bytes from ``start`` on."""
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(start)
-            self._require(file.readinto(target) == len(target))
-
-    def _require(self, whole: bool) -> None:
-        if not whole:
-            raise OSError(f"{self._path} is not what was written")
+    def _map(self) -> _Mapped:
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                mapped = _Mapped(file.fileno(), self._start + self._size, access=mmap.ACCESS_READ)
+        except ValueError as error:
+            raise OSError(f"{self._path} is not what was written") from error
+        mapped.of = self
+        self._mapped = weakref.ref(mapped)  # for the next view, if somebody still looks at this
+        return mapped
 
     def __del__(self) -> None:
-        self._spool.let_go(self._path, self._size)
+        self._spool.let_go(self._path, self._start + self._size)
+
+
+class _Mapped(mmap.mmap):
+    """A file as memory, which is not written over as long as somebody looks at it."""
+
+    of: OnDisk
 
 
 class Part(NamedTuple):
@@ -73,19 +98,27 @@ class Part(NamedTuple):
     def __len__(self) -> int:
         return len(self.held) - self.start
 
+    def stretches(self) -> Iterator[tuple[int, bool]]:
+        """Stretches of the bytes: how long each is, and whether it is known to be float32 numbers
+        none of which is infinite or not a number."""
+        known = self.held.finite_from if isinstance(self.held, OnDisk) else None
+        before = len(self) if known is None or known < self.start else known - self.start
+        yield before, False
+        yield len(self) - before, True
+
     def read(self) -> bytes | memoryview:
         """The bytes; those in memory are not copied."""
-        if isinstance(self.held, OnDisk):
-            return self.held.read(self.start)
-        return memoryview(self.held)[self.start :]
+        return bytes(self.view()) if isinstance(self.held, OnDisk) else self.view()
 
-    def read_into(self, target: memoryview, start: int) -> None:
-        """Fills memory with the part's bytes from ``start`` on."""
-        start += self.start
+    def view(self, start: int = 0, end: int | None = None) -> memoryview:
+        """The bytes from ``start`` up to ``end``, where they lie.
+
+        Of those on disk the process has a file open for as long as somebody looks at them.
+        """
+        start, end = self.start + start, None if end is None else self.start + end
         if isinstance(self.held, OnDisk):
-            self.held.read_into(target, start)
-        else:
-            target[:] = memoryview(self.held)[start : start + len(target)]
+            return self.held.view(start, end)
+        return memoryview(self.held)[start:end]
 
 
 class WaitingArray(Array):
@@ -98,10 +131,10 @@ class WaitingArray(Array):
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
-        parts = [part.read() for part in self.parts]
-        if len(parts) == 1 and isinstance(parts[0], bytes):
-            return parts[0]
-        return b"".join(parts)
+        match self.parts:
+            case [Part(bytes() as whole, 0)]:
+                return whole
+        return b"".join(part.read() for part in self.parts)
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
@@ -128,6 +161,7 @@ class Spool:
         self.folder = folder
         self.spare: dict[int, list[Path]] = defaultdict(list)
         self._spare_bytes = 0
+        self._warned = False
         self._lock = threading.RLock()  # a collection of garbage may let go of a file at any time
 
     def put(self, *parts: bytes | memoryview) -> OnDisk | bytes:
@@ -136,26 +170,48 @@ class Spool:
             return held
         return parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
 
-    def _write(self, *parts: bytes | memoryview) -> OnDisk | None:
+    def put_numbers(self, data: bytes, head: int) -> OnDisk | bytes:
+        """Bytes that may be numbers after a head, which on disk lie as NumPy and BLAS want them.
+
+        They are looked at as they come, while they are in a core's cache: to get them again from
+        where they wait takes several times as long.
+        """
+        held = self._write(data, head=head)
+        if held is None:
+            return data
+        for start in (head, head + _TEXT):
+            numbers = np.frombuffer(data, np.uint8)[start:]
+            if has_finite_squares(numbers[: numbers.size // 4 * 4].view(np.float32)):
+                held.finite_from = min(start, len(data))
+                break
+        return held
+
+    def _write(self, *parts: bytes | memoryview, head: int = 0) -> OnDisk | None:
         """The parts in one file, or nothing where they are few or the disk does not take them."""
         size = sum(map(len, parts))
         if self.folder is None or size < _SMALL:
             return None
-        spare = self._take_spare(size)
-        path = spare or self.folder / f"{os.getpid()}-{next(_numbers)}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            waiting = OnDisk(path, size, self)
-            with path.open("r+b" if spare else "xb", buffering=0) as file:
-                for part in parts:
-                    view = memoryview(part)
-                    while view:
-                        view = view[file.write(view) :]
-        except OSError as error:
-            log.warning("%s cannot be written (%s): what waits there stays in memory", path, error)
-            self.folder = None
-            return None
-        return waiting
+        start = -head % _ALIGNMENT
+        while True:
+            spare = self._take_spare(start + size)
+            path = spare or self.folder / f"{os.getpid()}-{next(_numbers)}"
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with path.open("r+b" if spare else "xb", buffering=0) as file:
+                    for part in (bytes(start), *parts):
+                        view = memoryview(part)
+                        while view:
+                            view = view[file.write(view) :]
+                return OnDisk(path, start, size, self)
+            except OSError as error:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+                if self._remove_spare():
+                    continue  # their room may be enough
+                if not self._warned:
+                    log.warning("%s: what cannot wait there stays in memory", error)
+                    self._warned = True
+                return None
 
     def _take_spare(self, size: int) -> Path | None:
         with self._lock:
@@ -163,6 +219,17 @@ class Spool:
                 return None
             self._spare_bytes -= size
             return self.spare[size].pop()
+
+    def _remove_spare(self) -> bool:
+        """Gives the room of files that nothing refers to back, if there are any."""
+        with self._lock:
+            paths = [path for paths in self.spare.values() for path in paths]
+            self.spare.clear()
+            self._spare_bytes = 0
+        for path in paths:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        return bool(paths)
 
     def let_go(self, path: Path, size: int) -> None:
         """Keeps a file that nothing refers to any more for the next bytes, or removes it."""
@@ -256,8 +323,9 @@ def copy_of(record: ArrayRecord) -> ArrayRecord:
 
 def values_of(array: Array) -> np.ndarray:
     """The values of one of our arrays where they lie, after the header of NumPy's format."""
-    data = array.data
+    parts = parts_of(array)
+    data = parts[0].view() if len(parts) == 1 else memoryview(array.data)
     # NumPy would parse the header with Python's ast, which fails when two threads do it at once.
     start = 10 + int.from_bytes(data[8:10], "little")
-    order: Any = "F" if b"'fortran_order': True" in data[10:start] else "C"
+    order: Any = "F" if b"'fortran_order': True" in bytes(data[10:start]) else "C"
     return np.frombuffer(data, array.dtype, offset=start).reshape(array.shape, order=order)

@@ -18,12 +18,14 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from . import weights
 from .spool import Spool
-from .weights import Arrays, Spec, StackedRow, Unread, to_float32
+from .weights import Arrays, Cuts, Spec, StackedRow, Unread, to_float32
 
-_LARGEST_BLOCK = 16
+LARGEST_BLOCK = 16
+"""Places of a block, at most: so many updates are summed in float32."""
 _FEWEST_BLOCKS = 20
 _FEW = 4
-"""Blocks whose sum is not kept in memory: it is taken once, a piece at a time, when the mean is."""
+"""Updates on disk that wait to be added up together: the whole sum goes through memory each time.
+Of no more than these there is no sum: it is taken once, a piece at a time, when the mean is."""
 _NOTHING = np.float64(-0.0)
 """What changes no number that is added to it, not the sign of a zero either."""
 
@@ -84,7 +86,7 @@ class Mean(NamedTuple):
 
 def block_size(num_places: int) -> int:
     """How many places make a block: few enough that several workers share a small round."""
-    return max(1, min(_LARGEST_BLOCK, num_places // _FEWEST_BLOCKS))
+    return max(1, min(LARGEST_BLOCK, num_places // _FEWEST_BLOCKS))
 
 
 def blocks(updates: Iterable[CountedUpdate], num_places: int) -> Iterator[Block]:
@@ -118,22 +120,34 @@ class ArraySum(NamedTuple):
         first = self.arrays[0]
         return first.spec[self.name][0] if isinstance(first, Unread) else first[self.name].shape
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The sum, flat and a piece at a time."""
+    @property
+    def cuts(self) -> Cuts:
+        """Cuts that suit the updates, which mostly came in parts of one size."""
+        return weights.cuts(self.arrays[0], self.name)
+
+    def pieces(self, cuts: Cuts) -> Iterator[np.ndarray]:
+        """The sum, flat and a piece at a time, each in the memory of the one before."""
         (first, weight), *others = (
-            (weights.pieces(arrays, self.name), np.float32(client.weight))
+            (weights.pieces(arrays, self.name, cuts), np.float32(client.weight))
             for client, arrays in zip(self.clients, self.arrays, strict=True)
         )
+        totals, products = np.empty((2, weights.PIECE), np.float32)
         for values in first:
-            total = values * weight
+            total, product = totals[: values.size], products[: values.size]
+            np.multiply(values, weight, out=total)
             for same, its_weight in others:
-                total += next(same) * its_weight
+                total += np.multiply(next(same), its_weight, out=product)
             yield total
 
 
-def pieces(part: np.ndarray | ArraySum) -> Iterator[np.ndarray]:
+def cuts(part: np.ndarray | ArraySum) -> Cuts:
+    """Where to cut a block's sum of one array."""
+    return part.cuts if isinstance(part, ArraySum) else weights.even_cuts(part.size)
+
+
+def pieces(part: np.ndarray | ArraySum, cuts: Cuts) -> Iterator[np.ndarray]:
     """A block's sum of one array, flat and a piece at a time."""
-    return part.pieces() if isinstance(part, ArraySum) else weights.cut(part)
+    return part.pieces(cuts) if isinstance(part, ArraySum) else weights.cut(part, cuts)
 
 
 def sum_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
@@ -187,8 +201,8 @@ class Total:
         return Mean(parameters, statistics, weight, self._counted)
 
     def _take(self, block: Block) -> None:
-        self._parameters.take(block.parameters)
-        self._statistics.take(block.statistics)
+        self._parameters.take(block.parameters, len(block.counted))
+        self._statistics.take(block.statistics, len(block.counted))
         self._counted += block.counted
 
 
@@ -198,18 +212,26 @@ class _Sum:
     def __init__(self) -> None:
         self._sums: Sums = {}
         self._waiting: list[Mapping[str, np.ndarray | ArraySum]] = []
+        self._updates = 0
 
-    def take(self, part: Mapping[str, np.ndarray | ArraySum]) -> None:
-        if part:
-            self._waiting.append(part)
-        if self._sums or len(self._waiting) > _FEW:
-            for name, like in self.like.items():
-                if name not in self._sums:
-                    self._sums[name] = np.full(like.shape, _NOTHING)
-                parts = self._parts(name)
-                for total in weights.cut(self._sums[name]):
-                    _add_next(total, parts)
-            self._waiting = []
+    def take(self, part: Mapping[str, np.ndarray | ArraySum], updates: int) -> None:
+        """Takes in what comes of so many updates."""
+        if not part:
+            return
+        self._waiting.append(part)
+        self._updates += updates
+        in_memory = any(isinstance(array, np.ndarray) for array in part.values())
+        if in_memory or self._updates > _FEW:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        for name, like in self.like.items():
+            if name not in self._sums:
+                self._sums[name] = np.full(like.shape, _NOTHING)
+            where, parts = self._parts(name)
+            for total in weights.cut(self._sums[name], where):
+                _add_next(total, parts)
+        self._waiting, self._updates = [], 0
 
     @property
     def like(self) -> Mapping[str, np.ndarray | ArraySum]:
@@ -219,17 +241,21 @@ class _Sum:
     def mean(self, name: str, weight: float) -> np.ndarray:
         """The sum of one array, divided by a weight."""
         mean = np.empty(self.like[name].shape, np.float32)
-        known = weights.cut(self._sums[name]) if name in self._sums else None
-        parts = self._parts(name)
-        for piece in weights.cut(mean):
-            total = next(known).copy() if known else np.full(piece.shape, _NOTHING)
+        where, parts = self._parts(name)
+        known = weights.cut(self._sums[name], where) if name in self._sums else None
+        totals = np.empty(weights.PIECE)
+        for piece in weights.cut(mean, where):
+            total = totals[: piece.size]
+            total[:] = next(known) if known else _NOTHING
             _add_next(total, parts)
-            total /= weight
-            piece[:] = total
+            np.divide(total, weight, out=piece, casting="same_kind")
         return mean
 
-    def _parts(self, name: str) -> list[Iterator[np.ndarray]]:
-        return [pieces(part[name]) for part in self._waiting]
+    def _parts(self, name: str) -> tuple[Cuts, list[Iterator[np.ndarray]]]:
+        """Where to cut an array, and what has to be added to each piece of it."""
+        parts = [part[name] for part in self._waiting]
+        where = cuts(parts[0] if parts else self._sums[name])
+        return where, [pieces(part, where) for part in parts]
 
 
 def _add_next(total: np.ndarray, parts: Iterable[Iterator[np.ndarray]]) -> None:

@@ -9,7 +9,8 @@ normalization layers, which training changes without a gradient. Everything else
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -23,8 +24,11 @@ from .errors import FedError
 Arrays = dict[str, mx.array]
 Spec = dict[str, tuple[tuple[int, ...], str]]
 
+Cuts = Sequence[int]
+"""Where an array is cut: ``[0, 5, 8]`` cuts 8 numbers into 5 and 3."""
+
 PIECE = 2**18
-"""Numbers of an array that are worked on at a time."""
+"""Numbers of an array that are worked on at a time, at most."""
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -210,16 +214,19 @@ class Unread(Mapping[str, mx.array]):
         read (callable): Gives the array of a name.
         pieces (callable, optional): Gives what :func:`pieces` does, without the whole array in
             memory.
+        cuts (callable, optional): Gives the cuts that pieces of a name are had at without a copy.
     """
 
     def __init__(
         self,
         spec: Spec,
         read: Callable[[str], mx.array],
-        pieces: Callable[[str], Iterator[np.ndarray]] | None = None,
+        pieces: Callable[[str, Cuts], Iterator[np.ndarray]] | None = None,
+        cuts: Callable[[str], Cuts] | None = None,
     ):
         self.spec, self._read = spec, read
-        self.pieces = pieces or (lambda name: cut(to_float32(read(name))))
+        self.pieces = pieces or (lambda name, cuts: cut(to_float32(read(name)), cuts))
+        self.cuts = cuts or (lambda name: even_cuts(math.prod(spec[name][0])))
 
     def __getitem__(self, name: str) -> mx.array:
         if name not in self.spec:
@@ -233,20 +240,30 @@ class Unread(Mapping[str, mx.array]):
         return len(self.spec)
 
 
-def pieces(arrays: Mapping[str, mx.array], name: str) -> Iterator[np.ndarray]:
-    """An array's values as float32, flat and a piece at a time, which a core's cache holds.
+def cuts(arrays: Mapping[str, mx.array], name: str) -> Cuts:
+    """Where to cut an array into pieces that a core's cache holds.
 
     What is done with a piece then costs little beside reading it from memory or from disk.
     """
+    return arrays.cuts(name) if isinstance(arrays, Unread) else even_cuts(arrays[name].size)
+
+
+def pieces(arrays: Mapping[str, mx.array], name: str, cuts: Cuts) -> Iterator[np.ndarray]:
+    """An array's values as float32, flat and a piece at a time."""
     if isinstance(arrays, Unread):
-        return arrays.pieces(name)
-    return cut(to_float32(arrays[name]))
+        return arrays.pieces(name, cuts)
+    return cut(to_float32(arrays[name]), cuts)
 
 
-def cut(values: np.ndarray) -> Iterator[np.ndarray]:
+def even_cuts(size: int) -> Cuts:
+    """The cuts of so many numbers that stand together."""
+    return [*range(0, size, PIECE), size] if size else [0]
+
+
+def cut(values: np.ndarray, cuts: Cuts) -> Iterator[np.ndarray]:
     """The values of an array that is in memory, flat and a piece at a time."""
     flat = values.reshape(-1)
-    return (flat[start : start + PIECE] for start in range(0, flat.size, PIECE))
+    return (flat[start:end] for start, end in pairwise(cuts))
 
 
 def to_float32(array: mx.array) -> np.ndarray:
@@ -260,10 +277,17 @@ def are_finite(arrays: Iterable[mx.array]) -> bool:
     return all(is_finite(to_float32(array)) for array in floating)
 
 
-def is_finite(values: np.ndarray) -> bool:
-    """Whether no value is infinite or not a number."""
+def is_finite(values: np.ndarray, times: float = 1.0) -> bool:
+    """Whether no value is infinite or not a number, nor would be ``times`` as large."""
+    if has_finite_squares(values):
+        return True
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(values * np.float32(times)).all())
+
+
+def has_finite_squares(values: np.ndarray) -> bool:
+    """Whether the sum of squares is finite: then so is each value, times whatever is believed to be
+    a number of examples. It is one pass at the speed of memory."""
     flat = np.ravel(values)
     with np.errstate(all="ignore"):
-        # One pass at the speed of memory. Squares may overflow: then each value is looked at.
-        squares = np.dot(flat, flat)
-    return bool(np.isfinite(squares) or np.isfinite(flat).all())
+        return bool(np.isfinite(np.dot(flat, flat)))

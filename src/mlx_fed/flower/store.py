@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flwr.supercore.constant import HEAD_BODY_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
@@ -30,7 +31,8 @@ class Objects(InMemoryObjectStore):
     def put(self, object_id: str, object_content: bytes) -> None:
         """Takes an object that a node sent, once it is what its id says."""
         super().put(object_id, object_content)
-        waiting: Any = self._spool.put(object_content)
+        head = object_content.find(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER)
+        waiting: Any = self._spool.put_numbers(object_content, head)
         with self.lock_store:
             entry = self.store.get(object_id)
             if entry is not None and entry.content is object_content:
@@ -46,7 +48,7 @@ class Objects(InMemoryObjectStore):
 
     def get(self, object_id: str) -> bytes | None:
         held = self.held(object_id)
-        return held.read() if isinstance(held, OnDisk) else held
+        return bytes(held.view()) if isinstance(held, OnDisk) else held
 
     def held(self, object_id: str) -> OnDisk | bytes | None:
         """An object's bytes, in memory or where they wait."""

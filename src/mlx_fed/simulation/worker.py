@@ -339,13 +339,13 @@ def _sum(
             failed.append(_failed(place, refused))
     block = sums.sum_block(number, ((c, u.parameters, u.statistics) for c, u in fit))
     every = (*block.parameters.values(), *block.statistics.values())
-    if all(is_finite(piece) for array in every for piece in sums.pieces(array)):
+    if all(is_finite(piece) for part in every for piece in sums.pieces(part, sums.cuts(part))):
         return block
     # A sum of finite values may overflow as well: then all of them are fit, and the mean says so.
     good = []
     for client, update in fit:
         try:
-            checks.check_values(update.parameters, update.statistics)
+            checks.check_values(update.parameters, update.statistics, client.weight)
             good.append((client, update))
         except checks.Refused as refused:
             failed.append(_failed(client.place, refused))
