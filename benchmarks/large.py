@@ -8,7 +8,8 @@ Weights change in every round and nothing is trained (see ``large_app``), on the
   one of 100 MB with checkpoints and without.
 - ``flower``: the same 400 MB on a stock SuperLink and two stock SuperNodes.
 - ``fifty``: 50 nodes that each reply with 100 MB, one process playing them all; beside it, what
-  Flower's FedAvg takes to average as many replies that are in memory already.
+  our checks and sums take for as many replies that wait on disk already, and Flower's FedAvg to
+  average them in memory.
 
 Memory is the peak of what is resident, of a SuperLink or SuperNode with the processes that they
 start, which is looked at four times a second. The targets: 4 s a train phase and three times the
@@ -25,19 +26,26 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
 
+import mlx.core as mx
+import numpy as np
 import superlink
 from federation import free_port, together
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from large_app.app import Still, task
 
 _RUNS = Path("runs")
 """On disk, which the system's temporary folder need not be."""
+_CHUNK = 2 * 2**20
+"""Bytes of an array that Flower sends at once."""
 QUIET = {"notify": lambda event, **fields: None}
 
 
@@ -129,7 +137,7 @@ def node(port: int, megabytes: int, partition: int) -> int:
 
 def crowd(port: int, megabytes: int, size: int) -> None:
     """Many nodes in one process, which work one after another."""
-    from flwr.app import Context, RecordDict
+    from flwr.app import Context
     from mlx_fed import clientapp
     from mlx_fed.flower.client import FleetClient, Unreachable
 
@@ -172,25 +180,71 @@ def crowd(port: int, megabytes: int, size: int) -> None:
         player.join()
 
 
-def flowers_average(megabytes: int, replies: int) -> float:
-    """Seconds that Flower takes to average replies that it has in memory."""
-    import numpy as np
-    from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
-    from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
-
+def _sent(megabytes: int, replies: int) -> Iterator[list[np.ndarray]]:
+    """The arrays of each reply."""
     rng = np.random.default_rng(0)
     arrays = [rng.random(megabytes * 1_000_000 // 80, dtype=np.float32) for _ in range(20)]
-    contents = []
     for number in range(replies):
-        record = ArrayRecord()
-        for n, array in enumerate(arrays):
-            record[str(n)] = Array(array + np.float32(number))
+        yield [array + np.float32(number) for array in arrays]
+
+
+def flowers_average(megabytes: int, replies: int) -> float:
+    """Seconds that Flower takes to average replies that it has in memory."""
+    contents = []
+    for number, arrays in enumerate(_sent(megabytes, replies)):
+        record = ArrayRecord({str(n): Array(array) for n, array in enumerate(arrays)})
         contents.append(
             RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": number + 1})})
         )
     started = time.perf_counter()
     aggregate_arrayrecords(contents, "num-examples")
     return time.perf_counter() - started
+
+
+def our_average(megabytes: int, replies: int) -> dict[str, float]:
+    """Seconds that our server takes for as many replies, once it has them and nothing else to do.
+
+    They are looked at as they come, then checked, and summed from the disk on which they wait.
+    """
+    from mlx_fed import checks, memory, messages, spool, sums, weights
+
+    memory.keep_what_is_freed()
+    seconds = dict.fromkeys(("looked at", "checked", "summed"), 0.0)
+    with tempfile.TemporaryDirectory(prefix="large-", dir=_RUNS) as folder:
+        place = spool.Spool(Path(folder))
+
+        def waiting(array: Array) -> Array:
+            data, parts = array.data, []
+            for start in range(0, len(data), _CHUNK):
+                chunk = data[start : start + _CHUNK]
+                held = place.put_numbers(chunk, 0)
+                parts.append(spool.Part(held))
+                began = time.perf_counter()
+                weights.has_finite_squares(np.frombuffer(chunk, np.uint8)[4096:].view(np.float32))
+                seconds["looked at"] += time.perf_counter() - began
+            return spool.WaitingArray(array.dtype, array.shape, array.stype, tuple(parts))
+
+        came = []
+        for arrays in _sent(megabytes, replies):
+            named = {str(n): mx.array(array) for n, array in enumerate(arrays)}
+            record = messages.pack(named)
+            came.append(ArrayRecord({name: waiting(array) for name, array in record.items()}))
+        spec = weights.spec(named)
+        began = time.perf_counter()
+        fit = [checks.check_arrays(record, spec, True, 1.0) for record in came]
+        seconds["checked"] = time.perf_counter() - began
+        for _ in range(2):  # what a run has for the whole sum in its first round serves in all
+            began = time.perf_counter()
+            updates = (
+                (sums.Counted(number, number + 1.0, {}), arrays, {})
+                for number, arrays in enumerate(fit)
+            )
+            total = sums.in_order(sums.blocks(updates, replies))
+            for _ in total.mean().parameters.values():
+                pass
+            seconds["summed"] = time.perf_counter() - began
+            del total
+    return seconds
 
 
 def two(megabytes: int, rounds: int, keep: int = 3) -> dict:
@@ -251,6 +305,7 @@ def main() -> None:
         found["flower"] = flower(large, max(2, arguments.rounds - 1))
     if "fifty" in wanted:
         found["fifty"] = fifty(small, 2, arguments.crowd)
+        found["alone"] = our_average(small, arguments.crowd)
         found["average"] = {"seconds": flowers_average(small, arguments.crowd)}
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -267,10 +322,12 @@ def main() -> None:
         if key in found:
             print(row(what, size, found[key]))
     if "fifty" in found:
-        seconds = found["fifty"]["records"][-1]
+        seconds, alone = found["fifty"]["records"][-1], found["alone"]
         print(f"\n{arguments.crowd} replies of {small} MB, in seconds:")
-        print(f"  summed {seconds['aggregate']:.2f}, checked {seconds['check']:.2f}, ", end="")
-        print(f"Flower's average {found['average']['seconds']:.2f}")
+        print("  by themselves:", ", ".join(f"{what} {s:.2f}" for what, s in alone.items()))
+        print(f"  Flower's average {found['average']['seconds']:.2f}")
+        print("  while others are received:", end=" ")
+        print(f"checked {seconds['check']:.2f}, summed {seconds['aggregate']:.2f}")
 
 
 if __name__ == "__main__":

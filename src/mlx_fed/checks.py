@@ -109,14 +109,14 @@ def check_update(
     check_size(message.content, parameters, statistics)
     try:
         name, record = messages.parameters_of(message.content)
-        arrays = _check_arrays(record, parameters, messages.is_packed(record), weight)
+        arrays = check_arrays(record, parameters, messages.is_packed(record), weight)
         running: Mapping[str, mx.array] = {}
         if statistics:
             records = records_in(message.content, ArrayRecord)
             if messages.STATISTICS not in records:
                 raise Refused("it has no running statistics, which this task averages")
             record = records[messages.STATISTICS]
-            running = _check_arrays(record, statistics, True, weight, are_statistics=True)
+            running = check_arrays(record, statistics, True, weight, are_statistics=True)
     except Refused:
         raise
     except FedError as error:
@@ -156,7 +156,7 @@ def out_of_proportion(norms: Mapping[str, float], limit: float) -> dict[str, str
     }
 
 
-def _check_arrays(
+def check_arrays(
     record: ArrayRecord, expected: Spec, packed: bool, weight: float, are_statistics: bool = False
 ) -> Unread:
     """Checks the arrays in a record, a part at a time, and gives them in the expected order.

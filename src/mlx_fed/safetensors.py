@@ -34,6 +34,8 @@ _DTYPES = {
 _NAMES = {code: name for name, code in _DTYPES.items()}
 _METADATA = "__metadata__"
 """What no array is called: no module has an array with such a name."""
+_MOSTLY_HEADER = 1024
+"""Bytes in which the header of a few arrays ends."""
 _LONGEST_AXIS = 2**31 - 1  # MLX's
 
 
@@ -148,10 +150,12 @@ def find(parts: Sequence[Part]) -> dict[str, Stored]:
             among them, which the format does not allow. (Or another error: they may be anyone's.)
     """
     whole = sum(map(len, parts))
-    length = int.from_bytes(_bytes(parts, 0, 8).tobytes(), "little")
+    begin = _bytes(parts, 0, min(whole, _MOSTLY_HEADER)).tobytes()
+    length = int.from_bytes(begin[:8], "little")
     if length > whole - 8:
         raise ValueError("the header is longer than the file")
-    header = json.loads(_bytes(parts, 8, length).tobytes())
+    text = begin[8 : 8 + length] if 8 + length <= len(begin) else _bytes(parts, 8, length).tobytes()
+    header = json.loads(text)
     header.pop(_METADATA, None)
     arrays: dict[str, Stored] = {}
     end = 0

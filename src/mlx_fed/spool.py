@@ -176,7 +176,7 @@ class Spool:
         They are looked at as they come, while they are in a core's cache: to get them again from
         where they wait takes several times as long.
         """
-        held = self._write(data, head=head)
+        held = self._write(data, head=head, least=_SMALL // 16)
         if held is None:
             return data
         for start in (head, head + _TEXT):
@@ -186,10 +186,12 @@ class Spool:
                 break
         return held
 
-    def _write(self, *parts: bytes | memoryview, head: int = 0) -> OnDisk | None:
+    def _write(
+        self, *parts: bytes | memoryview, head: int = 0, least: int | None = None
+    ) -> OnDisk | None:
         """The parts in one file, or nothing where they are few or the disk does not take them."""
         size = sum(map(len, parts))
-        if self.folder is None or size < _SMALL:
+        if self.folder is None or size < (_SMALL if least is None else least):
             return None
         start = -head % _ALIGNMENT
         while True:
