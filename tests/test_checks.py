@@ -164,6 +164,10 @@ def test_an_unfit_reply_is_refused_and_the_run_goes_on(case: str, tmp_path: Path
     [
         (with_metrics(loss=float("inf")), "metric 'loss' is not finite"),
         (with_metrics(num_examples=0), "num-examples must be a positive number"),
+        (
+            with_metrics(num_examples=10**17, loss=0.0),
+            "num-examples is 1e+17, and more than 1e+12 is not believed",
+        ),
         (with_metrics(mood=1.0), "'mood'"),
         (
             with_metrics(accuracy=[0.5, 0.5]),
@@ -171,7 +175,7 @@ def test_an_unfit_reply_is_refused_and_the_run_goes_on(case: str, tmp_path: Path
         ),
         (raises, "the disk of this node is full"),
     ],
-    ids=["infinite loss", "zero examples", "other metrics", "list", "error"],
+    ids=["infinite loss", "zero examples", "endless examples", "other metrics", "list", "error"],
 )
 def test_an_unfit_evaluation_is_refused(change, reason: str, tmp_path: Path):
     def app(message: Message, context: Context) -> Message:
@@ -189,6 +193,7 @@ def test_an_unfit_evaluation_is_refused(change, reason: str, tmp_path: Path):
     assert record["train"]["nodes"] == ["node-0", "node-1", "node-2"]
     assert record["evaluate"]["nodes"] == ["node-1", "node-2"]
     assert np.isfinite(record["evaluate"]["loss"])
+    assert record["evaluate"]["loss"] > 0
 
 
 @pytest.mark.parametrize("strategy", [FedAvg, FedMedian])

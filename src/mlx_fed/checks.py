@@ -101,10 +101,7 @@ def check_update(
             positive and believable number.
     """
     check_answer(message)
-    metrics = check_metrics(message, weighted_by)
-    weight = float(str(metrics[weighted_by]))
-    if weight > max_weight:
-        raise Refused(f"{weighted_by} is {weight:g}, and more than {max_weight:g} is not believed")
+    metrics = check_metrics(message, weighted_by, max_weight)
     check_size(message.content, parameters, statistics)
     try:
         name, record = messages.parameters_of(message.content)
@@ -123,7 +120,7 @@ def check_update(
     except Exception as error:  # whatever else a stranger's bytes can bring about
         raise Refused(f"unreadable reply: {type(error).__name__}: {error}"[:_LONGEST]) from error
     norm = None if before is None else distance(arrays, before)
-    return Reply(name, arrays, running, metrics, weight, norm)
+    return Reply(name, arrays, running, metrics, float(str(metrics[weighted_by])), norm)
 
 
 def distance(arrays: Mapping[str, mx.array], others: Mapping[str, mx.array]) -> float:
@@ -197,19 +194,28 @@ def _check_pieces(name: str, pieces: Iterable[np.ndarray], check_variance: bool 
             raise Refused(f"parameter {name!r} has negative values, which no variance has")
 
 
-def check_metrics(message: Message, weighted_by: str) -> MetricRecord:
+def check_metrics(message: Message, weighted_by: str, max_weight: float = math.inf) -> MetricRecord:
     """Checks the metrics of a reply.
+
+    Args:
+        message (Message): The reply, to a message of training or of evaluation.
+        weighted_by (str): The metric that weighs the reply, ``"num-examples"``.
+        max_weight (float): The most that this metric may be.
 
     Raises:
         Refused: If there is not one record of metrics, a value is not finite, or the weight is
-            not a positive number.
+            not a positive and believable number.
     """
     check_answer(message)
     records = list(records_in(message.content, MetricRecord).values())
     if len(records) != 1:
         raise Refused(f"expected one record of metrics, got {len(records)}")
-    check_figures(records[0], weighted_by)
-    return records[0]
+    metrics = records[0]
+    check_figures(metrics, weighted_by)
+    weight = float(str(metrics[weighted_by]))
+    if weight > max_weight:
+        raise Refused(f"{weighted_by} is {weight:g}, and more than {max_weight:g} is not believed")
+    return metrics
 
 
 def check_figures(metrics: Mapping[str, Any], weighted_by: str) -> None:
