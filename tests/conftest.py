@@ -123,6 +123,17 @@ def command(*arguments: object, columns: int = 100) -> Ended:
 
 
 @pytest.fixture
+def little_room() -> Iterator[None]:
+    """Files of this process may have 64 KiB."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
 def mnist() -> Path:
     """The folder with the full MNIST as parquet, where there is one."""
     if not MNIST.is_dir():

@@ -13,11 +13,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Message
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, FedMedian
 
 from mlx_fed import messages, rounds
 from mlx_fed.training import Trainer
 
+from .loopback import App
 from .test_rounds import read_history
 from .test_strategies import (
     CLIENT,
@@ -110,6 +111,10 @@ UNFIT = {
     "no arrays": (lambda reply: reply.content.pop("arrays"), "one record of parameters"),
     "renamed": (renamed, "'arrays'"),
     "other metrics": (with_metrics(mood=1.0), "'mood'"),
+    "list of a loss": (
+        with_metrics(loss=[1.0]),
+        "metric 'loss' is a list of 1, and a number in the other replies",
+    ),
     "not safetensors": (not_safetensors, "'shard-1'"),
     "error": (raises, "the disk of this node is full"),
 }
@@ -160,10 +165,18 @@ def test_an_unfit_reply_is_refused_and_the_run_goes_on(case: str, tmp_path: Path
     [
         (with_metrics(loss=float("inf")), "metric 'loss' is not finite"),
         (with_metrics(num_examples=0), "num-examples must be a positive number"),
+        (
+            with_metrics(num_examples=10**17, loss=0.0),
+            "num-examples is 1e+17, and more than 1e+12 is not believed",
+        ),
         (with_metrics(mood=1.0), "'mood'"),
+        (
+            with_metrics(accuracy=[0.5, 0.5]),
+            "metric 'accuracy' is a list of 2, and a number in the other replies",
+        ),
         (raises, "the disk of this node is full"),
     ],
-    ids=["infinite loss", "zero examples", "other metrics", "error"],
+    ids=["infinite loss", "zero examples", "endless examples", "other metrics", "list", "error"],
 )
 def test_an_unfit_evaluation_is_refused(change, reason: str, tmp_path: Path):
     def app(message: Message, context: Context) -> Message:
@@ -181,6 +194,34 @@ def test_an_unfit_evaluation_is_refused(change, reason: str, tmp_path: Path):
     assert record["train"]["nodes"] == ["node-0", "node-1", "node-2"]
     assert record["evaluate"]["nodes"] == ["node-1", "node-2"]
     assert np.isfinite(record["evaluate"]["loss"])
+    assert record["evaluate"]["loss"] > 0
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, FedMedian])
+def test_lists_of_most_nodes_are_averaged_and_one_of_another_length_refused(
+    strategy: type[FedAvg], tmp_path: Path
+):
+    """Also where the odd one is the first, whose reply is summed before the others come."""
+
+    def reporting(*values: float) -> App:
+        def app(message: Message, context: Context) -> Message:
+            reply = CLIENT(message, context)
+            if message.metadata.message_type in ("train", "evaluate"):
+                with_metrics(recall=[*values])(reply)
+            return reply
+
+        return app
+
+    apps = [reporting(1.0), reporting(0.5, 1.0), reporting(0.5, 1.0)]
+    (record,) = federate(strategy(), tmp_path, apps, num_rounds=1).rounds
+    reason = "metric 'recall' is a list of 1, and a list of 2 in the other replies"
+    assert [(each["node"], each["reason"]) for each in record["refused"]] == [
+        ("node-0", reason),
+        ("node-0", reason),
+    ]
+    for phase in ("train", "evaluate"):
+        assert record[phase]["nodes"] == ["node-1", "node-2"]
+        assert record[phase]["recall"] == pytest.approx([0.5, 1.0])
 
 
 def test_a_round_without_a_reply_that_counts_ends_the_run(tmp_path: Path):

@@ -109,7 +109,7 @@ def test_a_damaged_file_is_no_file(tmp_path: Path, text: str):
 
 
 def test_a_place_that_cannot_be_written_ends_no_simulation(tmp_path: Path):
-    (tmp_path / "labels.part.json").mkdir()
+    (tmp_path / "labels.json.part").mkdir()
     file = labels.LabelsFile(tmp_path, 1)
     file("labels", {"clients": {0: {1: 2}}})
     file("finished", {})

@@ -18,7 +18,7 @@ pytest.importorskip("mlx_lm")
 from mlx_lm.utils import load as mlx_lm_load
 
 from mlx_fed import messages
-from mlx_fed.lm import base, identity, texts
+from mlx_fed.lm import adapters, base, identity, texts
 from mlx_fed.lm.config import load_config
 from mlx_fed.lm.task import lora_task
 from mlx_fed.training import Trainer
@@ -141,6 +141,17 @@ def test_a_federation_of_bfloat16_layers_sends_them_as_they_are(data, tmp_path):
     assert result.rounds[1]["train"]["loss"] < result.rounds[0]["train"]["loss"]
     saved = mx.load(str(result.model / "adapters.safetensors"))
     assert {array.dtype for array in saved.values()} == {mx.bfloat16}
+
+
+def test_adapters_stay_as_they_were_if_there_is_no_room(llama, data, tmp_path, little_room):
+    config = configure(llama, data)
+    target = adapters.save(Trainer(lora_task(config)).model, tmp_path, config)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert before.keys() == {"adapters.safetensors", "adapter_config.json"}
+    larger = replace(config, lora_parameters={**config.lora_parameters, "rank": 256})
+    with pytest.raises(OSError, match="File too large"):
+        adapters.save(Trainer(lora_task(larger)).model, tmp_path, larger)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
 def test_freezing_a_sends_b_alone_and_saves_both(llama, data, tmp_path):

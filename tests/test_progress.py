@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import mlx_fed as fed  # before mlx.core
+
+import mlx.core as mx
+import pytest
 from rich.console import Console
 
 from mlx_fed.history import History, Listener
 from mlx_fed.progress import JsonLines, ServerProgress, seconds_text, size_text
+
+from .conftest import ROOT
+from .tasks import moons
+
+FAILED = "The output failed and nothing more is shown; all else goes on: "
 
 
 def record(number: int, loss: float, accuracy: float) -> dict:
@@ -131,6 +144,63 @@ def test_programs_get_an_object_a_line(tmp_path: Path):
         *("phase", "phase", "round", "phase", "phase", "round", "finished"),
     ]
     assert told[6]["train"]["loss"] == 2.0
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("-c slow=0.2 | head -1", "BrokenPipeError: "),
+        ("-c slow=0.2 --json | head -1", "BrokenPipeError: "),
+        ("-c slow=0.2 2>&1 | head -1", ""),
+        ("> /dev/full", "OSError: "),
+        ("--json > /dev/full", "OSError: "),
+    ],
+)
+def test_a_run_whose_output_fails_goes_on(output: str, said: str, tmp_path: Path):
+    if "/dev/full" in output and not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    simulate = [sys.executable, "-m", "mlx_fed", "simulate", "tests.tasks:moons"]
+    options = ["--clients", "2", "--workers", "0", "--runs", str(tmp_path), "--name", "run"]
+    run = f"set -o pipefail; {shlex.join([*simulate, *options])} {output}"
+    done = subprocess.run(
+        ["bash", "-c", run], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == ("head" in output)
+    assert done.stderr.startswith(FAILED + said if said else "")
+    assert len(done.stderr.splitlines()) == bool(said)
+    assert mx.load(str(tmp_path / "run" / "model.safetensors"))
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("option", [(), ("--json",)], ids=["lines", "JSON"])
+def test_a_node_whose_output_fails_goes_on(option: tuple[str, ...], tmp_path: Path):
+    nodes: list[subprocess.Popen[str]] = []
+
+    def join(event: str, fields: dict) -> None:
+        if event == "serving":
+            unread, output = os.pipe()
+            os.close(unread)
+            command = [sys.executable, "-m", "mlx_fed", "join", "tests.tasks:moons", *option]
+            command += ["--server", fields["address"]]
+            streams = {"stdout": output, "stderr": subprocess.PIPE, "text": True}
+            nodes.append(subprocess.Popen(command, cwd=ROOT, **streams))
+            os.close(output)
+
+    try:
+        options = {"min_nodes": 1, "wait": 60, "port": 0, "runs": tmp_path, "listeners": (join,)}
+        result = fed.serve(moons, num_rounds=2, **options)
+        assert [record["train"]["nodes"] for record in result.rounds] == [["node-0"]] * 2
+        _, said = nodes[0].communicate(timeout=60)
+        assert nodes[0].returncode == 0
+        assert said.startswith(FAILED + "BrokenPipeError: ")
+        assert len(said.splitlines()) == 1
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
 
 
 def test_sizes_and_times_are_written_as_people_do():

@@ -146,8 +146,8 @@ SIMULATED = ["FedAvg", "FedAvgM", "FedAdam", "FedMedian", "QFedAvg"]
 
 
 def simulated(strategy: Strategy, runs: Path, task: fed.Task = TASK, **options) -> fed.Result:
-    options = {"workers": 0, "seed": 7, "listeners": (), **options}
-    return fed.simulate(task, strategy, 7, options.pop("num_rounds", None), runs=runs, **options)
+    options = {"workers": 0, "seed": 7, "listeners": (), "num_clients": 7, **options}
+    return fed.simulate(task, strategy, runs=runs, **options)
 
 
 @pytest.mark.parametrize("name", SIMULATED)
@@ -277,6 +277,38 @@ def test_a_run_that_changed_is_refused(changed: dict, difference: str, tmp_path:
     with pytest.raises(CheckpointError, match=rf"cannot go on.*: .*{difference}"):
         federate(strategy, tmp_path, (), task=replace(TASK, **fields), resume=True, **others)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"num_clients": 6}, "clients was 7 and is 6"),
+        ({"faults": fed.Faults(failure_rate=0.5)}, "faults failure_rate was 0.0 and is 0.5"),
+        (
+            {"faults": fed.Faults(hostile=0.2, attack="scale")},
+            "faults hostile was 0.0 and is 0.2; faults attack was sign-flip and is scale",
+        ),
+    ],
+)
+def test_a_simulation_that_changed_is_refused(changed: dict, difference: str, tmp_path: Path):
+    simulated(FedAvg(), tmp_path, name="run", num_rounds=1)
+    with pytest.raises(CheckpointError, match=rf"cannot go on.*: {difference}\. "):
+        simulated(FedAvg(), tmp_path, resume="run", num_rounds=2, **changed)
+    assert len(read_history(tmp_path / "run")) == 1
+
+
+def test_a_simulation_of_an_older_version_goes_on(tmp_path: Path):
+    """Its checkpoints do not say how many clients there are."""
+    simulated(FedAvg(), tmp_path, name="run", num_rounds=1)
+    (path,) = checkpoints(tmp_path / "run").values()
+    whole = read(path)
+    path.unlink()
+    identity = {k: v for k, v in whole.identity.items() if k not in ("clients", "faults")}
+    assert identity != whole.identity
+    writing = Checkpoints(tmp_path / "run", keep=3)
+    writing.save(whole._replace(identity=identity), lambda: None)
+    writing.wait()
+    assert len(simulated(FedAvg(), tmp_path, resume="run", num_rounds=2).rounds) == 2
 
 
 def test_how_many_nodes_are_waited_for_may_change(tmp_path: Path):

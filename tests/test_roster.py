@@ -212,8 +212,9 @@ def test_a_task_saves_the_model_in_a_form_of_its_own(tmp_path: Path):
         assert mx.array_equal(dict(tree_flatten(model.parameters()))[name], array)
 
 
+@pytest.mark.parametrize("answer", ["[]", "[" * 100_000], ids=["list", "nested"])
 @pytest.mark.parametrize("what", ["fingerprint", "parameters"])
-def test_an_answer_to_the_roll_call_that_is_no_answer(what: str, tmp_path: Path):
+def test_an_answer_to_the_roll_call_that_is_no_answer(what: str, answer: str, tmp_path: Path):
     told: list[dict] = []
     task = replace(TASK, fingerprint=lambda: {"base model": "3f2a"})
     node = fed.client_app(task)
@@ -221,7 +222,7 @@ def test_an_answer_to_the_roll_call_that_is_no_answer(what: str, tmp_path: Path)
     def odd(message: Message, context: Context) -> Message:
         reply = node(message, context)
         if message.metadata.message_type == messages.ROLL_CALL:
-            reply.content["node"][what] = "[]"
+            reply.content["node"][what] = answer
         return reply
 
     def listen(event: str, fields: dict) -> None:

@@ -160,6 +160,21 @@ def test_keys_and_certificates_of_ones_own(commands, tmp_path):
     assert "hospital-a joined" in server.text
 
 
+def test_a_folder_that_does_not_say_where_its_server_is_can_be_told(tmp_path):
+    made, kept = (("--federation", tmp_path / name) for name in ("made", "kept"))
+    assert command("certs", "make", "127.0.0.1", *made).code == 0
+    bring = ["certs", "bring", "--certificate", tmp_path / "made" / "server.crt"]
+    bring += ["--key", tmp_path / "made" / "secret" / "server.key"]
+    assert command(*bring, "--authority", tmp_path / "made" / "ca.crt", *kept).code == 0
+    code, text = command("nodes", "add", "node-0", *kept)
+    assert code == 1
+    (told,) = re.findall(r"say it with mlx-fed (certs make HOST:PORT --federation \S+)\.$", text)
+    done = command(*told.replace("HOST:PORT", "127.0.0.1:8123").split())
+    assert done.code == 0, done.text
+    assert "node-0 joins with:" in command("nodes", "add", "node-0", *kept).text
+    assert "(brought along)" in command("certs", "show", *kept).text
+
+
 def test_beyond_the_loopback_a_server_encrypts_unless_it_is_told_not_to(commands):
     everywhere = ("--host", "0.0.0.0", "--wait", 0.1, "--announce", "127.0.0.1")
     server = commands.start(

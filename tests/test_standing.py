@@ -73,6 +73,23 @@ def test_what_cannot_be_believed_is_refused(kind, change, reason, settings, tmp_
     assert record["train"]["nodes"] == ["node-0", "node-2"]
 
 
+def test_examples_of_an_evaluation_are_believed_up_to_the_limit(tmp_path: Path):
+    """They weigh its loss, by which the best round is chosen."""
+
+    def app(message: Message, context: Context) -> Message:
+        reply = CLIENT(message, context)
+        if message.metadata.message_type == "evaluate":
+            with_metrics(num_examples=500 if message.metadata.group_id == "1" else 400)(reply)
+        return reply
+
+    result = federate(FedAvg(), tmp_path, [app, CLIENT], num_rounds=2, max_examples=400.0)
+    (refused,) = result.rounds[0]["refused"]
+    assert (refused["node"], refused["phase"]) == ("node-0", "evaluate")
+    assert "num-examples is 500, and more than 400 is not believed" in refused["reason"]
+    evaluated = [record["evaluate"]["nodes"] for record in result.rounds]
+    assert evaluated == [["node-1"], ["node-0", "node-1"]]
+
+
 def test_norms_are_not_looked_at_unless_asked_for_and_never_with_two(tmp_path: Path):
     far = on_train(with_weight(lambda w: w + 1e4))
     result = federate(FedAvg(), tmp_path / "off", [CLIENT, far, CLIENT], num_rounds=1)

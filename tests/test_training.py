@@ -701,6 +701,30 @@ def test_an_optimizer_goes_on_where_it_stopped():
     )
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rate: optim.SGD(rate, momentum=0.9),
+        lambda rate: optim.MultiOptimizer(
+            [optim.SGD(rate, momentum=0.9), optim.Adam(rate)],
+            [lambda name, _: name.startswith("layers.1")],
+        ),
+    ],
+    ids=["one", "several"],
+)
+def test_an_optimizer_that_goes_on_has_the_learning_rate_of_its_round(make):
+    """By the server's settings, a strategy's or the round's number."""
+    kept = trainer(keep_optimizer=True, optimizer=lambda config: make(config["learning-rate"]))
+    data = fed.Data(examples(8))
+    first = kept.train(kept.parameters(), {}, data, {"learning-rate": 0.1})
+    second = kept.train(first.parameters, {}, data, {"learning-rate": 0.01}, own=first.own)
+    through = trainer(
+        optimizer=lambda config: make(lambda step: mx.where(step < 1, 0.1, 0.01)), local_epochs=2
+    )
+    expected = train(through, data)
+    assert_close(second._replace(metrics=expected.metrics), expected)
+
+
 def test_personal_parameters_stay():
     of = trainer(personal=lambda name: name.startswith("layers"))
     assert list(of.spec) == ["first.weight", "first.bias"]

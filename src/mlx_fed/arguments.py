@@ -61,6 +61,7 @@ def find_strategy(name: str, min_nodes: int, options: dict[str, Any]) -> Strateg
     """
     import flwr.serverapp.strategy as flower
 
+    from . import strategies
     from .progress import quiet_flower
 
     quiet_flower()
@@ -75,8 +76,7 @@ def find_strategy(name: str, min_nodes: int, options: dict[str, Any]) -> Strateg
                 if name.startswith(("Bulyan", "Fed", "Krum", "Multi", "QFed")) and "Xgb" not in name
             )
             raise FedError(f"Flower has no strategy {name!r}. It has {known}.")
-        least = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
-        options = {**dict.fromkeys(least, min_nodes), **options}
+        options = {**dict.fromkeys(strategies.LEAST_NODES, min_nodes), **options}
     if isinstance(made, flower.Strategy):
         if options:
             given = ", ".join(options)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from .whole_files import put
+
 
 def path_of(name: str) -> Path:
     """Where a file of the folder lies: below ``MLX_FED_CACHE``, or else in the user's own cache.
@@ -22,7 +24,8 @@ def path_of(name: str) -> Path:
 
 
 def make(path: Path, write: Callable[[Path], object]) -> None:
-    """Makes a file, which is there as a whole or not at all, also after a crash.
+    """Makes a file, which is there as a whole or not at all, also after a crash and while other
+    processes make it as well.
 
     Args:
         path (Path): One of :func:`path_of`.
@@ -37,6 +40,4 @@ def make(path: Path, write: Callable[[Path], object]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as folder:
         part = Path(folder, path.name)
         write(part)
-        with part.open("rb+") as file:
-            os.fsync(file)
-        part.replace(path)
+        put(part, path)

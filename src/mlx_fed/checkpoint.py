@@ -23,10 +23,11 @@ from flwr.app import ArrayRecord
 
 from . import safetensors
 from .errors import FedError
-from .history import errors_named, sync, sync_folder
+from .history import errors_named
 from .spool import Spool
 from .strategy_state import State
 from .weights import Arrays
+from .whole_files import put, sync_folder
 
 _NAME = re.compile(r"(\d{5,})-([0-9a-f]{8})\.safetensors")
 _KINDS = ("parameters", "statistics", "strategy")
@@ -108,10 +109,8 @@ class Checkpoints:
                 with part.open("wb") as file:
                     counted = _Checked(file)
                     _write(counted, checkpoint)
-                    sync(file)
                 path = self.folder / f"{number:05}-{counted.checksum:08x}.safetensors"
-                part.replace(path)
-                sync_folder(self.folder)
+                put(part, path)
             finally:
                 with suppress(OSError):
                     part.unlink(missing_ok=True)

@@ -102,10 +102,7 @@ def check_update(
             the number of examples is not a positive and believable number.
     """
     check_answer(message)
-    metrics = check_metrics(message, weighted_by)
-    weight = float(str(metrics[weighted_by]))
-    if weight > max_weight:
-        raise Refused(f"{weighted_by} is {weight:g}, and more than {max_weight:g} is not believed")
+    metrics = check_metrics(message, weighted_by, max_weight)
     check_size(message.content, parameters, statistics)
     try:
         name, record = messages.parameters_of(message.content)
@@ -124,7 +121,7 @@ def check_update(
     except Exception as error:  # whatever else a stranger's bytes can bring about
         raise Refused(f"unreadable reply: {type(error).__name__}: {error}"[:_LONGEST]) from error
     norm = None if before is None else distance(arrays, before)
-    return Reply(name, arrays, running, metrics, weight, norm)
+    return Reply(name, arrays, running, metrics, float(str(metrics[weighted_by])), norm)
 
 
 def distance(arrays: Mapping[str, mx.array], others: Mapping[str, mx.array]) -> float:
@@ -209,19 +206,28 @@ def _check_pieces(
             raise Refused(f"parameter {name!r} has negative values, which no variance has")
 
 
-def check_metrics(message: Message, weighted_by: str) -> MetricRecord:
+def check_metrics(message: Message, weighted_by: str, max_weight: float = math.inf) -> MetricRecord:
     """Checks the metrics of a reply.
+
+    Args:
+        message (Message): The reply, to a message of training or of evaluation.
+        weighted_by (str): The metric that weighs the reply, ``"num-examples"``.
+        max_weight (float): The most that this metric may be.
 
     Raises:
         Refused: If there is not one record of metrics, a value is not finite, or the weight is
-            not a positive number.
+            not a positive and believable number.
     """
     check_answer(message)
     records = list(records_in(message.content, MetricRecord).values())
     if len(records) != 1:
         raise Refused(f"expected one record of metrics, got {len(records)}")
-    check_figures(records[0], weighted_by)
-    return records[0]
+    metrics = records[0]
+    check_figures(metrics, weighted_by)
+    weight = float(str(metrics[weighted_by]))
+    if weight > max_weight:
+        raise Refused(f"{weighted_by} is {weight:g}, and more than {max_weight:g} is not believed")
+    return metrics
 
 
 def check_figures(metrics: Mapping[str, Any], weighted_by: str) -> None:
@@ -239,8 +245,13 @@ def check_figures(metrics: Mapping[str, Any], weighted_by: str) -> None:
             raise Refused(f"metric {key!r} is not finite")
 
 
-def odd_names(names: Mapping[str, frozenset[str]]) -> dict[str, str]:
-    """Why replies do not count whose records or metrics are called otherwise than in most.
+Names = frozenset[tuple[str, str]]
+"""What is in a reply: each name, and of what kind it is."""
+
+
+def odd_names(names: Mapping[str, Names]) -> dict[str, str]:
+    """Why replies do not count whose records or metrics are called otherwise than in most, or are
+    of another kind.
 
     Args:
         names (dict): Of each node, by its name, what :func:`names_in` gives.
@@ -249,20 +260,32 @@ def odd_names(names: Mapping[str, frozenset[str]]) -> dict[str, str]:
         dict: A reason for each such node, by name.
     """
     odd: dict[str, str] = {}
-    for usual, _ in Counter(names.values()).most_common(1):
+    for most, _ in Counter(names.values()).most_common(1):
         for node, own in names.items():
-            for name in sorted(usual ^ own)[:1]:
-                kind = "is missing" if name in usual else "is not in the other replies"
-                odd[node] = f"{name} {kind}"
+            for name in sorted(name for name, _ in most ^ own)[:1]:
+                odd[node] = _why_odd(name, dict(own), dict(most))
     return odd
 
 
-def names_in(content: RecordDict) -> frozenset[str]:
-    """What a reply's records and metrics are called; statistics are not a strategy's matter."""
+def _why_odd(name: str, own: Mapping[str, str], usual: Mapping[str, str]) -> str:
+    if name not in own:
+        return f"{name} is missing"
+    if name not in usual:
+        return f"{name} is not in the other replies"
+    return f"{name} is {own[name]}, and {usual[name]} in the other replies"
+
+
+def names_in(content: RecordDict) -> Names:
+    """What a reply's records and metrics are called, and whether a metric is a number or a list of
+    how many; statistics are not a strategy's matter."""
     own = records_in(content, MetricRecord)
     records = (*records_in(content, ArrayRecord), *own)
-    metrics = {name for record in own.values() for name in record}
+    metrics = {name: value for record in own.values() for name, value in record.items()}
     return frozenset(
-        {f"record {n!r}" for n in records if n != messages.STATISTICS}
-        | {f"metric {n!r}" for n in metrics}
+        {(f"record {n!r}", "a record") for n in records if n != messages.STATISTICS}
+        | {(f"metric {n!r}", _kind(value)) for n, value in metrics.items()}
     )
+
+
+def _kind(value: Any) -> str:
+    return f"a list of {len(value)}" if isinstance(value, list) else "a number"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import mlx.core as mx
 
@@ -23,6 +23,7 @@ from . import records
 from .errors import FedError
 from .status import Status
 from .weights import Arrays
+from .whole_files import replacing, sync
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -73,8 +74,9 @@ class History:
         """
         settings = {**settings, **self.about}
         text = json.dumps(settings, indent=2, default=str) + "\n"
-        with _replacing(self.folder / "settings.json") as half_written:
-            half_written.write_text(text, encoding="utf-8")
+        path = self.folder / "settings.json"
+        with errors_named(path), replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
         self.notify("started", folder=self.folder, settings=settings)
 
     def add_round(self, record: dict[str, Any]) -> None:
@@ -138,8 +140,8 @@ class History:
         self.rounds = [rounds[n] for n in sorted(rounds) if n <= number]
         self.moved = sum(map(_bytes, self.rounds))
         text = "".join(records.to_line(record) + "\n" for record in self.rounds)
-        with _replacing(path) as half_written:
-            half_written.write_text(text, encoding="utf-8")
+        with errors_named(path), replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
         self.notify("resumed", round=number)
 
     @contextmanager
@@ -176,7 +178,7 @@ class History:
         """
         path = self.folder / name
         # Through a file of Python's, whose errors say what was wrong.
-        with _replacing(path) as half_written, half_written.open("wb") as file:
+        with errors_named(path), replacing(path) as part, part.open("wb") as file:
             mx.save_safetensors(file, arrays, {"format": "mlx"})
         return path
 
@@ -289,42 +291,6 @@ def recorded_run_id(folder: Path) -> str | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads((folder / "settings.json").read_bytes())["config"]["run-id"])
     return None
-
-
-def sync(file: IO) -> None:
-    """Brings a file to disk, past the system's memory."""
-    file.flush()
-    # macOS leaves it in the drive's memory unless it is asked for more, which not all drives do.
-    if full := getattr(fcntl, "F_FULLFSYNC", None):
-        with suppress(OSError):
-            fcntl.fcntl(file, full)
-            return
-    os.fsync(file)
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings the names of a folder's files to disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which then takes the place of ``path``: all of it or nothing."""
-    half_written = path.with_suffix(f".part{path.suffix}")
-    with errors_named(path):
-        try:
-            yield half_written
-            with half_written.open("rb") as file:
-                sync(file)
-            half_written.replace(path)
-            sync_folder(path.parent)
-        finally:
-            with suppress(OSError):
-                half_written.unlink(missing_ok=True)
 
 
 @contextmanager

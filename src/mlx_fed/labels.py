@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .task import Data
+from .whole_files import replacing
 
 MOST_CLIENTS = 1000
 """Clients that are counted: those that take part first."""
@@ -56,7 +57,7 @@ def count(data: Data) -> dict[int, int]:
 
 
 class LabelsFile:
-    """Listens to a simulation and keeps ``labels.json`` in its folder.
+    """Listens to a simulation and keeps ``labels.json`` in its folder; the run goes on without it.
 
     Args:
         folder (Path): The run's; what it has of the run before it was resumed is kept.
@@ -92,10 +93,8 @@ class LabelsFile:
             return
         rows = [[k, [self.counts[k].get(c, 0) for c in classes]] for k in sorted(self.counts)]
         text = json.dumps({"of": self.num_clients, "classes": classes, "clients": rows})
-        half_written = self.path.with_suffix(".part.json")
-        with suppress(OSError):  # the run goes on without it
-            half_written.write_text(text, encoding="utf-8")
-            half_written.replace(self.path)
+        with suppress(OSError), replacing(self.path, on_disk=False) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -162,9 +162,9 @@ class Phase:
             if fits:
                 yield node, answer
 
-    def refuse_odd_names(self, names: Mapping[str, frozenset[str]]) -> Collection[str]:
-        """The nodes whose replies call things otherwise than most: FedAvg and its kin would end
-        the run over them."""
+    def refuse_odd_names(self, names: Mapping[str, checks.Names]) -> Collection[str]:
+        """The nodes whose replies have things of other names or kinds than most: FedAvg and its
+        kin would end the run over them."""
         if not strategies.wants_same_names(self.run.strategy):
             return ()
         odd = checks.odd_names(names)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -101,17 +104,86 @@ def node_line(event: str, fields: dict[str, Any]) -> str:
     return ""
 
 
-class ServerProgress:
+def tell_of_failure(message: str, error: Exception) -> None:
+    """Says on the standard error of what a run goes on without, while anybody reads it there."""
+    why = printable(f"{type(error).__name__}: {error}")
+    try:
+        print(f"{message}: {why}", file=sys.stderr, flush=True)
+    except OSError:
+        _write_nowhere(sys.stderr)
+
+
+def _write_nowhere(stream: IO[str] | None) -> None:
+    """Has the rest of a stream go nowhere, or what is left in it would fail when Python ends."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+        os.close(nowhere)
+
+
+def _while_it_works(show: Callable[..., None]) -> Callable[..., None]:
+    """A display's method, which is called for as long as that works: a run goes on without it."""
+
+    @wraps(show)
+    def show_or_give_up(self: Display, *args: Any, **fields: Any) -> None:
+        if not self.works:
+            return
+        try:
+            show(self, *args, **fields)
+        except Exception as error:
+            self.works = False
+            self.close()
+            if self.file is sys.stdout:
+                _write_nowhere(sys.stdout)
+            tell_of_failure("The output failed and nothing more is shown; all else goes on", error)
+
+    return show_or_give_up
+
+
+class Display:
+    """What a run or a node shows, until its output fails: a pipe that nobody reads any more, a full
+    disk. That is said once."""
+
+    works = True
+
+    def __init__(self, file: IO[str]):
+        self.file = file
+
+    def close(self) -> None:
+        """Leaves the output as it was."""
+
+
+class _Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+class Lines(Display):
+    """Lines of text, and on a terminal live ones at its foot."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or _Terminal(highlight=False)
+        super().__init__(self.console.file)
+        self.live = LiveLines(self.console)
+        self.loading = LoadingProgress(self.console, self.live)
+
+    def close(self) -> None:
+        """Takes the live lines off the terminal."""
+        with suppress(OSError):  # it may be gone
+            self.live.close()
+
+
+class ServerProgress(Lines):
     """Listens to a :class:`~mlx_fed.history.History` and shows the run."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False)
-        self.live = LiveLines(self.console)
-        self.loading = LoadingProgress(self.console, self.live)
+        super().__init__(console)
         self.folder: Path | None = None
         self.of = 0
         self.left_out: Counter[str] = Counter()
 
+    @_while_it_works
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         match event:
             case "loading" | "loaded":
@@ -180,10 +252,6 @@ class ServerProgress:
         first, last = _figures(rounds[0]), _figures(rounds[-1])
         changes = [f"{n} {first[n]:.4f} -> {last[n]:.4f}" for n in last if n in first]
         return f"In {len(rounds)} rounds: {', '.join(changes)}" if changes else ""
-
-    def close(self) -> None:
-        """Takes the live lines off the terminal."""
-        self.live.close()
 
 
 class LoadingProgress:
@@ -261,7 +329,7 @@ def told_or_terminal(notify: Callable[..., None] | None) -> Iterator[Callable[..
             shown.close()
 
 
-class JsonLines:
+class JsonLines(Display):
     """Listens to a history and prints what happens as JSON, an object a line, for programs.
 
     Args:
@@ -269,8 +337,9 @@ class JsonLines:
     """
 
     def __init__(self, file: IO[str] | None = None):
-        self.file = file or sys.stdout
+        super().__init__(file or sys.stdout)
 
+    @_while_it_works
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         if event not in ("replies", "labels", "loading", "loaded"):
             print(records.to_json({"event": event, **fields}), file=self.file, flush=True)
@@ -294,14 +363,10 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-class NodeProgress:
+class NodeProgress(Lines):
     """Shows what happens on a node, and as a live line on a terminal what it is at."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False)
-        self.live = LiveLines(self.console)
-        self.loading = LoadingProgress(self.console, self.live)
-
+    @_while_it_works
     def __call__(self, event: str, **fields: Any) -> None:
         if event in ("loading", "loaded"):
             self.loading(event, fields)
@@ -312,10 +377,6 @@ class NodeProgress:
                 self.live.show(_RUN, "waiting for the server")
             if line := node_line(event, fields):
                 _print(self.console, line, _STYLES.get(event, ""))
-
-    def close(self) -> None:
-        """Takes the live lines off the terminal."""
-        self.live.close()
 
 
 def quiet_flower() -> None:

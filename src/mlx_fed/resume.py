@@ -77,7 +77,8 @@ def resume(run: Run, checkpoints: Checkpoints, identity: dict[str, Any]) -> Posi
             )
         run.history.go_on_after(0)
         return None
-    _require_same(checkpoint.identity, identity, run.history.folder)
+    before = {**_simulated(run), **checkpoint.identity}  # older versions kept no such thing
+    _require_same(before, identity, run.history.folder)
     strategy_state.restore(run.strategy, checkpoint.strategy)
     run.history.go_on_after(checkpoint.round)
     model = Model(checkpoint.masters, checkpoint.statistics)
@@ -106,8 +107,16 @@ def identity_of(run: Run) -> dict[str, Any]:
             }
             for kind, slots in run.trainer.slots._asdict().items()
         },
+        **_simulated(run),
     }
     return json.loads(json.dumps(identity, default=str))
+
+
+def _simulated(run: Run) -> dict[str, Any]:
+    """How many clients a simulation has, and what goes wrong with them; empty of a federation,
+    whose nodes come and go."""
+    about = run.history.about
+    return {key: about[key] for key in ("clients", "faults") if key in about}
 
 
 def _without_least_nodes(described: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from .weights import Spec
 
 _LONGEST = 200
 """Characters of a fingerprint that are shown."""
+_LONGEST_REASON = 500
+"""Characters of a reason that quotes what a stranger sent."""
 _PATIENCE = 60.0
 """Seconds without an answer to the roll call after which a run no longer waits for more."""
 
@@ -174,9 +176,11 @@ class Roster:
             self._check_fingerprint(record)
             self._check_model(record)
             self._check_free(node)
-        except (FedError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever a stranger's bytes can bring about
             why = str(error) if isinstance(error, FedError) else f"unreadable answer: {error!r}"
-            self._leave_out(node_id, name, why)
+            # JSON has halves of characters, which no message can carry back.
+            shown = why[:_LONGEST_REASON].encode(errors="replace").decode()
+            self._leave_out(node_id, name, shown)
             return
         self.reasons.pop(name, None)
         self.nodes[node_id] = node

@@ -229,7 +229,8 @@ def _evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
         if messages.has_nothing_to_evaluate(reply):
             continue
         with phase.refusing(node):
-            each[node] = checks.check_metrics(reply, run.weighted_by)
+            most = run.settings.max_examples
+            each[node] = checks.check_metrics(reply, run.weighted_by, most)
             accepted.append((node, reply))
     odd = phase.refuse_odd_names({node: checks.names_in(reply.content) for node, reply in accepted})
     counting = [(node, reply) for node, reply in accepted if node not in odd]

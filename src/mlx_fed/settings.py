@@ -51,8 +51,8 @@ class Settings:
             it is repeated. Default: ``1``.
         max_repeats (int): How often a round is repeated before the run stops, to be resumed when
             more nodes are well. Default: ``2``.
-        max_examples (float): Examples that a node may say it has trained on: they weigh its
-            reply. Default: ``1e12``, which no node has.
+        max_examples (float): Examples that a node may say it has trained or evaluated on: they
+            weigh its reply. Default: ``1e12``, which no node has.
         max_update_norm (float, optional): How many times the median of all updates' norms one of
             at least three may have. Default: no limit.
         keep (int): Checkpoints to keep, beside the best; 0 writes none. Default: ``3``.

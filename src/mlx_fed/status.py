@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .whole_files import replacing
+
 _PAUSE = 0.5
 """Seconds until what comes often, such as replies, is written again."""
 _GLANCE = 0.1
@@ -95,10 +97,8 @@ class Status:
         self.written = time.monotonic()
         known = {"refused": self.refused, "failed": self.failed, "notices": self.notices}
         text = json.dumps({**self.now, "time": time.time(), **known}, default=str)
-        half_written = self.path.with_suffix(".part.json")
-        with suppress(OSError):
-            half_written.write_text(text, encoding="utf-8")
-            half_written.replace(self.path)
+        with suppress(OSError), replacing(self.path, on_disk=False) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any]:

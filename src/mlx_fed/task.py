@@ -89,7 +89,7 @@ class Task:
             keeps its own: they are trained with the others and never travel, as in FedPer
             (https://arxiv.org/abs/1912.00818). ``lambda name: name.startswith("head")``
         keep_optimizer (bool): Let each client's optimizer go on from round to round, instead of
-            beginning anew. Default: ``False``.
+            beginning anew; its learning rate is that of each round's. Default: ``False``.
         weight_unit (str, optional): What the weights of a loss that returns ``(mean, weight)``
             count: with ``"tokens"`` clients report ``num-tokens``, by which a strategy may weigh
             them (``FedAvg(weighted_by_key="num-tokens")``), and ``tokens-per-second``.

@@ -138,8 +138,6 @@ class Tracking:
             what(self.tracker)
         except Exception as error:
             self.tracker = None
-            from .progress import printable
+            from .progress import tell_of_failure
 
-            why = printable(f"{type(error).__name__}: {error}")
-            message = f"The tracker {self.name!r} failed and is asked no more: {why}"
-            print(message, file=sys.stderr, flush=True)
+            tell_of_failure(f"The tracker {self.name!r} failed and is asked no more", error)

@@ -87,7 +87,7 @@ def _total(phase: Phase, outgoing: list[Message], nodes: list[str], model: Model
         return _summed_by_grid(phase, outgoing, nodes, sum_updates)
     # Those with the names of the first are summed as they come; the others wait on disk until it
     # is known which names most have.
-    names: dict[str, frozenset[str]] = {}
+    names: dict[str, checks.Names] = {}
     apart: list[Update] = []
 
     def alike() -> Iterator[Update]:
@@ -152,8 +152,8 @@ class Update(NamedTuple):
     reply: checks.Reply
 
     @property
-    def names(self) -> frozenset[str]:
-        """What its records and metrics are called."""
+    def names(self) -> checks.Names:
+        """What its records and metrics are called, and of what kind they are."""
         return checks.names_in(self.message.content)
 
 

@@ -160,7 +160,7 @@ class Trainer:
         optimizer = self.task.optimizer(config)
         programs = self.training_programs(optimizer, config)
         everything, statistics = self.with_own(parameters, statistics, own)
-        counters = _kept(own, "counters", counters_of(optimizer))
+        counters = _going_on(counters_of(optimizer), own)
         state = _kept(own, "state", programs.initial_state(counters, everything))
         at = Client(everything, statistics, state, randomness.key(*moment, "layers"))
         mu = float(config.get("proximal-mu", 0.0))
@@ -297,6 +297,16 @@ class Trainer:
             step = evaluation_step(self.model, self.slots, self.task)
             self._evaluation = compiled(step)
         return self._evaluation
+
+
+def _going_on(counters: Arrays, own: Mapping[str, mx.array] | None) -> Arrays:
+    """A new optimizer's scalars with what a client has kept of them, such as its steps.
+
+    The learning rate, which MLX has among them, stays the new one's: settings and tasks may give
+    each round another, and a schedule computes it from the steps.
+    """
+    kept = _kept(own, "counters", {}).items()
+    return counters | {k: v for k, v in kept if k.rpartition(".")[2] != "learning_rate"}
 
 
 def _kept(own: Mapping[str, mx.array] | None, kind: str, otherwise: Arrays) -> Arrays:

@@ -57,6 +57,7 @@ from mlx_fed.flower.door import Denied
 from mlx_fed.flower.grid import LinkGrid
 from mlx_fed.flower.link import Link
 from mlx_fed.flower.routes import FleetRoutes
+from mlx_fed.roster import Roster
 from mlx_fed.strategy_state import State
 
 ARRAYS = {"w": mx.array([[1.0, -2.0], [0.5, 3.0]]), "b": mx.array([0.5, 1.0], dtype=mx.bfloat16)}
@@ -310,6 +311,30 @@ def array_bytes(data: bytes) -> bool:
     return judge(Message(content, reply_to=world().question()))
 
 
+def roll_call(data: bytes) -> bool:
+    """A node's name, partition, fingerprint, parameters and statistics, which NUL divides: whether
+    it takes part."""
+    here = world()
+    question = here.question()
+    message_id, node_id = question.metadata.message_id, here.node.node_id
+    told: list[str] = []
+    roster = Roster(
+        here.grid, SPEC, {}, {}, lambda event, **fields: told.append(event), {"base": "3f2a"}
+    )
+    roster.asked = {message_id: node_id}
+    given = dict(zip(_ANSWERED, data.decode("utf-8", "replace").split("\0"), strict=False))
+    content = RecordDict({"node": ConfigRecord({**given})})
+    roster._take_in(Message(content, reply_to=question))
+    here.grid.withdraw([message_id])
+    here.check()
+    takes_part = node_id in roster.nodes
+    assert told == ["joined" if takes_part else "refused"]
+    return takes_part
+
+
+_ANSWERED = ("name", "partition-id", "fingerprint", "parameters", "statistics")
+
+
 def invitation(data: bytes) -> None:
     members = _members()
     try:
@@ -525,6 +550,7 @@ ENTRIES: dict[str, Callable[[bytes], object]] = {
     "wire": wire,
     "reply": reply_object,
     "arrays": array_bytes,
+    "roll call": roll_call,
     "invitation": invitation,
     "answers": answers,
     "token": token,
@@ -562,6 +588,11 @@ def seeds() -> dict[str, list[bytes]]:
         ],
         "reply": _objects(),
         "arrays": [b"\xff" + shard.getvalue(), b"\x00" + plain.getvalue()],
+        "roll call": [
+            "\0".join(["node-0", "0", '{"base": "3f2a"}', json.dumps(SPEC), "{}"]).encode(),
+            b'node-0\x000\x00{"base": "\\ud800"}',
+            b"node-0\x000\x00" + b"[" * 100_000,
+        ],
         "invitation": [b"node-0:" + b"00" * 16],
         "answers": [_answers()],
         "token": [tokens.encode(some_token).encode()],

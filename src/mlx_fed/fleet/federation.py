@@ -65,8 +65,8 @@ class Federation:
             announced = (self.folder / "address").read_text().strip()
         except (OSError, ValueError):
             raise FederationError(
-                f"{self.folder} does not say where its server is: start it once, or say "
-                "--address HOST:PORT."
+                f"{self.folder} does not say where its server is: start it once, or say it with "
+                f"mlx-fed certs make HOST:PORT --federation {self.folder}."
             ) from None
         address.parse(announced)
         return announced

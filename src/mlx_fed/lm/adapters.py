@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import FedError
 from ..randomness import Keys, drawing_from, drawn_from
+from ..whole_files import replacing
 from .config import LoraConfig, nearest
 
 FOLDER = "adapters"
@@ -134,6 +135,9 @@ def save(model: nn.Module, folder: Path, config: LoraConfig) -> Path:
     """Writes ``adapters.safetensors`` and ``adapter_config.json``, as mlx-lm does.
 
     Each file takes the place of another of its name whole or not at all.
+
+    Raises:
+        OSError: If one cannot be written.
     """
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
@@ -141,12 +145,10 @@ def save(model: nn.Module, folder: Path, config: LoraConfig) -> Path:
     if config.fine_tune_type != "full":  # frozen ones too: FFA-LoRA's A
         whole: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
         arrays = {n: array for n, array in whole.items() if n.rsplit(".", 1)[-1] in _LEAVES}
-    half_written = target / "adapters.part.safetensors"
-    with half_written.open("wb") as file:  # through Python's file, whose errors say what was wrong
+    # Through a file of Python's, whose errors say what was wrong.
+    with replacing(target / "adapters.safetensors") as part, part.open("wb") as file:
         mx.save_safetensors(file, arrays, {"format": "mlx"})
-    half_written.replace(target / "adapters.safetensors")
     text = json.dumps(config.for_mlx_lm(), indent=4, sort_keys=True) + "\n"
-    half_written = target / "adapter_config.part.json"
-    half_written.write_text(text, encoding="utf-8")
-    half_written.replace(target / "adapter_config.json")
+    with replacing(target / "adapter_config.json") as part:
+        part.write_text(text, encoding="utf-8")
     return target

@@ -33,7 +33,7 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
     it is loaded.
 
     Args:
-        config (LoraConfig): From :func:`~mlx_fed.lm.load_config`.
+        config (LoraConfig): From :func:`~mlx_fed.lm.config.load_config`.
         note (callable): Told what is worth knowing of the data. Default: prints it.
 
     Raises:

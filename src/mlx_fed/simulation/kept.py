@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..weights import Arrays
+from ..whole_files import replacing
 
 
 class Kept:
@@ -38,10 +39,10 @@ class Kept:
         """Keeps what the client has after the round."""
         self.folder.joinpath(str(client)).mkdir(parents=True, exist_ok=True)
         path = self._path(client, number)
-        half = path.with_suffix(f".{os.getpid()}")
-        with half.open("wb") as file:
+        # A worker of a process that was killed may still be at the same one.
+        own = path.with_suffix(f".{os.getpid()}")
+        with replacing(path, own, on_disk=False) as part, part.open("wb") as file:
             mx.save_safetensors(file, dict(arrays))
-        half.replace(path)
         # The last checkpoint is of two rounds before, or newer, and one of those to keep.
         start = number - self.keep - 2
         for old in sorted(n for n in self._rounds(client) if n <= start)[:-1]:
