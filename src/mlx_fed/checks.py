@@ -103,6 +103,7 @@ def check_update(
     """
     check_answer(message)
     metrics = check_metrics(message, weighted_by, max_weight)
+    weight = float(str(metrics[weighted_by]))
     check_size(message.content, parameters, statistics)
     try:
         name, record = messages.parameters_of(message.content)
@@ -121,7 +122,7 @@ def check_update(
     except Exception as error:  # whatever else a stranger's bytes can bring about
         raise Refused(f"unreadable reply: {type(error).__name__}: {error}"[:_LONGEST]) from error
     norm = None if before is None else distance(arrays, before)
-    return Reply(name, arrays, running, metrics, float(str(metrics[weighted_by])), norm)
+    return Reply(name, arrays, running, metrics, weight, norm)
 
 
 def distance(arrays: Mapping[str, mx.array], others: Mapping[str, mx.array]) -> float:
