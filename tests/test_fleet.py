@@ -19,7 +19,10 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from mlx_fed import messages
+from mlx_fed.fleet.identity import from_files
+from mlx_fed.fleet.node import _Node
 from mlx_fed.fleet.server import _serving, _socket
+from mlx_fed.flower.client import FleetClient, Unreachable
 from mlx_fed.flower.grid import LinkGrid
 from mlx_fed.progress import printable, server_line
 from mlx_fed.training import Trainer
@@ -396,6 +399,36 @@ def test_who_ends_the_server_ends_its_nodes_and_keeps_the_model(start, tmp_path,
     assert "Traceback" not in server.text
     assert node.ends() == 0
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_node_at_work_when_the_server_ends_ends_with_it(start, tmp_path):
+    server, address = serve(start, tmp_path, "--min-nodes", 1)
+    node = join(start, address, 0, "-c", "slow=9")
+    server.line("node-0 joined")
+    time.sleep(2)  # its first round takes 9 s
+    server.process.send_signal(signal.SIGINT)
+    assert server.ends() == 130
+    assert node.ends() == 0, node.text
+    assert "The run is over." in node.text
+
+
+def test_a_node_does_not_give_a_server_up_that_answers():
+    """A request that breaks off time and again, while others are answered."""
+    with _socket("127.0.0.1", 0) as listening, _serving(listening):
+        port = listening.getsockname()[1]
+        who = from_files(f"127.0.0.1:{port}", None, None)
+        node = _Node(FleetClient("127.0.0.1", port), None, {}, who, 1.0, lambda *a, **k: None)
+        node.client.register()
+        began = time.monotonic()
+
+        def send():
+            if time.monotonic() - began < 2.5:
+                node.client.register()
+                raise Unreachable("cut short")
+            return "sent"
+
+        assert node._persist(send) == "sent"
+        node.client.leave()
 
 
 def test_ctrl_c_while_the_server_waits_for_nodes(start, tmp_path):

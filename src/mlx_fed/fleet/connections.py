@@ -6,11 +6,15 @@ uvicorn bounds none of these. Bodies are bounded by the routes, which know what 
 from __future__ import annotations
 
 import asyncio
+import resource
+from contextlib import suppress
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _MOST = 4096
-"""Connections at once."""
+"""Connections at once, if the system lets the process have as many open files."""
+_OTHERS = 128
+"""Open files that are no connections: what waits on disk, checkpoints, the history."""
 _SECONDS = 20.0
 """For a request's headers to come, from its first byte or the connection's start."""
 _OVERHEAD = 64 * 2**10
@@ -20,12 +24,14 @@ _OVERHEAD = 64 * 2**10
 class BoundedConnection(HttpToolsProtocol):
     """uvicorn's HTTP connection, within bounds; one that passes them is closed."""
 
+    most = _MOST
+    """Connections at once, of all servers of this process."""
     _awaited: asyncio.TimerHandle | None = None
     _overhead = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > _MOST:
+        if len(self.connections) > self.most:
             transport.abort()
             return
         self._await_headers()
@@ -63,3 +69,18 @@ class BoundedConnection(HttpToolsProtocol):
         if self._awaited is not None:
             self._awaited.cancel()
             self._awaited = None
+
+
+def make_room() -> None:
+    """Lets this process have as many files open as connections may come, or has fewer come.
+
+    Without a file that it can open, a server could not write its checkpoints any more.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST + _OTHERS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        BoundedConnection.most = min(_MOST, max(1, soft - _OTHERS))

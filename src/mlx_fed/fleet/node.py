@@ -259,17 +259,21 @@ class _Node:
             )
 
     def _persist(self, request: Callable[[], Any]) -> Any:
-        """Makes a request, again and again while the server cannot be reached."""
-        deadline = None
+        """Makes a request, again and again while the server cannot be reached; ``None`` once the
+        run is over."""
+        lost_at = None
         pause = 0.1
         while True:
             try:
                 return request()
             except Unreachable as error:
-                if deadline is None:
-                    deadline = time.monotonic() + self.wait
+                if self.client.run_is_over:
+                    return None
+                if lost_at is None:
+                    lost_at = time.monotonic()
                     self.notify("lost", server=self.server, reason=str(error))
-                if time.monotonic() > deadline:
+                # It may answer other requests all the while.
+                if time.monotonic() > max(lost_at, self.client.answered_at) + self.wait:
                     raise JoinError(
                         f"The server at {self.server} has been gone for {self.wait:.0f} seconds "
                         f"({error})."

@@ -26,7 +26,7 @@ from ..spool import Spool
 from ..task import TaskSource, make_task
 from ..training import Trainer
 from . import address
-from .connections import BoundedConnection
+from .connections import BoundedConnection, make_room
 from .federation import DEFAULT_FOLDER, Federation, announcement
 
 _FAREWELL = 5.0
@@ -193,6 +193,7 @@ def _serving(
 
     With a federation's folder connections are encrypted, and only its nodes are answered.
     """
+    make_room()
     link = Link(spool, federation.members if federation else None)
     secure: dict[str, Any] = {}
     if federation is not None:

@@ -7,15 +7,23 @@ signature is Flower's own.
 from __future__ import annotations
 
 import asyncio
+import datetime
 from base64 import b64decode
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
 from fastapi import HTTPException
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TIMESTAMP_HEADER
+from flwr.common.constant import (
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+)
 from flwr.proto import fleet_pb2
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
 
 from . import headers as ours
@@ -25,6 +33,9 @@ from .link import Link
 _SIGNED = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
 _MOST_SIGNATURES = 100_000
 _UNSIGNED = "Invalid SuperNode authentication"
+_AHEAD = SYSTEM_TIME_TOLERANCE
+_BEHIND = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+"""Seconds that Flower lets a node's clock be ahead, and a signature be old."""
 
 
 class Admission:
@@ -45,7 +56,7 @@ class Admission:
         A signature seen before is not computed again for a minute.
 
         Raises:
-            HTTPException: If it is not signed, or too long ago.
+            HTTPException: If it is not signed, or at another time.
             Denied: If the door does not know the key.
         """
         signed = tuple(headers.get(name, "") for name in _SIGNED)
@@ -55,6 +66,7 @@ class Admission:
             key = b64decode(signed[0], validate=True)
             if self._link.door is not None and ours.TOKEN not in headers:
                 self._link.door.name_of(key)  # a stranger is not worth a signature's verification
+            _check_clock(headers.get(TIMESTAMP_HEADER, ""))
             authenticate_node(
                 SimpleNamespace(  # type: ignore[arg-type]  # the parts of a Request that it reads
                     headers=headers,
@@ -106,3 +118,19 @@ class Admission:
             speaks_for_itself = self._link.state.get_node_id_by_public_key(key) == node_id
         if not speaks_for_itself:
             raise HTTPException(HTTPStatus.UNAUTHORIZED, _UNSIGNED)
+
+
+def _check_clock(timestamp: str) -> None:
+    """Says of a request from another time that a clock is wrong, which somebody can mend.
+
+    Raises:
+        HTTPException: If Flower would refuse it.
+    """
+    ahead = (datetime.datetime.fromisoformat(timestamp) - now()).total_seconds()
+    if not -_BEHIND < ahead < _AHEAD:
+        how = f"{ahead:.0f} s ahead of" if ahead > 0 else f"{-ahead:.0f} s behind"
+        raise HTTPException(
+            HTTPStatus.TOO_EARLY,
+            f"this node's clock is {how} the server's, and {_AHEAD} s ahead or "
+            f"{TIMESTAMP_TOLERANCE} s behind are allowed: set them by the network's time",
+        )

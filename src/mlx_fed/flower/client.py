@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import ssl
 import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from typing import Any
 
 from flwr.app import Message, MessageType
@@ -58,6 +60,8 @@ _LONGEST_DETAIL = 500
 _TIMEOUT = 60.0
 _FIRST_TIMEOUT = 10.0
 """Seconds that a server may take to answer, and to answer a node that it does not know yet."""
+_SLOWEST = 16 * 2**10
+"""Bytes a second of a connection that is slow, not lost; a server of ours waits as long."""
 _LATE = 15.0
 """Seconds beyond the time that a request is held, after which it counts as lost on the way."""
 
@@ -122,6 +126,7 @@ class _Transport(FleetHttpClient):
         self._lock = threading.Lock()
         self._local = threading.local()
         self.timeout = _FIRST_TIMEOUT
+        self.answered_at = -math.inf
         self.run_is_over = False
         self.invitation: str | None = None
 
@@ -140,7 +145,10 @@ class _Transport(FleetHttpClient):
         if self.invitation is not None and path == _REGISTER:
             headers[ours.TOKEN] = self.invitation
         status, body = self._post(path, request.SerializeToString(), headers)
-        if status != 200:
+        self.answered_at = time.monotonic()
+        if status == HTTPStatus.TOO_EARLY:  # one of the clocks is to be set
+            raise Unreachable(str(Refused(status, body)))
+        if status != HTTPStatus.OK:
             raise Refused(status, body)
         try:
             return response_type.FromString(body)
@@ -154,6 +162,7 @@ class _Transport(FleetHttpClient):
         except OSError as error:
             raise Unreachable(str(error) or type(error).__name__) from error
         connection.timeout = _HELD[path] + _LATE if path in _HELD else self.timeout
+        connection.timeout += len(body) / _SLOWEST
         if connection.sock is not None:
             connection.sock.settimeout(connection.timeout)
         try:
@@ -244,6 +253,7 @@ class FleetClient:
     Attributes:
         node_id (int): The id that the server gave.
         run_is_over (bool): The server has said that the run is finished.
+        answered_at (float): When it last answered anything, by ``time.monotonic``.
     """
 
     def __init__(
@@ -264,6 +274,10 @@ class FleetClient:
     @property
     def run_is_over(self) -> bool:
         return self._transport.run_is_over
+
+    @property
+    def answered_at(self) -> float:
+        return self._transport.answered_at
 
     @property
     def _node(self) -> node_pb2.Node:
@@ -327,8 +341,9 @@ class FleetClient:
             envelope = message_from_proto(response.messages_list[0])
             message_id, run_id = envelope.metadata.message_id, envelope.metadata.run_id
             objects = [tree.object_id for tree in _trees(response)]
-        contents = {each: self._held[each] for each in objects if each in self._held}
-        self._held = {}  # what is not of this message must not be in memory beside it
+        # What is not of this message must not be in memory beside it, and what is there when a
+        # connection breaks need not come again.
+        contents = self._held = {each: self._held[each] for each in objects if each in self._held}
         for object_id in objects:
             if object_id not in contents:
                 contents[object_id] = self._pull_object(run_id, object_id)
@@ -344,8 +359,8 @@ class FleetClient:
                 raise TypeError(f"a {type(message).__name__}")
         message.metadata.__dict__["_message_id"] = message_id
         self._run_id = run_id
-        if not message.metadata.message_type.startswith(MessageType.TRAIN):
-            self._held = contents
+        if message.metadata.message_type.startswith(MessageType.TRAIN):
+            self._held = {}
         return message
 
     def send(self, reply: Message, seconds: float) -> None:

@@ -20,6 +20,9 @@ from .link import Link
 from .local import OneRunGrid, number
 from .replies import error_reply, gone
 
+_LIFETIME = 10 * 365 * 86400.0
+"""Seconds until Flower forgets a message: a round's timeout is what ends its waiting."""
+
 
 class LinkGrid(OneRunGrid):
     """A Flower Grid straight on a :class:`Link`."""
@@ -62,6 +65,7 @@ class LinkGrid(OneRunGrid):
             missing: set[str] = set()
             for message in messages:
                 cut_arrays(message)
+                message.metadata.ttl = _LIFETIME
                 number(message, message.object_id)
                 objects.update(get_all_nested_objects(message))
                 missing.update(store.preregister(self._link.run_id, get_object_tree(message)))
