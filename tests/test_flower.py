@@ -274,6 +274,25 @@ def test_a_message_for_a_node_that_left_is_answered_with_an_error(fleet):
     assert reply.has_error()
 
 
+def test_a_key_can_be_given_another_id_once_its_node_has_left():
+    link = Link()
+    before = link.state.create_node("", "", b"key", 0, name="node-0")
+    link.make_another_of(b"key")
+    assert link.state.get_node_id_by_public_key(b"key") == before, "it was never here"
+    link.state.activate_node(before, 10)
+    link.make_another_of(b"key")
+    assert link.online() == {before}
+    link.state.deactivate_node(before)
+    link.make_another_of(b"key")
+    after = link.state.get_node_id_by_public_key(b"key")
+    assert after != before
+    assert not link.state.acknowledge_node_heartbeat(before, 10)
+    link.state.activate_node(after, 10)
+    assert link.online() == {after}
+    assert link.state.nodes[after].name == "node-0"
+    link.close()
+
+
 # -- connections that break, machines that sleep -----------------------------------------------
 
 

@@ -135,7 +135,10 @@ class Link:
     def require_known(self, node_id: int) -> None:
         """Raises :class:`Denied` if the door does not know a node any more."""
         if self.door is not None:
-            self.door.name_of(self.state.nodes[node_id].public_key)
+            node = self.state.nodes.get(node_id)
+            if node is None:
+                raise Denied("This node has been started a second time.")
+            self.door.name_of(node.public_key)
 
     def _is_known(self, node_id: int) -> bool:
         """Whether the door knows a node still; one that was revoked is told so as it waits."""
@@ -169,6 +172,23 @@ class Link:
         silent = not self._held[node_id] and self._heard[node_id] == heard
         if silent and self.state.deactivate_node(node_id):
             self.tell_grid()
+
+    def make_another_of(self, key: bytes) -> None:
+        """A node that was here and comes again gets another id, as one without a key does.
+
+        It is another process: what the one before it was asked, will never be answered, and what
+        is known of that one need not hold for this. One whose connection was down for a while
+        does not come again, but goes on.
+        """
+        state = self.state
+        with state.lock:
+            node_id = state.get_node_id_by_public_key(key)
+            found = state.get_node_info(node_ids=[] if node_id is None else [node_id])
+            for node in found:
+                if node.status == NodeStatus.OFFLINE:
+                    del state.nodes[node.node_id], state.node_public_key_to_node_id[key]
+                    state.owner_to_node_ids[node.owner_aid].discard(node.node_id)
+                    state.create_node(node.owner_aid, node.owner_name, key, 0, name=node.name)
 
     # Messages.
 

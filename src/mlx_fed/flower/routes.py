@@ -240,6 +240,8 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
         return fleet_handlers.register_node(request, state, enable_supernode_auth=False)
 
     def activate(request: Any) -> Any:
+        if link.door is not None:
+            link.make_another_of(request.public_key)
         try:
             return fleet_handlers.activate_node(request, state)
         except FlowerError as error:
