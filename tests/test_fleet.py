@@ -243,6 +243,26 @@ def test_what_a_node_keeps_is_there_when_its_run_goes_on(start, tmp_path):
     assert losses[0] == losses[2] != losses[1]
 
 
+def test_a_node_at_work_when_the_run_ends_does_not_wait_for_its_server(start):
+    with _socket("127.0.0.1", 0) as listening, _serving(listening) as link:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        node = join(start, address, 0, "-c", "slow=4")
+        grid = LinkGrid(link)
+        while not (nodes := list(grid.get_node_ids())):
+            time.sleep(0.05)
+        config = ConfigRecord({"learning-rate": 0.1, "server-round": 1, "seed": 0})
+        arrays = messages.pack(Trainer(moons({})).parameters())
+        content = RecordDict({"arrays": arrays, "config": config})
+        grid.push_messages([Message(content, nodes[0], MessageType.TRAIN)])
+        while len(link.store):  # until it has confirmed the message
+            time.sleep(0.05)
+        link.finish()
+        time.sleep(1)  # what a server waits for nodes to leave is shorter than some work
+    assert node.ends(20) == 0, node.text
+    assert "The run is over." in node.text
+    assert "Lost" not in node.text
+
+
 def test_a_node_holds_its_examples_once(start, tmp_path):
     task = moons({})
     theirs: list[weakref.ref] = []

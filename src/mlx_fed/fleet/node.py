@@ -259,13 +259,18 @@ class _Node:
             )
 
     def _persist(self, request: Callable[[], Any]) -> Any:
-        """Makes a request, again and again while the server cannot be reached."""
+        """Makes a request, again and again while the server cannot be reached.
+
+        ``None`` where the run has ended meanwhile, or is another one now.
+        """
         deadline = None
         pause = 0.1
         while True:
             try:
                 return request()
             except Unreachable as error:
+                if self.client.run_is_over:  # a heartbeat was told so before the server went
+                    return None
                 if deadline is None:
                     deadline = time.monotonic() + self.wait
                     self.notify("lost", server=self.server, reason=str(error))
