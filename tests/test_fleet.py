@@ -19,7 +19,10 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from mlx_fed import messages
+from mlx_fed.fleet.identity import from_files
+from mlx_fed.fleet.node import JoinError, _Node
 from mlx_fed.fleet.server import _serving, _socket
+from mlx_fed.flower import client
 from mlx_fed.flower.grid import LinkGrid
 from mlx_fed.progress import printable, server_line
 from mlx_fed.training import Trainer
@@ -261,6 +264,36 @@ def test_a_node_at_work_when_the_run_ends_does_not_wait_for_its_server(start):
     assert node.ends(20) == 0, node.text
     assert "The run is over." in node.text
     assert "Lost" not in node.text
+
+
+def test_a_server_that_answers_now_and_then_is_not_given_up(monkeypatch):
+    """As on a connection that breaks time and again in the middle of a large reply."""
+    monkeypatch.setattr(client, "_HELD", {})
+    with _socket("127.0.0.1", 0) as listening, _serving(listening) as link:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        connection = client.FleetClient(*listening.getsockname())
+        connection.register()
+        told: list[str] = []
+
+        def tell(event: str, **fields: object) -> None:
+            told.append(event)
+
+        node = _Node(connection, None, {}, from_files(address, None, None), 0.5, tell)
+        tries: list[bool] = []
+
+        def send() -> str:
+            tries.append(True)
+            if len(tries) < 6:
+                connection.beat()
+                raise client.Unreachable("its connection broke")
+            return "sent"
+
+        assert node._persist(send) == "sent"
+        assert told == ["lost"]
+        link.finish()
+    connection._transport.run_is_over = False
+    with pytest.raises(JoinError, match=f"{address} has been gone for 0 seconds"):
+        node._persist(connection.beat)
 
 
 def test_a_node_holds_its_examples_once(start, tmp_path):

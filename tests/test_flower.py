@@ -32,6 +32,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
 from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_id,
@@ -43,12 +44,14 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from mlx_fed import messages, spool
 from mlx_fed.exchange import exchange
 from mlx_fed.fleet.server import _serving, _socket
-from mlx_fed.flower import deflating, local
+from mlx_fed.flower import client, deflating, local
 from mlx_fed.flower.client import FleetClient, Refused, Unreachable
 from mlx_fed.flower.grid import LinkGrid
 from mlx_fed.flower.link import Link
 from mlx_fed.flower.replies import error_reply
 from mlx_fed.flower.routes import FleetRoutes
+
+from .faults.proxy import Proxy
 
 ARRAYS = {
     "small": mx.array([1.0, float("nan"), -0.0], dtype=mx.bfloat16),
@@ -321,6 +324,71 @@ def test_a_message_whose_delivery_broke_off_is_delivered_again(fleet, monkeypatc
     assert len(fleet.link.state.object_store) == 0
 
 
+def test_what_came_of_a_message_before_it_broke_off_does_not_come_again(fleet, monkeypatch):
+    node = fleet.node()
+    message_id = fleet.message(node)
+    pull, pulled = node._pull_object, []
+
+    def pull_and_break(run_id, object_id):
+        if len(pulled) in (2, 5):
+            pulled.append("")
+            raise Unreachable("the network is down")
+        pulled.append(object_id)
+        return pull(run_id, object_id)
+
+    monkeypatch.setattr(node, "_pull_object", pull_and_break)
+    for _ in range(2):
+        with pytest.raises(Unreachable):
+            node.receive()
+    message = node.receive()
+    assert message.metadata.message_id == message_id
+    assert_carried(message.content)
+    came = [object_id for object_id in pulled if object_id]
+    assert len(came) == len(set(came)) > 6
+    assert not node._held, "what is trained from is in memory twice"
+
+
+def test_what_came_of_a_message_that_cannot_be_read_comes_again(fleet, monkeypatch):
+    node = fleet.node()
+    fleet.message(node)
+    with monkeypatch.context() as broken:
+        broken.setattr(node, "_pull_object", lambda *_: b"")
+        broken.setattr(node._transport, "ConfirmMessageReceived", lambda _: None)
+        with pytest.raises(Unreachable, match="is not a message"):
+            node.receive()
+    assert_carried(node.receive().content)
+
+
+def test_a_large_piece_over_a_slow_connection_has_the_time_that_it_takes(monkeypatch):
+    """It has longer than a small request, and a server that does not answer that one is gone."""
+    monkeypatch.setattr(client, "_TIMEOUT", 0.5)
+    with _socket("127.0.0.1", 0) as listening, _serving(listening) as link:
+        way = Proxy(listening.getsockname()[1], speed=4e6)
+        fleet = Fleet(link, way.port)
+        node = fleet.node()
+        message_id = fleet.message(node)
+        node.send(reply_to(node.receive()), 0.0)
+        (reply,) = fleet.grid.pull_messages([message_id])
+        assert_carried(reply.content)
+        node._transport.close()
+        way.swallow()
+        started = time.monotonic()
+        with pytest.raises(Unreachable):
+            node._pull_object(link.run_id, "0" * 64)
+        assert time.monotonic() - started < 2
+        link.finish()
+        way.close()
+
+
+def test_a_reply_may_take_longer_than_flower_lets_it(fleet, monkeypatch):
+    monkeypatch.setattr(in_memory_corestate, "OBJECT_PUSH_SESSION_TTL_SECONDS", 0)
+    node = fleet.node()
+    message_id = fleet.message(node)
+    node.send(reply_to(node.receive()), 0.0)
+    (reply,) = fleet.grid.pull_messages([message_id])
+    assert_carried(reply.content)
+
+
 def test_a_message_that_could_not_be_confirmed_is_answered_all_the_same(fleet, monkeypatch):
     def down(request):
         raise Unreachable("the network is down")
@@ -403,8 +471,6 @@ def test_a_node_that_did_not_hear_the_answer_registers_again(fleet):
 def test_a_machine_that_slept_signs_anew(monkeypatch):
     """Its clock on the wall went on, and the monotonic one stood still."""
     import datetime
-
-    from mlx_fed.flower import client
 
     with _socket("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
@@ -648,8 +714,6 @@ def test_a_node_speaks_for_itself_only(fleet):
 
 def test_an_old_signature_is_refused(fleet, monkeypatch):
     import datetime
-
-    from mlx_fed.flower import client
 
     node = fleet.node()
     an_hour_ago = client.now() - datetime.timedelta(hours=1)

@@ -263,7 +263,7 @@ class _Node:
 
         ``None`` where the run has ended meanwhile, or is another one now.
         """
-        deadline = None
+        lost = None
         pause = 0.1
         while True:
             try:
@@ -271,10 +271,11 @@ class _Node:
             except Unreachable as error:
                 if self.client.run_is_over:  # a heartbeat was told so before the server went
                     return None
-                if deadline is None:
-                    deadline = time.monotonic() + self.wait
+                if lost is None:
+                    lost = time.monotonic()
                     self.notify("lost", server=self.server, reason=str(error))
-                if time.monotonic() > deadline:
+                # One that answers other requests, or parts of this one, is there.
+                if time.monotonic() > max(lost, self.client.heard) + self.wait:
                     raise JoinError(
                         f"The server at {self.server} has been gone for {self.wait:.0f} seconds "
                         f"({error})."

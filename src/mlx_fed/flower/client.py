@@ -58,6 +58,8 @@ _LONGEST_DETAIL = 500
 _TIMEOUT = 60.0
 _FIRST_TIMEOUT = 10.0
 """Seconds that a server may take to answer, and to answer a node that it does not know yet."""
+_SLOWEST = 16 * 2**10
+"""Bytes a second for which a server of ours waits; a body has that much longer to be sent."""
 _LATE = 15.0
 """Seconds beyond the time that a request is held, after which it counts as lost on the way."""
 
@@ -122,6 +124,7 @@ class _Transport(FleetHttpClient):
         self._lock = threading.Lock()
         self._local = threading.local()
         self.timeout = _FIRST_TIMEOUT
+        self.heard = 0.0
         self.run_is_over = False
         self.invitation: str | None = None
 
@@ -143,9 +146,11 @@ class _Transport(FleetHttpClient):
         if status != 200:
             raise Refused(status, body)
         try:
-            return response_type.FromString(body)
+            response = response_type.FromString(body)
         except DecodeError as error:
             raise Unreachable("what answers there does not speak Flower's Fleet API") from error
+        self.heard = time.monotonic()
+        return response
 
     def _post(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
         held: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
@@ -153,10 +158,13 @@ class _Transport(FleetHttpClient):
             connection = held or self._connect()
         except OSError as error:
             raise Unreachable(str(error) or type(error).__name__) from error
-        connection.timeout = _HELD[path] + _LATE if path in _HELD else self.timeout
-        if connection.sock is not None:
-            connection.sock.settimeout(connection.timeout)
+        timeout = _HELD[path] + _LATE if path in _HELD else self.timeout
         try:
+            if connection.sock is None:
+                connection.timeout = timeout
+                connection.connect()
+            # All of a body has to be sent within it.
+            connection.sock.settimeout(timeout + len(body) / _SLOWEST)
             connection.request("POST", path, body, headers)
             response = connection.getresponse()
             content = _read(response)
@@ -244,6 +252,7 @@ class FleetClient:
     Attributes:
         node_id (int): The id that the server gave.
         run_is_over (bool): The server has said that the run is finished.
+        heard (float): When the server last answered, by ``time.monotonic()``.
     """
 
     def __init__(
@@ -264,6 +273,10 @@ class FleetClient:
     @property
     def run_is_over(self) -> bool:
         return self._transport.run_is_over
+
+    @property
+    def heard(self) -> float:
+        return self._transport.heard
 
     @property
     def _node(self) -> node_pb2.Node:
@@ -327,8 +340,10 @@ class FleetClient:
             envelope = message_from_proto(response.messages_list[0])
             message_id, run_id = envelope.metadata.message_id, envelope.metadata.run_id
             objects = [tree.object_id for tree in _trees(response)]
+        # What is not of this message must not be in memory beside it. What comes of it is held for
+        # the case that the connection breaks: it need not come again.
         contents = {each: self._held[each] for each in objects if each in self._held}
-        self._held = {}  # what is not of this message must not be in memory beside it
+        self._held = contents
         for object_id in objects:
             if object_id not in contents:
                 contents[object_id] = self._pull_object(run_id, object_id)
@@ -338,6 +353,7 @@ class FleetClient:
                     node=self._node, run_id=run_id, message_object_id=message_id
                 )
             )
+        self._held = {}
         with _understood():
             message = inflate(message_id, contents)
             if not isinstance(message, Message):

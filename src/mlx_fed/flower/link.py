@@ -201,6 +201,13 @@ class Link:
         """Drops what Flower would keep for minutes of a reply that it has not taken."""
         self.state._cleanup_push_session(session_id, cleanup_messages=False)
 
+    def keep_session(self, session_id: str) -> None:
+        """Lets a reply take its time, until it is withdrawn: Flower drops one of whose objects
+        none comes for three minutes, and on a slow connection a large one takes longer."""
+        session = self.state._object_push_sessions.get(session_id)
+        if session is not None:
+            session.expires_at = datetime.max.replace(tzinfo=UTC)
+
     def is_stored(self, reply: MessageProto) -> bool:
         """Whether this is the reply to its message that counts."""
         metadata = reply.metadata

@@ -158,6 +158,7 @@ class FleetRoutes:
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"The reply has more than {self.link.reply_limit} bytes",
             )
+        self.link.keep_session(request.session_id)
         return True
 
     async def _pull(
