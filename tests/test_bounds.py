@@ -17,7 +17,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from mlx_fed.fleet import connections
 from mlx_fed.fleet.server import _serving, _socket
-from mlx_fed.flower import bounds, link
+from mlx_fed.flower import bounds, client, link
 from mlx_fed.flower.client import FleetClient, Refused
 
 from .test_flower import Fleet, push_request
@@ -103,7 +103,7 @@ def test_headers_without_an_end_are_cut_off(fleet, start, more):
 
 
 def test_connections_are_counted(fleet, monkeypatch):
-    monkeypatch.setattr(connections, "_MOST", 3)
+    monkeypatch.setattr(connections.BoundedConnection, "most", 3)
     held = [connect(fleet) for _ in range(3)]
     with connect(fleet) as one_more:
         assert is_closed(one_more)
@@ -280,3 +280,7 @@ def test_what_is_bounded_is_enough_for_a_large_model():
     assert request.ByteSize() < bounds._LARGEST["push-messages"]
     bounds.check_tree(tree)
     assert bounds._LARGEST["push-object"] > 5 * 2**20 + 1024
+
+
+def test_nodes_send_as_slowly_as_the_server_lets_them():
+    assert client._SLOWEST == bounds._SLOWEST

@@ -30,6 +30,7 @@ from mlx_fed.flower import client, keys
 from mlx_fed.flower.client import FleetClient, Refused, Unreachable, Untrusted
 from mlx_fed.flower.grid import LinkGrid
 from mlx_fed.flower.link import Link
+from mlx_fed.flower.replies import is_missing
 from mlx_fed.roster import Roster
 
 from .conftest import free_port
@@ -175,7 +176,100 @@ def test_one_key_is_one_node_at_a_time(server):
         joined(who)
     assert refusal.value.status == 409
     first.leave()
-    assert joined(who).node_id == first.node_id
+    joined(who)
+
+
+def test_a_node_that_was_started_again_is_asked_again(server):
+    """What a process before it was asked, has answered, or was sent away for is not its own."""
+    who = server.identity()
+    told = []
+    roster = Roster(server.grid, {}, {}, {}, lambda event, **_: told.append(event))
+
+    def started() -> tuple[FleetClient, Message]:
+        one = joined(who)
+        roster.update()
+        question = one.receive()
+        assert question.metadata.message_type == "query.roll_call"
+        return one, question
+
+    def answered() -> FleetClient:
+        one, question = started()
+        answer = {"name": "node-0", "partition-id": 0, "parameters": "{}", "statistics": "{}"}
+        content = RecordDict({"config": ConfigRecord(answer)})
+        one.send(Message(content, reply_to=question), 0.0)
+        return one
+
+    started()[0].leave()
+    answered().leave()  # before the roster has heard it
+    one = answered()
+    roster.update()
+    assert told == ["joined"]
+    one.leave()
+    one = answered()  # it may have another model now
+    assert not roster.nodes
+    roster.update()
+    assert told == ["joined", "left", "joined"]
+    roster.leave_out("node-0", "its replies were refused")
+    one.leave()
+    answered()
+    roster.update()
+    assert [node.name for node in roster.nodes.values()] == ["node-0"]
+
+
+def test_a_node_that_was_started_again_at_work_is_not_waited_for(server):
+    """Its message was confirmed: nobody will deliver it again, and nobody answer."""
+    who = server.identity()
+    one = joined(who)
+    message_id = ask(server, one)
+    one.receive()
+    one.leave()
+    again = joined(who)  # before the grid has looked
+    (reply,) = server.grid.pull_messages([message_id])
+    assert is_missing(reply)
+    (reply,) = server.grid.pull_messages([ask(server, one)])  # its id is of nobody any more
+    assert is_missing(reply)
+    message_id = ask(server, again)
+    again.send(Message(RecordDict(), reply_to=again.receive()), 0.0)
+    assert len(server.grid.pull_messages([message_id])) == 1
+
+
+def test_a_node_that_was_given_up_and_is_back_goes_on(server, monkeypatch):
+    """Its connections were down for a while: it is the same process, and at work still."""
+    monkeypatch.setattr(client, "_HELD", {})
+    one = joined(server.identity())
+    message_id = ask(server, one)
+    received = one.receive()
+    server.link.state.deactivate_node(one.node_id)  # as when nothing is heard of it
+    one.beat()
+    one.send(Message(RecordDict(), reply_to=received), 0.0)
+    (reply,) = server.grid.pull_messages([message_id])
+    assert reply.has_content()
+
+
+def test_a_process_that_another_took_the_place_of_is_told_so(server):
+    """It slept until it was given up, and its node was started a second time."""
+    who = server.identity()
+    one = joined(who)
+    server.link.state.deactivate_node(one.node_id)
+    joined(who)
+    for request in (one.beat, one.receive):
+        with pytest.raises(Refused) as refusal:
+            request()
+        assert refusal.value.status == 401
+    with pytest.raises(Refused, match="A node with this key is online"):
+        one.register()
+
+
+def test_a_node_that_is_back_while_replies_are_read_has_an_answer(server, monkeypatch):
+    monkeypatch.setattr(client, "_HELD", {})
+    one, other = joined(server.identity("one")), joined(server.identity("other"))
+    ids = [ask(server, one), ask(server, other)]
+    other.send(Message(RecordDict(), reply_to=other.receive()), 0.0)
+    one.receive()
+    server.link.state.deactivate_node(one.node_id)
+    read = server.grid._reply_to
+    monkeypatch.setattr(server.grid, "_reply_to", lambda message_id: one.beat() or read(message_id))
+    assert sorted(map(is_missing, server.grid.pull_messages(ids))) == [False, True]
 
 
 def test_a_node_has_the_name_that_it_enrolled_with(server):

@@ -105,6 +105,21 @@ def history(commands: Commands) -> list[dict]:
 
 
 @pytest.mark.slow
+def test_a_node_that_is_killed_and_started_again_within_a_round_joins_again(commands):
+    server = commands.serve(*SLOW_ROUNDS)
+    first, second = tokens(server, 2)
+    slow = commands.join(first, "-c", "slow=8")
+    node = commands.join(second)
+    node.line("round 1 train")
+    node.end()
+    again = commands.join(second)
+    server.line("(?s)node-1 left.*node-1 joined")
+    again.line("round 3 train")
+    assert slow.process.poll() is None
+    assert [record["train"]["nodes"] for record in history(commands)][1] == ["node-0", "node-1"]
+
+
+@pytest.mark.slow
 def test_who_has_no_place_is_told_so(commands, tmp_path):
     server = commands.serve(*SLOW_ROUNDS)
     first, second = tokens(server, 2)

@@ -27,14 +27,22 @@ class Proxy:
         seed (int): Decides what befalls them.
         every (float): Bytes of a connection, in one direction, that come to no harm, on average.
         life (float): Seconds that a connection lasts, on average.
+        speed (float): Bytes that pass a connection in a second, in one direction.
 
     Attributes:
         port (int): Where it listens.
         done (Counter): How often each kind of harm was done.
     """
 
-    def __init__(self, port: int, seed: int = 0, every: float = inf, life: float = inf):
-        self.seed, self.every, self.life = seed, every, life
+    def __init__(
+        self,
+        port: int,
+        seed: int = 0,
+        every: float = inf,
+        life: float = inf,
+        speed: float = inf,
+    ):
+        self.seed, self.every, self.life, self.speed = seed, every, life, speed
         self.done: Counter[str] = Counter()
         self._to = port
         self._number = 0
@@ -131,6 +139,7 @@ class Proxy:
                     await asyncio.sleep(rng.uniform(0, _LONGEST))
                     left = _drawn(rng, self.every)
                 left -= len(data)
+                await asyncio.sleep(len(data) / self.speed)
                 writer.write(data)
                 await writer.drain()
         except OSError:  # one of the ends is gone

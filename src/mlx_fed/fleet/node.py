@@ -259,21 +259,23 @@ class _Node:
             )
 
     def _persist(self, request: Callable[[], Any]) -> Any:
-        """Makes a request, again and again while the server cannot be reached; ``None`` once the
-        run is over."""
-        lost_at = None
+        """Makes a request, again and again while the server cannot be reached.
+
+        ``None`` where the run has ended meanwhile, or is another one now.
+        """
+        lost = None
         pause = 0.1
         while True:
             try:
                 return request()
             except Unreachable as error:
-                if self.client.run_is_over:
+                if self.client.run_is_over:  # a heartbeat was told so before the server went
                     return None
-                if lost_at is None:
-                    lost_at = time.monotonic()
+                if lost is None:
+                    lost = time.monotonic()
                     self.notify("lost", server=self.server, reason=str(error))
-                # It may answer other requests all the while.
-                if time.monotonic() > max(lost_at, self.client.answered_at) + self.wait:
+                # One that answers other requests, or parts of this one, is there.
+                if time.monotonic() > max(lost, self.client.heard) + self.wait:
                     raise JoinError(
                         f"The server at {self.server} has been gone for {self.wait:.0f} seconds "
                         f"({error})."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import math
 import ssl
 import threading
 import time
@@ -61,7 +60,7 @@ _TIMEOUT = 60.0
 _FIRST_TIMEOUT = 10.0
 """Seconds that a server may take to answer, and to answer a node that it does not know yet."""
 _SLOWEST = 16 * 2**10
-"""Bytes a second of a connection that is slow, not lost; a server of ours waits as long."""
+"""Bytes a second for which a server of ours waits; a body has that much longer to be sent."""
 _LATE = 15.0
 """Seconds beyond the time that a request is held, after which it counts as lost on the way."""
 
@@ -126,7 +125,7 @@ class _Transport(FleetHttpClient):
         self._lock = threading.Lock()
         self._local = threading.local()
         self.timeout = _FIRST_TIMEOUT
-        self.answered_at = -math.inf
+        self.heard = 0.0
         self.run_is_over = False
         self.invitation: str | None = None
 
@@ -145,15 +144,16 @@ class _Transport(FleetHttpClient):
         if self.invitation is not None and path == _REGISTER:
             headers[ours.TOKEN] = self.invitation
         status, body = self._post(path, request.SerializeToString(), headers)
-        self.answered_at = time.monotonic()
         if status == HTTPStatus.TOO_EARLY:  # one of the clocks is to be set
             raise Unreachable(str(Refused(status, body)))
         if status != HTTPStatus.OK:
             raise Refused(status, body)
         try:
-            return response_type.FromString(body)
+            response = response_type.FromString(body)
         except DecodeError as error:
             raise Unreachable("what answers there does not speak Flower's Fleet API") from error
+        self.heard = time.monotonic()
+        return response
 
     def _post(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
         held: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
@@ -161,11 +161,13 @@ class _Transport(FleetHttpClient):
             connection = held or self._connect()
         except OSError as error:
             raise Unreachable(str(error) or type(error).__name__) from error
-        connection.timeout = _HELD[path] + _LATE if path in _HELD else self.timeout
-        connection.timeout += len(body) / _SLOWEST
-        if connection.sock is not None:
-            connection.sock.settimeout(connection.timeout)
+        timeout = _HELD[path] + _LATE if path in _HELD else self.timeout
         try:
+            if connection.sock is None:
+                connection.timeout = timeout
+                connection.connect()
+            # All of a body has to be sent within it.
+            connection.sock.settimeout(timeout + len(body) / _SLOWEST)
             connection.request("POST", path, body, headers)
             response = connection.getresponse()
             content = _read(response)
@@ -253,7 +255,7 @@ class FleetClient:
     Attributes:
         node_id (int): The id that the server gave.
         run_is_over (bool): The server has said that the run is finished.
-        answered_at (float): When it last answered anything, by ``time.monotonic``.
+        heard (float): When the server last answered, by ``time.monotonic()``.
     """
 
     def __init__(
@@ -276,8 +278,8 @@ class FleetClient:
         return self._transport.run_is_over
 
     @property
-    def answered_at(self) -> float:
-        return self._transport.answered_at
+    def heard(self) -> float:
+        return self._transport.heard
 
     @property
     def _node(self) -> node_pb2.Node:
@@ -341,9 +343,10 @@ class FleetClient:
             envelope = message_from_proto(response.messages_list[0])
             message_id, run_id = envelope.metadata.message_id, envelope.metadata.run_id
             objects = [tree.object_id for tree in _trees(response)]
-        # What is not of this message must not be in memory beside it, and what is there when a
-        # connection breaks need not come again.
-        contents = self._held = {each: self._held[each] for each in objects if each in self._held}
+        # What is not of this message must not be in memory beside it. What comes of it is held for
+        # the case that the connection breaks: it need not come again.
+        contents = {each: self._held[each] for each in objects if each in self._held}
+        self._held = contents
         for object_id in objects:
             if object_id not in contents:
                 contents[object_id] = self._pull_object(run_id, object_id)
@@ -353,14 +356,15 @@ class FleetClient:
                     node=self._node, run_id=run_id, message_object_id=message_id
                 )
             )
+        self._held = {}
         with _understood():
             message = inflate(message_id, contents)
             if not isinstance(message, Message):
                 raise TypeError(f"a {type(message).__name__}")
         message.metadata.__dict__["_message_id"] = message_id
         self._run_id = run_id
-        if message.metadata.message_type.startswith(MessageType.TRAIN):
-            self._held = {}
+        if not message.metadata.message_type.startswith(MessageType.TRAIN):
+            self._held = contents
         return message
 
     def send(self, reply: Message, seconds: float) -> None:

@@ -82,13 +82,14 @@ class LinkGrid(OneRunGrid):
         self._seen = self._link.news()
         message_ids = set(message_ids)
         state = self._link.state
-        online = self._link.online()
-        complete = self._link.complete.intersection(message_ids)
-        lost = {i for i in message_ids if self._receivers.get(i) not in online} - complete
-        # Flower would give a node's last reply away for an error once the node has left.
+        with state.lock:  # of a node that came back in here Flower would say nothing
+            online = self._link.online()
+            complete = self._link.complete.intersection(message_ids)
+            lost = {i for i in message_ids if self._receivers.get(i) not in online} - complete
+            # Flower would give a node's last reply away for an error once the node has left.
+            errors = state.get_message_res(set(lost), self._link.run_id) if lost else []
         replies = [self._reply_to(message_id) for message_id in complete]
-        if lost:
-            replies += map(gone, state.get_message_res(set(lost), self._link.run_id))
+        replies += map(gone, errors)
         self._forget(complete | lost)
         return replies
 

@@ -135,7 +135,10 @@ class Link:
     def require_known(self, node_id: int) -> None:
         """Raises :class:`Denied` if the door does not know a node any more."""
         if self.door is not None:
-            self.door.name_of(self.state.nodes[node_id].public_key)
+            node = self.state.nodes.get(node_id)
+            if node is None:
+                raise Denied("This node has been started a second time.")
+            self.door.name_of(node.public_key)
 
     def _is_known(self, node_id: int) -> bool:
         """Whether the door knows a node still; one that was revoked is told so as it waits."""
@@ -170,6 +173,23 @@ class Link:
         if silent and self.state.deactivate_node(node_id):
             self.tell_grid()
 
+    def make_another_of(self, key: bytes) -> None:
+        """A node that was here and comes again gets another id, as one without a key does.
+
+        It is another process: what the one before it was asked, will never be answered, and what
+        is known of that one need not hold for this. One whose connection was down for a while
+        does not come again, but goes on.
+        """
+        state = self.state
+        with state.lock:
+            node_id = state.get_node_id_by_public_key(key)
+            found = state.get_node_info(node_ids=[] if node_id is None else [node_id])
+            for node in found:
+                if node.status == NodeStatus.OFFLINE:
+                    del state.nodes[node.node_id], state.node_public_key_to_node_id[key]
+                    state.owner_to_node_ids[node.owner_aid].discard(node.node_id)
+                    state.create_node(node.owner_aid, node.owner_name, key, 0, name=node.name)
+
     # Messages.
 
     def is_for(self, message_id: str, node_id: int) -> bool:
@@ -180,6 +200,13 @@ class Link:
     def forget_session(self, session_id: str) -> None:
         """Drops what Flower would keep for minutes of a reply that it has not taken."""
         self.state._cleanup_push_session(session_id, cleanup_messages=False)
+
+    def keep_session(self, session_id: str) -> None:
+        """Lets a reply take its time, until it is withdrawn: Flower drops one of whose objects
+        none comes for three minutes, and on a slow connection a large one takes longer."""
+        session = self.state._object_push_sessions.get(session_id)
+        if session is not None:
+            session.expires_at = datetime.max.replace(tzinfo=UTC)
 
     def is_stored(self, reply: MessageProto) -> bool:
         """Whether this is the reply to its message that counts."""

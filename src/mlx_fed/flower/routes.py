@@ -158,6 +158,7 @@ class FleetRoutes:
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"The reply has more than {self.link.reply_limit} bytes",
             )
+        self.link.keep_session(request.session_id)
         return True
 
     async def _pull(
@@ -240,6 +241,8 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
         return fleet_handlers.register_node(request, state, enable_supernode_auth=False)
 
     def activate(request: Any) -> Any:
+        if link.door is not None:
+            link.make_another_of(request.public_key)
         try:
             return fleet_handlers.activate_node(request, state)
         except FlowerError as error:
