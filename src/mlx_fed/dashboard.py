@@ -24,10 +24,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from . import labels, records, runs, status
+from . import http, labels, records, runs, status
 from .errors import FedError
 from .fleet import address
-from .http import running
 from .page import page, policy
 
 _PAUSE = 1.0
@@ -84,7 +83,7 @@ def serving(
         server_header=False,
     )
     failed = DashboardError("The dashboard's thread ended at its start.")
-    with running(config, listening, failed):
+    with http.running(config, listening, failed):
         yield f"http://{address.join(host, listening.getsockname()[1])}/"
 
 
@@ -106,21 +105,15 @@ def _listening(host: str, port: int, insecure: bool) -> socket.socket:
             f"{host} is not this machine only: whoever reaches it could watch the runs. On a "
             "network that you trust, say --insecure; or forward the port through SSH."
         )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
-        listening.listen(64)
+        return http.listening(host, port)
     except OSError as error:
-        listening.close()
         if error.errno == errno.EADDRINUSE:
             raise DashboardError(
                 f"Port {port} is in use on {host}: end what listens there, or give the dashboard "
                 "another port; 0 takes a free one."
             ) from error
         raise DashboardError(f"The dashboard cannot listen on {host}:{port}: {error}") from error
-    return listening
 
 
 # -- what it answers -----------------------------------------------------------------------

@@ -11,6 +11,23 @@ from contextlib import contextmanager
 import uvicorn
 
 
+def listening(host: str, port: int) -> socket.socket:
+    """A socket at which connections may come, on IPv4 or IPv6.
+
+    Raises:
+        OSError: If the port is taken, or the host is none of this machine's.
+    """
+    opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        opened.bind((host, port))
+        opened.listen(1024)
+    except OSError:
+        opened.close()
+        raise
+    return opened
+
+
 @contextmanager
 def running(config: uvicorn.Config, listening: socket.socket, failed: Exception) -> Iterator[None]:
     """Serves from a thread; the context begins when the server has started.

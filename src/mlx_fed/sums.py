@@ -162,8 +162,8 @@ def sum_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
     statistics: Sums = {}
     counted = []
     for client, arrays, running in updates:
-        _add(parameters, arrays, arrays, client.weight)
-        _add(statistics, running, running, client.weight)
+        _add(parameters, arrays, client.weight)
+        _add(statistics, running, client.weight)
         counted.append(client)
     return Block(number, parameters, statistics, counted)
 
@@ -289,16 +289,8 @@ def in_order(parts: Iterable[Block]) -> Total:
     return total
 
 
-def mean(parts: Iterable[Block]) -> Mean:
-    """The mean over blocks in any order."""
-    total = Total()
-    for block in parts:
-        total.add(block)
-    return total.mean()
-
-
-def _add(sums: Sums, names: Iterable[str], arrays: Mapping[str, mx.array], weight: float) -> None:
-    for name in names:
+def _add(sums: Sums, arrays: Mapping[str, mx.array], weight: float) -> None:
+    for name in arrays:
         if isinstance(arrays, StackedRow):
             product = arrays.float32(name) * np.float32(weight)
         else:

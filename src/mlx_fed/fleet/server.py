@@ -13,13 +13,12 @@ from typing import Any
 import uvicorn
 from flwr.serverapp.strategy import Strategy
 
-from .. import devices, memory, rounds, strategies, weights
+from .. import devices, http, memory, rounds, strategies, weights
 from ..errors import FedError
 from ..flower.grid import LinkGrid
 from ..flower.link import Link
 from ..flower.routes import FleetRoutes
 from ..history import History, Listener, Result, recorded_rounds, run_folder
-from ..http import running
 from ..progress import listeners_or_terminal, quiet_flower
 from ..settings import Settings, decide_rounds
 from ..spool import Spool
@@ -151,19 +150,13 @@ def serve(
 
 
 def _socket(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
-        listening.listen(1024)
+        return http.listening(host, port)
     except OSError as error:
-        listening.close()
         if error.errno == errno.EADDRINUSE:
             why = f"Port {port} is in use on {host}: end the other server or choose a --port."
             raise ServeError(why) from error
         raise ServeError(f"Cannot listen on {host}:{port}: {error}") from error
-    return listening
 
 
 def _invitations(
@@ -215,7 +208,7 @@ def _serving(
     )
     failed = ServeError("The server's HTTP thread ended at its start.")
     try:
-        with running(config, listening, failed):
+        with http.running(config, listening, failed):
             yield link
     finally:
         link.close()
