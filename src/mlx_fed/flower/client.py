@@ -59,8 +59,10 @@ _LONGEST_DETAIL = 500
 _TIMEOUT = 60.0
 _FIRST_TIMEOUT = 10.0
 """Seconds that a server may take to answer, and to answer a node that it does not know yet."""
+_BLOCK = 2**18
+"""Bytes that have to be sent within that time: a connection may be slow, and still not be lost."""
 _SLOWEST = 16 * 2**10
-"""Bytes a second for which a server of ours waits; a body has that much longer to be sent."""
+"""Bytes a second for which a server of ours waits."""
 _LATE = 15.0
 """Seconds beyond the time that a request is held, after which it counts as lost on the way."""
 
@@ -166,9 +168,12 @@ class _Transport(FleetHttpClient):
             if connection.sock is None:
                 connection.timeout = timeout
                 connection.connect()
-            # All of a body has to be sent within it.
+            connection.sock.settimeout(timeout)
+            blocks = (body[start : start + _BLOCK] for start in range(0, len(body), _BLOCK))
+            headers["content-length"] = str(len(body))
+            connection.request("POST", path, blocks, headers)
+            # Much of it may be on its way still.
             connection.sock.settimeout(timeout + len(body) / _SLOWEST)
-            connection.request("POST", path, body, headers)
             response = connection.getresponse()
             content = _read(response)
         except ssl.SSLError as error:
