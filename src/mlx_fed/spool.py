@@ -176,7 +176,7 @@ class Spool:
         They are looked at as they come, while they are in a core's cache: to get them again from
         where they wait takes several times as long.
         """
-        held = self._write(data, head=head, least=_SMALL // 16)
+        held = self._write(data, head=head, least=_SMALL // 4)
         if held is None:
             return data
         for start in (head, head + _TEXT):
