@@ -176,6 +176,16 @@ def test_values_that_are_not_finite_are_among_the_unseen(data):
         )
 
 
+def test_no_cut_hides_a_value_that_is_not_finite(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(spool, "_SMALL", 0)
+    monkeypatch.setattr(spool, "_TEXT", 0)
+    (shard,) = messages.pack({"a": mx.zeros(5), "w": mx.array([0.0, mx.nan, 0.0])}).values()
+    place, whole = Spool(tmp_path), shard.data
+    for cut in range(1, len(whole)):
+        parts = [Part(place.put_numbers(some, 0)) for some in (whole[:cut], whole[cut:])]
+        assert np.isnan(np.concatenate([*safetensors.find(parts)["w"].unseen()])).any(), cut
+
+
 def test_what_was_found_finite_as_it_came_is_not_read_again(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(spool, "_SMALL", 0)
     array = mx.random.normal((2**20,))
