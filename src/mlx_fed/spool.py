@@ -63,6 +63,10 @@ class OnDisk:
     def __len__(self) -> int:
         return self._size
 
+    def read(self, start: int = 0, end: int | None = None) -> bytes:
+        """A copy of the bytes from ``start`` up to ``end``."""
+        return bytes(self.view(start, end))
+
     def view(self, start: int = 0, end: int | None = None) -> memoryview:
         """The bytes from ``start`` up to ``end``, where the system has them: none is copied."""
         end = self._size if end is None else min(end, self._size)
@@ -108,7 +112,7 @@ class Part(NamedTuple):
 
     def read(self) -> bytes | memoryview:
         """The bytes; those in memory are not copied."""
-        return bytes(self.view()) if isinstance(self.held, OnDisk) else self.view()
+        return self.held.read(self.start) if isinstance(self.held, OnDisk) else self.view()
 
     def view(self, start: int = 0, end: int | None = None) -> memoryview:
         """The bytes from ``start`` up to ``end``, where they lie.

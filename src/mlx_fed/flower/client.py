@@ -170,8 +170,8 @@ class _Transport(FleetHttpClient):
                 connection.connect()
             connection.sock.settimeout(timeout)
             blocks = (body[start : start + _BLOCK] for start in range(0, len(body), _BLOCK))
-            headers["content-length"] = str(len(body))
-            connection.request("POST", path, blocks, headers)
+            length = {"content-length": str(len(body))}
+            connection.request("POST", path, blocks, headers | length)
             # Much of it may be on its way still.
             connection.sock.settimeout(timeout + len(body) / _SLOWEST)
             response = connection.getresponse()

@@ -41,7 +41,7 @@ def inflate(object_id: str, objects: Mapping[str, OnDisk | bytes]) -> Any:
     for each, held in objects.items():
         if _head(held).startswith(_CHUNK):
             continue
-        contents[each] = content = bytes(held.view()) if isinstance(held, OnDisk) else held
+        contents[each] = content = held.read() if isinstance(held, OnDisk) else held
         if content.startswith(_ARRAY):
             inflated[each] = _array(content, objects)
     found = inflate_object_from_contents(object_id, contents, objects=inflated)
@@ -69,7 +69,7 @@ def _chunk(held: OnDisk | bytes) -> Part:
 
 
 def _head(held: OnDisk | bytes) -> bytes:
-    return bytes(held.view(0, _HEAD)) if isinstance(held, OnDisk) else held[:_HEAD]
+    return held.read(0, _HEAD) if isinstance(held, OnDisk) else held[:_HEAD]
 
 
 class _Parts(bytes):

@@ -48,7 +48,7 @@ class Objects(InMemoryObjectStore):
 
     def get(self, object_id: str) -> bytes | None:
         held = self.held(object_id)
-        return bytes(held.view()) if isinstance(held, OnDisk) else held
+        return held.read() if isinstance(held, OnDisk) else held
 
     def held(self, object_id: str) -> OnDisk | bytes | None:
         """An object's bytes, in memory or where they wait."""
