@@ -30,7 +30,8 @@ class HostStacks:
         def feed(places: Sequence[int], indices: Sequence[np.ndarray]) -> Examples:
             stacked = []
             for column, like in enumerate(examples[0]):
-                array, view = self._stack((len(places), len(indices[0]), *like.shape[1:]), like)
+                shape = (len(places), len(indices[0]), *like.shape[1:])
+                array, view = self._stack(column, shape, like.dtype)
                 for row, (place, index) in enumerate(zip(places, indices, strict=True)):
                     # "clip" spares a copy that "raise" makes to be able to undo.
                     views[place][column].take(index, axis=0, out=view[row], mode="clip")
@@ -39,12 +40,14 @@ class HostStacks:
 
         return feed
 
-    def _stack(self, shape: tuple[int, ...], like: mx.array) -> tuple[mx.array, np.ndarray]:
-        key = (shape, like.dtype)
+    def _stack(
+        self, column: int, shape: tuple[int, ...], dtype: mx.Dtype
+    ) -> tuple[mx.array, np.ndarray]:
+        key = (column, shape, dtype)  # two columns of one shape and dtype are two stacks
         if key not in self._held:
             if len(self._held) == _MOST_STACKS:
                 self._held.clear()
-            array = mx.zeros(shape, like.dtype)
+            array = mx.zeros(shape, dtype)
             mx.eval(array)
             self._held[key] = (array, np.asarray(array))
         return self._held[key]
