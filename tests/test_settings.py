@@ -165,7 +165,7 @@ def test_settings_that_cannot_be_are_refused(settings: dict, message: str):
 @pytest.mark.parametrize(
     ("task", "kept"),
     [
-        (LOCAL, r'running statistics of its own \(Task.statistics="local"\)'),
+        (LOCAL, r"running statistics of its own \(Task.statistics or Task.buffers"),
         (
             replace(TASK, personal=lambda name: name.startswith("layers.4")),
             r"parameters of its own \(Task.personal\)",

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 import mlx_fed as fed
 from mlx_fed import linear, randomness, weights
 from mlx_fed.randomness import Keys, drawing_from
-from mlx_fed.steps import compiled
+from mlx_fed.programs import compiled
 from mlx_fed.training import Trainer, Update
 from mlx_fed.weights import WeightsError
 
@@ -82,6 +82,8 @@ def sgd(config: dict) -> optim.Optimizer:
 
 def trainer(model: Callable = MLP, loss=vector, optimizer=sgd, **settings) -> Trainer:
     settings.setdefault("batch_size", 8)
+    if loss in (weighted, divided):
+        settings.setdefault("weight_unit", "words")
     unused = {"data": lambda *_: fed.Data(examples(1))}
     return Trainer(fed.Task(model=model, loss=loss, optimizer=optimizer, **unused, **settings))
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, count, islice
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import randomness
+from . import examples, probe, randomness
 from .errors import FedError
+from .examples import Examples, as_arrays, as_batch
 from .randomness import Moment
 from .task import Config, Data, Task
+from .weights import Slots
 
 _TAIL_SIZES = 8
 """How many sizes a padded last batch may have: each is one more trace of a program."""
 
-Batch = tuple[tuple[mx.array, ...], mx.array | None, int]
-"""Arrays with a leading axis of examples, the mask of the padding, the number of examples."""
+Batch = tuple[Examples, mx.array | None, int]
+"""A tree of arrays with a leading axis of examples, the mask of the padding, the number of
+examples."""
 
 
 class Rows(NamedTuple):
@@ -55,19 +59,15 @@ def load(task: Task, partition_id: int, num_partitions: int | None) -> Data:
     """
     data = task.data(partition_id, num_partitions)
     if not isinstance(data, Data):
-        raise FedError(f"Task.data must return mlx_fed.Data, not a {type(data).__name__}")
-    return Data(_converted(data.train), _converted(data.test))
+        raise FedError(
+            f"Task.data must return mlx_fed.Data, not a {type(data).__name__}: "
+            "Data(train=(x, y), test=(x, y))"
+        )
+    return Data(_converted(data.train, "train"), _converted(data.test, "test"))
 
 
-def _converted(examples: Any) -> Any:
-    return examples if examples is None or callable(examples) else as_arrays(examples)
-
-
-def as_arrays(arrays: Sequence[Any]) -> tuple[mx.array, ...]:
-    """NumPy or MLX arrays as evaluated MLX arrays: the one copy that is made of a split."""
-    converted = tuple(a if isinstance(a, mx.array) else mx.array(a) for a in arrays)
-    mx.eval(converted)
-    return converted
+def _converted(split: Any, name: str) -> Any:
+    return split if split is None or callable(split) else as_arrays(split, name)
 
 
 class Batches:
@@ -75,15 +75,16 @@ class Batches:
 
     Args:
         task (Task): Whose settings say how many examples a step has.
-        model (nn.Module): Asked what its loss and metrics give.
-        masked (bool): Whether padding can be masked out at all. Running statistics are taken
-            over the whole batch, so padding would count in them.
+        model (nn.Module): Asked what its loss and metrics do.
+        slots (Slots): The model's arrays by kind.
+        note (callable): Told in words what the task should know of.
     """
 
-    def __init__(self, task: Task, model: nn.Module, masked: bool):
-        self.task, self.model, self.masked = task, model, masked
-        self._paddable: dict[tuple, bool] = {}
-        self._arrays: dict[int, tuple[Sequence[Any], tuple[mx.array, ...]]] = {}
+    def __init__(self, task: Task, model: nn.Module, slots: Slots, note: Callable[[str], None]):
+        self.task, self.model, self.slots, self.note = task, model, slots, note
+        self._paddable: dict[Any, bool] = {}
+        self._checked: set[Any] = set()
+        self._arrays: dict[int, tuple[Any, Examples]] = {}
 
     def training(self, data: Data, config: Config, moment: Moment) -> Iterator[Batch]:
         """A client's batches in a round, shuffled by its keys of that moment."""
@@ -91,24 +92,34 @@ class Batches:
             length = lengths(self.task, config)
             passes = count() if length.steps else range(length.epochs)
             keys = (randomness.key(*moment, "shuffle", number) for number in passes)
-            return islice(_streamed(data.train, keys), length.steps)
-        arrays = self._resident(data.train)
+            batches = islice(_streamed(data.train, keys), length.steps)
+            first = next(batches, None)
+            if first is None:
+                return batches
+            self.check_effects(first[0], config)
+            return chain([first], batches)
+        arrays = self.resident(data.train)
         return _taken(arrays, self.rows(arrays, config, moment))
 
-    def evaluation(self, examples: Any) -> Iterator[Batch]:
+    def evaluation(self, split: Any, config: Config = MappingProxyType({})) -> Iterator[Batch]:
         """All examples of a split, in order."""
-        if callable(examples):
-            return _streamed(examples, [randomness.key(0, "evaluate")])
-        arrays = self._resident(examples)
-        padded = self._can_pad(arrays, None, self.task.loss, *self.task.metrics.values())
+        if callable(split):
+            return _streamed(split, [randomness.key(0, "evaluate")])
+        arrays = self.resident(split)
+        functions = (self.task.loss, *self.task.metrics.values())
+        padded = self._can_pad(arrays, None, functions, False, config)
         size = self.task.eval_batch_size
-        return _taken(arrays, epoch(len(arrays[0]), size, padded, None))
+        return _taken(arrays, epoch(examples.count(arrays), size, padded, None))
 
-    def rows(self, arrays: tuple[mx.array, ...], config: Config, moment: Moment) -> Iterator[Rows]:
+    def rows(self, arrays: Examples, config: Config, moment: Moment) -> Iterator[Rows]:
         """Which examples each step of a client's training takes."""
         length = lengths(self.task, config)
-        total = len(arrays[0])
-        padded = self._can_pad(arrays, self.task.augment, self.task.loss)
+        total = examples.count(arrays)
+        if total:
+            self.check_effects(probe.sample(arrays), config)
+        padded = self.task.train_step is None and self._can_pad(
+            arrays, self.task.augment, (self.task.loss,), True, config
+        )
         passes = count() if length.steps and total else range(length.epochs)
         epochs = (
             epoch(total, length.batch_size, padded, randomness.derive(*moment, "shuffle", number))
@@ -116,29 +127,60 @@ class Batches:
         )
         return islice(chain.from_iterable(epochs), length.steps)
 
-    def _resident(self, examples: Sequence[Any]) -> tuple[mx.array, ...]:
+    def check_effects(self, batch: Examples, config: Config) -> None:
+        """Checks once for each kind of batch what a forward pass changes in the model.
+
+        Raises:
+            WeightsError: If it assigns an array that is no buffer.
+        """
+        kind = tuple((path, a.ndim, a.dtype) for path, a in examples.paths(batch))
+        if kind in self._checked or self.task.train_step is not None:
+            return
+        probe.check_effects(
+            self.model,
+            self.slots,
+            self.task.loss,
+            batch,
+            self.task.augment,
+            _first_settings(config),
+            self.note,
+            has_weight=self.task.weight_unit is not None,
+        )
+        self._checked.add(kind)
+
+    def resident(self, split: Any) -> Examples:
         """The split as MLX arrays, converted once for as long as the same split comes back."""
-        held = self._arrays.get(id(examples))
-        if held is None or held[0] is not examples:
+        held = self._arrays.get(id(split))
+        if held is None or held[0] is not split:
             self._arrays = dict(list(self._arrays.items())[-1:])
-            held = (examples, as_arrays(examples))
-        self._arrays.pop(id(examples), None)
-        self._arrays[id(examples)] = held  # the last used is the last to go
+            held = (split, as_arrays(split))
+        self._arrays.pop(id(split), None)
+        self._arrays[id(split)] = held  # the last used is the last to go
         return held[1]
 
     def _can_pad(
-        self, arrays: tuple[mx.array, ...], augment: Callable | None, *functions: Callable
+        self,
+        arrays: Examples,
+        augment: Callable | None,
+        functions: Sequence[Callable],
+        training: bool,
+        config: Config,
     ) -> bool:
         """Whether each function gives one value an example, so that padding can be masked out."""
-        if not self.masked or len(arrays[0]) == 0:
+        # Running statistics are taken over the whole batch: padding would count in them.
+        if self.slots.statistics or examples.count(arrays) == 0:
             return False
-        asked = (augment, functions, tuple((a.shape[1:], a.dtype) for a in arrays))
-        if asked not in self._paddable:
-            probe: Any = [mx.take(array, mx.array([0, 0, 0]), axis=0) for array in arrays]
-            if augment:
-                probe = augment(randomness.key(0, "augment"), *probe)
-            self._paddable[asked] = _gives_one_value_an_example(functions, self.model, probe)
-        return self._paddable[asked]
+        key = (augment, tuple(functions), training, examples.kind(arrays))
+        if key not in self._paddable:
+            self._paddable[key] = probe.is_paddable(
+                self.model, functions, arrays, augment, training, _first_settings(config)
+            )
+        return self._paddable[key]
+
+
+def _first_settings(config: Config) -> Config:
+    """The settings as a loss gets them, with a round and a step."""
+    return {"server-round": 1, **config, "local-step": 1}
 
 
 def lengths(task: Task, config: Config) -> Lengths:
@@ -186,33 +228,20 @@ def padded_size(count: int, batch_size: int) -> int:
     return min(batch_size, -(-count // step) * step)
 
 
-def _gives_one_value_an_example(
-    functions: Sequence[Callable], model: nn.Module, probe: Any
-) -> bool:
-    """Whether each loss or metric returns a vector with a value for each example of ``probe``.
-
-    Nothing is evaluated: the shapes of a lazy graph are known when it is built.
-    """
-    outputs = [function(model, *probe) for function in functions]
-    shape = (len(probe[0]),)
-    return all(isinstance(output, mx.array) and output.shape == shape for output in outputs)
-
-
-def _streamed(examples: Callable, keys: Iterable[mx.array]) -> Iterator[Batch]:
+def _streamed(stream: Callable, keys: Iterable[mx.array]) -> Iterator[Batch]:
     for key in keys:
         empty = True
-        for batch in examples(key):
+        for batch in stream(key):
             empty = False
-            arrays = tuple(a if isinstance(a, mx.array) else mx.array(a) for a in batch)
-            yield arrays, None, len(arrays[0])
+            arrays = as_batch(batch)
+            yield arrays, None, examples.count(arrays)
         if empty:
             return
 
 
-def _taken(arrays: tuple[mx.array, ...], rows: Iterable[Rows]) -> Iterator[Batch]:
+def _taken(arrays: Examples, rows: Iterable[Rows]) -> Iterator[Batch]:
     for step in rows:
         # Not in the compiled step, which would be traced anew for each number of examples.
-        index = mx.array(step.indices)
         mask = step.mask()
-        batch = tuple(mx.take(array, index, axis=0) for array in arrays)
+        batch = examples.take(arrays, mx.array(step.indices))
         yield batch, None if mask is None else mx.array(mask), step.size

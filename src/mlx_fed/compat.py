@@ -71,8 +71,7 @@ class MLXClient(NumPyClient):
         """Where those arrays are held that are trained together."""
         slots = self.trainer.slots
         shared = {name: slots.parameters[name] for name in self.trainer.spec}
-        averaged = self.trainer.task.statistics == "average"
-        return shared | slots.statistics if averaged else shared
+        return shared | {n: slots.statistics[n] for n in self.trainer.statistics_spec}
 
     def fit(
         self, parameters: list[np.ndarray], config: Mapping[str, Any]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .examples import leaves
 from .task import Data
 from .whole_files import replacing
 
@@ -35,7 +36,7 @@ def labels_of(split: Any) -> np.ndarray | None:
     """
     if split is None or callable(split):
         return None
-    array = split[-1]
+    array = leaves(split)[-1]
     dtype = str(array.dtype).removeprefix("mlx.core.")
     if array.ndim != 1 or not dtype.startswith(("int", "uint")):
         return None

@@ -7,11 +7,14 @@ run gives the same bits wherever its clients are and in whatever order they work
 from __future__ import annotations
 
 import hashlib
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -52,6 +55,24 @@ def seed_mlx(seed: int, *parts: int | str) -> None:
     import mlx.core as mx
 
     mx.random.seed(derive(seed, *parts))
+
+
+@contextmanager
+def generators_seeded(seed: int, *parts: int | str) -> Iterator[None]:
+    """Seeds the generators that draw without a key: MLX's, NumPy's and Python's.
+
+    NumPy's and Python's go on afterwards as if nothing had been drawn.
+    """
+    value = derive(seed, *parts)
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    seed_mlx(seed, *parts)
+    np.random.seed(value % 2**32)
+    random.seed(value)
+    try:
+        yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 
 class Keys:

@@ -162,7 +162,8 @@ def _save(run: Run, model: Model, name: str = "model") -> Path:
     if save := run.trainer.task.save:
         return run.history.save_with(lambda folder: save(run.trainer.model, folder), name)
     whole = {**slots.parameters, **slots.statistics, **slots.frozen}
-    return run.history.save_model(weights.get(whole), f"{name}.safetensors")
+    public = {key: slot for key, slot in whole.items() if not weights.is_private(key)}
+    return run.history.save_model(weights.get(public), f"{name}.safetensors")
 
 
 def _save_best(run: Run, position: Position, checkpoints: Checkpoints) -> Path | None:

@@ -127,8 +127,8 @@ def require_one_model(settings: Settings, trainer: Trainer) -> None:
         return
     if len(trainer.spec) < len(trainer.slots.parameters):
         kept = "parameters of its own (Task.personal)"
-    elif trainer.task.statistics == "local" and trainer.statistics_spec:
-        kept = 'running statistics of its own (Task.statistics="local")'
+    elif len(trainer.statistics_spec) < len(trainer.slots.statistics):
+        kept = 'running statistics of its own (Task.statistics or Task.buffers is "local")'
     else:
         return
     raise SettingsError(

@@ -7,10 +7,9 @@ mapped over many clients at once for a simulation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import count
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -19,10 +18,15 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import linear, weights
+from . import examples, linear, module_state, weights
+from .errors import FedError
 from .randomness import Keys, drawing_from
 from .task import Config, Task
 from .weights import Arrays, Slots
+
+
+class LossError(FedError, TypeError):
+    """A loss or metric that returns what has no mean."""
 
 
 class Client(NamedTuple):
@@ -43,11 +47,13 @@ class Shared(NamedTuple):
     """What is the same for all clients at one step.
 
     ``counters`` are the optimizer's own scalars (the step's number, the learning rate) by their
-    paths, ``anchor`` the global parameters and FedProx's factor, where there is one.
+    paths, ``anchor`` the global parameters and FedProx's factor, where there is one, ``moment``
+    the round and the step within it, int32 scalars, for a loss that takes the settings.
     """
 
     counters: Arrays
     anchor: tuple[Arrays, mx.array] | None
+    moment: tuple[mx.array, mx.array] | None = None
 
 
 class Step(NamedTuple):
@@ -71,20 +77,20 @@ class Gradient(NamedTuple):
 
 
 def training_step(
-    model: nn.Module, slots: Slots, task: Task, optimizer: optim.Optimizer, config: Config
+    model: nn.Module, slots: Slots, task: Task, optimizer: Any, config: Config
 ) -> Callable[..., Step]:
     """The function ``step(client, shared, batch, mask)``.
 
-    ``batch`` is a tuple of arrays, ``mask`` float32 of shape (batch,) or ``None``: see
+    ``batch`` is a tree of arrays, ``mask`` float32 of shape (batch,) or ``None``: see
     :class:`~mlx_fed.batches.Rows`.
     """
     gradient, update = gradient_step(model, slots, task, config), update_step(optimizer)
 
     def step(client, shared, batch, mask):
-        given = gradient(client, shared.anchor, batch, mask)
-        parameters, state, counters = update(client, shared.counters, given.grads)
-        moved = Client(parameters, given.statistics, state, given.key)
-        return Step(moved, counters, given.loss, given.weight)
+        result = gradient(client, shared, batch, mask)
+        parameters, state, counters = update(client, shared.counters, result.grads)
+        after = Client(parameters, result.statistics, state, result.key)
+        return Step(after, counters, result.loss, result.weight)
 
     return step
 
@@ -92,29 +98,31 @@ def training_step(
 def gradient_step(
     model: nn.Module, slots: Slots, task: Task, config: Config
 ) -> Callable[..., Gradient]:
-    """The function ``gradient(client, anchor, batch, mask)``: all of a step but the update."""
+    """The function ``gradient(client, shared, batch, mask)``: all of a step but the update."""
     max_norm = config.get("max-grad-norm", task.max_grad_norm)
     layers = linear.layers(slots)
 
-    def objective(parameters, statistics, key, batch, mask):
-        keys = Keys(key)
-        with (
-            holding(model, slots, parameters, statistics, training=True),
-            linear.in_order(layers),
-            drawing_from(keys),
-        ):
+    def gradient(client, shared, batch, mask):
+        keys = Keys(client.key)
+        settings = with_moment(config, shared.moment)
+
+        def objective(parameters, statistics, batch, mask):
+            weights.put(slots.parameters, parameters)
+            weights.put(slots.statistics, statistics)
             if task.augment:
-                batch = tuple(task.augment(keys.next(), *batch))
-            loss, weight = _mean_and_weight(task.loss(model, *batch), batch, mask)
+                batch = augmented(task.augment, keys.next(), batch)
+            output = examples.call(task.loss, model, batch, settings)
+            loss, weight = loss_and_weight(task, output, batch, mask)
             return loss, weight, weights.get(slots.statistics), keys.state
 
-    def gradient(client, anchor, batch, mask):
         before = client.parameters
-        (loss, weight, statistics, key), grads = mx.value_and_grad(objective)(
-            before, client.statistics, client.key, batch, mask
-        )
-        if anchor:
-            start, mu = anchor
+        # The whole of it: a checkpointed module runs its forward pass again for the gradient.
+        with running(model, training=True), linear.in_order(layers), drawing_from(keys):
+            (loss, weight, statistics, key), grads = mx.value_and_grad(objective)(
+                before, client.statistics, batch, mask
+            )
+        if shared.anchor:
+            start, mu = shared.anchor
             for name, at_start in start.items():  # what is personal has no global value
                 grads[name] += mu.astype(grads[name].dtype) * (before[name] - at_start)
         if max_norm is not None:
@@ -122,6 +130,61 @@ def gradient_step(
         return Gradient(grads, statistics, key, loss, weight)
 
     return gradient
+
+
+def custom_step(
+    model: nn.Module, slots: Slots, task: Task, optimizer: Any, config: Config
+) -> Callable[..., Step]:
+    """The function ``step(client, shared, batch, mask)`` of a task with a ``train_step``.
+
+    The module and the optimizers are the task's to update; what they hold afterwards is the result.
+    """
+    optimizers = dict(_optimizers(optimizer))
+    assert task.train_step is not None
+    train_step = task.train_step
+
+    def step(client, shared, batch, mask):
+        if shared.anchor:
+            raise FedError(
+                "The strategy asks for a proximal term (proximal-mu), which belongs in the "
+                'gradient, and Task.train_step computes that itself: use config["proximal-mu"] '
+                "there with a strategy of your own, or a strategy other than FedProx."
+            )
+        keys = Keys(client.key)
+        state = {**shared.counters, **client.state}
+        for path, each in optimizers.items():
+            _set_state(each, path, state)
+        with running(model, training=True), drawing_from(keys):
+            weights.put(slots.parameters, client.parameters)
+            weights.put(slots.statistics, client.statistics)
+            if task.augment:
+                batch = augmented(task.augment, keys.next(), batch)
+            server_round, local_step = (int(number.item()) for number in shared.moment)
+            settings = {**config, "server-round": server_round, "local-step": local_step}
+            output = train_step(model, optimizer, batch, keys.next(), settings)
+            loss, weight = loss_and_weight(task, output, batch, mask)
+            parameters, statistics = weights.get(slots.parameters), weights.get(slots.statistics)
+        weights.check(weights.spec(client.parameters), weights.spec(parameters))
+        counters, state = split_state(state_of(optimizer), shared.counters)
+        return Step(Client(parameters, statistics, state, keys.state), counters, loss, weight)
+
+    return step
+
+
+def with_moment(config: Config, moment: tuple[mx.array, mx.array] | None) -> Config | None:
+    """The settings as a loss gets them: the round and the step are arrays, which change without a
+    new trace. ``None`` where the loss takes none."""
+    if moment is None:
+        return None
+    server_round, local_step = moment
+    return {**config, "server-round": server_round, "local-step": local_step}
+
+
+def augmented(augment: Callable[..., Any], key: mx.array, batch: Any) -> Any:
+    """The batch that a task's ``augment`` makes of one."""
+    arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
+    result = augment(key, *arguments)
+    return tuple(result) if isinstance(result, list) else result
 
 
 def update_step(optimizer: optim.Optimizer) -> Callable[..., Any]:
@@ -132,7 +195,7 @@ def update_step(optimizer: optim.Optimizer) -> Callable[..., Any]:
         after = dict(
             tree_flatten(optimizer.apply_gradients(_nested(grads), _nested(client.parameters)))
         )
-        counters, state = _split(optimizer.state, counters)
+        counters, state = split_state(dict(tree_flatten(optimizer.state)), counters)
         return {name: after[name] for name in client.parameters}, state, counters
 
     return update
@@ -164,43 +227,64 @@ def evaluation_step(model: nn.Module, slots: Slots, task: Task) -> Callable[...,
     """
 
     def step(parameters, statistics, batch, mask):
-        with holding(model, slots, parameters, statistics, training=False):
-            pairs = [
-                _mean_and_weight(function(model, *batch), batch, mask)
-                for function in (task.loss, *task.metrics.values())
+        with running(model, training=False):
+            weights.put(slots.parameters, parameters)
+            weights.put(slots.statistics, statistics)
+            loss = loss_and_weight(task, examples.call(task.loss, model, batch), batch, mask)
+            pairs = [loss] + [
+                mean_and_weight(examples.call(function, model, batch), batch, mask, name)
+                for name, function in task.metrics.items()
             ]
         return mx.stack([mx.stack(list(pair)) for pair in pairs])
 
     return step
 
 
-_SERIAL_NUMBERS = count()
+def _optimizers(optimizer: Any, path: str = "") -> Iterator[tuple[str, optim.Optimizer]]:
+    """The optimizers that ``Task.optimizer`` returns, alone or in a dictionary or list, by path.
 
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``mx.compile`` of a function that does not live as long as the process.
-
-    MLX keeps programs by thread and by the address of their function. When a function goes, only
-    the thread that last called it forgets its programs; in any other, a new function at the same
-    address would silently run the old one's (seen in MLX 0.32). A constant among the arguments,
-    different for each function, tells them apart.
+    Raises:
+        TypeError: If something else is among them.
     """
-    program = mx.compile(lambda number, *args: function(*args))
-    return partial(program, next(_SERIAL_NUMBERS))
+    if isinstance(optimizer, optim.Optimizer):
+        yield path, optimizer
+    elif isinstance(optimizer, (dict, list, tuple)):
+        items = optimizer.items() if isinstance(optimizer, dict) else enumerate(optimizer)
+        for key, child in items:
+            yield from _optimizers(child, f"{path}{key}.")
+    else:
+        raise TypeError(
+            "Task.optimizer must return an mlx.optimizers.Optimizer, not a "
+            f"{type(optimizer).__name__}: lambda config: optim.SGD(config['learning-rate'])."
+        )
 
 
-def counters_of(optimizer: optim.Optimizer) -> Arrays:
-    """A new optimizer's own scalars, the same for all clients that are at one step."""
-    return dict(tree_flatten(optimizer.state))
+def state_of(optimizer: Any) -> Arrays:
+    """The state of one or several optimizers, by path."""
+    return {
+        f"{path}{name}": array
+        for path, each in _optimizers(optimizer)
+        for name, array in examples.paths(each.state)
+    }
 
 
-def initial_state(optimizer: optim.Optimizer) -> Callable[..., Arrays]:
+def _set_state(optimizer: optim.Optimizer, path: str, state: Mapping[str, mx.array]) -> None:
+    optimizer.state = tree_unflatten(
+        [(name.removeprefix(path), a) for name, a in state.items() if name.startswith(path)]
+    )
+
+
+counters_of = state_of
+"""A new optimizer's own scalars, the same for all clients that are at one step."""
+
+
+def initial_state(optimizer: Any) -> Callable[..., Arrays]:
     """The function ``state(counters, parameters)``: what a new optimizer keeps by parameter."""
 
     def state(counters, parameters):
         optimizer.state = tree_unflatten(list(counters.items()))
         optimizer.init(_nested(parameters))
-        return _split(optimizer.state, counters)[1]
+        return split_state(dict(tree_flatten(optimizer.state)), counters)[1]
 
     return state
 
@@ -210,29 +294,25 @@ def _nested(arrays: Arrays) -> Any:
     return tree_unflatten(list(arrays.items()))
 
 
-def _split(state: Any, counters: Arrays) -> tuple[Arrays, Arrays]:
-    flat = dict(tree_flatten(state))
-    return {path: flat.pop(path) for path in counters}, flat
+def split_state(state: Arrays, counters: Arrays) -> tuple[Arrays, Arrays]:
+    """An optimizer's state in two: its scalars, and what it keeps by parameter."""
+    rest = dict(state)
+    return {path: rest.pop(path) for path in counters}, rest
 
 
 @contextmanager
-def holding(
-    model: nn.Module, slots: Slots, parameters: Arrays, statistics: Arrays, training: bool
-) -> Iterator[None]:
-    """Puts arrays into the model while a program is traced, and the old ones back.
+def running(model: nn.Module, training: bool) -> Iterator[None]:
+    """Sets the mode for a forward pass, and puts back afterwards all that the module held.
 
-    Without this the model is left holding tracers, which fail when next they are used.
+    Layers that the task's model has in evaluation mode stay there in training, as a frozen
+    batch normalization: unless the whole model is.
     """
-    places = {**slots.parameters, **slots.statistics}
-    before = weights.get(places)
-    was_training = model.training
-    weights.put(places, {**parameters, **statistics})
-    model.train(training)
-    try:
+    frozen = [layer for layer in model.modules() if not layer.training] if model.training else []
+    with module_state.restored(model):
+        model.train(training)
+        for layer in frozen:
+            layer._training = False
         yield
-    finally:
-        weights.put(places, before)
-        model.train(was_training)
 
 
 def signature(optimizer: optim.Optimizer) -> Any:
@@ -262,19 +342,55 @@ def _comparable(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _mean_and_weight(
-    output: Any, batch: Sequence[mx.array], mask: mx.array | None
+def loss_and_weight(
+    task: Task, output: Any, batch: Any, mask: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """The mean over a batch of what a loss returned, and the batch's weight, float32 scalars.
+
+    Raises:
+        LossError: If it returned what has no mean.
+    """
+    if isinstance(output, (tuple, list)):
+        if not output:
+            raise LossError("Task.loss returned an empty tuple.")
+        if task.weight_unit is None:
+            second = output[1] if len(output) == 2 else None
+            if isinstance(second, mx.array) and mx.issubdtype(second.dtype, mx.integer):
+                raise LossError(
+                    "Task.loss returned a tuple of a loss and a whole number. If that is the "
+                    "weight of a (mean, weight), name what it counts: "
+                    'Task(weight_unit="tokens"). If it is not, return the loss alone, and give '
+                    "the other value in Task.metrics."
+                )
+            output = output[0]
+        elif len(output) != 2:
+            raise LossError(
+                f"Task.weight_unit is {task.weight_unit!r}, so Task.loss returns (mean, weight); "
+                f"it returned a tuple of {len(output)}."
+            )
+    return mean_and_weight(output, batch, mask, "Task.loss")
+
+
+def mean_and_weight(
+    output: Any, batch: Any, mask: mx.array | None, what: str
 ) -> tuple[mx.array, mx.array]:
     """The mean over a batch of what a loss or metric returned, and the batch's weight."""
-    if isinstance(output, tuple):
-        mean, weight = output
+    weight = None
+    if isinstance(output, (tuple, list)):
+        output, weight = output
+    if not isinstance(output, mx.array):
+        raise LossError(
+            f"{what} returned a {type(output).__name__}: it returns an mx.array, the mean over the "
+            "batch (a scalar) or a value for each example (a vector)."
+        )
+    output = output.astype(mx.float32)  # a bfloat16 cannot count to 257
+    if weight is not None:
         # A whole number by which the loss itself was divided: MLX's compiler takes its conversion
         # for the division's own, and then misses it among the outputs. No weight is below 0.
-        weight = mx.maximum(weight, 0).astype(mx.float32)
-        return mean.astype(mx.float32), weight
-    output = output.astype(mx.float32)  # a bfloat16 cannot count to 257
+        weight = weight if isinstance(weight, mx.array) else mx.array(weight)
+        return output.mean(), mx.maximum(weight, 0).astype(mx.float32)
     if output.ndim == 0:
-        return output, mx.array(len(batch[0]), mx.float32)
+        return output, mx.array(examples.count(batch), mx.float32)
     if mask is None:
         return output.mean(), mx.array(len(output), mx.float32)
     weight = mask.sum()

@@ -6,7 +6,7 @@ the same in one process, on a federation of machines and under ``flwr run``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
-    import mlx.optimizers as optim
 
 Config = Mapping[str, Any]
 """Settings in kebab-case, such as ``{"learning-rate": 0.1}``, as Flower's ConfigRecord."""
+
+
+Split = Sequence[Any] | Mapping[str, Any] | Callable[[Any], Iterable[Any]]
+"""Examples: a tree of arrays, or a callable that takes a random key and returns batches."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +29,20 @@ class Data:
     """One client's examples.
 
     Args:
-        train (tuple or callable): Arrays (``mx.array`` or NumPy) that share their leading
-            axis, the examples; or, for what does not fit in memory or is ragged, a callable
-            that takes a random key and returns an iterable of batches. If it has a length, that
-            is the number of its examples.
-        test (tuple or callable): The held-out examples, in the same form. ``None`` where a
+        train (tuple, dict or callable): Arrays (of MLX, NumPy, pandas or PyTorch, or lists of
+            numbers) that share their leading axis, the examples. A tuple's arrays are the loss's
+            arguments one by one, a dictionary is one argument; both may be nested. For what does
+            not fit in memory or is ragged: a callable that takes a random key and returns an
+            iterable of batches. If it has a length, that is the number of its examples.
+        test (tuple, dict or callable): The held-out examples, in the same form. ``None`` where a
             client has nothing to evaluate on: it trains, and evaluations go on without it.
 
     Example:
         >>> Data(train=(images, labels), test=(held_out_images, held_out_labels))
     """
 
-    train: Sequence[Any] | Callable[[mx.array], Iterable[Sequence[mx.array]]]
-    test: Sequence[Any] | Callable[[mx.array], Iterable[Sequence[mx.array]]] | None = None
+    train: Split
+    test: Split | None = None
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
@@ -49,12 +53,35 @@ class Data:
                 raise TypeError(
                     f"Data.{split} takes a tuple of arrays: write (array,) where there is one."
                 )
-            lengths = [len(array) for array in arrays]
+            if not isinstance(arrays, (tuple, list, Mapping)):
+                raise TypeError(
+                    f"Data.{split} takes a tuple or dictionary of arrays, or a callable that "
+                    f"returns batches, not a {type(arrays).__name__}."
+                )
+            entries = [*_entries(arrays)]
+            if unsized := [entry for entry in entries if not hasattr(entry, "__len__")]:
+                raise TypeError(
+                    f"Data.{split} takes arrays, of one entry an example; it has a "
+                    f"{type(unsized[0]).__name__}."
+                )
+            lengths = [len(entry) for entry in entries]
             if len(set(lengths)) != 1:
                 raise ValueError(
                     f"Data.{split} takes arrays of one length, the number of examples; "
                     f"these have {lengths}."
                 )
+
+
+def _entries(examples: Any, top: bool = True) -> Iterator[Any]:
+    """The arrays of a tree; a list is a tuple of arrays at the top and an array below."""
+    if isinstance(examples, Mapping):
+        for child in examples.values():
+            yield from _entries(child, False)
+    elif isinstance(examples, tuple) or (top and isinstance(examples, list)):
+        for child in examples:
+            yield from _entries(child, False)
+    else:
+        yield examples
 
 
 @dataclass(frozen=True)
@@ -63,10 +90,14 @@ class Task:
 
     Args:
         model (callable): Returns a new ``mlx.nn.Module``.
-        loss (callable): ``loss(model, *batch)``: the mean over the batch (a scalar), the loss
-            of each example (a vector), or ``(mean, weight)`` as mlx-lm's losses do. With a
-            vector a last batch that is not full is padded and masked, so that clients of any
-            number of examples share a few compiled programs.
+        loss (callable): ``loss(model, *batch)``: the mean over the batch (a scalar) or the loss
+            of each example (a vector). With a vector whose examples do not depend on each other
+            a last batch that is not full is padded and masked, so that clients of any number of
+            examples share a few compiled programs. Of a tuple the first value is the loss and
+            the rest is not used, as in ``(loss, accuracy)``; with ``weight_unit`` it is
+            ``(mean, weight)``, as mlx-lm's losses return. A loss with a parameter ``config``
+            gets the settings, with the round as ``config["server-round"]`` and the step of the
+            round as ``config["local-step"]``, both from 1.
         optimizer (callable): ``optimizer(config)`` returns a new ``mlx.optimizers`` optimizer.
             Its state is fresh in every round, unless ``keep_optimizer``.
         data (callable): ``data(partition_id, num_partitions)`` returns the client's
@@ -82,17 +113,31 @@ class Task:
         eval_batch_size (int): Examples an evaluation step. Default: ``512``.
         max_grad_norm (float, optional): Clip the gradient of each step to this norm.
         augment (callable, optional): ``augment(key, *batch)`` returns the batch to train on.
+        train_step (callable, optional): ``train_step(model, optimizer, batch, key, config)``
+            does one training step itself, in place of one loss, one gradient and one update: it
+            updates the model in place and returns the loss, in a form that ``loss`` may have.
+            For adversarial training, sharpness-aware minimization, queues. ``optimizer`` is what
+            ``Task.optimizer`` returns, which may be several in a dictionary; ``key`` is a random
+            key. It runs uncompiled and one client after another; ``loss`` is for evaluation.
+        compile (bool): Compile training and evaluation steps with ``mx.compile``. Where that
+            fails, as for Python's control flow on an array's value, they run uncompiled, which
+            the run says. Default: ``True``.
         statistics (str): What becomes of running statistics (BatchNorm's mean and variance):
             ``"average"`` averages them over clients by examples, ``"local"`` leaves each
             client its own, as in FedBN (https://arxiv.org/abs/2102.07623).
+        buffers (callable, optional): ``buffers(name)`` says which other arrays the model's
+            forward pass assigns, such as a codebook, an exponential moving average or the
+            statistics of a normalization of one's own: ``"average"`` and ``"local"`` are treated
+            like ``statistics``, ``None`` is no buffer. A name may be that of a private array.
         personal (callable, optional): ``personal(name)`` says of which parameters each client
             keeps its own: they are trained with the others and never travel, as in FedPer
             (https://arxiv.org/abs/1912.00818). ``lambda name: name.startswith("head")``
         keep_optimizer (bool): Let each client's optimizer go on from round to round, instead of
             beginning anew; its learning rate is that of each round's. Default: ``False``.
-        weight_unit (str, optional): What the weights of a loss that returns ``(mean, weight)``
-            count: with ``"tokens"`` clients report ``num-tokens``, by which a strategy may weigh
-            them (``FedAvg(weighted_by_key="num-tokens")``), and ``tokens-per-second``.
+        weight_unit (str, optional): What the weight of a loss that returns ``(mean, weight)``
+            counts, without which a tuple has no weight: with ``"tokens"`` clients report
+            ``num-tokens``, by which a strategy may weigh them
+            (``FedAvg(weighted_by_key="num-tokens")``), and ``tokens-per-second``.
         derived (callable, optional): ``derived(metrics)`` returns further metrics that follow from
             the mean loss and metrics of an evaluation, a client's and the average over clients:
             ``lambda metrics: {"perplexity": math.exp(metrics["loss"])}``.
@@ -115,7 +160,7 @@ class Task:
 
     model: Callable[[], nn.Module]
     loss: Callable[..., Any]
-    optimizer: Callable[[Config], optim.Optimizer]
+    optimizer: Callable[[Config], Any]
     data: Callable[[int, int | None], Data]
     metrics: Mapping[str, Callable[..., mx.array]] = field(default_factory=dict)
     config: Config = field(default_factory=dict)
@@ -124,8 +169,11 @@ class Task:
     local_steps: int | None = None
     eval_batch_size: int = 512
     max_grad_norm: float | None = None
-    augment: Callable[..., Sequence[mx.array]] | None = None
+    augment: Callable[..., Any] | None = None
+    train_step: Callable[..., Any] | None = None
+    compile: bool = True
     statistics: Literal["average", "local"] = "average"
+    buffers: Callable[[str], Literal["average", "local"] | None] | None = None
     personal: Callable[[str], bool] | None = None
     keep_optimizer: bool = False
     weight_unit: str | None = None
@@ -144,6 +192,11 @@ class Task:
                     f"Task.metrics has {name!r}, which every evaluation reports itself: give "
                     "the metric another name."
                 )
+        if self.train_step is not None and self.max_grad_norm is not None:
+            raise ValueError(
+                "Task.max_grad_norm clips the gradient between loss and update, which "
+                "Task.train_step computes itself: clip there with mlx.optimizers.clip_grad_norm."
+            )
         if self.statistics not in ("average", "local"):
             raise ValueError(
                 f'Task.statistics must be "average" or "local", not {self.statistics!r}.'

@@ -6,30 +6,31 @@ Knows nothing of Flower: named arrays come in, named arrays and metrics go out.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.optimizers as optim
 
-from . import randomness, weights
+from . import examples, randomness, weights
 from .batches import Batches
 from .metrics import counted, derived, weighted_mean
+from .programs import Program, compiled
 from .steps import (
     Client,
     Shared,
     Step,
-    compiled,
     counters_of,
+    custom_step,
     evaluation_step,
     initial_state,
     signature,
     training_step,
 )
-from .task import Config, Data, Task, fingerprint_of
+from .task import Config, Data, Split, Task, fingerprint_of
 from .weights import Arrays
 
 
@@ -48,7 +49,8 @@ class Update(NamedTuple):
 
 
 class TrainingPrograms(NamedTuple):
-    """What runs compiled: a new optimizer's state, and a step (see :mod:`~mlx_fed.steps`)."""
+    """What runs compiled: a new optimizer's state, and a step (see :mod:`~mlx_fed.steps`) with
+    what seeds it."""
 
     initial_state: Callable[..., Arrays]
     step: Callable[..., Step]
@@ -64,14 +66,17 @@ class Trainer:
 
     Attributes:
         spec (dict): Shape and dtype of each parameter that is trained together, by name.
-        statistics_spec (dict): The same of the running statistics.
+        statistics_spec (dict): The same of the running statistics that travel.
+        notes (dict): In words, as keys: what the run should say, such as why steps are not
+            compiled.
         keeps (bool): Whether clients keep arrays of their own from round to round.
     """
 
     def __init__(self, task: Task, seed: int = 0):
         self.task = task
         self.model = weights.build_model(task.model, seed)
-        self.slots = weights.find_slots(self.model)
+        travels = task.buffers or (lambda name: None)
+        self.slots = weights.find_slots(self.model, lambda name: bool(travels(name)))
         if not self.slots.parameters:
             raise weights.WeightsError(
                 "The model has no trainable floating-point parameters: nothing to federate."
@@ -84,13 +89,17 @@ class Trainer:
                 "Every parameter is personal (Task.personal): nothing to federate."
             )
         self._personal = [name for name in self.slots.parameters if personal(name)]
-        self._keeps_statistics = task.statistics == "local" and bool(self.slots.statistics)
-        self.keeps = bool(self._personal) or self._keeps_statistics or task.keep_optimizer
+        local = {name: (travels(name) or task.statistics) for name in self.slots.statistics}
+        self._local = _local_statistics(self.slots, local)
+        self.keeps = bool(self._personal or self._local) or task.keep_optimizer
         self.spec = weights.spec(self.parameters())
-        self.statistics_spec = weights.spec(weights.get(self.slots.statistics))
-        self.batches = Batches(task, self.model, masked=not self.slots.statistics)
+        self.statistics_spec = weights.spec(self.statistics())
+        self.notes: dict[str, None] = {}
+        self._taken: set[str] = set()
+        self.takes_config = task.train_step is not None or examples.takes_config(task.loss)
+        self.batches = Batches(task, self.model, self.slots, self.note)
         self._training: tuple[Any, TrainingPrograms] | None = None
-        self._evaluation: Callable | None = None
+        self._evaluation: Program | None = None
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -102,8 +111,19 @@ class Trainer:
         return {name: self.slots.parameters[name].get() for name in self._shared}
 
     def statistics(self) -> Arrays:
-        """The model's running statistics by name."""
-        return weights.get(self.slots.statistics)
+        """The model's running statistics that travel, by name."""
+        local = self._local
+        return {name: s.get() for name, s in self.slots.statistics.items() if name not in local}
+
+    def note(self, text: str) -> None:
+        """Notes once in a process what the run or the node's log should say."""
+        self.notes.setdefault(text)
+
+    def take_notes(self) -> list[str]:
+        """The notes that were not taken before."""
+        texts = [text for text in self.notes if text not in self._taken]
+        self._taken.update(texts)
+        return texts
 
     def let_go(self) -> None:
         """Frees the model's parameters, which are zeros until others are put in their place.
@@ -152,14 +172,15 @@ class Trainer:
         weights.check(self.statistics_spec, weights.spec(statistics))
         moment = randomness.moment_of(config, client)
         began = time.perf_counter()
-        given = self.batches.training(data, config, moment)
-        first = next(given, None)
+        everything, statistics = self.with_own(parameters, statistics, own)
+        with self.holding(everything, statistics):
+            batches = self.batches.training(data, config, moment)
+        first = next(batches, None)
         if first is None:
             raise ValueError("The client has no training examples.")
         mx.async_eval(first[0])  # the device is at it while the rest is made ready
         optimizer = self.task.optimizer(config)
         programs = self.training_programs(optimizer, config)
-        everything, statistics = self.with_own(parameters, statistics, own)
         counters = _going_on(counters_of(optimizer), own)
         state = _kept(own, "state", programs.initial_state(counters, everything))
         at = Client(everything, statistics, state, randomness.key(*moment, "layers"))
@@ -169,8 +190,9 @@ class Trainer:
         losses: list[Any] = []
         shares: list[Any] = []
         num_examples = 0
-        for batch, mask, size in chain([first], given):
-            at, counters, loss, weight = programs.step(at, Shared(counters, anchor), batch, mask)
+        for step, (batch, mask, size) in enumerate(chain([first], batches), 1):
+            shared = Shared(counters, anchor, self.moment(config, step))
+            at, counters, loss, weight = programs.step((*moment, step), at, shared, batch, mask)
             mx.async_eval(at, loss)
             losses.append(loss)
             shares.append(weight)
@@ -180,7 +202,7 @@ class Trainer:
         counts = [share.item() for share in shares]
         mean = weighted_mean([loss.item() for loss in losses], counts)
         if not callable(data.train):
-            num_examples = len(data.train[0])
+            num_examples = examples.count(self.batches.resident(data.train))
         elif isinstance(data.train, Sized):
             num_examples = len(data.train)
         metrics: dict[str, int | float] = {"num-examples": num_examples, "loss": mean}
@@ -204,8 +226,9 @@ class Trainer:
         those that it keeps, the model's first ones before it has any."""
         if not self.keeps:
             return parameters, statistics
-        if self._keeps_statistics:
-            statistics = _kept(own, "statistics", self.statistics())
+        local = {name: self.slots.statistics[name].get() for name in self._local}
+        statistics = {**statistics, **_kept(own, "statistics", local)}
+        statistics = {name: statistics[name] for name in self.slots.statistics}
         personal = {name: self.slots.parameters[name].get() for name in self._personal}
         both = {**parameters, **_kept(own, "parameters", personal)}
         return {name: both[name] for name in self.slots.parameters}, statistics
@@ -215,10 +238,8 @@ class Trainer:
         if not self.keeps:
             return Update(at.parameters, at.statistics, metrics)
         own = {f"parameters/{name}": at.parameters[name] for name in self._personal}
-        statistics = at.statistics
-        if self._keeps_statistics:
-            own |= {f"statistics/{name}": array for name, array in statistics.items()}
-            statistics = {}
+        own |= {f"statistics/{name}": at.statistics[name] for name in self._local}
+        statistics = {name: at.statistics[name] for name in self.statistics_spec}
         if self.task.keep_optimizer:
             own |= {f"counters/{name}": array for name, array in counters.items()}
             own |= {f"state/{name}": array for name, array in at.state.items()}
@@ -232,10 +253,10 @@ class Trainer:
         self,
         parameters: Arrays,
         statistics: Arrays,
-        examples: Sequence[Any] | Callable[[mx.array], Iterable[Sequence[mx.array]]],
+        split: Split,
         own: Mapping[str, mx.array] | None = None,
     ) -> dict[str, int | float]:
-        """Loss and metrics of the given arrays on ``examples``, in evaluation mode.
+        """Loss and metrics of the given arrays on the examples of a split, in evaluation mode.
 
         ``own`` is what the client has kept, as for :meth:`train`.
 
@@ -245,15 +266,17 @@ class Trainer:
         """
         weights.check(self.spec, weights.spec(parameters))
         weights.check(self.statistics_spec, weights.spec(statistics))
-        return self._evaluate(*self.with_own(parameters, statistics, own), examples)
+        return self._evaluate(*self.with_own(parameters, statistics, own), split)
 
     def _evaluate(
-        self, parameters: Arrays, statistics: Arrays, examples: Any
+        self, parameters: Arrays, statistics: Arrays, split: Any
     ) -> dict[str, int | float]:
         step = self.evaluation_program()
         results, num_examples = [], 0
-        for batch, mask, size in self.batches.evaluation(examples):
-            result = step(parameters, statistics, batch, mask)
+        with self.holding(parameters, statistics):
+            batches = self.batches.evaluation(split)
+        for number, (batch, mask, size) in enumerate(batches):
+            result = step((0, "evaluate", number), parameters, statistics, batch, mask)
             mx.async_eval(result)
             results.append(result)
             num_examples += size
@@ -272,31 +295,90 @@ class Trainer:
         self.train(*start, data, {"server-round": 1, **config, "local-steps": 1})
         if data.test is None or callable(data.test):
             return
-        self.evaluate(*start, tuple(array[: self.task.eval_batch_size] for array in data.test))
+        self.evaluate(*start, examples.first(data.test, self.task.eval_batch_size))
 
     # -- programs --------------------------------------------------------------------------
 
-    def training_programs(self, optimizer: optim.Optimizer, config: Config) -> TrainingPrograms:
+    def training_programs(self, optimizer: Any, config: Config) -> TrainingPrograms:
         """The compiled programs, traced anew only when what is baked into them changes."""
         key = self.training_key(optimizer, config)
         if self._training is None or self._training[0] != key:
             mx.eval(self.model.parameters())  # or each step would compute the frozen ones anew
-            step = training_step(self.model, self.slots, self.task, optimizer, config)
-            programs = TrainingPrograms(compiled(initial_state(optimizer)), compiled(step))
-            self._training = (key, programs)
+            self._training = (key, self._new_programs(optimizer, config))
         return self._training[1]
 
-    def training_key(self, optimizer: optim.Optimizer, config: Config) -> Any:
+    def _new_programs(self, optimizer: Any, config: Config) -> TrainingPrograms:
+        arguments = (self.model, self.slots, self.task, optimizer, config)
+        if self.task.train_step is not None:
+            step: Callable[..., Step] = custom_step(*arguments)
+            program = Program(step, _figures, False, self.note, "training")
+            return TrainingPrograms(lambda counters, parameters: {}, program)
+        step = training_step(*arguments)
+        program = Program(step, _figures, self.task.compile, self.note, "training")
+        return TrainingPrograms(compiled(initial_state(optimizer)), program)
+
+    def moment(self, config: Config, step: int) -> tuple[mx.array, mx.array] | None:
+        """The round and the step as arrays, for a loss that takes the settings."""
+        if not self.takes_config:
+            return None
+        return mx.array(int(config.get("server-round", 0))), mx.array(step)
+
+    @contextmanager
+    def holding(self, parameters: Arrays, statistics: Arrays) -> Iterator[None]:
+        """Puts arrays into the model for a while."""
+        slots = {**self.slots.parameters, **self.slots.statistics}
+        before = weights.get(slots)
+        weights.put(slots, {**parameters, **statistics})
+        try:
+            yield
+        finally:
+            weights.put(slots, before)
+
+    def training_key(self, optimizer: Any, config: Config) -> Any:
         """What is baked into a traced step, apart from the task and the shapes."""
-        return signature(optimizer), config.get("max-grad-norm", self.task.max_grad_norm)
+        if self.task.train_step is not None:
+            return object()  # its optimizers are new with each client
+        settings: Any = ()
+        if self.takes_config:
+            settings = sorted((k, v) for k, v in config.items() if k != "server-round")
+        norm = config.get("max-grad-norm", self.task.max_grad_norm)
+        return signature(optimizer), norm, settings
 
     def evaluation_program(self) -> Callable[..., mx.array]:
         """The compiled evaluation step."""
         if self._evaluation is None:
             mx.eval(self.model.parameters())
             step = evaluation_step(self.model, self.slots, self.task)
-            self._evaluation = compiled(step)
+            self._evaluation = Program(
+                step, lambda result: {"figures": result}, self.task.compile, self.note, "evaluation"
+            )
         return self._evaluation
+
+
+def _local_statistics(slots: weights.Slots, travels: Mapping[str, str]) -> set[str]:
+    """The names of the statistics that each client keeps for itself.
+
+    Raises:
+        WeightsError: If Task.buffers says something else, or would average whole numbers.
+    """
+    for name, how in travels.items():
+        if how not in ("average", "local"):
+            raise weights.WeightsError(
+                f'Task.buffers gives {how!r} for {name!r}: it gives "average", "local" or None.'
+            )
+        dtype = slots.statistics[name].get().dtype
+        if how == "average" and not mx.issubdtype(dtype, mx.floating):
+            raise weights.WeightsError(
+                f"The buffer {name!r} is {weights.dtype_name(dtype)}, which has no average: let "
+                'Task.buffers give "local" for it, so that each client keeps its own.'
+            )
+    return {name for name, how in travels.items() if how == "local"}
+
+
+def _figures(step: Step) -> Arrays:
+    """What of a step's result has to be the same, compiled or not."""
+    statistics = {f"statistics {name!r}": a for name, a in step.client.statistics.items()}
+    return {"the loss": step.loss, "its weight": step.weight, **statistics}
 
 
 def _going_on(counters: Arrays, own: Mapping[str, mx.array] | None) -> Arrays:

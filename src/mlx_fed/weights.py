@@ -1,8 +1,9 @@
 """A module's arrays by name: which of them a federation trains, and how they go back in.
 
 Three kinds of arrays make up a module. *Parameters* are floating and trainable: they are what
-clients train and servers aggregate. *Statistics* are the running mean and variance of
-normalization layers, which training changes without a gradient. Everything else is *frozen*
+clients train and servers aggregate. *Statistics* are what the forward pass changes without a
+gradient: the running mean and variance of normalization layers, and buffers that the task names.
+Everything else is *frozen*
 (a base model under LoRA, packed integers of a quantized layer) and stays where it is.
 """
 
@@ -18,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from . import randomness
+from . import module_state, randomness
 from .errors import FedError
 
 Arrays = dict[str, mx.array]
@@ -68,8 +69,10 @@ def build_model(model: Callable[[], nn.Module], seed: int) -> nn.Module:
     return module
 
 
-def find_slots(module: nn.Module) -> Slots:
+def find_slots(module: nn.Module, is_buffer: Callable[[str], bool] = lambda name: False) -> Slots:
     """Where each array of ``module`` is held.
+
+    ``is_buffer`` says which further arrays, private ones too, count as statistics.
 
     Names are those of ``mlx.utils.tree_flatten(module.parameters())``. A module reached by
     two paths (tied weights) is listed once, under the first. Frozen parameters, integers among
@@ -96,13 +99,32 @@ def find_slots(module: nn.Module) -> Slots:
             raise WeightsError(
                 f"parameter {name!r} is float64, which safetensors lacks: make it float32"
             )
-        if isinstance(slot.owner, nn.Module) and slot.key in _STATISTICS:
+        if is_buffer(name) or (isinstance(slot.owner, nn.Module) and slot.key in _STATISTICS):
             slots.statistics[name] = slot
         elif name in trainable and mx.issubdtype(slot.get().dtype, mx.inexact):
             slots.parameters[name] = slot
         else:
             slots.frozen[name] = slot
+    for name, slot in _hidden(module):
+        if name not in names and is_buffer(name):
+            slots.statistics[name] = slot
     return slots
+
+
+def is_private(name: str) -> bool:
+    """Whether MLX leaves an array out of ``parameters()`` and of files, by its name."""
+    return any(key.startswith("_") for key in name.split("."))
+
+
+def _hidden(module: nn.Module) -> Iterator[tuple[str, Slot]]:
+    """Every array that can be assigned, with those that ``parameters()`` leaves out."""
+    for path, container in module_state.containers(module):
+        if isinstance(container, tuple):
+            continue
+        items = dict.items(container) if isinstance(container, dict) else enumerate(container)
+        for key, child in items:
+            if isinstance(child, mx.array):
+                yield f"{path}.{key}" if path else str(key), Slot(container, key)
 
 
 def _walk(value: Any, name: str) -> Iterator[tuple[str, Slot]]:
@@ -128,7 +150,7 @@ def put(slots: Mapping[str, Slot], arrays: Mapping[str, mx.array]) -> None:
     """Puts arrays into their slots, unchecked: see :func:`load` for arrays from elsewhere."""
     for name, array in arrays.items():
         slot = slots[name]
-        slot.owner[slot.key] = array
+        slot.owner[slot.key] = module_state.reference(array)
 
 
 def load(slots: Mapping[str, Slot], arrays: Mapping[str, mx.array]) -> None:

@@ -12,17 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_map
 
-from .. import randomness
+from .. import module_state, randomness
 from ..batches import Rows
+from ..errors import FedError
+from ..examples import Examples, count, paths
 from ..metrics import counted, weighted_mean
+from ..programs import compiled, find_difference, pure
 from ..steps import (
     Client,
     Gradient,
     Shared,
     Step,
-    compiled,
     counters_of,
     gradient_step,
     initial_state,
@@ -35,11 +38,15 @@ from ..weights import Arrays, StackedRow
 from .feeding import Feed, HostStacks, device_feed, host_can_read
 
 
+class BatchedError(FedError):
+    """A step that gives many clients another result than one."""
+
+
 class Member(NamedTuple):
     """A client to train: its partition, its examples, and what it has kept of its last update."""
 
     client: int
-    examples: tuple[mx.array, ...]
+    examples: Examples
     own: Mapping[str, mx.array] | None = None
 
 
@@ -61,6 +68,16 @@ class BatchedTrainer:
         self.trainer = trainer
         self._compiled: tuple[Any, TrainingPrograms] | None = None
         self._stacks = HostStacks()
+        self._checked: set[Any] = set()
+
+    @staticmethod
+    def why_not(task: Task) -> str | None:
+        """Why a task's clients cannot train together, or None if they may."""
+        if task.keep_optimizer:
+            return "each keeps its own optimizer's state, which are at different steps"
+        if task.train_step is not None:
+            return "Task.train_step trains one client"
+        return None if task.compile else "Task.compile is False"
 
     def train(
         self,
@@ -78,8 +95,8 @@ class BatchedTrainer:
             config (dict): The server's settings, as for ``Trainer.train``.
         """
         trainer = self.trainer
-        if trainer.task.keep_optimizer:
-            raise ValueError("each keeps its own optimizer's state, which are at different steps")
+        if reason := self.why_not(trainer.task):
+            raise FedError(reason)
         optimizer = trainer.task.optimizer(config)
         starts = [trainer.with_own(parameters, statistics, member.own) for member in members]
         programs = self._programs(optimizer, config)
@@ -88,12 +105,14 @@ class BatchedTrainer:
         mu = float(config.get("proximal-mu", 0.0))
         anchor = (parameters, mx.array(mu)) if mu else None
         moments = [randomness.moment_of(config, member.client) for member in members]
-        rows = [
-            list(trainer.batches.rows(member.examples, config, moment))
-            for member, moment in zip(members, moments, strict=True)
-        ]
+        with trainer.holding(*starts[0]):
+            rows = [
+                list(trainer.batches.rows(member.examples, config, moment))
+                for member, moment in zip(members, moments, strict=True)
+            ]
         examples = [member.examples for member in members]
-        by_host = host_can_read(examples)
+        # A buffer may be an array of the batch itself, which would change with the stack.
+        by_host = host_can_read(examples) and trainer.task.buffers is None
         feed = self._stacks.feed(examples) if by_host else device_feed(examples)
         groups = [
             _Group(
@@ -111,11 +130,14 @@ class BatchedTrainer:
         losses: list[tuple[tuple[int, ...], mx.array, mx.array]] = []
         for number in range(max(map(len, rows))):
             groups = _regroup(groups, rows, number, done)
-            shared, moved = Shared(counters, anchor), []
+            shared = Shared(counters, anchor, trainer.moment(config, number + 1))
+            moved = []
             for places, at in groups:
                 batch, mask = _batch(feed, places, [rows[place][number] for place in places])
-                at, counters, loss, weight = programs.step(at, shared, batch, mask)
-                (mx.eval if by_host else mx.async_eval)(at, loss, weight)
+                result = programs.step(at, shared, batch, mask)
+                (mx.eval if by_host else mx.async_eval)(result)
+                self._check(optimizer, config, (at, shared, batch, mask), result.loss)
+                at, counters, loss, weight = result
                 losses.append((places, loss, weight))
                 moved.append(_Group(places, at))
             groups = moved
@@ -125,6 +147,59 @@ class BatchedTrainer:
             metrics |= trainer.first_loss(*start, Data(member.examples), config)
             updates.append(trainer.update(at, counters, metrics))
         return updates
+
+    def _check(
+        self,
+        optimizer: Any,
+        config: Config,
+        arguments: tuple[Client, Shared, Examples, mx.array | None],
+        losses: mx.array,
+    ) -> None:
+        """Compares a step of many clients with the plain step, once for each program.
+
+        A program is new with its settings and with the shapes of its batches. ``mx.vmap`` gets
+        some operations wrong for all clients but the first (ml-explore/mlx#4321): the last client
+        and one in the middle are looked at.
+
+        Args:
+            optimizer (Optimizer): As of the program.
+            config (dict): The settings.
+            arguments (tuple): Those of the step.
+            losses (mx.array): What the compiled program gave, shape (clients,).
+
+        Raises:
+            BatchedError: If a result differs by more than rounding, naming the parameter.
+        """
+        trainer = self.trainer
+        clients, shared, batch, mask = arguments
+        shapes = [(path, array.shape[1:]) for path, array in paths(batch)]
+        program = repr((trainer.training_key(optimizer, config), shapes, mask is None))
+        if len(losses) < 2 or program in self._checked:
+            return
+        gradient = gradient_step(trainer.model, trainer.slots, trainer.task, config)
+        update = update_step(optimizer)
+        map_gradient = _mapped_gradient(trainer.model, gradient)
+        map_update = update if is_elementwise(optimizer) else _mapped_update(update)
+        rows = mx.array(sorted({0, len(losses) // 2, len(losses) - 1}))
+        masks = () if mask is None else (mask,)
+        some = _client(rows, (clients, batch, masks, losses))
+        mapped = map_gradient(some[0], shared, some[1], *(some[2] or (None,)))
+        parameters, state, _ = map_update(some[0], shared.counters, mapped.grads)
+        for row in range(1, len(rows)):
+            client, batch, masks, loss = _client(row, some)
+            result, after, state_after = _client(row, (mapped, parameters, state))
+            plain = gradient(client, shared, batch, *(masks or (None,)))
+            expected, expected_state, _ = update(client, shared.counters, result.grads)
+            for what, arrays, right in (
+                ("the gradient of ", result.grads, plain.grads),
+                ("the running statistics ", result.statistics, plain.statistics),
+                ("the loss", {"": loss}, {"": plain.loss}),
+                ("the update of ", after, expected),
+                ("the optimizer's state ", state_after, expected_state),
+            ):
+                if difference := find_difference(arrays, right):
+                    raise BatchedError(f"mapped over clients by mx.vmap, {what}{difference}")
+        self._checked.add(program)
 
     def _programs(self, optimizer: Any, config: Config) -> TrainingPrograms:
         """Those of many clients; the trainer knows when they have to be traced anew."""
@@ -136,27 +211,53 @@ class BatchedTrainer:
             update = update_step(optimizer)
             if not is_elementwise(optimizer):
                 update = _mapped_update(update)
-            step = compiled(_mapped(gradient, update))
+            step = compiled(pure(_mapped(trainer.model, gradient, update)))
             self._compiled = (key, TrainingPrograms(compiled(initial_state(optimizer)), step))
         return self._compiled[1]
 
 
-def _mapped(gradient: Callable[..., Gradient], update: Callable[..., Any]) -> Callable[..., Step]:
+def _mapped(
+    model: nn.Module, gradient: Callable[..., Gradient], update: Callable[..., Any]
+) -> Callable[..., Step]:
     """The step of many clients: gradients over a leading axis, what is shared has none."""
+    mapped_gradient = _mapped_gradient(model, gradient)
 
     def many(at: Client, shared: Shared, batch: Any, mask: mx.array | None) -> Step:
+        result = mapped_gradient(at, shared, batch, mask)
+        parameters, state, counters = update(at, shared.counters, result.grads)
+        after = Client(parameters, result.statistics, state, result.key)
+        return Step(after, counters, result.loss, result.weight)
+
+    return many
+
+
+def _mapped_gradient(
+    model: nn.Module, gradient: Callable[..., Gradient]
+) -> Callable[..., Gradient]:
+    """The gradient of many clients, each array with a leading axis of clients."""
+
+    def many(at: Client, shared: Shared, batch: Any, mask: mx.array | None) -> Gradient:
         masks = () if mask is None else (mask,)
 
         def one(parameters, statistics, key, batch, *mask):
             client = Client(parameters, statistics, {}, key)
-            return gradient(client, shared.anchor, batch, *(mask or (None,)))
+            return gradient(client, shared, batch, *(mask or (None,)))
 
-        given = Gradient(*mx.vmap(one)(at.parameters, at.statistics, at.key, batch, *masks))
-        parameters, state, counters = update(at, shared.counters, given.grads)
-        moved = Client(parameters, given.statistics, state, given.key)
-        return Step(moved, counters, given.loss, given.weight)
+        # A checkpointed module is run again, and so changed, after its step is over.
+        with module_state.restored(model):
+            return Gradient(*mx.vmap(one)(at.parameters, at.statistics, at.key, batch, *masks))
 
     return many
+
+
+def _client(index: Any, stack: Any) -> Any:
+    """One client of a stack, or some: named tuples stay what they are."""
+    if isinstance(stack, mx.array):
+        return stack[index]
+    if isinstance(stack, Mapping):
+        return {name: _client(index, child) for name, child in stack.items()}
+    children = [_client(index, child) for child in stack]
+    return type(stack)(*children) if hasattr(stack, "_fields") else type(stack)(children)
 
 
 def _mapped_update(update: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,7 +294,7 @@ def _stacked(many: Sequence[Arrays]) -> Arrays:
 
 def _batch(
     feed: Feed, places: tuple[int, ...], rows: list[Rows]
-) -> tuple[tuple[mx.array, ...], mx.array | None]:
+) -> tuple[Examples, mx.array | None]:
     masks = [step.mask() for step in rows]
     if all(mask is None for mask in masks):
         return feed(places, [step.indices for step in rows]), None
@@ -280,7 +381,7 @@ def _ends(
                 for stack, host in zip((at.parameters, at.statistics), hosts, strict=True)
             )
             metrics: dict[str, int | float] = {
-                "num-examples": len(members[place].examples[0]),
+                "num-examples": count(members[place].examples),
                 "loss": weighted_mean(*values[place]),
             }
             metrics |= counted(task, values[place][1], seconds)

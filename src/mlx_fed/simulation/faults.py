@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 
 from .. import randomness
 from ..errors import FedError
+from ..examples import Examples, leaves, replace_leaves
 from ..task import Data
 from ..training import Update
 from ..weights import Arrays
@@ -84,9 +83,9 @@ class Faults:
             return data
         highest = self.num_classes - 1
 
-        def flipped(batch: Sequence[mx.array]) -> tuple[mx.array, ...]:
-            *inputs, labels = batch
-            return (*inputs, (highest - labels).astype(labels.dtype))
+        def flipped(batch: Examples) -> Examples:
+            *inputs, labels = leaves(batch)
+            return replace_leaves(batch, [*inputs, (highest - labels).astype(labels.dtype)])
 
         train = data.train
         if callable(train):

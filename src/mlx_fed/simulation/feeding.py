@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-Examples = tuple[mx.array, ...]
+from ..examples import Examples, count, leaves, replace_leaves
+
 Feed = Callable[[Sequence[int], Sequence[np.ndarray]], Examples]
 """``feed(places, indices)``: for each array of a batch, shape (clients, batch, ...)."""
 
@@ -25,18 +26,19 @@ class HostStacks:
 
     def feed(self, examples: Sequence[Examples]) -> Feed:
         """A feed of these clients' examples."""
-        views = [[np.asarray(array) for array in arrays] for arrays in examples]
+        arrays = [leaves(each) for each in examples]
+        views = [[np.asarray(array) for array in each] for each in arrays]
 
         def feed(places: Sequence[int], indices: Sequence[np.ndarray]) -> Examples:
             stacked = []
-            for column, like in enumerate(examples[0]):
+            for column, like in enumerate(arrays[0]):
                 shape = (len(places), len(indices[0]), *like.shape[1:])
                 array, view = self._stack(column, shape, like.dtype)
                 for row, (place, index) in enumerate(zip(places, indices, strict=True)):
                     # "clip" spares a copy that "raise" makes to be able to undo.
                     views[place][column].take(index, axis=0, out=view[row], mode="clip")
                 stacked.append(array)
-            return tuple(stacked)
+            return replace_leaves(examples[0], stacked)
 
         return feed
 
@@ -55,14 +57,14 @@ class HostStacks:
 
 def device_feed(examples: Sequence[Examples]) -> Feed:
     """One gather a step by the device, from all clients' examples laid end to end."""
-    lengths = [len(arrays[0]) for arrays in examples]
+    lengths = [count(each) for each in examples]
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.uint32)
-    columns = [mx.concatenate(list(column)) for column in zip(*examples, strict=True)]
+    columns = [mx.concatenate(list(column)) for column in zip(*map(leaves, examples), strict=True)]
 
     def feed(places: Sequence[int], indices: Sequence[np.ndarray]) -> Examples:
         shifted = [index + starts[place] for place, index in zip(places, indices, strict=True)]
         index = mx.array(np.stack(shifted))
-        return tuple(mx.take(column, index, axis=0) for column in columns)
+        return replace_leaves(examples[0], [mx.take(column, index, axis=0) for column in columns])
 
     return feed
 
@@ -70,4 +72,4 @@ def device_feed(examples: Sequence[Examples]) -> Feed:
 def host_can_read(examples: Sequence[Examples]) -> bool:
     """Whether NumPy sees the arrays where they are: on a CPU, and in a dtype that it has."""
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return on_cpu and all(array.dtype != mx.bfloat16 for arrays in examples for array in arrays)
+    return on_cpu and all(array.dtype != mx.bfloat16 for each in examples for array in leaves(each))

@@ -52,7 +52,7 @@ class SimulationGrid(local.OneRunGrid):
         self._numbers = count(1)
         self._pushed: dict[str, Message] = {}
         self._coming: Iterator[list[Message]] = iter(())
-        self._noted = False
+        self._noted: set[str] = set()
 
     # -- what strategies and Flower's own loop use -------------------------------------------
 
@@ -124,9 +124,10 @@ class SimulationGrid(local.OneRunGrid):
         ]
         try:
             for outcome in self.pool.run(spans):
-                if outcome.note and not self._noted:
-                    self._noted = True  # the other workers find the same
-                    self.notify("note", text=outcome.note)
+                for text in outcome.notes:
+                    if text not in self._noted:  # the other workers find the same
+                        self._noted.add(text)
+                        self.notify("note", text=text)
                 if outcome.labels:
                     self.notify("labels", clients=outcome.labels)
                 yield outcome

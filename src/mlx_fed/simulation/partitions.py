@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import batches, labels
 from ..errors import SimulationError
+from ..examples import leaves
 from ..task import Data, Task
 
 
@@ -75,8 +76,8 @@ class Partitions:
 
 
 def _arrays(data: Data) -> list[mx.array]:
-    splits = (data.train, data.test)
-    return [a for split in splits if split is not None and not callable(split) for a in split]
+    splits = [s for s in (data.train, data.test) if s is not None and not callable(s)]
+    return [array for split in splits for array in leaves(split)]
 
 
 def size_of(data: Data) -> int:

@@ -13,6 +13,7 @@ from flwr.app import MessageType, MetricRecord, RecordDict
 from .. import aggregate, checks, messages, sums
 from ..batches import lengths
 from ..errors import FedError, SimulationError
+from ..examples import Examples, count, kind, leaves
 from ..exchange import Failed
 from ..randomness import moment_of
 from ..sums import Block, Counted
@@ -90,7 +91,7 @@ class Outcome(NamedTuple):
     blocks: list[Block]
     replies: list[tuple[int, RecordDict]]
     failed: list[Failed]
-    note: str | None
+    notes: list[str]
     labels: dict[int, dict[int, int]]
 
 
@@ -109,10 +110,10 @@ class Worker:
     def __init__(self, job: Job, trainer: Trainer | None = None):
         self.job = job
         self.trainer = trainer or Trainer(make_task(job.source, job.config), job.seed)
-        self.batched = BatchedTrainer(self.trainer) if job.batched else None
+        may = job.batched and BatchedTrainer.why_not(self.trainer.task) is None
+        self.batched = BatchedTrainer(self.trainer) if may else None
         self.partitions = Partitions(self.trainer.task, job.num_clients, job.most_bytes)
         self.kept = job.kept if self.trainer.keeps else None
-        self.note: str | None = None
         self.phase: Phase | None = None
 
     def work(self, request: Request, seats: Sequence[Seat]) -> Outcome:
@@ -121,14 +122,13 @@ class Worker:
             self.phase = self._phase(request)
         phase = self.phase
         failed: list[Failed] = []
-        self.note = None
         if request.kind == MessageType.EVALUATE:
             replies = list(self._evaluate(phase, seats, failed))
-            return Outcome([], replies, failed, None, self.partitions.new_labels())
+            return self._outcome([], replies, failed)
         updates = self._train(phase, seats, failed)
         if request.weighted_by is None:
             replies = [(place, _content(phase, update)) for place, update in updates]
-            return Outcome([], replies, failed, self.note, self.partitions.new_labels())
+            return self._outcome([], replies, failed)
         block = {seat.place: seat.block for seat in seats}
         summed = {
             number: _sum(number, list(group), request.weighted_by, failed)
@@ -136,7 +136,13 @@ class Worker:
         }
         numbers = dict.fromkeys(block.values())
         blocks = [summed.get(number) or sums.sum_block(number, ()) for number in numbers]
-        return Outcome(blocks, [], failed, self.note, self.partitions.new_labels())
+        return self._outcome(blocks, [], failed)
+
+    def _outcome(
+        self, blocks: list[Block], replies: list[tuple[int, RecordDict]], failed: list[Failed]
+    ) -> Outcome:
+        notes, labels = self.trainer.take_notes(), self.partitions.new_labels()
+        return Outcome(blocks, replies, failed, notes, labels)
 
     def _phase(self, request: Request) -> Phase:
         name, record = messages.parameters_of(request.content)
@@ -214,7 +220,7 @@ class Worker:
     ) -> Iterator[list[tuple[Seat, Data]]]:
         """Clients whose examples are alike and about as many take their steps together."""
         together = [
-            (_kind(data), len(_examples(data)[0]), (seat, data))
+            (_kind(data), count(_examples(data)), (seat, data))
             for seat, data in window
             if not callable(data.train)
         ]
@@ -244,7 +250,7 @@ class Worker:
         updates = [self._train_one(phase, seat.client, data) for seat, data in chunk]
         if why is not None and not any(isinstance(update, Exception) for update in updates):
             self.batched = None
-            self.note = f"clients train one after another, not together: {reason(why)}"
+            self.trainer.note(f"clients train one after another, not together: {reason(why)}")
         return updates
 
     def _train_one(self, phase: Phase, client: int, data: Data) -> Update | Exception:
@@ -272,7 +278,7 @@ class Worker:
 
     def _data(self, client: int) -> Data:
         data = self.partitions.get(client)
-        if not callable(data.train) and len(data.train[0]) == 0:
+        if not callable(data.train) and count(data.train) == 0:
             raise FedError(
                 f"Partition {client} has no training examples: have fewer clients, or a "
                 "partitioner that leaves none empty"
@@ -295,22 +301,22 @@ class Worker:
             return self.job.chunk_size
         device = mx.default_device().type
         batch_size = lengths(self.trainer.task, phase.config).batch_size
-        rows = min(batch_size, len(data.train[0]))
-        examples = sum(rows * array.nbytes // len(array) for array in data.train)
+        rows = min(batch_size, count(data.train))
+        examples = sum(rows * array.nbytes // len(array) for array in leaves(data.train))
         # The parameters, their gradients, the optimizer's state, and what comes of them.
         arrays = 4 * sum(array.nbytes for array in phase.parameters.values())
         fits = _CHUNK_BYTES[device] // (examples + arrays)
         return max(1, min(_LARGEST_CHUNK[device], fits))
 
 
-def _examples(data: Data) -> tuple[mx.array, ...]:
+def _examples(data: Data) -> Examples:
     assert not callable(data.train), "streams are trained on one client after another"
-    return tuple(data.train)
+    return data.train
 
 
 def _kind(data: Data) -> str:
     """What one example is: the same for clients that can be stacked."""
-    return repr([(array.shape[1:], array.dtype) for array in _examples(data)])
+    return repr(kind(_examples(data)))
 
 
 def _content(phase: Phase, update: Update) -> RecordDict:

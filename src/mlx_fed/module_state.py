@@ -1,0 +1,101 @@
+"""All that a module holds, to be put back after a forward pass that changed it.
+
+A traced forward pass leaves tracers in a module: where parameters were put in for the trace, where
+``nn.utils.checkpoint`` updates parameters itself, where a layer assigns an array. Tracers fail when
+next they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def containers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every module, dictionary, list and tuple below a module, private ones too, with its path.
+
+    One that is reached by two paths comes once.
+    """
+    seen: set[int] = set()
+
+    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
+            return
+        seen.add(id(value))
+        yield name, value
+        for key, child in _items(value):
+            yield from walk(child, f"{name}.{key}" if name else str(key))
+
+    return walk(value, name)
+
+
+@contextmanager
+def restored(module: nn.Module) -> Iterator[None]:
+    """Puts back every array, entry and attribute of a module and its submodules afterwards.
+
+    What is written into an array in place is undone as well.
+    """
+    before = [
+        (
+            container,
+            list(container) if isinstance(container, list) else dict(dict.items(container)),
+            vars(container).copy() if _is_module(container) else None,
+        )
+        for _, container in containers(module)
+        if not isinstance(container, tuple)
+    ]
+    for container, *_ in before:
+        for key, child in _items(container):
+            if isinstance(child, mx.array):
+                container[key] = reference(child)
+    try:
+        yield
+    finally:
+        for container, entries, attributes in before:
+            if isinstance(container, list):
+                container[:] = entries
+                continue
+            dict.clear(container)
+            dict.update(container, entries)
+            if attributes is not None:
+                vars(container).clear()
+                vars(container).update(attributes)
+
+
+def reference(array: mx.array) -> mx.array:
+    """The same array as another object: ``array[0] = 1`` changes one of them alone."""
+    return array.astype(array.dtype)
+
+
+def arrays(module: nn.Module) -> dict[str, mx.array]:
+    """Every array of a module by its path, private ones too."""
+    return {
+        f"{name}.{key}" if name else str(key): child
+        for name, container in containers(module)
+        for key, child in _items(container)
+        if isinstance(child, mx.array)
+    }
+
+
+def counters(module: nn.Module) -> dict[str, int | float]:
+    """Every number of Python's that a module has as an attribute, by its path."""
+    return {
+        f"{name}.{key}" if name else key: value
+        for name, container in containers(module)
+        if _is_module(container)
+        for key, value in vars(container).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _items(container: Any) -> list[tuple[Any, Any]]:
+    # Of the built-in class: a module's own methods may be anything.
+    return list(dict.items(container) if isinstance(container, dict) else enumerate(container))
+
+
+def _is_module(container: Any) -> bool:
+    return isinstance(container, nn.Module)
