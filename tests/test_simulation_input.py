@@ -181,9 +181,8 @@ def test_a_task_that_raises_on_all_ends_the_run(workers: int, tmp_path: Path):
 def test_a_task_that_returns_no_data(tmp_path: Path):
     data = lambda partition, of: None if partition == 2 else load(partition, of)  # noqa: E731
     one = simulate(FedAvg(), tmp_path, replace(TASK, data=data), num_clients=5)
-    assert refused(one) == {
-        "node-2": "Task.data must return mlx_fed.Data, not a NoneType: Data(train=(x, y), test=(x, y))"
-    }
+    assert refused(one).keys() == {"node-2"}
+    assert "must return mlx_fed.Data, not a NoneType" in refused(one)["node-2"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
