@@ -156,6 +156,8 @@ class _Client:
         name, packed, parameters = _take_parameters(message, trainer)
         own = _own(context)
         update = trainer.train(parameters, statistics, data, config, client=partition, own=own)
+        for text in trainer.take_notes():
+            logging.getLogger("flwr").warning("%s", text)
         metrics: dict[str, Any] = dict(update.metrics)
         arrays = messages.pack if packed else aggregate.to_masters
         content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})
