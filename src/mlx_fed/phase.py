@@ -21,6 +21,7 @@ from .history import History
 from .roster import Members, RosterGrid
 from .settings import Settings
 from .spool import Spool
+from .tracebacks import is_exception
 from .training import Trainer
 from .weights import Arrays, Spec
 
@@ -184,6 +185,15 @@ class Phase:
         entry: dict[str, Any] = {"node": node, "phase": self.name, "reason": reason}
         self.record["refused"].append({**entry, "missing": True} if missing else entry)
         self.run.history.notify("failed", node=node, phase=self.name, reason=reason)
+
+    def common_failure(self) -> str | None:
+        """The exception that every node of the phase failed with, which a repeat would not mend."""
+        refused = [each for each in self.record["refused"] if each["phase"] == self.name]
+        reasons = {each["reason"] for each in refused[-self.asked :]}
+        if len(reasons) != 1 or len(refused) < self.asked or refused[-1].get("missing"):
+            return None
+        (reason,) = reasons
+        return reason if is_exception(reason) else None
 
     def record_each(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
         """Records each node's own metrics, or their spread where there are many."""

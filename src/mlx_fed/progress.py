@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -19,6 +19,7 @@ from rich.text import Text
 from . import records, runs
 from .live import LiveLines
 from .loading import watched
+from .tracebacks import is_exception
 
 if TYPE_CHECKING:
     from .history import Listener
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _LONGEST = 1000
 """Characters of a line."""
 _MOST_FAILURES = 10
-"""Lines about nodes that are left out of a phase."""
+"""Lines about nodes that are left out of a phase; an exception is shown once."""
 _RUN = "run"
 """The live line that what happens in rounds is shown on."""
 _STYLES = {
@@ -181,7 +182,7 @@ class ServerProgress(Lines):
         super().__init__(console)
         self.folder: Path | None = None
         self.of = 0
-        self.left_out: Counter[str] = Counter()
+        self.failures: dict[str, list[str]] = defaultdict(list)
 
     @_while_it_works
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
@@ -193,9 +194,14 @@ class ServerProgress(Lines):
             case "waiting" if self.live.is_shown:
                 self.live.show(_RUN, server_line(event, fields))
             case "failed":
-                self.left_out[fields["phase"]] += 1
-                if self.left_out[fields["phase"]] <= _MOST_FAILURES:
+                phase, reason = fields["phase"], fields["reason"]
+                shown = self.failures[phase]
+                if len(shown) < _MOST_FAILURES and not (reason in shown and is_exception(reason)):
+                    shown.append(reason)
                     self._print(event, fields)
+            case "traceback":
+                for line in fields["text"].splitlines():
+                    _print(self.console, line, _STYLES["failed"])
             case "started":
                 self.folder, self.of = fields["folder"], fields["settings"].get("num_rounds", 0)
             case "round":
@@ -238,11 +244,12 @@ class ServerProgress(Lines):
 
     def _count_left_out(self, record: dict[str, Any]) -> None:
         """A line for the nodes left out of a round that had none of their own."""
-        self.left_out.clear()
+        shown = {phase: len(reasons) for phase, reasons in self.failures.items()}
+        self.failures.clear()
         for phase, count in Counter(each["phase"] for each in record.get("refused", ())).items():
-            if count > _MOST_FAILURES:
-                more = f"{count - _MOST_FAILURES} more left out of {phase}"
-                _print(self.console, f"{more}: history.jsonl says why", _STYLES["failed"])
+            if more := count - shown.get(phase, 0):
+                line = f"{more} more left out of {phase}: history.jsonl says why"
+                _print(self.console, line, _STYLES["failed"])
 
     def _summary(self) -> str:
         """What the rounds changed, by the run's folder; empty where there is nothing to compare."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from flwr.app import ArrayRecord, Message
 
 from . import aggregate, checks, exchange, strategies, sums
-from .errors import TooFewReplies
+from .errors import RunError, TooFewReplies
 from .phase import Model, Phase, Run
 from .weights import Unread
 
@@ -195,6 +195,10 @@ def _fit(phase: Phase, outgoing: list[Message], before: Unread | None) -> Iterat
 
 
 def _require(phase: Phase, count: int) -> None:
+    if phase.asked and not count and (reason := phase.common_failure()):
+        raise RunError(
+            f"Round {phase.number}: all {phase.asked} nodes failed with the same error: {reason}"
+        )
     needed = min(phase.run.settings.min_replies, phase.asked)
     if count < needed or (phase.asked and not count):
         some = f"{count} of {phase.asked} nodes" if count else f"none of {phase.asked} nodes"

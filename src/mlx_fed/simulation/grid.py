@@ -53,6 +53,7 @@ class SimulationGrid(local.OneRunGrid):
         self._pushed: dict[str, Message] = {}
         self._coming: Iterator[list[Message]] = iter(())
         self._noted: set[str] = set()
+        self._has_traceback = False
 
     # -- what strategies and Flower's own loop use -------------------------------------------
 
@@ -128,6 +129,9 @@ class SimulationGrid(local.OneRunGrid):
                     if text not in self._noted:  # the other workers find the same
                         self._noted.add(text)
                         self.notify("note", text=text)
+                if outcome.traceback and not self._has_traceback:
+                    self._has_traceback = True
+                    self.notify("traceback", text=outcome.traceback)
                 if outcome.labels:
                     self.notify("labels", clients=outcome.labels)
                 yield outcome

@@ -18,6 +18,7 @@ from ..exchange import Failed
 from ..randomness import moment_of
 from ..sums import Block, Counted
 from ..task import Config, Data, TaskSource, make_task
+from ..tracebacks import user_traceback
 from ..training import Trainer, Update
 from ..weights import Arrays, is_finite
 from .batched import BatchedTrainer, Member
@@ -85,13 +86,15 @@ class Seat(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of some clients: sums of all their blocks, or replies by place; who failed, and
-    why; and of those who were new, how many examples of each label they have."""
+    """The result of some clients: sums of all their blocks, or replies by place; who failed, and
+    why, with the traceback of the first failure in the process; and of those who were new, how many
+    examples of each label they have."""
 
     blocks: list[Block]
     replies: list[tuple[int, RecordDict]]
     failed: list[Failed]
     notes: list[str]
+    traceback: str | None
     labels: dict[int, dict[int, int]]
 
 
@@ -115,6 +118,8 @@ class Worker:
         self.partitions = Partitions(self.trainer.task, job.num_clients, job.most_bytes)
         self.kept = job.kept if self.trainer.keeps else None
         self.phase: Phase | None = None
+        self.traceback: str | None = None
+        self.has_failed = False
 
     def work(self, request: Request, seats: Sequence[Seat]) -> Outcome:
         """Lets clients train or evaluate, in the order of their places."""
@@ -142,7 +147,15 @@ class Worker:
         self, blocks: list[Block], replies: list[tuple[int, RecordDict]], failed: list[Failed]
     ) -> Outcome:
         notes, labels = self.trainer.take_notes(), self.partitions.new_labels()
-        return Outcome(blocks, replies, failed, notes, labels)
+        traceback, self.traceback = self.traceback, None
+        return Outcome(blocks, replies, failed, notes, traceback, labels)
+
+    def _failed(self, place: int, error: Exception) -> Failed:
+        """Why a client has no reply; the first traceback of the task's own code is kept."""
+        if not self.has_failed and not isinstance(error, FedError):
+            self.has_failed = True
+            self.traceback = user_traceback(error)
+        return _failed(place, error)
 
     def _phase(self, request: Request) -> Phase:
         name, record = messages.parameters_of(request.content)
@@ -170,7 +183,7 @@ class Worker:
             except SimulationError:
                 raise
             except Exception as error:
-                failed.append(_failed(place, error))
+                failed.append(self._failed(place, error))
             else:
                 yield place, RecordDict({"metrics": MetricRecord({**metrics})})
 
@@ -189,7 +202,7 @@ class Worker:
             except SimulationError:
                 raise
             except Exception as error:
-                failed.append(_failed(seat.place, error))
+                failed.append(self._failed(seat.place, error))
                 continue
             if not window:
                 limit = _WINDOW * self._chunk_size(phase, data)
@@ -208,7 +221,7 @@ class Worker:
         for chunk in self._chunks(phase, window):
             for (seat, _), update in zip(chunk, self._train_chunk(phase, chunk), strict=True):
                 if isinstance(update, Exception):
-                    failed.append(_failed(seat.place, update))
+                    failed.append(self._failed(seat.place, update))
                 else:
                     updates[seat.place] = self._finish(phase, seat.client, update)
         for seat, _ in window:
