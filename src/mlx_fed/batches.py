@@ -95,12 +95,12 @@ class Batches:
         arrays = self._resident(data.train)
         return _taken(arrays, self.rows(arrays, config, moment))
 
-    def evaluation(self, examples: Any) -> Iterator[Batch]:
-        """All examples of a split, in order."""
+    def evaluation(self, examples: Any, functions: Sequence[Callable]) -> Iterator[Batch]:
+        """All examples of a split, in order, padded if each function allows it."""
         if callable(examples):
             return _streamed(examples, [randomness.key(0, "evaluate")])
         arrays = self._resident(examples)
-        padded = self._can_pad(arrays, None, self.task.loss, *self.task.metrics.values())
+        padded = self._can_pad(arrays, None, *functions)
         size = self.task.eval_batch_size
         return _taken(arrays, epoch(len(arrays[0]), size, padded, None))
 

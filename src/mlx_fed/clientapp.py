@@ -176,10 +176,11 @@ class _Client:
             if packed:  # by a server that knows what it means
                 return Message(messages.nothing_to_evaluate(), reply_to=message)
             raise ClientError(f"Partition {partition} has no test examples: Data.test is None.")
-        metrics: dict[str, Any] = dict(
-            trainer.evaluate(parameters, statistics, data.test, _own(context))
-        )
-        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+        evaluation = trainer.evaluation(parameters, statistics, data.test, _own(context))
+        if evaluation.undefined and not packed:  # Flower's mean would be NaN for all clients
+            name, why = next(iter(evaluation.undefined.items()))
+            raise ClientError(f"Metric {name!r} is undefined: {why}")
+        return Message(messages.pack_evaluation(evaluation), reply_to=message)
 
     def _statistics(self, trainer: Trainer, message: Message, context: Context) -> dict:
         """Running statistics: from the message, past the mods, or the model's first ones."""

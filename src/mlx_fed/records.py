@@ -83,7 +83,9 @@ def spread(each: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
     rows = [*each]
     columns: dict[str, list[float]] = {}
     for name in dict.fromkeys(chain.from_iterable(rows)):
-        values = [v for row in rows if isinstance(v := row.get(name), (int, float))]
+        values = [
+            v for row in rows if isinstance(v := row.get(name), (int, float)) and math.isfinite(v)
+        ]
         if values:
             columns[name] = values
     return {

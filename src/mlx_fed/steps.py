@@ -156,24 +156,6 @@ def is_elementwise(optimizer: optim.Optimizer) -> bool:
     return type(optimizer) in _ELEMENTWISE
 
 
-def evaluation_step(model: nn.Module, slots: Slots, task: Task) -> Callable[..., mx.array]:
-    """The function ``step(parameters, statistics, batch, mask)``.
-
-    It returns float32 of shape (functions, 2): for the loss and then each metric, the mean over
-    the batch and its weight.
-    """
-
-    def step(parameters, statistics, batch, mask):
-        with holding(model, slots, parameters, statistics, training=False):
-            pairs = [
-                _mean_and_weight(function(model, *batch), batch, mask)
-                for function in (task.loss, *task.metrics.values())
-            ]
-        return mx.stack([mx.stack(list(pair)) for pair in pairs])
-
-    return step
-
-
 _SERIAL_NUMBERS = count()
 
 

@@ -17,14 +17,14 @@ import mlx.optimizers as optim
 
 from . import randomness, weights
 from .batches import Batches
-from .metrics import counted, derived, weighted_mean
+from .evaluation import Evaluator
+from .metrics import Evaluation, counted, weighted_mean
 from .steps import (
     Client,
     Shared,
     Step,
     compiled,
     counters_of,
-    evaluation_step,
     initial_state,
     signature,
     training_step,
@@ -90,7 +90,7 @@ class Trainer:
         self.statistics_spec = weights.spec(weights.get(self.slots.statistics))
         self.batches = Batches(task, self.model, masked=not self.slots.statistics)
         self._training: tuple[Any, TrainingPrograms] | None = None
-        self._evaluation: Callable | None = None
+        self.evaluator = Evaluator(task, self.model, self.slots, self.batches)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -195,7 +195,7 @@ class Trainer:
         key = config.get("train-loss-key")
         if not key:
             return {}
-        return {str(key): self._evaluate(parameters, statistics, data.train)["loss"]}
+        return {str(key): self.evaluator.loss(parameters, statistics, data.train)}
 
     def with_own(
         self, parameters: Arrays, statistics: Arrays, own: Mapping[str, mx.array] | None
@@ -241,30 +241,21 @@ class Trainer:
 
         Returns:
             dict: ``num-examples``, ``loss`` and the task's metrics, each the mean over the
-            examples, and what follows from them.
+            examples, and what follows from them; NaN where there is no value.
         """
+        return self.evaluation(parameters, statistics, examples, own).metrics
+
+    def evaluation(
+        self,
+        parameters: Arrays,
+        statistics: Arrays,
+        examples: Sequence[Any] | Callable[[mx.array], Iterable[Sequence[mx.array]]],
+        own: Mapping[str, mx.array] | None = None,
+    ) -> Evaluation:
+        """The same with the metrics' weights, and why one has no value."""
         weights.check(self.spec, weights.spec(parameters))
         weights.check(self.statistics_spec, weights.spec(statistics))
-        return self._evaluate(*self.with_own(parameters, statistics, own), examples)
-
-    def _evaluate(
-        self, parameters: Arrays, statistics: Arrays, examples: Any
-    ) -> dict[str, int | float]:
-        step = self.evaluation_program()
-        results, num_examples = [], 0
-        for batch, mask, size in self.batches.evaluation(examples):
-            result = step(parameters, statistics, batch, mask)
-            mx.async_eval(result)
-            results.append(result)
-            num_examples += size
-        if not results:
-            raise ValueError("The client has no examples to evaluate on.")
-        # Shape (functions, 2, steps): the mean over a step's batch, and its weight.
-        columns: Any = mx.stack(results, axis=-1).tolist()
-        means = [weighted_mean(*column) for column in columns]
-        names = ("loss", *self.task.metrics)
-        metrics = {"num-examples": num_examples, **dict(zip(names, means, strict=True))}
-        return metrics | counted(self.task, columns[0][1]) | derived(self.task, metrics)
+        return self.evaluator.evaluate(*self.with_own(parameters, statistics, own), examples)
 
     def warm_up(self, data: Data, config: Config) -> None:
         """Compiles the programs on one batch, so that the first round does not wait for it."""
@@ -289,14 +280,6 @@ class Trainer:
     def training_key(self, optimizer: optim.Optimizer, config: Config) -> Any:
         """What is baked into a traced step, apart from the task and the shapes."""
         return signature(optimizer), config.get("max-grad-norm", self.task.max_grad_norm)
-
-    def evaluation_program(self) -> Callable[..., mx.array]:
-        """The compiled evaluation step."""
-        if self._evaluation is None:
-            mx.eval(self.model.parameters())
-            step = evaluation_step(self.model, self.slots, self.task)
-            self._evaluation = compiled(step)
-        return self._evaluation
 
 
 def _going_on(counters: Arrays, own: Mapping[str, mx.array] | None) -> Arrays:
