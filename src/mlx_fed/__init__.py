@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import blas, devices
 from .errors import FedError
-from .task import Data, Task
+from .task import Data, DatasetMetric, Task
 
 if TYPE_CHECKING:
     from .clientapp import client_app
@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Data",
+    "DatasetMetric",
     "Faults",
     "FedError",
     "Result",

@@ -101,12 +101,16 @@ class Batches:
         arrays = self.resident(data.train)
         return _taken(arrays, self.rows(arrays, config, moment))
 
-    def evaluation(self, split: Any, config: Config = MappingProxyType({})) -> Iterator[Batch]:
-        """All examples of a split, in order."""
+    def evaluation(
+        self,
+        split: Any,
+        functions: Sequence[Callable],
+        config: Config = MappingProxyType({}),
+    ) -> Iterator[Batch]:
+        """All examples of a split, in order, padded if each function allows it."""
         if callable(split):
             return _streamed(split, [randomness.key(0, "evaluate")])
         arrays = self.resident(split)
-        functions = (self.task.loss, *self.task.metrics.values())
         padded = self._can_pad(arrays, None, functions, False, config)
         size = self.task.eval_batch_size
         return _taken(arrays, epoch(examples.count(arrays), size, padded, None))

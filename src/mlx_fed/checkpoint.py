@@ -38,10 +38,16 @@ class CheckpointError(FedError):
 
 
 class Best(NamedTuple):
-    """The round with the lowest loss so far."""
+    """The best round so far: of those with the smallest share of nodes whose loss is undefined,
+    the one with the lowest loss.
+
+    The mean loss is over the nodes that have one: without those where the model diverged a round
+    would look better than it is.
+    """
 
     round: int
     loss: float
+    undefined: float = 0.0
 
 
 class Checkpoint(NamedTuple):

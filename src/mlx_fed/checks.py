@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from . import aggregate, messages, sums, weights
 from .errors import FedError
+from .metrics import Evaluation, is_defined
 from .spool import records_in
 from .weights import Spec, Unread
 
@@ -24,6 +25,8 @@ _LONGEST = 500
 _SPARE = 2**20
 """Bytes that a reply may have beside its arrays' values."""
 _VARIANCE = "running_var"
+_LARGEST_WEIGHT = 1e12
+"""Of a metric of an evaluation."""
 
 
 class Refused(FedError):
@@ -219,30 +222,83 @@ def check_metrics(message: Message, weighted_by: str, max_weight: float = math.i
         Refused: If there is not one record of metrics, a value is not finite, or the weight is
             not a positive and believable number.
     """
+    metrics = _metrics_of(message)
+    check_figures(metrics, weighted_by, max_weight)
+    return metrics
+
+
+def check_evaluation(
+    message: Message, weighted_by: str, max_weight: float, must_be_defined: bool
+) -> Evaluation:
+    """Checks a reply to a message of evaluation.
+
+    Args:
+        message (Message): The reply.
+        weighted_by (str): The metric that weighs those without a weight of their own.
+        max_weight (float): The most that it, and the number of examples, may be.
+        must_be_defined (bool): Refuse a reply that has a metric which is not finite.
+
+    Returns:
+        Evaluation: Its reasons are those that the client gives.
+
+    Raises:
+        Refused: If there is not one record of metrics, the number of examples is not a positive
+            and believable number, a weight is none, or a metric has to be defined and is not.
+    """
+    metrics = _metrics_of(message)
+    record = messages.values_of(message.content, messages.WEIGHTS)
+    # They may count tokens or pixels, of which an example has many.
+    most = max(max_weight, _LARGEST_WEIGHT)
+    weights: dict[str, Any] = {name: record[name] for name in metrics if name in record}
+    for name, weight in weights.items():
+        if not isinstance(weight, (int, float)) or not 0 <= weight <= most:
+            shown = f"{weight!r}"[:_LONGEST]
+            raise Refused(f"the weight of metric {name!r} must be from 0 to {most:g}, not {shown}")
+    if weights and weighted_by != "num-examples":
+        _check_weight(metrics, "num-examples", max_weight)
+    # With weights of their own all but counts do without num-tokens, which may be 0.
+    _check_weight(metrics, weighted_by, max_weight, bool(weights) and weighted_by != "num-examples")
+    reasons = messages.values_of(message.content, messages.UNDEFINED)
+    undefined = {
+        name: str(reasons.get(name, f"it is {value}"))[:_LONGEST]
+        for name, value in metrics.items()
+        if not is_defined(value) or weights.get(name) == 0
+    }
+    for name, why in undefined.items() if must_be_defined else ():
+        raise Refused(f"metric {name!r} is not finite: {why}"[:_LONGEST])
+    return Evaluation(dict(metrics), weights, undefined)
+
+
+def _metrics_of(message: Message) -> MetricRecord:
     check_answer(message)
     records = list(records_in(message.content, MetricRecord).values())
     if len(records) != 1:
         raise Refused(f"expected one record of metrics, got {len(records)}")
-    metrics = records[0]
-    check_figures(metrics, weighted_by)
-    weight = float(str(metrics[weighted_by]))
+    return records[0]
+
+
+def _check_weight(
+    metrics: Mapping[str, Any], name: str, max_weight: float, may_be_zero: bool = False
+) -> None:
+    weight: Any = metrics.get(name)
+    is_number = isinstance(weight, (int, float)) and math.isfinite(weight)
+    if not is_number or weight < 0 or (weight == 0 and not may_be_zero):
+        raise Refused(f"{name} must be a positive number, not {weight!r}"[:_LONGEST])
     if weight > max_weight:
-        raise Refused(f"{weighted_by} is {weight:g}, and more than {max_weight:g} is not believed")
-    return metrics
+        raise Refused(f"{name} is {weight:g}, and more than {max_weight:g} is not believed")
 
 
-def check_figures(metrics: Mapping[str, Any], weighted_by: str) -> None:
+def check_figures(
+    metrics: Mapping[str, Any], weighted_by: str, max_weight: float = math.inf
+) -> None:
     """Checks that metrics are finite and the weight among them is positive.
 
     Raises:
         Refused: Naming the first that is not.
     """
-    weight = metrics.get(weighted_by)
-    if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
-        raise Refused(f"{weighted_by} must be a positive number, not {weight!r}")
+    _check_weight(metrics, weighted_by, max_weight)
     for key, value in metrics.items():
-        values = value if isinstance(value, list) else [value]
-        if not all(math.isfinite(v) for v in values):
+        if not is_defined(value):
             raise Refused(f"metric {key!r} is not finite")
 
 

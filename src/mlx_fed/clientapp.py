@@ -122,7 +122,7 @@ class _Client:
                 data, _ = self.data_of(trainer, context)
                 trainer.warm_up(data, config)
             answer["parameters"] = json.dumps(trainer.spec)
-            answer["statistics"] = json.dumps(trainer.statistics_spec)
+            answer["statistics"] = json.dumps(trainer.all_statistics_spec)
         return Message(RecordDict({"node": ConfigRecord(answer)}), reply_to=message)
 
     def plain_for_mods(self, message: Message, context: Context, call_next: Any) -> Message:
@@ -156,8 +156,7 @@ class _Client:
         name, packed, parameters = _take_parameters(message, trainer)
         own = _own(context)
         update = trainer.train(parameters, statistics, data, config, client=partition, own=own)
-        for text in trainer.take_notes():
-            logging.getLogger("flwr").warning("%s", text)
+        _log_notes(trainer)
         metrics: dict[str, Any] = dict(update.metrics)
         arrays = messages.pack if packed else aggregate.to_masters
         content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})
@@ -170,7 +169,7 @@ class _Client:
         return Message(content, reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
-        trainer, _ = self.setting_out(message, context)
+        trainer, config = self.setting_out(message, context)
         data, partition = self.data_of(trainer, context)
         statistics = self._statistics(trainer, message, context)
         _, packed, parameters = _take_parameters(message, trainer)
@@ -178,10 +177,13 @@ class _Client:
             if packed:  # by a server that knows what it means
                 return Message(messages.nothing_to_evaluate(), reply_to=message)
             raise ClientError(f"Partition {partition} has no test examples: Data.test is None.")
-        metrics: dict[str, Any] = dict(
-            trainer.evaluate(parameters, statistics, data.test, _own(context))
-        )
-        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+        own = _own(context)
+        evaluation = trainer.evaluation(parameters, statistics, data.test, own, config)
+        _log_notes(trainer)
+        if evaluation.undefined and not packed:  # Flower's mean would be NaN for all clients
+            name, why = next(iter(evaluation.undefined.items()))
+            raise ClientError(f"Metric {name!r} is undefined: {why}")
+        return Message(messages.pack_evaluation(evaluation), reply_to=message)
 
     def _statistics(self, trainer: Trainer, message: Message, context: Context) -> dict:
         """Running statistics: from the message, past the mods, or the model's first ones."""
@@ -205,6 +207,12 @@ def _take_parameters(message: Message, trainer: Trainer) -> tuple[str, bool, Arr
     if packed:  # several messages may share their content
         message.content = RecordDict({key: content[key] for key in content if key != name})
     return name, packed, parameters
+
+
+def _log_notes(trainer: Trainer) -> None:
+    """The node's log has what the trainer noted, such as why its steps are not compiled."""
+    for text in trainer.take_notes():
+        logging.getLogger("flwr").warning("%s", text)
 
 
 def _run_config(context: Context) -> RunConfig:

@@ -106,9 +106,12 @@ class MLXClient(NumPyClient):
         self.set_parameters(parameters)
         if self.data.test is None:
             raise ValueError("This client has no test examples: Data.test is None.")
-        metrics = self.trainer.evaluate(
+        evaluation = self.trainer.evaluation(
             self.trainer.parameters(), self.trainer.statistics(), self.data.test, self.own
         )
+        metrics = evaluation.metrics
+        if "loss" in evaluation.undefined:  # Flower's mean would be NaN for all clients
+            raise ValueError(f"The loss is undefined: {evaluation.undefined['loss']}.")
         return float(metrics.pop("loss")), int(metrics.pop("num-examples")), metrics
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,12 +18,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from . import safetensors
 from .errors import FedError
+from .metrics import Evaluation
 from .safetensors import Stored
 from .spool import Part, WaitingArray, num_bytes, parts_of, records_in
 from .weights import Arrays, Spec, Unread, dtype_name
 
 STATISTICS = "statistics"
 """The name of the record that carries running statistics beside the parameters."""
+WEIGHTS = "weights"
+"""The name of the record that has the weights of an evaluation's metrics, by their names."""
+UNDEFINED = "undefined"
+"""The name of the record that says why metrics of an evaluation are undefined, by their names."""
 
 ROLL_CALL = "query.roll_call"
 LEAVE = "query.leave"
@@ -150,6 +156,21 @@ def count_bytes(content: RecordDict) -> int:
     """The size of a message's arrays, in bytes."""
     records = records_in(content, ArrayRecord).values()
     return sum(num_bytes(array) for record in records for array in record.values())
+
+
+def pack_evaluation(evaluation: Evaluation) -> RecordDict:
+    """The reply to a message of evaluation: metrics, with weights and reasons if there are any."""
+    content = RecordDict({"metrics": MetricRecord({**evaluation.metrics})})
+    if evaluation.weights:
+        content[WEIGHTS] = ConfigRecord({**evaluation.weights})
+    if evaluation.undefined:
+        content[UNDEFINED] = ConfigRecord({**evaluation.undefined})
+    return content
+
+
+def values_of(content: RecordDict, name: str) -> Mapping[str, Any]:
+    """A record of settings by its name; empty where there is none."""
+    return records_in(content, ConfigRecord).get(name, {})
 
 
 def nothing_to_evaluate() -> RecordDict:

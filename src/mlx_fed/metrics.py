@@ -3,10 +3,49 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from .errors import FedError
 from .task import Task
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+class Evaluation(NamedTuple):
+    """The metrics of a model on a client's examples.
+
+    Attributes:
+        metrics (dict): ``num-examples``, ``loss``, the task's metrics and those derived from them.
+            A metric that has no finite value, an undefined one, is NaN or infinite.
+        weights (dict): The total weight of the loss and of each of the task's metrics, if for one
+            of them it is not the number of examples; else empty.
+        undefined (dict): Why a metric is undefined, by its name.
+    """
+
+    metrics: dict[str, Any]
+    weights: dict[str, float]
+    undefined: dict[str, str]
+
+
+def is_defined(value: Any) -> bool:
+    """Whether a metric, a number or a list of them, is finite."""
+    return all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]))
+
+
+def reason_of(error: Exception) -> str:
+    """An exception of the user's code in a line, with the file and line that raised it."""
+    if isinstance(error, FedError):
+        return str(error)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_PACKAGE) and "site-packages" not in frame.filename
+    ]
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def counted(
@@ -28,9 +67,29 @@ def counted(
     return counts
 
 
-def derived(task: Task, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that follow from others."""
-    return dict(task.derived(metrics)) if task.derived else {}
+def derived(task: Task, metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+    """The metrics that follow from others, and why one of them is undefined, by name.
+
+    Where ``Task.derived`` raises, as ``math.exp`` does on a large loss and an F1 score without
+    true positives, all of them are NaN, by the names that they have where every metric is 1.
+    """
+    if task.derived is None:
+        return {}, {}
+    try:
+        values = {name: as_number(value) for name, value in task.derived(metrics).items()}
+    except Exception as error:
+        reason = f"Task.derived failed: {reason_of(error)}"
+        try:
+            names = list(task.derived(dict.fromkeys(metrics, 1.0)))
+        except Exception:  # on any metrics: it has no names
+            return {}, {"derived": reason}
+        return dict.fromkeys(names, math.nan), dict.fromkeys(names, reason)
+    return values, {n: f"it is {v}" for n, v in values.items() if not math.isfinite(v)}
+
+
+def as_number(value: Any) -> float:
+    """A number of Python's, NumPy's or MLX's; NaN for ``None``."""
+    return math.nan if value is None else float(value)
 
 
 def weighted_mean(values: Sequence[float], shares: Sequence[float]) -> float:

@@ -45,6 +45,8 @@ class Program:
         compile (bool): ``False`` runs the step uncompiled.
         note (callable): Told in words why the step is not compiled.
         what (str): What the step does, for that.
+        raises (type, optional): An exception of the step's own that is no reason to run it
+            uncompiled.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class Program:
         compile: bool,
         note: Callable[[str], None],
         what: str,
+        raises: type[Exception] | tuple[()] = (),
     ):
         self._step, self._figures, self._note, self._what = step, figures, note, what
         self._compiled = compiled(pure(step)) if compile else None
         self._is_checked = False
+        self._raises = raises
 
     def __call__(self, seed: Seed, *arguments: Any) -> Any:
         """The step's result.
@@ -77,6 +81,8 @@ class Program:
                 return result
             mx.eval(result)
         except Exception as error:
+            if isinstance(error, self._raises):
+                raise
             why = error
         plain = self._run_uncompiled(seed, arguments)  # raises what the task itself raises
         if why is None:

@@ -83,7 +83,9 @@ def spread(each: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
     rows = [*each]
     columns: dict[str, list[float]] = {}
     for name in dict.fromkeys(chain.from_iterable(rows)):
-        values = [v for row in rows if isinstance(v := row.get(name), (int, float))]
+        values = [
+            v for row in rows if isinstance(v := row.get(name), (int, float)) and math.isfinite(v)
+        ]
         if values:
             columns[name] = values
     return {
@@ -111,7 +113,8 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
     for kind in (*_PHASES, "central", "seconds", "bytes"):
         for name, value in record.get(kind, {}).items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                found[f"{kind}/{name}"] = value
+                if math.isfinite(value):  # or there is none, as where no node has a metric
+                    found[f"{kind}/{name}"] = value
             elif name == "nodes":
                 found[f"{kind}/nodes"] = len(value)
     for phase in _PHASES:

@@ -30,9 +30,16 @@ class Position(NamedTuple):
     def after(self, record: dict[str, Any], model: Model) -> Position:
         """Where the run is once a round is done."""
         number, best = record["round"], self.best
-        loss = record.get("central", {}).get("loss", record["evaluate"].get("loss"))
+        central, evaluated = record.get("central", {}), record["evaluate"]
+        loss, undefined = central.get("loss"), 0.0
+        if "loss" not in central:
+            loss = evaluated.get("loss")
+            without = record.get("undefined", {}).get("evaluate", {}).get("loss", 0)
+            undefined = without / max(1, len(evaluated.get("nodes", ())))
         if isinstance(loss, (int, float)) and math.isfinite(loss):
-            best = best if best and best.loss <= loss else Best(number, float(loss))
+            new = Best(number, float(loss), undefined)
+            if best is None or (undefined, new.loss) < (best.undefined, best.loss):
+                best = new
         return Position(number, model, best)
 
     def checkpoint(self, strategy: Strategy, identity: dict[str, Any]) -> Checkpoint:

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import mlx.core as mx
-from flwr.app import Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from . import aggregate, checks, messages, strategies, strategy_state, weights
+from . import aggregate, strategies, strategy_state, weights
 from .checkpoint import Checkpoints
 from .errors import RunError, TooFewReplies
+from .evaluate_phase import evaluate, evaluate_centrally
 from .history import History, Result, recorded_run_id
-from .metrics import derived
-from .phase import Model, Phase, Run
+from .phase import Model, Run
 from .resume import Position, identity_of
 from .resume import resume as taken_up
 from .roster import Members, Roster
@@ -137,7 +135,7 @@ def _set_up(
     roster = roster or Roster(
         grid,
         trainer.spec,
-        trainer.statistics_spec,
+        trainer.all_statistics_spec,
         {**config, "prepare": True},
         history.notify,
         trainer.fingerprint,
@@ -206,8 +204,8 @@ def _round(run: Run, position: Position, number: int, again: Callable[[int], Non
             run.history.notify("note", text=text)
             again(number)
     _leave_out(run, record)
-    _evaluate(run, model, record)
-    _evaluate_centrally(run, model, record)
+    evaluate(run, model, record)
+    evaluate_centrally(run, model, record)
     run.history.add_round(record)
     return position.after(record, model)
 
@@ -219,47 +217,3 @@ def _leave_out(run: Run, record: dict[str, Any]) -> None:
     for node, why in to_leave_out([*run.history.rounds, record]).items():
         if run.roster.leave_out(node, why):
             record.setdefault("left_out", []).append(node)
-
-
-def _evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
-    """What the strategy's nodes see of the model."""
-    phase = Phase(run, "evaluate", record)
-    accepted: list[tuple[str, Message]] = []
-    each: dict[str, MetricRecord] = {}
-    for node, reply in phase.exchange(phase.configure(model)):
-        if messages.has_nothing_to_evaluate(reply):
-            continue
-        with phase.refusing(node):
-            most = run.settings.max_examples
-            each[node] = checks.check_metrics(reply, run.weighted_by, most)
-            accepted.append((node, reply))
-    odd = phase.refuse_odd_names({node: checks.names_in(reply.content) for node, reply in accepted})
-    counting = [(node, reply) for node, reply in accepted if node not in odd]
-    metrics = None
-    if counting:
-        with phase.hook("aggregate_evaluate"):
-            metrics = run.strategy.aggregate_evaluate(
-                phase.number, [reply for _, reply in counting]
-            )
-    known = {**metrics, **derived(run.trainer.task, metrics)} if metrics else {}
-    record["evaluate"] = {**known, "nodes": [node for node, _ in counting]}
-    phase.record_each({node: each[node] for node, _ in counting})
-
-
-def _evaluate_centrally(run: Run, model: Model, record: dict[str, Any]) -> None:
-    """What the server itself sees of the model."""
-    test, evaluate = run.settings.test, run.settings.evaluate_fn
-    if test is None and evaluate is None:
-        return
-    phase = Phase(run, "central", record)
-    phase.begin([])
-    with phase.timed("central"):
-        parameters = model.parameters(run.trainer.spec)
-        metrics: dict[str, Any] = {}
-        if test is not None:
-            metrics |= run.trainer.evaluate(parameters, model.statistics, test)
-            del metrics["num-examples"]
-        if evaluate is not None:
-            given = evaluate(record["round"], parameters, model.statistics) or {}
-            metrics |= {k: v.item() if isinstance(v, mx.array) else v for k, v in given.items()}
-    record["central"] = metrics

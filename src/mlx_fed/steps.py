@@ -219,27 +219,6 @@ def is_elementwise(optimizer: optim.Optimizer) -> bool:
     return type(optimizer) in _ELEMENTWISE
 
 
-def evaluation_step(model: nn.Module, slots: Slots, task: Task) -> Callable[..., mx.array]:
-    """The function ``step(parameters, statistics, batch, mask)``.
-
-    It returns float32 of shape (functions, 2): for the loss and then each metric, the mean over
-    the batch and its weight.
-    """
-
-    def step(parameters, statistics, batch, mask):
-        with running(model, training=False):
-            weights.put(slots.parameters, parameters)
-            weights.put(slots.statistics, statistics)
-            loss = loss_and_weight(task, examples.call(task.loss, model, batch), batch, mask)
-            pairs = [loss] + [
-                mean_and_weight(examples.call(function, model, batch), batch, mask, name)
-                for name, function in task.metrics.items()
-            ]
-        return mx.stack([mx.stack(list(pair)) for pair in pairs])
-
-    return step
-
-
 def _optimizers(optimizer: Any, path: str = "") -> Iterator[tuple[str, optim.Optimizer]]:
     """The optimizers that ``Task.optimizer`` returns, alone or in a dictionary or list, by path.
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
 
-from . import randomness
+from . import messages, randomness
+from .metrics import is_defined
 from .spool import records_in
 
 _NOBODY = 0
@@ -116,6 +119,71 @@ def mean_metrics(metrics: Sequence[Mapping[str, Any]], weighted_by: str) -> Metr
             else:
                 mean[key] = mean.get(key, 0.0) + value * share
     return MetricRecord(mean)
+
+
+def leaves_evaluation_to_mean(strategy: Strategy) -> bool:
+    """Whether the strategy does no more with the metrics of evaluations than take their mean, as
+    Flower's do unless they are given an ``evaluate_metrics_aggr_fn``."""
+    means = (getattr(layer, "evaluate_metrics_aggr_fn", None) for layer in layers(strategy))
+    hooks = (getattr(layer.aggregate_evaluate, "__module__", "") for layer in layers(strategy))
+    return _FLOWERS_MEAN in means and all(
+        module.startswith("flwr.serverapp.strategy.") for module in hooks
+    )
+
+
+@contextmanager
+def pooling(strategy: Strategy) -> Iterator[None]:
+    """Puts :func:`pooled_metrics` in the place of Flower's mean of evaluation metrics."""
+    averaging: list[Any] = [
+        layer
+        for layer in layers(strategy)
+        if getattr(layer, "evaluate_metrics_aggr_fn", None) is _FLOWERS_MEAN
+    ]
+    for layer in averaging:
+        layer.evaluate_metrics_aggr_fn = pooled_metrics
+    try:
+        yield
+    finally:
+        for layer in averaging:
+            layer.evaluate_metrics_aggr_fn = _FLOWERS_MEAN
+
+
+def pooled_metrics(contents: Sequence[RecordDict], weighted_by: str) -> MetricRecord:
+    """The mean of each metric over the clients for which it is defined, by its own weight.
+
+    In the form of Flower's ``evaluate_metrics_aggr_fn``.
+
+    Args:
+        contents (list): Replies of :func:`~mlx_fed.messages.pack_evaluation`; of other clients
+            all metrics have the weight ``weighted_by``.
+        weighted_by (str): The metric that weighs those which have no weight of their own.
+
+    Returns:
+        MetricRecord: NaN for a metric that is defined for no client.
+    """
+    clients: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
+    for content in contents:
+        metrics = next(iter(records_in(content, MetricRecord).values()))
+        clients.append((metrics, messages.values_of(content, messages.WEIGHTS)))
+    pooled = MetricRecord()
+    for name in dict.fromkeys(chain.from_iterable(metrics for metrics, _ in clients)):
+        if name == weighted_by:
+            continue
+        values: Any = [
+            (metrics[name], weights.get(name, metrics[weighted_by]))
+            for metrics, weights in clients
+            if name in metrics and is_defined(metrics[name])
+        ]
+        total = sum(weight for _, weight in values)
+        values = [(value, weight / total) for value, weight in values if weight]
+        if not values:
+            pooled[name] = math.nan
+        elif isinstance(values[0][0], list):
+            columns = zip(*([v * share for v in value] for value, share in values), strict=True)
+            pooled[name] = [float(sum(column)) for column in columns]
+        else:
+            pooled[name] = float(sum(value * share for value, share in values))
+    return pooled
 
 
 def wants_same_names(strategy: Strategy) -> bool:

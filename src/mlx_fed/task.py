@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    import mlx.core as mx
     import mlx.nn as nn
 
 Config = Mapping[str, Any]
@@ -85,6 +84,34 @@ def _entries(examples: Any, top: bool = True) -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
+class DatasetMetric:
+    """A metric over all of a client's examples at once, which no mean over batches is: an area
+    under a curve, an F1 score, a correlation.
+
+    Over clients it is the mean weighted by the number of examples, of those for which it is
+    defined: not what it would be on all their examples together.
+
+    Args:
+        predict (callable): ``predict(model, *batch)`` returns what is kept of each batch: an
+            array, a tuple of arrays or a dictionary of them, each with the examples as leading
+            axis.
+        compute (callable): ``compute(*arrays)``, or ``compute(**arrays)`` for a dictionary,
+            returns the metric, a number. The arrays have the examples of all batches, without
+            padding; they are MLX's, and ``numpy.asarray`` of them works (bfloat16 has become
+            float32). ``None`` or NaN where it is not defined, as on examples of one class: the
+            client then does not count in it.
+
+    Example:
+        >>> def error(scores, labels):
+        ...     return 1 - np.corrcoef(np.asarray(scores), np.asarray(labels))[0, 1]
+        >>> metric = DatasetMetric(lambda model, x, y: (model(x)[:, 0], y), error)
+    """
+
+    predict: Callable[..., Any]
+    compute: Callable[..., float | None]
+
+
+@dataclass(frozen=True)
 class Task:
     """A model to train, and what one client does with its own data in a round.
 
@@ -102,8 +129,10 @@ class Task:
             Its state is fresh in every round, unless ``keep_optimizer``.
         data (callable): ``data(partition_id, num_partitions)`` returns the client's
             :class:`Data`; the number is ``None`` on a node that was not told one.
-        metrics (dict): Names to ``metric(model, *batch)``, each a vector, a mean or
-            ``(mean, weight)``, computed on the held-out examples. ``{"accuracy": accuracy}``
+        metrics (dict): Names to ``metric(model, *batch)``, computed on the held-out examples:
+            each returns a value for each example (shape (batch,) or (batch, ...)), a mean
+            (a scalar) or ``(mean, weight)``; or to a :class:`DatasetMetric`.
+            ``{"accuracy": accuracy}``
         config (dict): Settings that the server sends with every message, its own over these.
             ``optimizer`` reads them, and the keys ``batch-size``, ``local-epochs``,
             ``local-steps`` and ``max-grad-norm`` stand over the fields below.
@@ -139,7 +168,8 @@ class Task:
             ``num-tokens``, by which a strategy may weigh them
             (``FedAvg(weighted_by_key="num-tokens")``), and ``tokens-per-second``.
         derived (callable, optional): ``derived(metrics)`` returns further metrics that follow from
-            the mean loss and metrics of an evaluation, a client's and the average over clients:
+            the mean loss and metrics of an evaluation, a client's and the mean over clients; one
+            that is undefined is NaN there:
             ``lambda metrics: {"perplexity": math.exp(metrics["loss"])}``.
         fingerprint (callable, optional): ``fingerprint()`` returns what has to be the same on the
             server and its nodes, each with a short text that tells it from others:
@@ -162,7 +192,7 @@ class Task:
     loss: Callable[..., Any]
     optimizer: Callable[[Config], Any]
     data: Callable[[int, int | None], Data]
-    metrics: Mapping[str, Callable[..., mx.array]] = field(default_factory=dict)
+    metrics: Mapping[str, Callable[..., Any] | DatasetMetric] = field(default_factory=dict)
     config: Config = field(default_factory=dict)
     batch_size: int = 32
     local_epochs: int = 1
@@ -186,7 +216,7 @@ class Task:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Task.{name} must be 1 or more, not {value}.")
-        for name in ("loss", "num-examples"):
+        for name in ("loss", "num-examples", "nodes"):
             if name in self.metrics:
                 raise ValueError(
                     f"Task.metrics has {name!r}, which every evaluation reports itself: give "
@@ -197,6 +227,12 @@ class Task:
                 "Task.max_grad_norm clips the gradient between loss and update, which "
                 "Task.train_step computes itself: clip there with mlx.optimizers.clip_grad_norm."
             )
+        for name, metric in self.metrics.items():
+            if not callable(metric) and not isinstance(metric, DatasetMetric):
+                raise TypeError(
+                    f"Task.metrics[{name!r}] is a {type(metric).__name__}: it is a function, "
+                    "metric(model, *batch), or an mlx_fed.DatasetMetric."
+                )
         if self.statistics not in ("average", "local"):
             raise ValueError(
                 f'Task.statistics must be "average" or "local", not {self.statistics!r}.'

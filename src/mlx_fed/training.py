@@ -17,7 +17,8 @@ import mlx.core as mx
 
 from . import examples, randomness, weights
 from .batches import Batches
-from .metrics import counted, derived, weighted_mean
+from .evaluation import Evaluator
+from .metrics import Evaluation, counted, weighted_mean
 from .programs import Program, compiled
 from .steps import (
     Client,
@@ -25,7 +26,6 @@ from .steps import (
     Step,
     counters_of,
     custom_step,
-    evaluation_step,
     initial_state,
     signature,
     training_step,
@@ -67,6 +67,7 @@ class Trainer:
     Attributes:
         spec (dict): Shape and dtype of each parameter that is trained together, by name.
         statistics_spec (dict): The same of the running statistics that travel.
+        all_statistics_spec (dict): The same of all running statistics.
         notes (dict): In words, as keys: what the run should say, such as why steps are not
             compiled.
         keeps (bool): Whether clients keep arrays of their own from round to round.
@@ -94,12 +95,13 @@ class Trainer:
         self.keeps = bool(self._personal or self._local) or task.keep_optimizer
         self.spec = weights.spec(self.parameters())
         self.statistics_spec = weights.spec(self.statistics())
+        self.all_statistics_spec = weights.spec(weights.get(self.slots.statistics))
         self.notes: dict[str, None] = {}
         self._taken: set[str] = set()
         self.takes_config = task.train_step is not None or examples.takes_config(task.loss)
         self.batches = Batches(task, self.model, self.slots, self.note)
         self._training: tuple[Any, TrainingPrograms] | None = None
-        self._evaluation: Program | None = None
+        self.evaluator = Evaluator(task, self.model, self.slots, self.batches, self.note)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -217,7 +219,9 @@ class Trainer:
         key = config.get("train-loss-key")
         if not key:
             return {}
-        return {str(key): self._evaluate(parameters, statistics, data.train)["loss"]}
+        with self.holding(parameters, statistics):
+            loss = self.evaluator.loss(parameters, statistics, data.train, config)
+        return {str(key): loss}
 
     def with_own(
         self, parameters: Arrays, statistics: Arrays, own: Mapping[str, mx.array] | None
@@ -255,6 +259,7 @@ class Trainer:
         statistics: Arrays,
         split: Split,
         own: Mapping[str, mx.array] | None = None,
+        config: Config = MappingProxyType({}),
     ) -> dict[str, int | float]:
         """Loss and metrics of the given arrays on the examples of a split, in evaluation mode.
 
@@ -262,32 +267,24 @@ class Trainer:
 
         Returns:
             dict: ``num-examples``, ``loss`` and the task's metrics, each the mean over the
-            examples, and what follows from them.
+            examples, and what follows from them; NaN where there is no value.
         """
+        return self.evaluation(parameters, statistics, split, own, config).metrics
+
+    def evaluation(
+        self,
+        parameters: Arrays,
+        statistics: Arrays,
+        split: Split,
+        own: Mapping[str, mx.array] | None = None,
+        config: Config = MappingProxyType({}),
+    ) -> Evaluation:
+        """The same with the metrics' weights, and why one has no value."""
         weights.check(self.spec, weights.spec(parameters))
         weights.check(self.statistics_spec, weights.spec(statistics))
-        return self._evaluate(*self.with_own(parameters, statistics, own), split)
-
-    def _evaluate(
-        self, parameters: Arrays, statistics: Arrays, split: Any
-    ) -> dict[str, int | float]:
-        step = self.evaluation_program()
-        results, num_examples = [], 0
-        with self.holding(parameters, statistics):
-            batches = self.batches.evaluation(split)
-        for number, (batch, mask, size) in enumerate(batches):
-            result = step((0, "evaluate", number), parameters, statistics, batch, mask)
-            mx.async_eval(result)
-            results.append(result)
-            num_examples += size
-        if not results:
-            raise ValueError("The client has no examples to evaluate on.")
-        # Shape (functions, 2, steps): the mean over a step's batch, and its weight.
-        columns: Any = mx.stack(results, axis=-1).tolist()
-        means = [weighted_mean(*column) for column in columns]
-        names = ("loss", *self.task.metrics)
-        metrics = {"num-examples": num_examples, **dict(zip(names, means, strict=True))}
-        return metrics | counted(self.task, columns[0][1]) | derived(self.task, metrics)
+        everything, statistics = self.with_own(parameters, statistics, own)
+        with self.holding(everything, statistics):
+            return self.evaluator.evaluate(everything, statistics, split, config)
 
     def warm_up(self, data: Data, config: Config) -> None:
         """Compiles the programs on one batch, so that the first round does not wait for it."""
@@ -343,16 +340,6 @@ class Trainer:
             settings = sorted((k, v) for k, v in config.items() if k != "server-round")
         norm = config.get("max-grad-norm", self.task.max_grad_norm)
         return signature(optimizer), norm, settings
-
-    def evaluation_program(self) -> Callable[..., mx.array]:
-        """The compiled evaluation step."""
-        if self._evaluation is None:
-            mx.eval(self.model.parameters())
-            step = evaluation_step(self.model, self.slots, self.task)
-            self._evaluation = Program(
-                step, lambda result: {"figures": result}, self.task.compile, self.note, "evaluation"
-            )
-        return self._evaluation
 
 
 def _local_statistics(slots: weights.Slots, travels: Mapping[str, str]) -> set[str]:

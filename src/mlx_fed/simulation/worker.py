@@ -179,13 +179,14 @@ class Worker:
                     yield place, messages.nothing_to_evaluate()
                     continue
                 own = self._own(phase, client, later=True)
-                metrics = self.trainer.evaluate(phase.parameters, phase.statistics, data.test, own)
+                start = phase.parameters, phase.statistics
+                evaluation = self.trainer.evaluation(*start, data.test, own, phase.config)
             except SimulationError:
                 raise
             except Exception as error:
                 failed.append(self._failed(place, error))
             else:
-                yield place, RecordDict({"metrics": MetricRecord({**metrics})})
+                yield place, messages.pack_evaluation(evaluation)
 
     # -- training --------------------------------------------------------------------------
 
