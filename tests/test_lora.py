@@ -370,6 +370,30 @@ def test_the_identity_of_a_config_tells_what_is_computed_and_not_how_it_is_writt
     assert identity.of_config(llama)["rope_scaling"] == "null"
 
 
+def test_a_base_that_changes_in_its_folder_is_loaded_anew(data, tmp_path):
+    folder = tiny_llama.write_model(tmp_path / "base")
+    before = base.load(folder), base.load_tokenizer(folder)
+    assert (base.load(folder), base.load_tokenizer(folder)) == before
+    (first,) = {layer.self_attn.q_proj.weight[0, 0].item() for layer in before[0].layers[:1]}
+    tiny_llama.write_model(folder, seed=1, words=["anna"])
+    assert base.load(folder).layers[0].self_attn.q_proj.weight[0, 0].item() != first
+    assert "anna" in base.load_tokenizer(folder).get_vocab()
+    # So are checks of its config.json.
+    config = configure(folder, data, num_layers=2)
+    lora_task(config).data(0, 3)
+    tiny_llama.write_model(folder, num_hidden_layers=1)
+    with pytest.raises(fed.FedError, match="num_layers is 2, and the model has 1 layers"):
+        lora_task(config).data(0, 3)
+
+
+def test_a_base_that_is_gone_is_not_remembered(tmp_path):
+    folder = tiny_llama.write_model(tmp_path / "base")
+    assert base.find(str(folder)) == folder
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(fed.FedError, match="has no weights"):
+        base.find(str(folder))
+
+
 def test_no_validation_is_asked_for(llama, data, tmp_path):
     from mlx_fed.lm.commands import make_strategy
 

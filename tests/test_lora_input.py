@@ -209,8 +209,7 @@ def test_plain_text_has_no_prompt_to_mask(llama, data):
 
 def forget_what_was_found() -> None:
     """As in a new process."""
-    for remembered in (base.find, base.folder_of_tokenizer, base.folder_of_config):
-        remembered.cache_clear()
+    base.download.cache_clear()
 
 
 def build(model: Path | str, **flags):

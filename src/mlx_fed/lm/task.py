@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cached import State, state_of
 from ..task import Config, Data, Task
 from . import base, identity, texts
 from .config import ConfigError, LoraConfig
@@ -84,7 +85,7 @@ def build(config: LoraConfig) -> nn.Module:
 
     # Loading draws numbers, too, and only the first time: what is drawn here comes before it.
     seed: Any = mx.random.randint(0, 2**31 - 1).item()
-    _check_fit(config)
+    outline(config)
     model = base.share(base.load(base.find(config.model), config.trust_remote_code))
     mx.random.seed(seed)
     adapters.attach(model, config)
@@ -95,18 +96,29 @@ def build(config: LoraConfig) -> nn.Module:
 
 def load_tokenizer(config: LoraConfig) -> Any:
     """The base model's tokenizer, for which its weights are not looked for."""
-    _check_fit(config)
+    outline(config)
     folder = base.folder_of_tokenizer(config.model)
     return base.load_tokenizer(folder, config.trust_remote_code)
 
 
+def outline(config: LoraConfig) -> nn.Module | None:
+    """The model with its adapters and without weights, none of a model that comes with code.
+
+    It is looked at before more is downloaded or read of a model that cannot be trained as asked.
+
+    Raises:
+        FedError: As :func:`build`.
+    """
+    return _outline(config, state_of(base.folder_of_config(config.model) / "config.json"))
+
+
 @lru_cache(maxsize=1)
-def _check_fit(config: LoraConfig) -> None:
-    """Sees to it that nothing is downloaded or read of a model that cannot be trained as asked."""
+def _outline(config: LoraConfig, file: State) -> nn.Module | None:
     from . import adapters
 
-    if (outline := base.outline(config.model)) is not None:
-        adapters.attach(outline, config)
+    if (model := base.outline(config.model)) is not None:
+        adapters.attach(model, config)
+    return model
 
 
 def _save(config: LoraConfig, model: nn.Module, folder: Path) -> Path:
