@@ -154,10 +154,9 @@ def test_the_command_says_so_and_ends(start, tmp_path):
         ('{"text": "a"}\n{"text": ', "train.jsonl, line 2 is not JSON"),
         ('{"text": "a"}\n\n["b"]', "train.jsonl, line 3 is not a record"),
         ('{"txt": "a"}', "train.jsonl, line 1 has 'txt': mlx-lm wants 'text', 'messages'"),
-        ('{"text": ""}', "line 1: 'text' is empty"),
         ('{"text": 3}', "line 1: 'text' is not text"),
-        ('{"messages": []}', "line 1: 'messages' is a list of messages with a role and content"),
-        ('{"prompt": "a", "completion": null}', "line 1: 'completion' is not text"),
+        ('{"messages": 3}', "line 1: 'messages' is a list of messages with a role and content"),
+        ('{"prompt": "a", "completion": 3}', "line 1: 'completion' is not text"),
         (
             '{"text": "a"}\n{"prompt": "a", "completion": "b"}',
             "train.jsonl, line 2 has no 'text', which line 1 has",
@@ -189,12 +188,28 @@ def test_a_folder_without_texts(tmp_path):
         lora_task(config).data(0, 3)
 
 
-def test_a_prompt_that_leaves_nothing_to_learn(llama, tmp_path):
-    pair = {"prompt": "x" * 50, "completion": "y"}
-    folder = tiny_llama.write_texts(tmp_path / "pairs", [pair])
-    flags = {"max_seq_length": 32, "mask_prompt": True, "num_layers": -1}
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ({"text": ""}, "'text' is empty"),
+        ({"text": None}, "'text' is empty"),
+        ({"messages": []}, "'messages' is empty"),
+        ({"messages": [{"role": "user", "content": ""}]}, "'messages' is empty"),
+        ({"prompt": "a", "completion": ""}, "'completion' is empty"),
+        ({"prompt": "a"}, "'completion' is empty"),
+        ({"prompt": None, "completion": "a"}, "'prompt' is empty"),
+        ({"prompt": "x" * 50, "completion": "y"}, "its prompt takes 68 of 70 tokens"),
+    ],
+)
+def test_only_texts_that_have_nothing_to_learn(record, why, llama, tmp_path):
+    folder = tiny_llama.write_texts(tmp_path / "texts", [record])
+    flags = {"max_seq_length": 32, "mask_prompt": "prompt" in record, "num_layers": -1}
     flags |= {"model": str(llama), "data": str(folder)}
-    with refused("line 1 has nothing to learn within max_seq_length 32: its prompt takes"):
+    place = folder / "train.jsonl"
+    with refused(
+        f"No text of {place} has anything to learn within max_seq_length 32: "
+        f"{place}, line 1 ({why})."
+    ):
         lora_task(load_config(None, flags)).data(0, None)
 
 

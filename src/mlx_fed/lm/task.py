@@ -21,10 +21,25 @@ if TYPE_CHECKING:
     import mlx.optimizers as optim
 
 Note = Callable[[str], None]
+_SHOWN = 3
+"""Texts that a message names, of those that are left out."""
 
 
 def _print(text: str) -> None:
     print(f"Note: {text}")
+
+
+class _Once:
+    """Tells each note once, however often a run loads the texts that it is about."""
+
+    def __init__(self, note: Note):
+        self.note = note
+        self.told: set[str] = set()
+
+    def __call__(self, text: str) -> None:
+        if text not in self.told:
+            self.told.add(text)
+            self.note(text)
 
 
 def lora_task(config: LoraConfig, note: Note = _print) -> Task:
@@ -44,6 +59,7 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
         >>> task = lora_task(load_config("lora.yaml"))
         >>> fed.simulate(task, FedAvg(weighted_by_key="num-tokens"), num_clients=3, workers=0)
     """
+    note = _Once(note)
     steps = config.local_steps()
     length: dict[str, int] = (
         {"local-epochs": config.federation.local_epochs or 1}
@@ -160,17 +176,29 @@ def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: i
     most = None if config.val_batches < 0 else config.val_batches
     train = texts.tokenize(splits.train, tokenizer, config)
     valid = texts.tokenize(splits.valid, tokenizer, config) if splits.valid and most != 0 else None
+    limit, place = config.max_seq_length, splits.train.where(0).rsplit(",", 1)[0]
+    if left_out := [*train.left_out, *(valid.left_out if valid else [])]:
+        first = "; ".join(left_out[:_SHOWN]) + (" and others" if len(left_out) > _SHOWN else "")
+        if not train.tokens:
+            raise texts.TextError(
+                f"No text of {place} has anything to learn within max_seq_length {limit}: {first}."
+            )
+        note(
+            f"{len(left_out)} texts have nothing to learn within max_seq_length {limit} and are "
+            f"left out: {first}."
+        )
     if cut := [*train.cut, *(valid.cut if valid else [])]:
         note(
-            f"{len(cut)} texts are longer than max_seq_length {config.max_seq_length} and "
+            f"{len(cut)} texts are longer than max_seq_length {limit} and "
             f"are cut, the first is {cut[0]}."
         )
     if splits.valid is None:
-        place = splits.train.where(0).rsplit(",", 1)[0]
         note(f"there is no valid.jsonl beside {place}: its node trains and does not validate.")
+    elif valid and not valid.tokens:
+        note(f"there is nothing to validate on beside {place}: its node trains and does not.")
     return Data(
         train=texts.Batches(train, config.batch_size),
-        test=texts.Batches(valid, config.batch_size, most) if valid else None,
+        test=texts.Batches(valid, config.batch_size, most) if valid and valid.tokens else None,
     )
 
 
