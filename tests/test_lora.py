@@ -422,6 +422,21 @@ def test_a_sample_is_written_after_rounds(llama, data, tmp_path):
     assert len(result.rounds[1]["central"]["sample"]) > len("anna says ")
 
 
+def test_a_key_may_be_the_end_of_a_name(llama, data, tmp_path):
+    config = configure(llama, data, local_iters=1, rounds=1)
+    keys = ["q_proj", "mlp.up_proj", "embed_tokens"]
+    config = replace(config, lora_parameters={**config.lora_parameters, "keys": keys})
+    result = simulate(config, tmp_path)
+    modules = {name.rsplit(".", 1)[0] for name in result.parameters}
+    names = ("self_attn.q_proj", "mlp.up_proj")
+    layers = {f"model.layers.{n}.{name}" for n in (0, 1) for name in names}
+    assert modules == {*layers, "model.embed_tokens"}
+    # mlx-lm, which knows whole names alone, loads what it wrote.
+    theirs, _ = mlx_lm_load(str(llama), adapter_path=str(result.model))
+    found = theirs.layers[1].self_attn.q_proj.lora_b
+    assert mx.array_equal(found, result.parameters["model.layers.1.self_attn.q_proj.lora_b"])
+
+
 def test_training_goes_on_from_adapters(llama, data, tmp_path):
     config = configure(llama, data)
     first = simulate(config, tmp_path, name="first")

@@ -67,7 +67,7 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
         else {"local-steps": steps}
     )
     task = Task(
-        model=partial(build, config),
+        model=partial(build, config, note),
         loss=token_loss,
         optimizer=make_optimizer,
         data=partial(load_texts, config, note),
@@ -89,8 +89,12 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
     return task
 
 
-def build(config: LoraConfig) -> nn.Module:
+def build(config: LoraConfig, note: Note = _print) -> nn.Module:
     """The base model with new adapters, drawn from MLX's random state as it is now.
+
+    Args:
+        config (LoraConfig): Which model, and what is trained of it.
+        note (callable): Told what is not known of adapters that were trained before.
 
     Raises:
         FedError: If there is no such base model, or it has no place for the adapters.
@@ -106,7 +110,7 @@ def build(config: LoraConfig) -> nn.Module:
     mx.random.seed(seed)
     adapters.attach(model, config)
     if config.resume_adapter_file:
-        adapters.start_from(model, Path(config.resume_adapter_file).expanduser())
+        adapters.start_from(model, Path(config.resume_adapter_file).expanduser(), config, note)
     return model
 
 
@@ -133,6 +137,9 @@ def _outline(config: LoraConfig, file: State) -> nn.Module | None:
     from . import adapters
 
     if (model := base.outline(config.model)) is not None:
+        quantized = base.read_config(base.folder_of_config(config.model)).get("quantization")
+        if config.fine_tune_type == "full" and quantized:
+            raise adapters.AdapterError(adapters.FULL_ON_QUANTIZED)
         adapters.attach(model, config)
     return model
 
@@ -156,17 +163,37 @@ def perplexity(metrics: Any) -> dict[str, float]:
 
 
 def fingerprint(config: LoraConfig) -> dict[str, str | Callable[[], str]]:
-    """What has to be the same on the server and its nodes; last what takes the model's weights."""
+    """What has to be the same on the server and its nodes; last what takes the model's weights.
+
+    Layers and keys are those that are trained, however they are written.
+    """
     prints: dict[str, str | Callable[[], str]] = {"fine_tune_type": config.fine_tune_type}
     if config.fine_tune_type != "full":
         rank, scale = (config.lora_parameters[key] for key in ("rank", "scale"))
         prints |= {"LoRA rank": str(rank), "LoRA scale": str(float(scale))}
-    outline = identity.of_config(base.folder_of_config(config.model))
-    prints |= {f"base model's {key}": value for key, value in outline.items()}
+        prints["freeze_a"] = str(config.federation.freeze_a)
+    known = identity.of_config(base.folder_of_config(config.model))
+    prints |= {f"base model's {key}": value for key, value in known.items()}
+    prints["num_layers"] = partial(_num_layers, config)
+    if config.fine_tune_type != "full":
+        prints["LoRA keys"] = partial(_keys, config)
     return prints | {
         "tokenizer": lambda: identity.of_tokenizer(load_tokenizer(config)),
         "base model": lambda: identity.of_weights(base.find(config.model)),
     }
+
+
+def _num_layers(config: LoraConfig) -> str:
+    model = outline(config)
+    return str(len(model.layers) if model and config.num_layers == -1 else config.num_layers)
+
+
+def _keys(config: LoraConfig) -> str:
+    from . import adapters
+
+    model = outline(config)
+    keys = adapters.adapted(model) if model else config.lora_parameters.get("keys")
+    return identity.shown(keys)
 
 
 def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: int | None) -> Data:
