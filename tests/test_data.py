@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from examples.mnist import mnist as example
-from mlx_fed import data, sources
+from mlx_fed import cached, data, sources
 from mlx_fed.arguments import parse_settings
 from mlx_fed.data import DataError
 from mlx_fed.partitioners import EXCLUDED, PARTITIONERS
@@ -263,6 +263,7 @@ def test_a_distribution_is_read_from_a_file_anew(tmp_path):
     settings += ["num-unique-labels-per-partition=1", "preassigned-num-samples-per-label=0"]
     for share in (20, 30):
         np.save(array, np.full((10, 1), share))
+        os.utime(array, ns=(10**18, 10**18))
         assert np.bincount(clients_labels(*settings)).tolist() == [share]
 
 
@@ -353,7 +354,6 @@ def test_a_changed_folder_is_read_anew(folder, tmp_path):
     shutil.copytree(folder, copied)
 
     def labels() -> list[int]:
-        sources.find_source.cache_clear()  # as in a new process
         return data.columns(data.load_partition(str(copied), 3, 7)[0], "label")[0].tolist()
 
     first = labels()
@@ -361,6 +361,100 @@ def test_a_changed_folder_is_read_anew(folder, tmp_path):
     (path,) = copied.iterdir()
     datasets.Dataset.from_parquet(str(path)).select(range(299, -1, -1)).to_parquet(path)
     assert labels() != first
+
+
+def number_in(folder: str) -> float:
+    """What all examples of a dataset of one number have."""
+    (values,) = data.columns(data.load_partition(folder, 0, 2)[0], "x")
+    assert len(set(values)) == 1
+    return float(values[0])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("rewrite", ["in place", "by another file"])
+def test_a_file_of_the_same_size_and_time_is_read_anew(tmp_path, kind, rewrite):
+    pytest.importorskip("datasets")
+    path, folder = tmp_path / f"data/train.{kind}", str(tmp_path / "data")
+    path.parent.mkdir()
+    for number in (1.0, 2.0, 3.0):
+        content = file_of(number, kind)
+        assert not path.exists() or path.stat().st_size == len(content)
+        target = path if rewrite == "in place" else tmp_path / "new"
+        target.write_bytes(content)
+        target.replace(path)
+        os.utime(path, ns=(10**18, 10**18))
+        assert number_in(folder) == number
+
+
+def file_of(number: float, kind: str) -> bytes:
+    """A dataset of twenty rows, all of this number."""
+    if kind == "jsonl":
+        return f'{{"x": {number}}}\n'.encode() * 20
+    import pyarrow
+    import pyarrow.parquet
+
+    sink = pyarrow.BufferOutputStream()
+    table = pyarrow.table({"x": [number] * 20})
+    pyarrow.parquet.write_table(table, sink, compression="none", use_dictionary=False)
+    return sink.getvalue().to_pybytes()
+
+
+def test_folders_with_files_of_one_name_size_and_time_are_told_apart(tmp_path):
+    pytest.importorskip("datasets")
+    for number in (1.0, 2.0):
+        path = tmp_path / str(number) / "train.jsonl"
+        path.parent.mkdir()
+        path.write_bytes(file_of(number, "jsonl"))
+        os.utime(path, ns=(10**18, 10**18))
+    assert [number_in(str(tmp_path / str(number))) for number in (1.0, 2.0)] == [1.0, 2.0]
+
+
+def test_a_relative_folder_is_looked_for_where_the_process_is_now(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    for number in (1.0, 2.0):
+        path = tmp_path / str(number) / "data/train.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(file_of(number, "jsonl"))
+        monkeypatch.chdir(tmp_path / str(number))
+        assert number_in("data") == number
+
+
+def test_texts_of_a_folder_that_changes_are_read_anew(tmp_path):
+    pytest.importorskip("datasets")
+    for word in ("one", "two"):
+        (tmp_path / "train.jsonl").write_text(f'{{"text": "{word}"}}\n' * 20)
+        train, _ = data.load_partition(str(tmp_path), 0, 2)
+        assert set(train.dataset()["text"]) == {word}
+
+
+def test_files_that_change_while_they_are_read_are_an_error(tmp_path):
+    pytest.importorskip("datasets")
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(file_of(1.0, "jsonl"))
+    source = sources.find_source(str(tmp_path), "train")
+    path.write_bytes(file_of(2.0, "jsonl"))
+    with pytest.raises(DataError, match="changed while they were read"):
+        source.read("x", np.arange(20))
+    assert number_in(str(tmp_path)) == 2.0
+
+
+def test_a_folder_that_links_to_itself_is_looked_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert len(cached.state_of(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("of", ["numpy", "mlx"])
+def test_partitions_follow_from_all_of_an_array(folder, of):
+    """Also from what its text leaves out."""
+    core = pytest.importorskip("mlx.core")
+    alphas = np.ones(1200, np.float32)
+    keys = []
+    for middle in (1, 2):
+        alphas[600] = middle
+        array = alphas.copy() if of == "numpy" else core.array(alphas)
+        keys.append(data._Arguments.of({"distribution_array": array}))
+    assert keys[0] != keys[1]
 
 
 def test_columns_of_words_and_of_arrays_of_many_shapes(folder, tmp_path):
@@ -471,7 +565,22 @@ def test_a_hub_behind_a_proxy_is_not_taken_for_out_of_reach(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
     monkeypatch.setenv("https_proxy", "http://proxy.invalid:3128")
-    sources._go_offline_without_hub()
+    assert sources._reaches_hub()
+
+
+def test_a_hub_that_was_out_of_reach_is_asked_again(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.socket() as hub:
+        hub.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        with sources._offline_without_hub():
+            assert constants.is_offline_mode()
+        hub.listen()
+        with sources._offline_without_hub():
+            assert not constants.is_offline_mode()
     assert "HF_HUB_OFFLINE" not in os.environ
 
 

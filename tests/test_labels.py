@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,14 @@ def test_a_place_that_cannot_be_written_ends_no_simulation(tmp_path: Path):
     file("labels", {"clients": {0: {1: 2}}})
     file("finished", {})
     assert labels.read(tmp_path) is None
+
+
+def test_a_file_written_again_in_the_same_moment_has_changed(tmp_path: Path):
+    told = labels.LabelsFile(tmp_path, 3)
+    states = []
+    for client in range(2):
+        told("labels", {"clients": {client: {0: 1}}})
+        told("finished", {})
+        os.utime(tmp_path / "labels.json", ns=(10**18, 10**18))
+        states.append(labels.changed(tmp_path))
+    assert states[0] != states[1]

@@ -256,6 +256,92 @@ def test_prompts_are_left_out_of_the_loss(llama, tmp_path):
     assert counts[0] > counts[1]
 
 
+@pytest.mark.parametrize(
+    ("empty", "whole"),
+    [
+        ({"text": ""}, {"text": "one"}),
+        ({"text": None}, {"text": "one"}),
+        ({"text": " \n"}, {"text": "one"}),
+        ({"messages": []}, {"messages": [{"role": "user", "content": "one"}]}),
+        ({"prompt": "a", "completion": ""}, {"prompt": "", "completion": "b"}),
+        ({"prompt": "a"}, {"prompt": "a", "completion": "b"}),
+    ],
+)
+def test_texts_with_nothing_to_learn_are_left_out_and_named_once(empty, whole, tmp_path):
+    model = tiny_llama.write_model(tmp_path / "base")
+    path = model / "tokenizer.json"  # one that strips white space
+    settings = json.loads(path.read_text())
+    settings["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    path.write_text(json.dumps(settings))
+    folder = tiny_llama.write_texts(
+        tmp_path / "texts", [empty, whole, empty, whole, empty, empty], [empty]
+    )
+    notes: list[str] = []
+    task = lora_task(configure(model, folder), note=notes.append)
+    for _ in range(2):
+        loaded = task.data(0, None)
+        assert len(loaded.train) == 2
+        assert loaded.test is None
+    left_out, no_validation = notes
+    assert left_out.startswith("5 texts have nothing to learn within max_seq_length 2048 and are")
+    assert [f"train.jsonl, line {line} (" in left_out for line in range(1, 7)] == [
+        *(True, False, True, False, True, False)
+    ]
+    assert left_out.endswith(" and others.")
+    assert f"nothing to validate on beside {folder}/train.jsonl" in no_validation
+
+
+def test_prompts_that_fill_a_text_are_left_out(llama, tmp_path):
+    pairs = [{"prompt": "x" * n, "completion": "y"} for n in (2, 50, 3)]
+    folder = tiny_llama.write_texts(tmp_path / "pairs", pairs)
+    notes: list[str] = []
+    config = configure(llama, folder, mask_prompt=True, max_seq_length=32)
+    assert len(lora_task(config, note=notes.append).data(0, None).train) == 2
+    assert "1 texts have nothing to learn within max_seq_length 32 and are left out: " in notes[0]
+    assert "train.jsonl, line 2 (its prompt takes 68 of 70 tokens)" in notes[0]
+
+
+THINKS = "{% if add_generation_prompt %}<assistant><think>\n\n</think>\n\n{% endif %}"
+PROMPTS = {
+    "as it is written": tiny_llama.CHAT_TEMPLATE,
+    "with a block to think in": tiny_llama.CHAT_TEMPLATE.split("{% if add")[0] + THINKS,
+    "with the date first": "{% if add_generation_prompt %}today {% endif %}"
+    + tiny_llama.CHAT_TEMPLATE,
+    "with a system prompt before the last question": (
+        "{% if messages[-1]['role'] == 'user' %}<system>Be brief.{% endif %}"
+        + tiny_llama.CHAT_TEMPLATE
+    ),
+}
+
+
+@pytest.mark.parametrize("template", PROMPTS)
+@pytest.mark.parametrize("answer", ["4", "0", "1", "<think>\n2+2=4</think>4"])
+@pytest.mark.parametrize("form", ["messages", "completion"])
+def test_the_loss_is_on_all_of_an_answer_and_nothing_else(template, answer, form, tmp_path):
+    model = tiny_llama.write_model(tmp_path / "base")
+    path = model / "tokenizer_config.json"
+    settings = {**json.loads(path.read_text()), "chat_template": PROMPTS[template]}
+    path.write_text(json.dumps(settings))
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": answer}]
+    record = {"messages": turns} if form == "messages" else {"prompt": "2+2?", "completion": answer}
+    folder = tiny_llama.write_texts(tmp_path / "texts", [record])
+    found = lora_task(configure(model, folder, mask_prompt=True)).data(0, None).train.texts
+    learned = found.tokens[0][found.starts[0] :].tolist()
+    assert base.load_tokenizer(model).decode(learned) == f"{answer}\n"
+
+
+def test_a_chat_of_one_turn_and_one_that_ends_with_a_call_are_learned(tmp_path, llama):
+    question, call = {"role": "user", "content": "2+2?"}, {"name": "add", "arguments": {}}
+    calls = {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
+    chats = [{"messages": [question]}, {"messages": [question, {**calls, "content": ""}]}]
+    folder = tiny_llama.write_texts(tmp_path / "texts", chats)
+    found = lora_task(configure(llama, folder, mask_prompt=True)).data(0, None).train.texts
+    decode = base.load_tokenizer(llama).decode
+    pairs = zip(found.tokens, found.starts, strict=True)
+    learned = [decode(ids[start:].tolist()) for ids, start in pairs]
+    assert learned == ["<user>2+2?\n", "\n"]
+
+
 def test_chats_with_tools_are_taken(llama, tmp_path):
     chat = {
         "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}],
@@ -336,6 +422,21 @@ def test_a_sample_is_written_after_rounds(llama, data, tmp_path):
     assert len(result.rounds[1]["central"]["sample"]) > len("anna says ")
 
 
+def test_a_key_may_be_the_end_of_a_name(llama, data, tmp_path):
+    config = configure(llama, data, local_iters=1, rounds=1)
+    keys = ["q_proj", "mlp.up_proj", "embed_tokens"]
+    config = replace(config, lora_parameters={**config.lora_parameters, "keys": keys})
+    result = simulate(config, tmp_path)
+    modules = {name.rsplit(".", 1)[0] for name in result.parameters}
+    names = ("self_attn.q_proj", "mlp.up_proj")
+    layers = {f"model.layers.{n}.{name}" for n in (0, 1) for name in names}
+    assert modules == {*layers, "model.embed_tokens"}
+    # mlx-lm, which knows whole names alone, loads what it wrote.
+    theirs, _ = mlx_lm_load(str(llama), adapter_path=str(result.model))
+    found = theirs.layers[1].self_attn.q_proj.lora_b
+    assert mx.array_equal(found, result.parameters["model.layers.1.self_attn.q_proj.lora_b"])
+
+
 def test_training_goes_on_from_adapters(llama, data, tmp_path):
     config = configure(llama, data)
     first = simulate(config, tmp_path, name="first")
@@ -368,6 +469,30 @@ def test_the_identity_of_a_config_tells_what_is_computed_and_not_how_it_is_writt
     found = identity.of_config(same)
     assert found["rope_scaling.factor"] == "8"
     assert identity.of_config(llama)["rope_scaling"] == "null"
+
+
+def test_a_base_that_changes_in_its_folder_is_loaded_anew(data, tmp_path):
+    folder = tiny_llama.write_model(tmp_path / "base")
+    before = base.load(folder), base.load_tokenizer(folder)
+    assert (base.load(folder), base.load_tokenizer(folder)) == before
+    (first,) = {layer.self_attn.q_proj.weight[0, 0].item() for layer in before[0].layers[:1]}
+    tiny_llama.write_model(folder, seed=1, words=["anna"])
+    assert base.load(folder).layers[0].self_attn.q_proj.weight[0, 0].item() != first
+    assert "anna" in base.load_tokenizer(folder).get_vocab()
+    # So are checks of its config.json.
+    config = configure(folder, data, num_layers=2)
+    lora_task(config).data(0, 3)
+    tiny_llama.write_model(folder, num_hidden_layers=1)
+    with pytest.raises(fed.FedError, match="num_layers is 2, and the model has 1 layers"):
+        lora_task(config).data(0, 3)
+
+
+def test_a_base_that_is_gone_is_not_remembered(tmp_path):
+    folder = tiny_llama.write_model(tmp_path / "base")
+    assert base.find(str(folder)) == folder
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(fed.FedError, match="has no weights"):
+        base.find(str(folder))
 
 
 def test_no_validation_is_asked_for(llama, data, tmp_path):

@@ -18,11 +18,12 @@ pytest.importorskip("mlx_lm")
 from mlx_fed import rounds
 from mlx_fed.errors import FedError
 from mlx_fed.history import History
-from mlx_fed.lm import base
+from mlx_fed.lm import adapters, base
 from mlx_fed.lm.config import LoraConfig, load_config
 from mlx_fed.lm.task import lora_task
 from mlx_fed.settings import Settings
 from mlx_fed.strategies import default
+from mlx_fed.task import fingerprint_of
 from mlx_fed.training import Trainer
 
 from . import tiny_llama
@@ -95,7 +96,8 @@ def test_a_file_of_mlx_lms_is_taken_with_flags_over_it(tmp_path):
         ("rounds: 3", "unknown key rounds. Put it below federation: as federation.rounds."),
         ("federation: {model: x}", "Put model at the top, beside model and data."),
         ("lora_parameters: {rang: 1}", "lora_parameters.rang. Did you mean lora_parameters.rank?"),
-        ("lora_parameters: {alpha: 16}", "mlx-lm has lora_parameters.scale"),
+        ("lora_parameters: {alpha: x}", "lora_parameters.alpha is a number, not 'x'"),
+        ("lora_parameters: {keys: q_proj}", "lora_parameters.keys is a list, not 'q_proj'"),
         ("lora_parameters: {rank: 0}", "lora_parameters.rank is 1 or more, not 0"),
         ("batch_size: four", "batch_size is a whole number, not 'four'"),
         ("batch_size: 0", "batch_size is 1 or more, not 0"),
@@ -104,6 +106,18 @@ def test_a_file_of_mlx_lms_is_taken_with_flags_over_it(tmp_path):
         ("federation: {fraction: 2.0}", "federation.fraction is above 0 and at most 1, not 2.0"),
         ("lr_schedule: {name: cosine}", "lr_schedule has a name, one of cosine_decay"),
         ("grad_accumulation_steps: 2", "grad_accumulation_steps is not supported yet"),
+        ("learning-rate: 1\nlearning_rate: 2", "learning_rate twice, with hyphens and underscores"),
+        ("max_seq_len: 512", "unknown key max_seq_len. Did you mean max_seq_length?"),
+        ("gradient_checkpointing: true", "Did you mean grad_checkpoint?"),
+        ("lora_parameters: [q_proj]", "lora_parameters is a section of keys, not ['q_proj']"),
+        (
+            "federation: {local_epochs: 1, local_iters: 5}",
+            "federation.local_epochs and federation.local_iters are two ways",
+        ),
+        (
+            "fine_tune_type: full\nfederation: {freeze_a: true}",
+            "federation.freeze_a is for adapters, which fine_tune_type full has none of",
+        ),
         ("num_layers: 0", "num_layers is 1 or more, or -1 for all, not 0"),
         ("val_batches: -2", "val_batches is 0 or more, or -1 for all, not -2"),
         ("learning_rate: -1e-5", "learning_rate is above 0, not -1e-05"),
@@ -118,6 +132,86 @@ def test_a_configuration_that_cannot_be(text, message, tmp_path):
     with refused(message) as raised:
         load_config(written(tmp_path, text))
     assert "lora.yaml" in str(raised.value)
+
+
+LORA = {"rank": 8, "dropout": 0.0, "scale": 20.0}
+OTHERS = [
+    # Of mlx-lm's own documentation: comments, all keys, numbers with exponents.
+    (
+        "# LoRA\nmodel: base\ntrain: true\nfine_tune_type: lora\noptimizer: adamw\n"
+        "optimizer_config: {adamw: {weight_decay: 0.01}}\nseed: 0\nnum_layers: 8\n"
+        "steps_per_report: 10\nsteps_per_eval: 200\nresume_adapter_file: null\n"
+        "adapter_path: adapters\nsave_every: 100\ntest: false\ntest_batches: 100\n"
+        "learning_rate: 1e-5\nlora_parameters: {rank: 8, scale: 20.0, dropout: 0.0}\n",
+        {"num_layers": 8, "optimizer": "adamw", "resume_adapter_file": None},
+        [],
+    ),
+    ("learning_rate: 1.0e-4\nval_batches: -1\nnum_layers: -1", {"num_layers": -1}, []),
+    ("grad_accumulation_steps: 1\nclear_cache_threshold: 0\nreport_to: wandb", {}, []),
+    ("max-seq-length: 512\nbatch-size: 1\nmask-prompt: true", {"max_seq_length": 512}, []),
+    ("seed: null\nlr_schedule: null\nnum_layers:", {"seed": 0, "num_layers": 16}, []),
+    ("lora_parameters:\nfederation:", {"lora_parameters": LORA}, []),
+    (
+        "lora_parameters: {keys: null, rank: 4, scale: null, dropout: null}",
+        {"lora_parameters": {**LORA, "rank": 4}},
+        [],
+    ),
+    ("optimizer: AdamW", {"optimizer": "adamw"}, []),
+    # For older versions.
+    ("lora_layers: 32", {"num_layers": 32}, ["lora_layers is num_layers"]),
+    ("lora_layers: 32\nnum_layers: 4", {"num_layers": 4}, ["lora_layers is num_layers"]),
+    ("lora-layers: -1", {"num_layers": -1}, ["lora_layers is num_layers"]),
+    ("lora_parameters: {lora_layers: 4}", {"num_layers": 4}, ["lora_layers is num_layers"]),
+    (
+        "lora_parameters: {lora_layers: [q_proj, v_proj]}",
+        {"lora_parameters": {**LORA, "keys": ["q_proj", "v_proj"]}},
+        ["lora_parameters.lora_layers is taken for lora_parameters.keys"],
+    ),
+    ("adapter_file: a.npz\nsteps_per_save: 50", {}, ["over adapter_file", "over steps_per_save"]),
+    ("use_chat_template: false", {}, ["mlx-lm passes over use_chat_template, and so does"]),
+    # With words of other libraries.
+    (
+        "lora_parameters: {rank: 16, alpha: 32, dropout: 0.05}",
+        {"lora_parameters": {"rank": 16, "dropout": 0.05, "scale": 2.0}},
+        ["lora_parameters.alpha 32 is a scale of 2.0: alpha / rank"],
+    ),
+    (
+        "lora_parameters: {rank: 16, alpha: 32, scale: 10.0}",
+        {"lora_parameters": {"rank": 16, "dropout": 0.0, "scale": 10.0}},
+        ["over lora_parameters.alpha, and so does mlx-fed. What it has is lora_parameters.scale"],
+    ),
+    ("lora_parameters: {lora_alpha: 4}", {"lora_parameters": {**LORA, "scale": 0.5}}, ["of 0.5"]),
+    (
+        "lora_rank: 64\nlora_dropout: 0.1\nwarmup_steps: 10\nweight_decay: 0.1\nepochs: 3",
+        {"lora_parameters": LORA},
+        ["lora_parameters.rank", "ters.dropout", "schedule.warmup", "_config", "local_epochs"],
+    ),
+    ("lora_parameters: {r: 4, bias: none}", {}, ["is lora_parameters.rank", "over lora_parameter"]),
+    (
+        "lr_schedule: {name: cosine_decay, warmup: 9, warmup_steps: 5, arguments: [1e-5, 9]}",
+        {"lr_schedule": {"name": "cosine_decay", "warmup": 9, "arguments": [1e-5, 9]}},
+        ["mlx-lm passes over lr_schedule.warmup_steps, and so does mlx-fed"],
+    ),
+    ("wandb: {project: x}\ndescription: a test", {}, ["over wandb", "over description"]),
+]
+"""Configuration files as they are written for mlx-lm, with what they mean and what is noted."""
+
+
+@pytest.mark.parametrize(("text", "meant", "noted"), OTHERS)
+def test_files_for_mlx_lm_are_taken_as_mlx_lm_takes_them(text, meant, noted, tmp_path):
+    notes: list[str] = []
+    config = load_config(written(tmp_path, text), note=notes.append)
+    assert {key: getattr(config, key) for key in meant} == meant
+    assert len(notes) == len(noted)
+    for note, words in zip(notes, noted, strict=True):
+        assert note.startswith(f"{tmp_path}/lora.yaml: ")
+        assert words in note
+
+
+def test_a_key_that_is_passed_over_is_warned_of_where_the_file_is_loaded(tmp_path):
+    with pytest.warns(UserWarning, match="mlx-lm passes over wandb") as told:
+        load_config(written(tmp_path, "wandb: x"))
+    assert [warning.filename for warning in told] == [__file__]
 
 
 @pytest.mark.parametrize(
@@ -154,10 +248,9 @@ def test_the_command_says_so_and_ends(start, tmp_path):
         ('{"text": "a"}\n{"text": ', "train.jsonl, line 2 is not JSON"),
         ('{"text": "a"}\n\n["b"]', "train.jsonl, line 3 is not a record"),
         ('{"txt": "a"}', "train.jsonl, line 1 has 'txt': mlx-lm wants 'text', 'messages'"),
-        ('{"text": ""}', "line 1: 'text' is empty"),
         ('{"text": 3}', "line 1: 'text' is not text"),
-        ('{"messages": []}', "line 1: 'messages' is a list of messages with a role and content"),
-        ('{"prompt": "a", "completion": null}', "line 1: 'completion' is not text"),
+        ('{"messages": 3}', "line 1: 'messages' is a list of messages with a role and content"),
+        ('{"prompt": "a", "completion": 3}', "line 1: 'completion' is not text"),
         (
             '{"text": "a"}\n{"prompt": "a", "completion": "b"}',
             "train.jsonl, line 2 has no 'text', which line 1 has",
@@ -189,12 +282,28 @@ def test_a_folder_without_texts(tmp_path):
         lora_task(config).data(0, 3)
 
 
-def test_a_prompt_that_leaves_nothing_to_learn(llama, tmp_path):
-    pair = {"prompt": "x" * 50, "completion": "y"}
-    folder = tiny_llama.write_texts(tmp_path / "pairs", [pair])
-    flags = {"max_seq_length": 32, "mask_prompt": True, "num_layers": -1}
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ({"text": ""}, "'text' is empty"),
+        ({"text": None}, "'text' is empty"),
+        ({"messages": []}, "'messages' is empty"),
+        ({"messages": [{"role": "user", "content": ""}]}, "'messages' is empty"),
+        ({"prompt": "a", "completion": ""}, "'completion' is empty"),
+        ({"prompt": "a"}, "'completion' is empty"),
+        ({"prompt": None, "completion": "a"}, "'prompt' is empty"),
+        ({"prompt": "x" * 50, "completion": "y"}, "its prompt takes 68 of 70 tokens"),
+    ],
+)
+def test_only_texts_that_have_nothing_to_learn(record, why, llama, tmp_path):
+    folder = tiny_llama.write_texts(tmp_path / "texts", [record])
+    flags = {"max_seq_length": 32, "mask_prompt": "prompt" in record, "num_layers": -1}
     flags |= {"model": str(llama), "data": str(folder)}
-    with refused("line 1 has nothing to learn within max_seq_length 32: its prompt takes"):
+    place = folder / "train.jsonl"
+    with refused(
+        f"No text of {place} has anything to learn within max_seq_length 32: "
+        f"{place}, line 1 ({why})."
+    ):
         lora_task(load_config(None, flags)).data(0, None)
 
 
@@ -209,8 +318,7 @@ def test_plain_text_has_no_prompt_to_mask(llama, data):
 
 def forget_what_was_found() -> None:
     """As in a new process."""
-    for remembered in (base.find, base.folder_of_tokenizer, base.folder_of_config):
-        remembered.cache_clear()
+    base.download.cache_clear()
 
 
 def build(model: Path | str, **flags):
@@ -301,13 +409,97 @@ def test_nothing_is_downloaded_for_adapters_that_do_not_fit(llama, monkeypatch, 
         build("somebody/model")
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_whole_layers_of_a_quantized_base(bits, tmp_path):
+    model = tiny_llama.write_model(tmp_path / "base", bits=bits)
+    with refused("those of this base model are quantized: use lora or dora, or a base model that"):
+        build(model, fine_tune_type="full")
+    # Also where its config.json does not say so.
+    config = LoraConfig(fine_tune_type="full", num_layers=1)
+    quantized = base.share(base.load(model))
+    with refused("those of this base model are quantized"):
+        adapters.attach(quantized, config)
+
+
 def test_adapters_to_start_from_that_do_not_fit(llama, tmp_path):
     with refused("Cannot read resume_adapter_file"):
         build(llama, resume_adapter_file=str(tmp_path / "none.safetensors"))
     path = str(tmp_path / "other.safetensors")
     mx.save_safetensors(path, {"model.layers.0.self_attn.q_proj.lora_a": mx.zeros((64, 3))})
-    with refused("was it trained with the same lora_parameters and num_layers?"):
+    with refused("Was it trained with the same fine_tune_type, lora_parameters and num_layers?"):
         build(llama, resume_adapter_file=path)
+
+
+def lora_config(llama: Path, lora_parameters: dict, **flags) -> LoraConfig:
+    config = load_config(None, {"model": str(llama), "num_layers": 2, **flags})
+    return replace(config, lora_parameters={**config.lora_parameters, **lora_parameters})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({"scale": 10.0}, {}, "trained with scale 10.0 ({path}), and the configuration has 20.0"),
+        ({"rank": 4}, {}, "trained with rank 4 ({path}), and the configuration has 8"),
+        (
+            {"keys": ["self_attn.q_proj"]},
+            {"keys": ["q_proj", "v_proj"]},
+            "trained with keys ['self_attn.q_proj'] ({path}), and the configuration has "
+            "['self_attn.q_proj', 'self_attn.v_proj']",
+        ),
+        ({"keys": ["self_attn.q_proj"]}, {}, "trained with keys ['self_attn.q_proj'] ({path})"),
+        ({}, {"keys": ["self_attn.q_proj"]}, "Was it trained with the same fine_tune_type, lora_"),
+        (
+            {"fine_tune_type": "dora"},
+            {},
+            "trained with fine_tune_type dora ({path}), and the configuration has lora",
+        ),
+        (
+            {"num_layers": 1},
+            {"num_layers": -1},
+            "trained with num_layers 1 ({path}), and the configuration has 2",
+        ),
+    ],
+)
+def test_adapters_that_were_trained_otherwise(before, now, message, llama, tmp_path):
+    def configure(values: dict) -> LoraConfig:
+        top = {k: v for k, v in values.items() if k in ("num_layers", "fine_tune_type")}
+        return lora_config(llama, {k: v for k, v in values.items() if k not in top}, **top)
+
+    folder = adapters.save(lora_task(configure(before)).model(), tmp_path, configure(before))
+    resumed = replace(configure(now), resume_adapter_file=str(folder / "adapters.safetensors"))
+    with refused(message.format(path=folder / "adapter_config.json")):
+        lora_task(resumed).model()
+
+
+def test_adapters_of_the_same_kind_in_other_words(llama, tmp_path):
+    names = ["self_attn.q_proj", "self_attn.v_proj"]
+    before = lora_config(llama, {"keys": names, "scale": 10, "dropout": 0.1}, num_layers=-1)
+    folder = adapters.save(lora_task(before).model(), tmp_path, before)
+    path = folder / "adapter_config.json"
+    known = json.loads(path.read_text())
+    known["lora_parameters"]["keys"].append("mlp.gate")  # which mlx-lm passes over
+    path.write_text(json.dumps(known))
+    file = str(folder / "adapters.safetensors")
+    now = lora_config(llama, {"keys": ["v_proj", "q_proj"], "scale": 10.0})
+    notes: list[str] = []
+    lora_task(replace(now, resume_adapter_file=file), notes.append).model()
+    assert notes == []
+    path.unlink()
+    task = lora_task(replace(now, resume_adapter_file=file), notes.append)
+    for _ in range(2):
+        task.model()
+    assert len(notes) == 1
+    assert f"there is no adapter_config.json beside {file}, so that the scale" in notes[0]
+    assert "it is taken to be 10.0" in notes[0]
+
+
+def test_an_adapter_config_that_is_none(llama, tmp_path):
+    config = lora_config(llama, {})
+    folder = adapters.save(lora_task(config).model(), tmp_path, config)
+    (folder / "adapter_config.json").write_text("[]")
+    resumed = replace(config, resume_adapter_file=str(folder / "adapters.safetensors"))
+    with refused(f"Cannot read {folder / 'adapter_config.json'}, beside resume_adapter_file"):
+        lora_task(resumed).model()
 
 
 # -- another node's ------------------------------------------------------------------------
@@ -328,7 +520,12 @@ def test_adapters_to_start_from_that_do_not_fit(llama, tmp_path):
         ("rank", "its LoRA rank is not the server's: 2, expected 8"),
         ("scale", "its LoRA scale is not the server's: 5.0, expected 20.0"),
         ("kind", "its fine_tune_type is not the server's: dora, expected lora"),
-        ("layers", "its model is not the server's: parameter 'model.layers.0."),
+        ("layers", "its num_layers is not the server's: 1, expected 2"),
+        (
+            "keys",
+            'its LoRA keys is not the server\'s: ["self_attn.q_proj"], expected ["mlp.down_proj", ',
+        ),
+        ("freeze_a", "its freeze_a is not the server's: True, expected False"),
     ],
 )
 def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path):
@@ -357,6 +554,10 @@ def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path
         "scale": lambda: replace(config, lora_parameters={**config.lora_parameters, "scale": 5}),
         "kind": lambda: replace(config, fine_tune_type="dora"),
         "layers": lambda: replace(config, num_layers=1),
+        "keys": lambda: replace(
+            config, lora_parameters={**config.lora_parameters, "keys": ["q_proj"]}
+        ),
+        "freeze_a": lambda: replace(config, federation=replace(config.federation, freeze_a=True)),
     }[what]()
     task = lora_task(config)
     apps = [fed.client_app(with_all_texts(lora_task(c))) for c in (config, config, other)]
@@ -370,6 +571,15 @@ def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path
     rounds.run(LoopbackGrid(apps), default(), Trainer(task), Settings(num_rounds=1), history)
     assert [node for node, _ in told] == ["node-2"]
     assert told[0][1].startswith(message)
+
+
+def test_layers_and_keys_are_the_same_in_other_words(llama):
+    one = lora_config(llama, {"keys": ["self_attn.q_proj", "v_proj"]}, num_layers=2)
+    other = lora_config(llama, {"keys": ["v_proj", "q_proj"]}, num_layers=-1)
+    prints = [fingerprint_of(lora_task(config)) for config in (one, other)]
+    assert prints[0] == prints[1]
+    assert prints[0]["LoRA keys"] == '["self_attn.q_proj", "self_attn.v_proj"]'
+    assert prints[0]["num_layers"] == "2"
 
 
 def with_rope_theta(folder: Path, theta: float) -> Path:

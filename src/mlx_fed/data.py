@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .loading import loading
-from .partitioners import CannotPartition, check_partitioner, partition_rows, partition_settings
+from .partitioners import (
+    PARTITIONERS,
+    CannotPartition,
+    check_partitioner,
+    partition_rows,
+    partition_settings,
+)
 from .sources import DataError, Source, find_source, installed, kept
 
 if TYPE_CHECKING:
@@ -147,15 +153,20 @@ class _Arguments:
         content = dict(values)
         path = values.get("distribution_array")
         if isinstance(path, str) and Path(path).expanduser().is_file():
-            stat = Path(path).expanduser().stat()
-            content["distribution_array"] = [path, stat.st_size, stat.st_mtime_ns]
+            file = Path(path).expanduser().read_bytes()
+            content["distribution_array"] = hashlib.sha256(file).hexdigest()
         return cls(json.dumps(content, sort_keys=True, default=_digest), values)
 
 
 def _digest(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return [value.shape, str(value.dtype), hashlib.sha256(value.tobytes()).hexdigest()]
-    return repr(value)
+    """An array's content, be it NumPy's, MLX's or another library's, whose text leaves some out."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        return repr(value)
+    if array.dtype != object:
+        return [array.shape, str(array.dtype), hashlib.sha256(array.tobytes()).hexdigest()]
+    return array.tolist() if array.ndim else repr(value)
 
 
 @lru_cache(maxsize=16)
@@ -182,7 +193,7 @@ def _index(
     try:
         if not isinstance(partitioner, str):
             return make()
-        content = [partitioner, num_partitions, seed, arguments.key]
+        content = [partitioner, PARTITIONERS[partitioner], num_partitions, seed, arguments.key]
         versions = [installed("flwr-datasets"), installed("numpy")]
         return kept([source.key, "partitions", *content, *versions], make)
     except CannotPartition as error:

@@ -112,6 +112,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 def changed(folder: Path) -> str:
     """What tells one state of the file from another; empty where there is none."""
     try:
-        return str((folder / _FILE).stat().st_mtime_ns)
+        stat = (folder / _FILE).stat()
     except OSError:
         return ""
+    return f"{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_size}"  # each is a file of its own

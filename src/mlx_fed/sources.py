@@ -12,8 +12,9 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
-from functools import cache, cached_property
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,12 +45,17 @@ class DataError(FedError):
 
 
 class Source:
-    """One split of a dataset: loaded, decoded and kept at its first use in a process."""
+    """One split of a dataset: loaded, decoded and kept at its first use in a process.
 
-    def __init__(self, name: str, split: str):
-        self.name, self.split = name, split
-        self.folder = _folder(name)
-        self.files = _files(self.folder) if self.folder else []
+    Args:
+        name (str): The dataset, as in :func:`find_source`.
+        split (str): Its split.
+        folder (Path, optional): Where it lies, if that is on this machine.
+        files (State): The state of the folder's files, of which the examples are.
+    """
+
+    def __init__(self, name: str, split: str, folder: Path | None = None, files: cached.State = ()):
+        self.name, self.split, self.folder, self.files = name, split, folder, files
         self._columns: dict[str, np.ndarray | None] = {}
 
     @cached_property
@@ -62,18 +68,17 @@ class Source:
             content = "mlxtend", installed("mlxtend")
         else:
             content = self.dataset._fingerprint
-        return json.dumps([self.split, content, installed("datasets"), installed("pillow")])
+        versions = [installed(name) for name in ("datasets", "pillow", "pyarrow", "numpy")]
+        return json.dumps([self.split, content, *versions])
 
     @cached_property
     def dataset(self) -> Dataset:
-        try:
-            splits = _digits() if self.name == "digits" else _load(self.name, self.folder)
-            if self.folder and self.files != _files(self.folder):
+        if self.folder:
+            splits = _load_folder(self.name, self.folder, self.key)
+            if self.files != cached.state_of(self.folder):
                 raise DataError(f"The files in {self.name!r} changed while they were read.")
-        except DataError:
-            # What is done next in this process looks at the folder anew.
-            find_source.cache_clear()
-            raise
+        else:
+            splits = _digits() if self.name == "digits" else _load_from_hub(self.name)
         if self.split not in splits:
             raise DataError(
                 f"{self.name!r} has no split {self.split!r}, only {', '.join(map(repr, splits))}."
@@ -142,10 +147,19 @@ class _NotWhole(Exception):
     """A column that is not decoded as a whole."""
 
 
-@cache
+_source = lru_cache(maxsize=16)(Source)
+
+
 def find_source(name: str, split: str) -> Source:
-    """A split of a dataset: the same for all of a process."""
-    return Source(name, split)
+    """A split of a dataset: the same for all of a process, for as long as its files do not change.
+
+    Args:
+        name (str): ``"digits"``, a folder, or an id on the hub, of which a process sees one
+            revision.
+        split (str): Its name in the dataset.
+    """
+    folder = _folder(name)
+    return _source(name, split, folder, cached.state_of(folder) if folder else ())
 
 
 def kept(content: list[Any], make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -182,41 +196,48 @@ def _folder(dataset: str) -> Path | None:
     """The folder of this machine that the dataset is, or ``None`` where it is not one."""
     folder = Path(dataset).expanduser()
     if folder.is_dir():
-        return folder
+        return folder.resolve()
     if dataset.startswith((".", "/", "~")):
         raise DataError(f"There is no folder {dataset!r} with a dataset.")
     return None
 
 
-def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """What tells one state of a folder from another: its files, their sizes and times."""
-    found = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [(str(path.relative_to(folder)), s.st_size, s.st_mtime_ns) for path, s in found]
+def _load_folder(name: str, folder: Path, key: str) -> Any:
+    from datasets import config
+
+    # The library goes by the files' times alone: each state of them has a cache of its own there.
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    try:
+        return _load(name, str(folder), cache_dir=Path(config.HF_DATASETS_CACHE, "mlx-fed", digest))
+    except Exception as error:
+        raise DataError(
+            f"Cannot read a dataset from the folder {name!r}: {_reason(error)}"
+        ) from error
 
 
-def _load(dataset: str, folder: Path | None) -> Any:
-    if not folder:
-        _go_offline_without_hub()  # before the import below, which settles whether it is asked
+def _load_from_hub(name: str) -> Any:
+    try:
+        with _offline_without_hub():
+            return _load(name, _NAMES.get(name, name))
+    except Exception as error:
+        raise DataError(
+            f"Cannot load the dataset {name!r} from the hub: {_reason(error)}\n"
+            "Without a network, use --dataset digits, which comes with the package, or "
+            "--dataset FOLDER with the dataset's parquet files."
+        ) from error
+
+
+def _load(name: str, path: str, **options: Any) -> Any:
     import datasets
     import huggingface_hub.utils
 
     bars = datasets.utils.tqdm, huggingface_hub.utils.tqdm
-    try:
-        with loading_with_bars(f"Loading the dataset {dataset!r}", *bars):
-            return datasets.load_dataset(str(folder or _NAMES.get(dataset, dataset)))
-    except Exception as error:
-        raise DataError(_not_loaded(dataset, folder is not None, error)) from error
+    with loading_with_bars(f"Loading the dataset {name!r}", *bars):
+        return datasets.load_dataset(path, **options)
 
 
-def _not_loaded(dataset: str, is_folder: bool, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if is_folder:
-        return f"Cannot read a dataset from the folder {dataset!r}: {reason}"
-    return (
-        f"Cannot load the dataset {dataset!r} from the hub: {reason}\n"
-        "Without a network, use --dataset digits, which comes with the package, or "
-        "--dataset FOLDER with the dataset's parquet files."
-    )
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _digits() -> dict[str, Dataset]:
@@ -238,20 +259,39 @@ def _digits() -> dict[str, Dataset]:
     return {"train": digits}
 
 
-def _go_offline_without_hub() -> None:
-    """Goes offline at once when the hub cannot be reached; what is cached still loads.
+@contextmanager
+def _offline_without_hub() -> Iterator[None]:
+    """Offline from the start where the hub cannot be reached; what is cached still loads.
 
     The hub's own library tries again for 23 seconds.
     """
+    if _reaches_hub():
+        yield
+        return
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        _set_offline(True)  # in what was imported before; the rest reads the variable
+        yield
+    finally:
+        del os.environ["HF_HUB_OFFLINE"]
+        _set_offline(False)
+
+
+def _set_offline(offline: bool) -> None:
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        if module in sys.modules:
+            vars(sys.modules[module])["HF_HUB_OFFLINE"] = offline
+
+
+def _reaches_hub() -> bool:
+    """Whether to ask the hub, or else its cache: it answers, a proxy is to, or the user says."""
     url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
     proxied = url.scheme in getproxies() and not proxy_bypass(host)
     if proxied or os.environ.get("HF_HUB_OFFLINE"):
-        return
+        return True
     try:
         socket.create_connection((host, port), _REACH_SECONDS).close()
     except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        for module in ("huggingface_hub.constants", "datasets.config"):
-            if module in sys.modules:  # imported before: it has read the variable already
-                vars(sys.modules[module])["HF_HUB_OFFLINE"] = True
+        return False
+    return True

@@ -17,8 +17,13 @@ from ..whole_files import replacing
 from .config import LoraConfig, nearest
 
 FOLDER = "adapters"
+_CONFIG = "adapter_config.json"
 _LEAVES = ("lora_a", "lora_b", "m")
 """What mlx-lm calls the arrays of an adapter."""
+FULL_ON_QUANTIZED = (
+    "fine_tune_type full trains the layers' own weights, and those of this base model are "
+    "quantized: use lora or dora, or a base model that is not quantized."
+)
 
 
 class AdapterError(FedError):
@@ -29,7 +34,8 @@ def attach(model: nn.Module, config: LoraConfig) -> None:
     """Makes what the configuration asks for trainable in a frozen base model.
 
     Raises:
-        AdapterError: If the model has not so many layers, or none of the name that a key gives.
+        AdapterError: If the model has not so many layers, none of the name that a key gives, or
+            quantized ones that are to be trained as a whole.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -42,39 +48,76 @@ def attach(model: nn.Module, config: LoraConfig) -> None:
     if config.fine_tune_type == "full":
         for layer in chosen:
             layer.unfreeze()
+            if not all(mx.issubdtype(a.dtype, mx.floating) for _, a in _arrays(layer)):
+                raise AdapterError(FULL_ON_QUANTIZED)
     else:
-        _check_keys(model, chosen, config.lora_parameters.get("keys"))
+        parameters = with_full_keys(model, config)
         use_dora = config.fine_tune_type == "dora"
         try:
-            linear_to_lora_layers(model, config.num_layers, config.lora_parameters, use_dora)
+            linear_to_lora_layers(model, config.num_layers, parameters, use_dora)
         except ValueError as error:
             raise AdapterError(f"mlx-lm cannot adapt this model: {error}.") from error
         if config.federation.freeze_a:
             for module in model.modules():
-                if "lora_a" in module:
+                if _is(module):
                     module.freeze(recurse=False, keys=["lora_a"])
     if config.grad_checkpoint:
         for layer in layers:
             _checkpoint(layer)
 
 
-def _check_keys(model: nn.Module, layers: list[nn.Module], keys: list[str] | None) -> None:
+def _arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
+    arrays: Any = tree_flatten(module.parameters())
+    return arrays
+
+
+def with_full_keys(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
+    """The LoRA parameters, their keys names of modules as mlx-lm looks for them.
+
+    A key may be the end of names, all of which it means then: ``q_proj`` is ``self_attn.q_proj``.
+
+    Raises:
+        AdapterError: If there are no keys at all, or one that no module's name ends with.
+    """
+    keys = config.lora_parameters.get("keys")
     if keys is None:
-        return
+        return config.lora_parameters
     if not keys:
         raise AdapterError(
             "lora_parameters.keys is empty, so that nothing is trained: leave it out for all "
             "linear layers."
         )
-    known = {name for layer in layers for name, _ in layer.named_modules() if name}
-    known |= {name for name, _ in model.named_modules() if name}
-    for key in keys:
-        if key not in known:
-            within = {name for layer in layers for name, _ in layer.named_modules() if name}
+    layers = model.layers[-max(config.num_layers, 0) :]
+    modules = [(name, module) for layer in layers for name, module in layer.named_modules() if name]
+    within = {name for name, _ in modules}
+    everywhere = {name for name, _ in model.named_modules() if name}
+    inside = {id(module) for layer in model.layers for _, module in layer.named_modules()}
+    outside = {name for name, module in model.named_modules() if id(module) not in inside}
+    full = []
+    for key in map(str, keys):
+        exact = {key} & (within | everywhere)
+        ends = ({n for n in names if n.endswith(f".{key}")} for names in (within, outside))
+        names = next(filter(None, (exact, *ends)), None)
+        if names is None:
             raise AdapterError(
                 f"lora_parameters.keys names {key!r}, which no layer has. "
-                f"Did you mean {nearest(str(key), within)!r}?"
+                f"Did you mean {nearest(key, within)!r}?"
             )
+        full += sorted(names)
+    return {**config.lora_parameters, "keys": full}
+
+
+def adapted(model: nn.Module) -> list[str]:
+    """The names of adapted modules, in the layers by their names in a layer."""
+    inside = {id(module) for layer in model.layers for _, module in layer.named_modules()}
+    names = {n for layer in model.layers for n, module in layer.named_modules() if _is(module)}
+    outside = {n for n, m in model.named_modules() if _is(m) and id(m) not in inside}
+    return sorted(names | outside)
+
+
+def _is(module: nn.Module) -> bool:
+    """Whether a module is an adapter."""
+    return "lora_a" in module
 
 
 def _checkpoint(layer: nn.Module) -> None:
@@ -110,25 +153,72 @@ def _checkpoint(layer: nn.Module) -> None:
     layer.__class__ = type(kind.__name__, (kind,), {"__call__": checkpointed})
 
 
-def start_from(model: nn.Module, path: Path) -> None:
+def start_from(
+    model: nn.Module, path: Path, config: LoraConfig, note: Callable[[str], None]
+) -> None:
     """Loads adapters that were trained before.
 
+    Args:
+        model (nn.Module): A model with adapters, as :func:`attach` leaves it.
+        path (Path): The file of adapters. What the ``adapter_config.json`` beside it says of how
+            they were trained has to be what the configuration says.
+        config (LoraConfig): How they are to be trained now.
+        note (callable): Told if the scale that they were trained with is not known.
+
     Raises:
-        AdapterError: If the file cannot be read or does not fit.
+        AdapterError: If a file cannot be read or does not fit.
     """
-    own = dict(tree_flatten(model.parameters()))
     try:
         arrays: Any = mx.load(str(path))
     except (OSError, RuntimeError, ValueError) as error:
         raise AdapterError(f"Cannot read resume_adapter_file {path}: {error}") from error
-    for name, array in arrays.items():
-        if name not in own or own[name].shape != array.shape:
-            expected = own[name].shape if name in own else "none of that name"
+    beside = path.with_name(_CONFIG)
+    if beside.exists():
+        _check_trained_so(model, beside, config)
+    elif config.fine_tune_type != "full":
+        note(
+            f"there is no {_CONFIG} beside {path}, so that the scale it was trained with is not "
+            f"known: it is taken to be {config.lora_parameters['scale']}."
+        )
+    needed = {name: array.shape for name, array in _trained(model, config).items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    for name in sorted(needed.keys() | shapes.keys()):
+        if needed.get(name) != shapes.get(name):
+            theirs, ours = (
+                f"of shape {known[name]}" if name in known else "none of that name"
+                for known in (shapes, needed)
+            )
             raise AdapterError(
-                f"{path} has {name!r} of shape {array.shape}, the model {expected}: was it trained "
-                "with the same lora_parameters and num_layers?"
+                f"{path} does not fit: of {name!r} it has {theirs}, the model {ours}. Was it "
+                "trained with the same fine_tune_type, lora_parameters and num_layers?"
             )
     model.load_weights(list(arrays.items()), strict=False)
+
+
+def _check_trained_so(model: nn.Module, path: Path, config: LoraConfig) -> None:
+    """Compares what an adapter_config.json says, as far as it does, with the configuration."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        before |= before.get("lora_parameters") or {}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise AdapterError(f"Cannot read {path}, beside resume_adapter_file: {error}") from error
+    parameters = config.lora_parameters
+    now: dict[str, Any] = {"fine_tune_type": config.fine_tune_type, "num_layers": config.num_layers}
+    if config.fine_tune_type != "full":
+        now |= {"rank": parameters["rank"], "scale": parameters["scale"]}
+        if isinstance(before.get("keys"), list):  # mlx-lm passes over those that no layer has
+            modules = (module.named_modules() for module in (model, *model.layers))
+            known = {name for names in modules for name, _ in names}
+            now["keys"], before["keys"] = adapted(model), sorted(known & {*before["keys"]})
+    for key, ours in now.items():
+        theirs = before.get(key, ours)
+        if key == "num_layers" and -1 in (theirs, ours):
+            theirs, ours = (len(model.layers) if n == -1 else n for n in (theirs, ours))
+        if theirs != ours:
+            raise AdapterError(
+                f"The adapters of resume_adapter_file were trained with {key} {theirs} ({path}), "
+                f"and the configuration has {ours}: set the same, or start without them."
+            )
 
 
 def save(model: nn.Module, folder: Path, config: LoraConfig) -> Path:
@@ -141,14 +231,23 @@ def save(model: nn.Module, folder: Path, config: LoraConfig) -> Path:
     """
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
-    arrays: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    if config.fine_tune_type != "full":  # frozen ones too: FFA-LoRA's A
-        whole: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-        arrays = {n: array for n, array in whole.items() if n.rsplit(".", 1)[-1] in _LEAVES}
+    arrays = _trained(model, config)
     # Through a file of Python's, whose errors say what was wrong.
     with replacing(target / "adapters.safetensors") as part, part.open("wb") as file:
         mx.save_safetensors(file, arrays, {"format": "mlx"})
-    text = json.dumps(config.for_mlx_lm(), indent=4, sort_keys=True) + "\n"
-    with replacing(target / "adapter_config.json") as part:
+    known = config.for_mlx_lm()
+    if config.fine_tune_type != "full":
+        known["lora_parameters"] = with_full_keys(model, config)
+    text = json.dumps(known, indent=4, sort_keys=True) + "\n"
+    with replacing(target / _CONFIG) as part:
         part.write_text(text, encoding="utf-8")
     return target
+
+
+def _trained(model: nn.Module, config: LoraConfig) -> dict[str, mx.array]:
+    """The arrays that a file of adapters has, by name."""
+    if config.fine_tune_type == "full":
+        trained: Any = tree_flatten(model.trainable_parameters())
+        return dict(trained)
+    # Frozen ones too: FFA-LoRA's A.
+    return {name: array for name, array in _arrays(model) if name.rsplit(".", 1)[-1] in _LEAVES}

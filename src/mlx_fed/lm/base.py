@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bars import loading_with_bars
+from ..cached import State, state_of
 from ..errors import FedError
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ def require_mlx_lm() -> None:
         )
 
 
-@lru_cache
 def find(name: str) -> Path:
     """The folder of a model, which is looked at before any of its weights is downloaded or read.
 
@@ -49,7 +49,7 @@ def find(name: str) -> Path:
     """
     folder = folder_of_tokenizer(name)
     if not is_folder(name):
-        folder = _download(name, f"the model {name}", None)
+        folder = download(name, f"the model {name}")
     if not weight_files(folder):
         raise BaseModelError(
             f"{folder} has no weights: no file model*.safetensors. Download all of it, or make "
@@ -84,18 +84,16 @@ def outline(name: str) -> nn.Module | None:
     return module.freeze()
 
 
-@lru_cache
 def folder_of_config(name: str) -> Path:
     """The folder where a model's config.json is, and perhaps nothing else yet."""
     require_mlx_lm()
     if is_folder(name):
-        return Path(name).expanduser()
+        return Path(name).expanduser().resolve()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BaseModelError(f"There is no model in {name}: no such folder.")
-    return _download(name, f"the model {name}", ["config.json"])
+    return download(name, f"the model {name}", ("config.json",))
 
 
-@lru_cache
 def folder_of_tokenizer(name: str) -> Path:
     """The folder where all of a model is but perhaps its weights.
 
@@ -108,8 +106,8 @@ def folder_of_tokenizer(name: str) -> Path:
         return folder
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    small = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if not pattern.endswith(".safetensors")]
-    return _download(name, f"the tokenizer of {name}", small)
+    small = (pattern for pattern in DEFAULT_ALLOW_PATTERNS if not pattern.endswith(".safetensors"))
+    return download(name, f"the tokenizer of {name}", tuple(small))
 
 
 def is_folder(name: str) -> bool:
@@ -117,13 +115,24 @@ def is_folder(name: str) -> bool:
     return Path(name).expanduser().exists()
 
 
-def _download(name: str, what: str, patterns: list[str] | None) -> Path:
+@lru_cache
+def download(name: str, what: str, patterns: tuple[str, ...] | None = None) -> Path:
+    """The folder of a model's files from the hub, of which a process sees one revision.
+
+    Args:
+        name (str): The model's id.
+        what (str): What is downloaded, to those who watch.
+        patterns (tuple, optional): Of which files. Default: of all that mlx-lm needs.
+
+    Raises:
+        BaseModelError: If they are not to be had.
+    """
     from huggingface_hub.utils import tqdm
-    from mlx_lm.utils import _download as download
+    from mlx_lm.utils import _download
 
     try:
         with loading_with_bars(f"Downloading {what}", tqdm):
-            folder: Path = download(name, allow_patterns=patterns)
+            folder: Path = _download(name, allow_patterns=list(patterns) if patterns else None)
     except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise BaseModelError(
@@ -177,15 +186,20 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("model*.safetensors"))
 
 
-@lru_cache(maxsize=1)
 def load(folder: Path, trust_remote_code: bool = False) -> nn.Module:
-    """The base model, of which nothing is trained, loaded once a process.
+    """The base model, of which nothing is trained, loaded once a process while its files stay.
 
     Arrays are read when they are first computed with.
 
     Raises:
         BaseModelError: If mlx-lm cannot load it.
     """
+    files = state_of(*folder.glob("*.json"), *folder.glob("*.py"), *weight_files(folder))
+    return _load(folder, trust_remote_code, files)
+
+
+@lru_cache(maxsize=1)
+def _load(folder: Path, trust_remote_code: bool, files: State) -> nn.Module:
     from mlx_lm.utils import load_model
 
     try:
@@ -195,13 +209,19 @@ def load(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     return model.freeze()
 
 
-@lru_cache(maxsize=1)
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a base model, loaded once a process.
+    """The tokenizer of a base model, loaded once a process while its files stay.
 
     Raises:
         BaseModelError: If there is none that can be loaded.
     """
+    files = (path for path in folder.glob("*") if path.suffix != ".safetensors" and path.is_file())
+    state = state_of(*files, folder / "additional_chat_templates")
+    return _load_tokenizer(folder, trust_remote_code, state)
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(folder: Path, trust_remote_code: bool, files: State) -> Any:
     from mlx_lm.utils import load_tokenizer as load
 
     eos = read_config(folder).get("eos_token_id")

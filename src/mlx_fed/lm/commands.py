@@ -69,7 +69,8 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
         given = {flag.name: values.pop(flag.name) for flag in _FLAGS}
         with errors_as_messages():
             require_mlx_lm()
-            command(config=load_config(values.pop("config"), given), **values)
+            config = load_config(values.pop("config"), given, _note)
+            command(config=config, **values)
 
     _, *own = inspect.signature(command, eval_str=True).parameters.values()
     file = inspect.Parameter(
@@ -230,6 +231,10 @@ def make_strategy(config: LoraConfig, min_nodes: int) -> Strategy:
     if federation.weighting == "tokens":
         options["weighted-by-key"] = "num-tokens"
     return find_strategy(federation.strategy, min_nodes, {**options, **federation.strategy_options})
+
+
+def _note(text: str) -> None:
+    typer.echo(f"Note: {text}", err=True)
 
 
 def _device(gpu: bool | None) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -107,6 +108,28 @@ IDLE = {
 }
 """Keys of mlx-lm's that have no meaning in a federation; a file may have them all the same."""
 
+_OF_LORA = {"rank": int, "scale": float, "dropout": float, "keys": list}
+_OF_SCHEDULE = ("name", "arguments", "warmup", "warmup_init")
+_ALPHAS = ("alpha", "lora_alpha")
+"""What other libraries have in place of mlx-lm's scale: it is alpha / rank."""
+_HINTS = {
+    "epochs": "federation.local_epochs",
+    "lora_dropout": "lora_parameters.dropout",
+    "lora_keys": "lora_parameters.keys",
+    "lora_rank": "lora_parameters.rank",
+    "lora_scale": "lora_parameters.scale",
+    "r": "lora_parameters.rank",
+    "target_modules": "lora_parameters.keys",
+    "use_dora": "fine_tune_type: dora",
+    "warmup_steps": "lr_schedule.warmup",
+    "weight_decay": "optimizer_config",
+    **dict.fromkeys(_ALPHAS, "lora_parameters.scale, which is alpha / rank"),
+}
+"""What mlx-lm has for keys of other libraries."""
+_TYPO = (0.8, 0.75)
+"""How like a known key another has to be to be a slip of the pen, at the top and in sections, whose
+keys are short."""
+
 _CHOICES = {
     "fine_tune_type": ("lora", "dora", "full"),
     "optimizer": ("adam", "adamw", "muon", "sgd", "adafactor"),
@@ -126,30 +149,53 @@ _POSITIVE = {
 _OR_ALL = {"num_layers": 1, "val_batches": 0}
 """Keys of which -1 is all, and the least that they may be else."""
 _SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+}
 
 
-def load_config(path: Path | str | None, flags: Mapping[str, Any] | None = None) -> LoraConfig:
+Note = Callable[[str], None]
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)  # where load_config is called
+
+
+def load_config(
+    path: Path | str | None, flags: Mapping[str, Any] | None = None, note: Note = _warn
+) -> LoraConfig:
     """The configuration in a file, with flags over it.
+
+    A file of mlx-lm's is taken as mlx-lm takes it: a key without a value is one that is left out,
+    and one that mlx-lm does not know is passed over with a note, unless it is almost one that it
+    knows.
 
     Args:
         path (Path, optional): A YAML file.
         flags (dict, optional): Values by key, the federation's among the others; those that are
             ``None`` were not given.
+        note (callable, optional): Told of each key that is passed over, or taken for another.
+            Default: warns.
 
     Raises:
         ConfigError: If the file cannot be read, or a key or a value is not one that there is.
     """
-    values = _read(Path(path)) if path else {}
     where = str(path) if path else "the configuration"
-    section = values.pop("federation", None) or {}
-    if not isinstance(section, dict):
-        raise ConfigError(f"{where}: federation is a section of keys, not {section!r}.")
+    notes: list[str] = []
+    values = _keyed(_read(Path(path)), where, "") if path else {}
+    section = _section(values, where, "federation")
     for key, value in (flags or {}).items():
         if value is not None:
             (section if key in _names(Federation) else values)[key] = value
-    if values.get("grad_accumulation_steps", 1) != 1:
-        raise ConfigError(f"{where}: grad_accumulation_steps is not supported yet: leave it out.")
+    if (steps := values.get("grad_accumulation_steps", 1)) != 1:
+        raise ConfigError(
+            f"{where}: grad_accumulation_steps is not supported yet: leave it out, or for the same "
+            f"steps take batch_size times {steps}, iters divided by {steps} and grad_checkpoint."
+        )
     if "hf_dataset" in values:
         raise ConfigError(
             f"{where}: hf_dataset is not supported: give the dataset's id as data, and "
@@ -157,10 +203,72 @@ def load_config(path: Path | str | None, flags: Mapping[str, Any] | None = None)
             "text_feature."
         )
     values = {k: v for k, v in values.items() if k not in IDLE | {"grad_accumulation_steps"}}
+    if isinstance(optimizer := values.get("optimizer"), str):
+        values["optimizer"] = optimizer.lower()
+    values["lora_parameters"] = _lora_parameters(values, where, notes)
+    if (layers := values.pop("lora_layers", None)) is not None:
+        notes.append("lora_layers is num_layers, as older versions of mlx-lm called it.")
+        values.setdefault("num_layers", layers)
+    _pass_over(values, _names(LoraConfig) | IDLE, where, "", notes)
     _check(LoraConfig, values, where, "")
     _check(Federation, section, where, "federation.")
-    _check_nested(values, where, section.get("local_epochs"))
+    _check_schedule(values, where, section, notes)
+    if "local_epochs" in section and "local_iters" in section:
+        raise ConfigError(
+            f"{where}: federation.local_epochs and federation.local_iters are two ways to say how "
+            "long a round is: leave out one."
+        )
+    if values.get("fine_tune_type") == "full" and section.get("freeze_a"):
+        raise ConfigError(
+            f"{where}: federation.freeze_a is for adapters, which fine_tune_type full has none of: "
+            "leave it out, or use lora or dora."
+        )
+    for text in notes:
+        note(f"{where}: {text}")
     return LoraConfig(**values, federation=Federation(**section))
+
+
+def _keyed(values: Mapping[Any, Any], where: str, section: str) -> dict[str, Any]:
+    """Values by keys with underscores, those that have one."""
+    keyed: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if value is not None and keyed.setdefault(name, value) != value:
+            raise ConfigError(f"{where} has {section}{name} twice, with hyphens and underscores.")
+    return keyed
+
+
+def _section(values: dict[str, Any], where: str, name: str) -> dict[str, Any]:
+    """A section's values by key, taken out of all values."""
+    section = values.pop(name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{where}: {name} is a section of keys, not {section!r}.")
+    return _keyed(section, where, f"{name}.")
+
+
+def _pass_over(
+    values: dict[str, Any], known: Iterable[str], where: str, section: str, notes: list[str]
+) -> None:
+    """Removes keys that are not known, as mlx-lm does, with a note for each.
+
+    Raises:
+        ConfigError: If one is almost a known one, or belongs elsewhere.
+    """
+    for key in [key for key in values if key not in known]:
+        if key in _HINTS:
+            hint = f" What it has is {_HINTS[key]}."
+        elif not section and key in _names(Federation):
+            raise ConfigError(
+                f"{where} has an unknown key {key}. Put it below federation: as federation.{key}."
+            )
+        elif near := difflib.get_close_matches(key, sorted(known), 1, _TYPO[bool(section)]):
+            raise ConfigError(
+                f"{where} has an unknown key {section}{key}. Did you mean {section}{near[0]}?"
+            )
+        else:
+            hint = ""
+        notes.append(f"mlx-lm passes over {section}{key}, and so does mlx-fed.{hint}")
+        del values[key]
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -197,8 +305,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _check(cls: type, values: Mapping[str, Any], where: str, section: str) -> None:
     kinds = get_type_hints(cls)
     for key, value in values.items():
-        if key not in kinds or (key == "federation" and not section):
-            raise ConfigError(f"{where} has an unknown key {section}{key}. {_meant(key, section)}")
+        if key not in kinds:  # of the federation: others are passed over
+            raise ConfigError(f"{where} has an unknown key {section}{key}. {_meant(key)}")
         _check_value(where, section + key, value, kinds[key])
         if key in _CHOICES and value not in _CHOICES[key]:
             choices = ", ".join(_CHOICES[key])
@@ -214,13 +322,10 @@ def _check(cls: type, values: Mapping[str, Any], where: str, section: str) -> No
         raise ConfigError(f"{where}: {section}fraction is above 0 and at most 1, not {share}.")
 
 
-def _meant(key: str, section: str) -> str:
-    if not section and key in _names(Federation):
-        return f"Put it below federation: as federation.{key}."
-    if section and key in _names(LoraConfig):
+def _meant(key: str) -> str:
+    if key in _names(LoraConfig):
         return f"Put {key} at the top, beside model and data."
-    known = _names(Federation) if section else _names(LoraConfig) | IDLE
-    return f"Did you mean {section}{nearest(str(key), known)}?"
+    return f"Did you mean federation.{nearest(key, _names(Federation))}?"
 
 
 def _check_value(where: str, key: str, value: Any, kind: Any) -> None:
@@ -234,43 +339,49 @@ def _check_value(where: str, key: str, value: Any, kind: Any) -> None:
     raise ConfigError(f"{where}: {key} is {named}, not {value!r}.")
 
 
-def _check_nested(values: dict[str, Any], where: str, local_epochs: int | None) -> None:
-    """Checks the sections in mlx-lm's own part, and fills in what they leave out."""
-    lora = {**LoraConfig().lora_parameters, **(values.get("lora_parameters") or {})}
-    known = {"rank": int, "scale": float, "dropout": float, "keys": list}
+def _lora_parameters(values: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
+    """mlx-lm's section ``lora_parameters``, with defaults for what it leaves out."""
+    lora = _section(values, where, "lora_parameters")
+    if isinstance(layers := lora.pop("lora_layers", None), int):
+        values.setdefault("lora_layers", layers)
+    elif layers is not None:
+        notes.append("lora_parameters.lora_layers is taken for lora_parameters.keys.")
+        lora.setdefault("keys", layers)
+    for name in _ALPHAS:
+        if name in lora and "scale" not in lora:
+            alpha, rank = lora.pop(name), lora.get("rank", LoraConfig().lora_parameters["rank"])
+            _check_value(where, f"lora_parameters.{name}", alpha, float)
+            _check_value(where, "lora_parameters.rank", rank, int)
+            lora["scale"] = alpha / max(rank, 1)
+            notes.append(
+                f"lora_parameters.{name} {alpha} is a scale of {lora['scale']}: alpha / rank."
+            )
+    _pass_over(lora, _OF_LORA, where, "lora_parameters.", notes)
+    lora = {**LoraConfig().lora_parameters, **lora}
     for key, value in lora.items():
-        if key == "alpha":
-            raise ConfigError(
-                f"{where}: mlx-lm has lora_parameters.scale (alpha / rank), no alpha."
-            )
-        if key not in known:
-            meant = nearest(str(key), known)
-            raise ConfigError(
-                f"{where} has an unknown key lora_parameters.{key}. "
-                f"Did you mean lora_parameters.{meant}?"
-            )
-        _check_value(where, f"lora_parameters.{key}", value, known[key])
+        _check_value(where, f"lora_parameters.{key}", value, _OF_LORA[key])
     if lora["rank"] < 1:
         raise ConfigError(f"{where}: lora_parameters.rank is 1 or more, not {lora['rank']}.")
     if not 0 <= lora["dropout"] < 1:
         dropout = lora["dropout"]
         raise ConfigError(f"{where}: lora_parameters.dropout is from 0 to below 1, not {dropout}.")
-    values["lora_parameters"] = lora
-    if schedule := values.get("lr_schedule"):
-        if local_epochs:
-            raise ConfigError(
-                f"{where}: lr_schedule counts iterations: give iters or federation.local_iters, "
-                "not federation.local_epochs."
-            )
-        for key in schedule:
-            if key not in (keys := ("name", "arguments", "warmup", "warmup_init")):
-                raise ConfigError(
-                    f"{where} has an unknown key lr_schedule.{key}. "
-                    f"Did you mean lr_schedule.{nearest(str(key), keys)}?"
-                )
-        name = schedule.get("name")
-        if name not in _SCHEDULES or not isinstance(schedule.get("arguments"), list):
-            raise ConfigError(
-                f"{where}: lr_schedule has a name, one of {', '.join(_SCHEDULES)}, and a list of "
-                f"arguments, such as [1e-5, 1000]; not {schedule!r}."
-            )
+    return lora
+
+
+def _check_schedule(
+    values: dict[str, Any], where: str, federation: Mapping[str, Any], notes: list[str]
+) -> None:
+    if not (schedule := _section(values, where, "lr_schedule")):
+        return
+    if federation.get("local_epochs"):
+        raise ConfigError(
+            f"{where}: lr_schedule counts iterations: give iters or federation.local_iters, "
+            "not federation.local_epochs."
+        )
+    _pass_over(schedule, _OF_SCHEDULE, where, "lr_schedule.", notes)
+    if schedule.get("name") not in _SCHEDULES or not isinstance(schedule.get("arguments"), list):
+        raise ConfigError(
+            f"{where}: lr_schedule has a name, one of {', '.join(_SCHEDULES)}, and a list of "
+            f"arguments, such as [1e-5, 1000]; not {schedule!r}."
+        )
+    values["lr_schedule"] = schedule

@@ -67,10 +67,10 @@ def of_config(folder: Path) -> dict[str, str]:
     config = base.read_config(folder)
     kinds = base.classes(folder, config)
     known = vars(kinds[1].from_dict(config)) if kinds else config
-    found = {key: _shown(value) for key, value in _flat(known) if not _says_nothing(key)}
+    found = {key: shown(value) for key, value in _flat(known) if not _says_nothing(key)}
     quantization = config.get("quantization") or config.get("quantization_config")
-    return {"model_type": _shown(config.get("model_type")), **found} | {
-        "quantization": _shown(quantization)
+    return {"model_type": shown(config.get("model_type")), **found} | {
+        "quantization": shown(quantization)
     }
 
 
@@ -87,7 +87,8 @@ def _says_nothing(key: str) -> bool:
     return key.rsplit(".", 1)[-1] in _IDLE or key.endswith("_token_id")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as JSON, cut where it is long, with a hash of all of it."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # 10000.0 in one file is the 10000 in another
     text = json.dumps(value, sort_keys=True, default=str)

@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cached import State, state_of
 from ..task import Config, Data, Task
 from . import base, identity, texts
 from .config import ConfigError, LoraConfig
@@ -20,10 +21,25 @@ if TYPE_CHECKING:
     import mlx.optimizers as optim
 
 Note = Callable[[str], None]
+_SHOWN = 3
+"""Texts that a message names, of those that are left out."""
 
 
 def _print(text: str) -> None:
     print(f"Note: {text}")
+
+
+class _Once:
+    """Tells each note once, however often a run loads the texts that it is about."""
+
+    def __init__(self, note: Note):
+        self.note = note
+        self.told: set[str] = set()
+
+    def __call__(self, text: str) -> None:
+        if text not in self.told:
+            self.told.add(text)
+            self.note(text)
 
 
 def lora_task(config: LoraConfig, note: Note = _print) -> Task:
@@ -43,6 +59,7 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
         >>> task = lora_task(load_config("lora.yaml"))
         >>> fed.simulate(task, FedAvg(weighted_by_key="num-tokens"), num_clients=3, workers=0)
     """
+    note = _Once(note)
     steps = config.local_steps()
     length: dict[str, int] = (
         {"local-epochs": config.federation.local_epochs or 1}
@@ -50,7 +67,7 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
         else {"local-steps": steps}
     )
     task = Task(
-        model=partial(build, config),
+        model=partial(build, config, note),
         loss=token_loss,
         optimizer=make_optimizer,
         data=partial(load_texts, config, note),
@@ -72,8 +89,12 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
     return task
 
 
-def build(config: LoraConfig) -> nn.Module:
+def build(config: LoraConfig, note: Note = _print) -> nn.Module:
     """The base model with new adapters, drawn from MLX's random state as it is now.
+
+    Args:
+        config (LoraConfig): Which model, and what is trained of it.
+        note (callable): Told what is not known of adapters that were trained before.
 
     Raises:
         FedError: If there is no such base model, or it has no place for the adapters.
@@ -84,29 +105,43 @@ def build(config: LoraConfig) -> nn.Module:
 
     # Loading draws numbers, too, and only the first time: what is drawn here comes before it.
     seed: Any = mx.random.randint(0, 2**31 - 1).item()
-    _check_fit(config)
+    outline(config)
     model = base.share(base.load(base.find(config.model), config.trust_remote_code))
     mx.random.seed(seed)
     adapters.attach(model, config)
     if config.resume_adapter_file:
-        adapters.start_from(model, Path(config.resume_adapter_file).expanduser())
+        adapters.start_from(model, Path(config.resume_adapter_file).expanduser(), config, note)
     return model
 
 
 def load_tokenizer(config: LoraConfig) -> Any:
     """The base model's tokenizer, for which its weights are not looked for."""
-    _check_fit(config)
+    outline(config)
     folder = base.folder_of_tokenizer(config.model)
     return base.load_tokenizer(folder, config.trust_remote_code)
 
 
+def outline(config: LoraConfig) -> nn.Module | None:
+    """The model with its adapters and without weights, none of a model that comes with code.
+
+    It is looked at before more is downloaded or read of a model that cannot be trained as asked.
+
+    Raises:
+        FedError: As :func:`build`.
+    """
+    return _outline(config, state_of(base.folder_of_config(config.model) / "config.json"))
+
+
 @lru_cache(maxsize=1)
-def _check_fit(config: LoraConfig) -> None:
-    """Sees to it that nothing is downloaded or read of a model that cannot be trained as asked."""
+def _outline(config: LoraConfig, file: State) -> nn.Module | None:
     from . import adapters
 
-    if (outline := base.outline(config.model)) is not None:
-        adapters.attach(outline, config)
+    if (model := base.outline(config.model)) is not None:
+        quantized = base.read_config(base.folder_of_config(config.model)).get("quantization")
+        if config.fine_tune_type == "full" and quantized:
+            raise adapters.AdapterError(adapters.FULL_ON_QUANTIZED)
+        adapters.attach(model, config)
+    return model
 
 
 def _save(config: LoraConfig, model: nn.Module, folder: Path) -> Path:
@@ -128,17 +163,37 @@ def perplexity(metrics: Any) -> dict[str, float]:
 
 
 def fingerprint(config: LoraConfig) -> dict[str, str | Callable[[], str]]:
-    """What has to be the same on the server and its nodes; last what takes the model's weights."""
+    """What has to be the same on the server and its nodes; last what takes the model's weights.
+
+    Layers and keys are those that are trained, however they are written.
+    """
     prints: dict[str, str | Callable[[], str]] = {"fine_tune_type": config.fine_tune_type}
     if config.fine_tune_type != "full":
         rank, scale = (config.lora_parameters[key] for key in ("rank", "scale"))
         prints |= {"LoRA rank": str(rank), "LoRA scale": str(float(scale))}
-    outline = identity.of_config(base.folder_of_config(config.model))
-    prints |= {f"base model's {key}": value for key, value in outline.items()}
+        prints["freeze_a"] = str(config.federation.freeze_a)
+    known = identity.of_config(base.folder_of_config(config.model))
+    prints |= {f"base model's {key}": value for key, value in known.items()}
+    prints["num_layers"] = partial(_num_layers, config)
+    if config.fine_tune_type != "full":
+        prints["LoRA keys"] = partial(_keys, config)
     return prints | {
         "tokenizer": lambda: identity.of_tokenizer(load_tokenizer(config)),
         "base model": lambda: identity.of_weights(base.find(config.model)),
     }
+
+
+def _num_layers(config: LoraConfig) -> str:
+    model = outline(config)
+    return str(len(model.layers) if model and config.num_layers == -1 else config.num_layers)
+
+
+def _keys(config: LoraConfig) -> str:
+    from . import adapters
+
+    model = outline(config)
+    keys = adapters.adapted(model) if model else config.lora_parameters.get("keys")
+    return identity.shown(keys)
 
 
 def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: int | None) -> Data:
@@ -148,17 +203,29 @@ def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: i
     most = None if config.val_batches < 0 else config.val_batches
     train = texts.tokenize(splits.train, tokenizer, config)
     valid = texts.tokenize(splits.valid, tokenizer, config) if splits.valid and most != 0 else None
+    limit, place = config.max_seq_length, splits.train.where(0).rsplit(",", 1)[0]
+    if left_out := [*train.left_out, *(valid.left_out if valid else [])]:
+        first = "; ".join(left_out[:_SHOWN]) + (" and others" if len(left_out) > _SHOWN else "")
+        if not train.tokens:
+            raise texts.TextError(
+                f"No text of {place} has anything to learn within max_seq_length {limit}: {first}."
+            )
+        note(
+            f"{len(left_out)} texts have nothing to learn within max_seq_length {limit} and are "
+            f"left out: {first}."
+        )
     if cut := [*train.cut, *(valid.cut if valid else [])]:
         note(
-            f"{len(cut)} texts are longer than max_seq_length {config.max_seq_length} and "
+            f"{len(cut)} texts are longer than max_seq_length {limit} and "
             f"are cut, the first is {cut[0]}."
         )
     if splits.valid is None:
-        place = splits.train.where(0).rsplit(",", 1)[0]
         note(f"there is no valid.jsonl beside {place}: its node trains and does not validate.")
+    elif valid and not valid.tokens:
+        note(f"there is nothing to validate on beside {place}: its node trains and does not.")
     return Data(
         train=texts.Batches(train, config.batch_size),
-        test=texts.Batches(valid, config.batch_size, most) if valid else None,
+        test=texts.Batches(valid, config.batch_size, most) if valid and valid.tokens else None,
     )
 
 

@@ -109,10 +109,14 @@ def _from_dataset(config: LoraConfig, partition: int, num_partitions: int | None
         config.data, partition, num_partitions, partitioner=federation.partitioner, **options
     )
     where = f"{config.data}, partition {partition}"
-    rows = [Rows(part.dataset(), lambda i: f"{where}, example {i}") for part in parts]
+    train, valid = (part.dataset() for part in parts)
+    rows = (
+        Rows(train, lambda i: f"{where}, training example {i}"),
+        Rows(valid, lambda i: f"{where}, held-out example {i}"),
+    )
     for part in rows:
         _check_record(part.records[0], part.where(0), config)
-    return Splits(rows[0], rows[1])
+    return Splits(*rows)
 
 
 def _dealt(rows: Rows, partition: int, num_partitions: int) -> Rows:
@@ -154,12 +158,15 @@ def read_jsonl(path: Path, config: LoraConfig) -> Rows:
 
 
 def _form(record: dict[str, Any], config: LoraConfig) -> tuple[str, ...]:
-    """The keys by which mlx-lm takes a record for a completion, a chat or a text."""
+    """The keys by which mlx-lm takes a record for a completion, a chat or a text.
+
+    A prompt alone is a completion that is missing.
+    """
     completion = (config.prompt_feature, config.completion_feature)
     for keys in (completion, (config.chat_feature,), (config.text_feature,)):
         if all(key in record for key in keys):
             return keys
-    return ()
+    return completion if config.prompt_feature in record else ()
 
 
 def _check_record(record: Any, where: str, config: LoraConfig) -> None:
@@ -173,12 +180,14 @@ def _check_record(record: Any, where: str, config: LoraConfig) -> None:
             f"{config.prompt_feature!r} and {config.completion_feature!r}."
         )
     for key in form:
-        value = record[key]
+        value = record.get(key)
+        if value is None:
+            continue  # nothing to learn: see _lacks
         if key == config.chat_feature:
-            if not isinstance(value, list) or not value or not all(map(_is_turn, value)):
+            if not isinstance(value, list) or not all(map(_is_turn, value)):
                 raise TextError(f"{where}: {key!r} is a list of messages with a role and content.")
-        elif not isinstance(value, str) or not value:
-            raise TextError(f"{where}: {key!r} is {'empty' if value == '' else 'not text'}.")
+        elif not isinstance(value, str):
+            raise TextError(f"{where}: {key!r} is not text.")
     if config.mask_prompt and form == (config.text_feature,):
         raise TextError(f"{where} is plain text, which has no prompt: leave out mask_prompt.")
 
@@ -195,51 +204,131 @@ def _check_alike(
     """mlx-lm takes the first record's form for all."""
     first = _form(records[0], config)
     for record, line in zip(records, lines, strict=True):
-        if not all(key in record for key in first):
+        if first[0] not in record:
             raise TextError(
                 f"{path}, line {line} has no {first[0]!r}, which line {lines[0]} has: all lines "
                 "are of one form."
             )
 
 
+def _lacks(record: dict[str, Any], form: tuple[str, ...], config: LoraConfig) -> str:
+    """Which of a record's keys has nothing, so that there is nothing to learn; empty if none."""
+    for key in form:
+        value = record.get(key)
+        if key == config.chat_feature:
+            if not any(turn.get("content") or turn.get("tool_calls") for turn in value or ()):
+                return key
+        elif value is None or (not value and key != config.prompt_feature):
+            return key
+    return ""
+
+
 class Tokenized(NamedTuple):
-    """Token ids of texts, where in each the loss begins, and how many were cut."""
+    """Token ids of texts, where in each the loss begins, and which texts were cut or left out."""
 
     tokens: list[np.ndarray]
     starts: list[int]
     cut: list[str]
+    left_out: list[str]
 
 
 def tokenize(rows: Rows, tokenizer: Any, config: LoraConfig) -> Tokenized:
-    """Texts as tokens, cut to ``max_seq_length``.
+    """Texts as tokens, cut to ``max_seq_length``, without those that have nothing to learn.
 
     Raises:
-        TextError: If the tokenizer cannot take a record, or nothing of it is left to train on.
+        TextError: If a record is not laid out as mlx-lm's, or the tokenizer cannot take it.
     """
-    from mlx_lm.tuner.datasets import create_dataset
-
-    features = {f"{kind}_feature" for kind in ("prompt", "completion", "chat", "text")}
-    settings = {name: getattr(config, name) for name in (*features, "mask_prompt")}
-    dataset = create_dataset(rows.records, tokenizer, SimpleNamespace(**settings))
-    result = Tokenized([], [], [])
+    result = Tokenized([], [], [], [])
     limit = config.max_seq_length
+    form = _form(rows.records[0], config)
+    read = _reader(form, tokenizer, config)
     with loading("Tokenizing texts", len(rows.records), "texts") as progress:
         for number, record in enumerate(rows.records):
             progress.reached(number)
+            where = rows.where(number)
+            _check_record(record, where, config)
+            if key := _lacks(record, form, config):
+                result.left_out.append(f"{where} ({key!r} is empty)")
+                continue
             try:
-                ids, start = dataset.process(record)
+                ids, start = read(record)
             except Exception as error:  # whatever a chat template raises
-                raise TextError(f"{rows.where(number)} cannot be tokenized: {error}") from error
+                raise TextError(f"{where} cannot be tokenized: {error}") from error
             if max(start, 1) >= min(len(ids), limit):
-                raise TextError(
-                    f"{rows.where(number)} has nothing to learn within max_seq_length {limit}: its "
-                    f"prompt takes {start} of {len(ids)} tokens."
-                )
+                prompt = f"its prompt takes {start} of {len(ids)} tokens"
+                result.left_out.append(f"{where} ({prompt if start else 'it has too few tokens'})")
+                continue
             if len(ids) > limit:
-                result.cut.append(f"{rows.where(number)} ({len(ids)} tokens)")
+                result.cut.append(f"{where} ({len(ids)} tokens)")
             result.tokens.append(np.asarray(ids[:limit], np.int32))
             result.starts.append(start)
     return result
+
+
+def _reader(
+    form: tuple[str, ...], tokenizer: Any, config: LoraConfig
+) -> Callable[[dict[str, Any]], tuple[list[int], int]]:
+    """A function that gives a record's token ids, as mlx-lm does, and where its loss begins."""
+    from mlx_lm.tuner.datasets import create_dataset
+
+    nothing = tokenizer.encode("")
+
+    def read_text(record: dict[str, Any]) -> tuple[list[int], int]:
+        ids = list(tokenizer.encode(record[config.text_feature]))
+        if ids == nothing:  # such as white space that a tokenizer strips
+            return [], 0
+        return ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id], 0
+
+    features = (f"{kind}_feature" for kind in ("prompt", "completion", "chat", "text"))
+    settings = SimpleNamespace(**{name: getattr(config, name) for name in features})
+    dataset = create_dataset([dict.fromkeys(form)], tokenizer, settings)
+
+    def read_turns(record: dict[str, Any]) -> tuple[list[int], int]:
+        ids, _ = dataset.process(record)
+        if not config.mask_prompt:
+            return ids, 0
+        if form == (config.chat_feature,):
+            turns = record[config.chat_feature]
+        else:
+            turns = [_turn("user", record[form[0]]), _turn("assistant", record[form[1]])]
+        return ids, _start_of_answer(ids, turns, record.get("tools"), tokenizer)
+
+    return read_text if form == (config.text_feature,) else read_turns
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _start_of_answer(ids: list[int], turns: list[dict], tools: Any, tokenizer: Any) -> int:
+    """How many tokens of a conversation come before what its last turn says.
+
+    As with mlx-lm these are the prompt's, with which a model is asked to generate, where the
+    conversation begins with them. A template's prompt may have more, such as a block to think in
+    that finished answers do not have. Then they are what the conversation shares with one that
+    says something else in its last turn, so that no token of the answer is lost.
+    """
+    *before, last = turns
+    if not before:
+        return 0
+
+    def render(turns: list[dict], asks: bool = False) -> list[int]:
+        tokens: list[int] = tokenizer.apply_chat_template(
+            turns, tools=tools, add_generation_prompt=asks, return_dict=False
+        )
+        return tokens
+
+    prompt = render(before, last["role"] == "assistant")
+    if ids[: len(prompt)] == prompt:
+        return len(prompt)
+    others = (render([*before, _turn(last["role"], content)]) for content in "01")
+    return min(_num_common(ids, other) for other in others)
+
+
+def _num_common(one: list[int], other: list[int]) -> int:
+    """The length of the longest common prefix."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class Batches:
