@@ -41,6 +41,11 @@ def loss(model, x, y, w, v):
     return (errors * w).sum() / w.sum(), w.sum()
 
 
+def error(model, x, y, w, v):
+    """A value for each example: with such functions alone, batches are padded."""
+    return (model(x).squeeze(-1) - y) ** 2
+
+
 def recall(model, x, y, w, v):
     """0 / 0 on a batch without positives."""
     positives = y > 0
@@ -70,6 +75,13 @@ METRICS = {
     "rows": fed.DatasetMetric(
         lambda model, x, y, w, v: (y, w.astype(mx.bfloat16)), lambda y, w: np.asarray(w).size
     ),
+}
+
+
+PADDED: dict[str, Any] = {
+    "loss": error,
+    "weight_unit": None,
+    "metrics": {name: METRICS[name] for name in ("accuracy", "value", "spread", "sorted", "rows")},
 }
 
 
@@ -125,6 +137,7 @@ def expected_metrics(
         with np.errstate(invalid="ignore"):
             pairs = {
                 "loss": (((outputs - y) ** 2 * w).sum() / w.sum(), w.sum()),
+                "square": (((outputs - y) ** 2).mean(), size),
                 "recall": (((outputs > 0) & (y > 0)).sum() / (y > 0).sum(), (y > 0).sum()),
                 "accuracy": (((outputs > 0) == (y > 0)).mean(), size),
                 "error": (np.abs(outputs - y).mean(), size),
@@ -163,19 +176,29 @@ def some_client(draw: st.DrawFn) -> Client:
 
 @pytest.mark.usefixtures("uncompiled")
 @settings(max_examples=25, deadline=None)
-@given(clients=st.lists(some_client(), min_size=1, max_size=4), batch_size=st.integers(1, 14))
-def test_metrics_are_those_of_numpy(tmp_path_factory, clients: list[Client], batch_size: int):
-    task = make_task(clients, eval_batch_size=batch_size)
+@given(clients=st.lists(some_client(), min_size=1, max_size=4), batch_size=st.integers(1, 40))
+@pytest.mark.parametrize("padded", [False, True])
+def test_metrics_are_those_of_numpy(
+    tmp_path_factory, padded: bool, clients: list[Client], batch_size: int
+):
+    task = make_task(clients, eval_batch_size=batch_size, **(PADDED if padded else {}))
     result = simulate(task, len(clients), tmp_path_factory.mktemp("run"))
     expected, undefined = expected_metrics(clients, result.parameters, batch_size)
-    check_metrics(result.rounds[0], expected, undefined)
+    check_metrics(result.rounds[0], expected, undefined, task)
 
 
-def check_metrics(record: dict, expected: dict[str, Any], undefined: dict[str, int]) -> None:
+def check_metrics(
+    record: dict, expected: dict[str, Any], undefined: dict[str, int], task: fed.Task
+) -> None:
+    if task.loss is error:
+        expected = {"loss": expected["square"], **{name: expected[name] for name in task.metrics}}
+        undefined = {name: count for name, count in undefined.items() if name in task.metrics}
+    else:
+        del expected["square"]
     metrics = dict(record["evaluate"])
     assert record["refused"] == []
     assert len(metrics.pop("nodes")) == len(record["train"]["nodes"])
-    del metrics["num-words"]
+    metrics.pop("num-words", None)
     assert list(metrics) == list(expected)
     for name, value in expected.items():
         known = math.nan if value is None else value
@@ -192,8 +215,11 @@ CLIENTS = [
 
 @pytest.mark.parametrize("batch_size", [1, 4, 512])
 def test_compiled_metrics_are_those_of_numpy(batch_size: int, tmp_path: Path):
-    result = simulate(make_task(CLIENTS, eval_batch_size=batch_size), 3, tmp_path, num_rounds=2)
-    check_metrics(result.rounds[-1], *expected_metrics(CLIENTS, result.parameters, batch_size))
+    for number, options in enumerate(({}, PADDED)):
+        task = make_task(CLIENTS, eval_batch_size=batch_size, **options)
+        result = simulate(task, 3, tmp_path / str(number), num_rounds=2)
+        expected = expected_metrics(CLIENTS, result.parameters, batch_size)
+        check_metrics(result.rounds[-1], *expected, task)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -276,9 +302,8 @@ def test_the_example_of_the_docs(tmp_path: Path):
 
 def test_padding_is_not_in_what_a_metric_computes():
     arrays = []
-    task = plain_task(
-        {"all": fed.DatasetMetric(lambda model, x, y: (x, y), lambda *a: arrays.append(a))}
-    )
+    whole = fed.DatasetMetric(lambda model, x, y: (x, y), lambda *both: arrays.append(both))
+    task = plain_task({"all": whole}, eval_batch_size=64)  # of a batch of 21, 24 rows
     evaluate(task)
     ((x, y),) = arrays
     test = task.data(1, None).test
@@ -446,6 +471,7 @@ def test_batches_draw_differently_and_rounds_alike(tmp_path: Path):
     assert evaluate(fewer)["loss"] == evaluate(task)["loss"]
 
 
+@pytest.mark.slow
 def test_processes_draw_alike(tmp_path: Path):
     one, other = (
         simulate(drawing, 3, tmp_path / str(workers), workers=workers) for workers in (0, 2)

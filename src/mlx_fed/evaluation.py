@@ -221,7 +221,7 @@ class Evaluator:
     def _log(self, name: str, error: Exception) -> str:
         """The reason in a line; the log has the traceback, once in a process."""
         reason = reason_of(error)
-        if name not in self._logged:
+        if name not in self._logged and not isinstance(error, FedError):
             self._logged.add(name)
             logging.getLogger("flwr").warning("Metric %r: %s", name, reason, exc_info=error)
         return reason
