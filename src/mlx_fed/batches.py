@@ -14,6 +14,7 @@ from . import randomness
 from .errors import FedError
 from .randomness import Moment
 from .task import Config, Data, Task
+from .task_config import KINDS
 
 _TAIL_SIZES = 8
 """How many sizes a padded last batch may have: each is one more trace of a program."""
@@ -145,11 +146,11 @@ def lengths(task: Task, config: Config) -> Lengths:
     """A task's lengths, with the server's settings over them.
 
     Raises:
-        ValueError: If a setting is below 1.
+        SettingsError: If a setting is not a whole number of 1 or more.
     """
     for name in ("batch-size", "local-epochs", "local-steps"):
-        if name in config and int(config[name]) < 1:
-            raise ValueError(f"The setting {name} must be 1 or more, not {config[name]}.")
+        if name in config:
+            KINDS[name].check("", f"The setting {name}", config[name])
     steps = config.get("local-steps", task.local_steps)
     return Lengths(
         int(config.get("batch-size", task.batch_size)),

@@ -30,6 +30,7 @@ from .steps import (
     training_step,
 )
 from .task import Config, Data, Task, fingerprint_of
+from .task_config import TracedConfig
 from .weights import Arrays
 
 
@@ -157,7 +158,7 @@ class Trainer:
         if first is None:
             raise ValueError("The client has no training examples.")
         mx.async_eval(first[0])  # the device is at it while the rest is made ready
-        optimizer = self.task.optimizer(config)
+        optimizer = self.task.optimizer(TracedConfig(config))
         programs = self.training_programs(optimizer, config)
         everything, statistics = self.with_own(parameters, statistics, own)
         counters = _going_on(counters_of(optimizer), own)

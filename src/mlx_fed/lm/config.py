@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from ..errors import FedError
+from ..task_config import kebab_case
 
 
 class ConfigError(FedError):
@@ -140,11 +141,14 @@ def load_config(path: Path | str | None, flags: Mapping[str, Any] | None = None)
     Raises:
         ConfigError: If the file cannot be read, or a key or a value is not one that there is.
     """
-    values = _read(Path(path)) if path else {}
     where = str(path) if path else "the configuration"
+    values = _snake_case(_read(Path(path)), where) if path else {}
     section = values.pop("federation", None) or {}
     if not isinstance(section, dict):
         raise ConfigError(f"{where}: federation is a section of keys, not {section!r}.")
+    section = _snake_case(section, where)
+    if isinstance(values.get("lr_schedule"), dict):
+        values["lr_schedule"] = _snake_case(values["lr_schedule"], where)
     for key, value in (flags or {}).items():
         if value is not None:
             (section if key in _names(Federation) else values)[key] = value
@@ -161,6 +165,11 @@ def load_config(path: Path | str | None, flags: Mapping[str, Any] | None = None)
     _check(Federation, section, where, "federation.")
     _check_nested(values, where, section.get("local_epochs"))
     return LoraConfig(**values, federation=Federation(**section))
+
+
+def _snake_case(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    named = {str(key): value for key, value in values.items()}
+    return {key.replace("-", "_"): value for key, value in kebab_case(named, where).items()}
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

@@ -30,6 +30,7 @@ from ..steps import (
     update_step,
 )
 from ..task import Config, Data, Task
+from ..task_config import TracedConfig
 from ..training import Trainer, TrainingPrograms, Update
 from ..weights import Arrays, StackedRow
 from .feeding import Feed, HostStacks, device_feed, host_can_read
@@ -80,7 +81,7 @@ class BatchedTrainer:
         trainer = self.trainer
         if trainer.task.keep_optimizer:
             raise ValueError("each keeps its own optimizer's state, which are at different steps")
-        optimizer = trainer.task.optimizer(config)
+        optimizer = trainer.task.optimizer(TracedConfig(config))
         starts = [trainer.with_own(parameters, statistics, member.own) for member in members]
         programs = self._programs(optimizer, config)
         counters = counters_of(optimizer)
