@@ -28,7 +28,8 @@ from mlx_fed.task_config import KINDS, TracedConfig, check_config
 
 from .conftest import command
 from .loopback import LoopbackGrid
-from .simulated import TASK, load, simulate
+from .simulated import SEED, TASK, load, simulate
+from .test_strategies import federate
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -162,6 +163,31 @@ def test_what_a_strategy_reads_is_a_setting(tmp_path: Path):
     simulate(strategy(), tmp_path, TASK, 2, num_rounds=1, config={"warm_up": 0.5})
     with pytest.raises(fed.FedError, match="no setting warm-upp"):
         simulate(strategy(), tmp_path, TASK, 2, num_rounds=1, config={"warm-upp": 0.5})
+
+
+class InSnakeCase(FedAvg):
+    """A strategy that sets one of the library's settings, as Python spells it."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        config["local_steps"] = 3
+        return super().configure_train(server_round, arrays, config, grid)
+
+
+def test_a_strategys_own_settings_are_spelled_either_way(tmp_path: Path):
+    steps = replace(TASK, local_steps=3)
+    expected = simulate(FedAvg(), tmp_path, steps, 2, num_rounds=1)
+    in_simulation = simulate(InSnakeCase(), tmp_path, TASK, 2, num_rounds=1)
+    on_nodes = federate(
+        InSnakeCase(),
+        tmp_path / "run",
+        [fed.client_app(TASK)] * 2,
+        task=TASK,
+        num_rounds=1,
+        seed=SEED,
+    )
+    for name, array in expected.parameters.items():
+        assert mx.array_equal(in_simulation.parameters[name], array)
+        assert np.allclose(on_nodes.parameters[name], array, atol=1e-6)
 
 
 def test_a_slip_in_a_task_is_found():

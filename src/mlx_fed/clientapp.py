@@ -101,7 +101,7 @@ class _Client:
 
     def setting_out(self, message: Message, context: Context) -> tuple[Trainer, Config]:
         _, sent = messages.config_of(message.content)
-        config = kebab_case(sent)  # of a server that is not ours
+        config = kebab_case(sent)  # strategies add to it, and servers that are not ours
         return self.trainer(int(str(config.get("seed", 0))), _run_config(context)), config
 
     def data_of(self, trainer: Trainer, context: Context) -> tuple[Data, int]:

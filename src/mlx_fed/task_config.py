@@ -263,7 +263,7 @@ def check_config(
     stored = kebab_case(stored or {}, "the run's settings")
     known = KINDS.keys() | config.looked_up | dict.keys(declared)
     unread = [name for name in dict.keys(config) if name not in known | stored.keys()]
-    for name in set(unread) & set(SET_BY_THE_RUN):
+    for name in sorted(dict.keys(config) & set(SET_BY_THE_RUN) - config.looked_up):
         _refuse_name(name, config.source, known, elsewhere)
     slips = [
         name for name in dict.keys(declared) if nearest(name, KINDS, _TYPO) not in (None, name)

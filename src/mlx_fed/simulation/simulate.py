@@ -71,7 +71,8 @@ def simulate(
         runs (Path): Where runs are kept. Default: ``"runs"``.
         resume (str or Path, optional): Go on with the run of this name below ``runs``, or in this
             folder, from its last whole round; the rest of the arguments are as they were, but for
-            ``num_rounds``, whose default is then what the run was started with.
+            ``num_rounds``, ``patience`` and ``target``, whose default is then what the run was
+            started with.
         device (str, optional): ``"cpu"`` or ``"gpu"``. Default: MLX's own choice.
         listeners (tuple, optional): Who is told what happens (see
             :class:`~mlx_fed.history.History`), in place of the progress display.
