@@ -104,8 +104,8 @@ def test_a_run_that_was_killed_ends_as_if_undisturbed(name: str, tmp_path: Path)
         for key in ("patience", "target"):
             settings[key] = options.get(key)
         path.write_text(json.dumps({**settings, "stopped": None}))
-        given = {key: options[key] for key in ("strategy", "stop") if key in options}
-        result = simulate(tmp_path, **given, num_rounds=None, resume=f"{number}")
+        options_again = {key: options[key] for key in ("strategy", "stop") if key in options}
+        result = simulate(tmp_path, **options_again, num_rounds=None, resume=f"{number}")
         assert (len(result.rounds), result.stopped) == (rounds, whole.stopped)
 
 
@@ -114,8 +114,8 @@ def test_a_run_that_ended_early_is_finished(name: str, tmp_path: Path):
     options, rounds, _ = RULES[name]
     first = simulate(tmp_path, **options, name="run")
     strategy = {key: options[key] for key in ("strategy",) if key in options}
-    for given in (options, strategy):  # as it was started, and without what is recorded
-        again = simulate(tmp_path, **{**given, "num_rounds": None}, resume="run")
+    for options_again in (options, strategy):  # as it was started, and without what is recorded
+        again = simulate(tmp_path, **{**options_again, "num_rounds": None}, resume="run")
         assert (len(again.rounds), again.stopped) == (rounds, first.stopped)
         assert settings_of(again)["stopped"] == settings_of(first)["stopped"]
         for key, array in first.parameters.items():

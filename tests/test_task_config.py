@@ -34,11 +34,11 @@ from .test_strategies import federate
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
-def check(given: dict, task: fed.Task = TASK, source: Any = None, **options: Any) -> None:
+def check(config: dict, task: fed.Task = TASK, source: Any = None, **options: Any) -> None:
     """What a run does with its settings, before it begins."""
-    config = TracedConfig(given)
-    made = source(config) if source else task
-    check_config(config, made, [source] if source else [], **options)
+    traced = TracedConfig(config)
+    task = source(traced) if source else task
+    check_config(traced, task, [source] if source else [], **options)
 
 
 # -- names ---------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ MOST = "batch-size, learning-rate, local-epochs, local-steps, max-grad-norm, num
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("config", "message"),
     [
         ({"learning-rat": 1}, "config: there is no setting learning-rat. Did you mean learning-ra"),
         ({"Learning-Rate": 1}, "no setting Learning-Rate. Did you mean learning-rate?"),
@@ -60,9 +60,9 @@ MOST = "batch-size, learning-rate, local-epochs, local-steps, max-grad-norm, num
     ],
     ids=str,
 )
-def test_a_setting_that_nothing_reads_is_refused(given: dict, message: str):
+def test_a_setting_that_nothing_reads_is_refused(config: dict, message: str):
     with pytest.raises(fed.FedError, match=message):
-        check(given)
+        check(config)
 
 
 def test_every_slip_of_the_pen_is_found():
@@ -215,9 +215,9 @@ def test_both_spellings_are_one_setting_everywhere(tmp_path: Path):
         assert config["hidden_size"] == config["hidden-size"] == 4
         return replace(TASK, optimizer=optimizer, config={"learning_rate": 0.3})
 
-    given = {"hidden_size": np.int64(4), "local_steps": 2}
+    config = {"hidden_size": np.int64(4), "local_steps": 2}
     for batched in (True, False):
-        one = simulate(FedAvg(), tmp_path, make, 3, config=given, batched=batched)
+        one = simulate(FedAvg(), tmp_path, make, 3, config=config, batched=batched)
         other = simulate(FedAvg(), tmp_path, make, 3, config={"hidden-size": 4, "local-steps": 2})
         assert all(mx.array_equal(one.parameters[n], other.parameters[n]) for n in one.parameters)
     assert seen == {(0.3, 0.3, 2)}
@@ -277,7 +277,7 @@ def test_counts_are_whole_numbers(name: str, value: Any):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("config", "message"),
     [
         ({"learning-rate": "fast"}, "learning-rate is a finite number, not 'fast'"),
         ({"learning-rate": NAN}, "learning-rate is a finite number, not nan"),
@@ -293,10 +293,10 @@ def test_counts_are_whole_numbers(name: str, value: Any):
     ],
     ids=str,
 )
-def test_a_value_that_cannot_be_is_refused(given: dict, message: str):
+def test_a_value_that_cannot_be_is_refused(config: dict, message: str):
     declared = {"learning-rate": 1, "nesterov": False, "most": INF, "name": "a"}
     with pytest.raises(fed.FedError, match=message):
-        check(given, replace(TASK, config=declared))
+        check(config, replace(TASK, config=declared))
 
 
 def test_values_that_can_be_are_taken():
@@ -395,14 +395,14 @@ def test_settings_of_flwr_run_are_free_but_for_slips(tmp_path: Path):
         app(grid, Context(1, 0, {}, RecordDict(), run_config))
 
     lead(**{"some-mods": 3, "learning_rate": 0.1})
-    for given, message in (
+    for config, message in (
         ({"learning-rat": 1}, r"The run's config: there is no setting learning-rat. Did you mean"),
         ({"min-node": 2}, r"no setting min-node. Did you mean min-nodes\?"),
         ({"min-nodes": 1.5}, "The run's config: min-nodes is a whole number, 1 or more, not 1.5"),
         ({"local-epochs": "x"}, "The run's config: local-epochs is a whole number, 1 or more"),
     ):
         with pytest.raises(fed.FedError, match=message):
-            lead(**given)
+            lead(**config)
 
 
 @pytest.mark.parametrize(
@@ -434,9 +434,9 @@ def test_a_node_says_which_settings_are_the_servers():
 
 def test_a_run_of_an_older_version_goes_on_with_its_settings(tmp_path: Path):
     """It kept settings as they were spelled, and also those that nothing read."""
-    given = {"learning_rate": 0.1, "colour": "red"}
+    config = {"learning_rate": 0.1, "colour": "red"}
     make = with_reader(lambda config: config.get("colour"), True)
-    first = simulate(FedAvg(), tmp_path, make, 4, num_rounds=1, config=given, name="run")
+    first = simulate(FedAvg(), tmp_path, make, 4, num_rounds=1, config=config, name="run")
     path = first.folder / "settings.json"
     path.write_text(path.read_text().replace('"learning-rate"', '"learning_rate"'))
     (path,) = (first.folder / "checkpoints").iterdir()
@@ -446,5 +446,5 @@ def test_a_run_of_an_older_version_goes_on_with_its_settings(tmp_path: Path):
     writing = Checkpoints(first.folder, keep=3)
     writing.save(whole._replace(identity={**whole.identity, "setting": spelled}), lambda: None)
     writing.wait()
-    again = simulate(FedAvg(), tmp_path, TASK, 4, num_rounds=2, config=given, resume="run")
+    again = simulate(FedAvg(), tmp_path, TASK, 4, num_rounds=2, config=config, resume="run")
     assert len(again.rounds) == 2

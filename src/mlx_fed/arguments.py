@@ -80,14 +80,14 @@ def find_strategy(
         return named_strategies.make(
             maker, {**kebab_case(least), **kebab_case(options)}, source=source
         )
-    found = _find(name, "a strategy", "my_app:strategy")
-    if not isinstance(found, Strategy):
-        return named_strategies.make(found, options, name, source)
+    named = _find(name, "a strategy", "my_app:strategy")
+    if not isinstance(named, Strategy):
+        return named_strategies.make(named, options, name, source)
     if options:
         raise FedError(
             f"{name!r} is a strategy already, with its arguments: leave out {', '.join(options)}."
         )
-    return named_strategies.find(found, min_nodes)
+    return named_strategies.find(named, min_nodes)
 
 
 def find_test(name: str, config: dict[str, Any]) -> Any:

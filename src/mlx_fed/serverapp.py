@@ -73,15 +73,15 @@ def server_app(
         if run_config.get("num-rounds") == 0:
             del run_config["num-rounds"]  # an app's settings need a default for what may change
         values = {**kebab_case(settings.get("config", {})), **run_config}
-        own = {key.replace("-", "_"): values[key] for key in _SETTINGS if key in values}
-        for name in own.keys() & VALUES.keys():
-            VALUES[name].check(_SOURCE, name.replace("_", "-"), own[name])
-        leading = settings_of(server_app, {**settings, **own, "config": values})
+        overrides = {key.replace("-", "_"): values[key] for key in _SETTINGS if key in values}
+        for name in overrides.keys() & VALUES.keys():
+            VALUES[name].check(_SOURCE, name.replace("_", "-"), overrides[name])
+        leading = settings_of(server_app, {**settings, **overrides, "config": values})
         config = TracedConfig(values, _SOURCE)
         devices.use(device)
         made = make_task(task, config)
-        made_strategy = strategy(config) if callable(strategy) else strategy
-        chosen = named_strategies.find(made_strategy, leading.min_nodes or 2)
+        from_config = strategy(config) if callable(strategy) else strategy
+        chosen = named_strategies.find(from_config, leading.min_nodes or 2)
         sent = {key: value for key, value in values.items() if key not in _SERVERS_OWN}
         leading.config = TracedConfig(sent, _SOURCE)
         leading.config.looked_up = config.looked_up

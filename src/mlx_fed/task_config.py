@@ -261,10 +261,10 @@ def check_config(
     readers = [*readers, task.optimizer, task.data]
     declared = TracedConfig(task.config, "Task.config")
     stored = kebab_case(stored or {}, "the run's settings")
-    known = KINDS.keys() | config.looked_up | dict.keys(declared)
-    unread = [name for name in dict.keys(config) if name not in known | stored.keys()]
+    names = KINDS.keys() | config.looked_up | dict.keys(declared)
+    unread = [name for name in dict.keys(config) if name not in names | stored.keys()]
     for name in sorted(dict.keys(config) & set(SET_BY_THE_RUN) - config.looked_up):
-        _refuse_name(name, config.source, known, elsewhere)
+        _refuse_name(name, config.source, names, elsewhere)
     slips = [
         name for name in dict.keys(declared) if nearest(name, KINDS, _TYPO) not in (None, name)
     ]
@@ -272,7 +272,7 @@ def check_config(
         read = _looked_up_late({*unread, *slips}, readers, task, config, num_clients)
         for name in unread:
             if name not in read:
-                _refuse_name(name, config.source, known, elsewhere, are_free)
+                _refuse_name(name, config.source, names, elsewhere, are_free)
         for name in slips:
             if name not in read | config.looked_up:
                 _refuse_name(name, "Task.config", KINDS.keys(), {}, True)
@@ -297,7 +297,7 @@ def _kind_of(declared: Any) -> Kind | None:
 def _refuse_name(
     name: str,
     source: str,
-    known: Collection[str],
+    names: Collection[str],
     elsewhere: Mapping[str, str],
     is_free: bool = False,
 ) -> None:
@@ -306,12 +306,12 @@ def _refuse_name(
         raise SettingsError(f"{there_is_none} Give it as {elsewhere[name]}.")
     if name in SET_BY_THE_RUN:
         raise SettingsError(f"{source}: {name} is not to be set, each run sets its own.")
-    if meant := nearest(name, {*known, *elsewhere}, _TYPO if is_free else _NEAR):
+    if meant := nearest(name, {*names, *elsewhere}, _TYPO if is_free else _NEAR):
         raise SettingsError(f"{there_is_none} Did you mean {elsewhere.get(meant, meant)}?")
     if is_free:
         return
     raise SettingsError(
-        f"{there_is_none} There are {', '.join(sorted(known))}. A task declares its settings, with "
+        f"{there_is_none} There are {', '.join(sorted(names))}. A task declares its settings, with "
         "the values they have by default, in Task.config."
     )
 
