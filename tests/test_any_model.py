@@ -412,10 +412,13 @@ def test_a_loss_takes_the_settings_the_round_and_the_step(batched, tmp_path):
     def loss(model, x, y, config):
         calls.append(1)
         moment = 10 * config["server-round"] + config["local-step"]
-        return (model.weight.sum() + 0 * x.sum()) * moment * config["scale"]
+        return (model.weight.sum() + 0 * x.sum()) * moment * config["some_scale"]
 
     of = task(
-        loss=loss, config={"scale": 0.01}, batch_size=5, model=lambda: nn.Linear(6, 1, bias=False)
+        loss=loss,
+        config={"some-scale": 0.01},
+        batch_size=5,
+        model=lambda: nn.Linear(6, 1, bias=False),
     )
     result, notes = simulate(of, tmp_path, batched=batched, num_rounds=3)
     assert not notes

@@ -277,4 +277,4 @@ def test_statistics_are_not_looked_at_where_they_stay_with_clients(tmp_path: Pat
     apps = [fed.client_app(task), on_train(with_variance(lambda v: v * mx.nan), app)]
     result = federate(FedAvg(), tmp_path, apps, task=task, num_rounds=1)
     assert result.rounds[0]["train"]["nodes"] == ["node-0", "node-1"]
-    assert difference(result.statistics, Trainer(task, SEED).statistics()) == 0
+    assert not result.statistics

@@ -527,7 +527,7 @@ def test_a_port_in_use(tmp_path):
     [
         (["--secure", "--insecure"], "A server is either --secure or --insecure."),
         (["--strategy", "FedBest"], "Flower has no strategy 'FedBest'. It has Bulyan"),
-        (["--strategy", "FedAdam", "-s", "speed=9"], "Cannot make the strategy 'FedAdam'"),
+        (["--strategy", "FedAdam", "-s", "speed=9"], "-s: FedAdam has no argument speed"),
         (["--name", "../outside"], "A run's name has letters"),
     ],
 )

@@ -22,7 +22,7 @@ from mlx_fed.lm import adapters, base
 from mlx_fed.lm.config import LoraConfig, load_config
 from mlx_fed.lm.task import lora_task
 from mlx_fed.settings import Settings
-from mlx_fed.strategies import default
+from mlx_fed.named_strategies import find
 from mlx_fed.task import fingerprint_of
 from mlx_fed.training import Trainer
 
@@ -568,7 +568,7 @@ def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path
             told.append((fields["node"], fields["reason"]))
 
     history = History(tmp_path, (listen,))
-    rounds.run(LoopbackGrid(apps), default(), Trainer(task), Settings(num_rounds=1), history)
+    rounds.run(LoopbackGrid(apps), find(), Trainer(task), Settings(num_rounds=1), history)
     assert [node for node, _ in told] == ["node-2"]
     assert told[0][1].startswith(message)
 

@@ -108,7 +108,7 @@ def test_a_resumed_run_has_the_rounds_that_it_was_asked_for(tmp_path: Path):
     ],
 )
 def test_no_rounds_are_refused(lead: Callable, arguments: dict, tmp_path: Path):
-    with pytest.raises(fed.FedError, match="num_rounds is a whole number, 1 or more, not"):
+    with pytest.raises(fed.FedError, match=r"num.rounds is a whole number, 1 or more, not"):
         lead(**{"task": TASK, "runs": tmp_path, **arguments})
     assert list(tmp_path.iterdir()) == []
 
@@ -141,15 +141,15 @@ def test_the_settings_of_flwr_run_stand_over_those_of_the_app(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_rounds": 0}, "num_rounds is 1 or more, not 0"),
-        ({"min_nodes": 0}, "min_nodes is 1 or more, not 0"),
-        ({"keep": -1}, "keep is 0 or more, not -1"),
-        ({"wait": float("nan")}, "wait is 0 or more, not nan"),
-        ({"round_timeout": -0.5}, "round_timeout is 0 or more, not -0.5"),
-        ({"min_replies": 0}, "min_replies is 1 or more, not 0"),
-        ({"max_repeats": -1}, "max_repeats is 0 or more, not -1"),
-        ({"max_examples": float("nan")}, "max_examples is 1 or more, not nan"),
-        ({"max_update_norm": 0.5}, "max_update_norm is 1 or more, not 0.5"),
+        ({"num_rounds": 0}, "num_rounds is a whole number, 1 or more, not 0"),
+        ({"min_nodes": 0}, "min_nodes is a whole number, 1 or more, not 0"),
+        ({"keep": -1}, "keep is a whole number, 0 or more, not -1"),
+        ({"wait": float("nan")}, "wait is a number, 0 or more, not nan"),
+        ({"round_timeout": -0.5}, "round_timeout is a number, 0 or more, not -0.5"),
+        ({"min_replies": 0}, "min_replies is a whole number, 1 or more, not 0"),
+        ({"max_repeats": -1}, "max_repeats is a whole number, 0 or more, not -1"),
+        ({"max_examples": float("nan")}, "max_examples is a number, 1 or more, not nan"),
+        ({"max_update_norm": 0.5}, "max_update_norm is a number, 1 or more, not 0.5"),
         ({"test": lambda key: iter(())}, "test is a tuple of arrays .*, not a stream"),
         ({"test": np.zeros(3)}, "test is a tuple of arrays .*, not ndarray"),
         ({"test": (np.zeros(3), np.zeros(2))}, r"arrays of one length; these have \[3, 2\]"),

@@ -659,7 +659,7 @@ def test_an_array_without_a_tuple_is_refused():
 @pytest.mark.parametrize("setting", ["batch-size", "local-epochs", "local-steps"])
 def test_a_setting_of_no_steps_is_refused(setting: str):
     of = trainer()
-    with pytest.raises(ValueError, match=f"{setting} must be 1 or more, not 0"):
+    with pytest.raises(ValueError, match=f"{setting} is a whole number, 1 or more, not 0"):
         of.train(of.parameters(), {}, fed.Data(examples(4)), {setting: 0})
 
 

@@ -69,11 +69,10 @@ def task(config: dict) -> fed.Task:
     ``statistics`` is ``average``, or ``local`` to leave BatchNorm's statistics with each client.
     """
     dataset = config.get("dataset", "digits")
+    partitions = data.partition_settings(config)
 
     def load(partition_id: int, num_partitions: int | None) -> fed.Data:
-        train, test = data.load_partition(
-            dataset, partition_id, num_partitions or 3, **data.partition_settings(config)
-        )
+        train, test = data.load_partition(dataset, partition_id, num_partitions or 3, **partitions)
         return fed.Data(train=arrays(train), test=arrays(test))
 
     sizes = (config.get("channels", 1), config.get("side", 28), config.get("num-classes", 10))

@@ -52,14 +52,10 @@ def arrays(examples) -> tuple[np.ndarray, np.ndarray]:
 def task(config: dict) -> fed.Task:
     """The task, with the settings ``dataset``, ``partitioner`` and the partitioner's arguments."""
     dataset = config.get("dataset", "digits")
+    partitions = data.partition_settings(config)
 
     def load(partition_id: int, num_partitions: int | None) -> fed.Data:
-        train, test = data.load_partition(
-            dataset,
-            partition_id,
-            num_partitions or 3,
-            **data.partition_settings(config),
-        )
+        train, test = data.load_partition(dataset, partition_id, num_partitions or 3, **partitions)
         return fed.Data(train=arrays(train), test=arrays(test))
 
     return fed.Task(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .errors import FedError
+from .task_config import TracedConfig, kebab_case
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -53,44 +54,40 @@ def find_task(name: str) -> TaskSource:
     return found
 
 
-def find_strategy(name: str, min_nodes: int, options: dict[str, Any]) -> Strategy:
+def find_strategy(
+    name: str, min_nodes: int, options: dict[str, Any], source: str = "-s"
+) -> Strategy:
     """One of Flower's strategies by its name, or ``module:strategy``: one, or what makes one.
+
+    Args:
+        name (str): The name.
+        min_nodes (int): Nodes that one of Flower's waits for, unless its arguments say more.
+        options (dict): Its arguments.
+        source (str): Where these are set, for messages.
 
     Raises:
         FedError: If there is no such strategy, or it does not take the options.
     """
-    import flwr.serverapp.strategy as flower
+    from flwr.serverapp.strategy import Strategy
 
-    from . import strategies
+    from . import named_strategies, strategies
     from .progress import quiet_flower
 
     quiet_flower()
-    if ":" in name:
-        made = _find(name, "a strategy", "my_app:strategy")
-    else:
-        made = getattr(flower, name, None)
-        if not (isinstance(made, type) and issubclass(made, flower.Strategy)):
-            known = ", ".join(
-                name
-                for name in flower.__all__
-                if name.startswith(("Bulyan", "Fed", "Krum", "Multi", "QFed")) and "Xgb" not in name
-            )
-            raise FedError(f"Flower has no strategy {name!r}. It has {known}.")
-        options = {**dict.fromkeys(strategies.LEAST_NODES, min_nodes), **options}
-    if isinstance(made, flower.Strategy):
-        if options:
-            given = ", ".join(options)
-            raise FedError(
-                f"{name!r} is a strategy already, with its arguments: leave out {given}."
-            )
-        return made
-    try:
-        strategy = made(**{key.replace("-", "_"): value for key, value in options.items()})
-    except (TypeError, ValueError) as error:
-        raise FedError(f"Cannot make the strategy {name!r}: {error}") from error
-    if not isinstance(strategy, flower.Strategy):
-        raise FedError(f"{name!r} gave a {type(strategy).__name__}, not a Flower strategy.")
-    return strategy
+    if ":" not in name:
+        least = dict.fromkeys(strategies.LEAST_NODES, min_nodes)
+        maker = named_strategies.by_name(name)
+        return named_strategies.make(
+            maker, {**kebab_case(least), **kebab_case(options)}, source=source
+        )
+    named = _find(name, "a strategy", "my_app:strategy")
+    if not isinstance(named, Strategy):
+        return named_strategies.make(named, options, name, source)
+    if options:
+        raise FedError(
+            f"{name!r} is a strategy already, with its arguments: leave out {', '.join(options)}."
+        )
+    return named_strategies.find(named, min_nodes)
 
 
 def find_test(name: str, config: dict[str, Any]) -> Any:
@@ -102,8 +99,13 @@ def find_test(name: str, config: dict[str, Any]) -> Any:
     return _find(name, "a function that gives test examples", "examples.mnist:central_test")(config)
 
 
-def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+def parse_settings(settings: list[str] | None, source: str = "-c") -> TracedConfig:
     """``{"learning-rate": 0.1}`` of ``["learning-rate=0.1"]``: numbers, true and false, or text.
+
+    Args:
+        settings (list, optional): As they stand on the command line; of one that stands there
+            twice, the last.
+        source (str): The option, for messages.
 
     Raises:
         FedError: If one is not KEY=VALUE.
@@ -114,7 +116,7 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
         if not equals or not key:
             raise FedError(f"{setting!r} is not KEY=VALUE, such as learning-rate=0.1.")
         parsed[key] = _value(value)
-    return parsed
+    return TracedConfig(parsed, source)
 
 
 def _value(text: str) -> int | float | bool | str:

@@ -16,6 +16,7 @@ from .errors import FedError
 from .examples import Examples, as_arrays, as_batch
 from .randomness import Moment
 from .task import Config, Data, Task
+from .task_config import KINDS, TracedConfig
 from .weights import Slots
 
 _TAIL_SIZES = 8
@@ -184,18 +185,18 @@ class Batches:
 
 def _first_settings(config: Config) -> Config:
     """The settings as a loss gets them, with a round and a step."""
-    return {"server-round": 1, **config, "local-step": 1}
+    return TracedConfig({"server-round": 1, **config, "local-step": 1})
 
 
 def lengths(task: Task, config: Config) -> Lengths:
     """A task's lengths, with the server's settings over them.
 
     Raises:
-        ValueError: If a setting is below 1.
+        SettingsError: If a setting is not a whole number of 1 or more.
     """
     for name in ("batch-size", "local-epochs", "local-steps"):
-        if name in config and int(config[name]) < 1:
-            raise ValueError(f"The setting {name} must be 1 or more, not {config[name]}.")
+        if name in config:
+            KINDS[name].check("", f"The setting {name}", config[name])
     steps = config.get("local-steps", task.local_steps)
     return Lengths(
         int(config.get("batch-size", task.batch_size)),

@@ -73,7 +73,7 @@ def serve(
         from .watching import watching
 
         found = find_task(task)
-        chosen = find_strategy(strategy, min_nodes, parse_settings(strategy_option))
+        chosen = find_strategy(strategy, min_nodes, parse_settings(strategy_option, "-s"))
         with watching(leading.runs, **vars(shown)) as listeners:
             held_out = find_test(test, settings) if test else None
             serve(
@@ -148,13 +148,16 @@ def partitions(
         from .partitions import check_picture, count_labels, draw, show
         from .progress import loading_on
         from .task import make_task
+        from .task_config import check_config
 
         if output:
             check_picture(output)
         settings = parse_settings(config)
-        made = make_task(find_task(task), settings)
+        found = find_task(task)
+        made = make_task(found, settings)
         with loading_on(Console(stderr=True)):
             labels = count_labels(made, num_partitions)
+        check_config(settings, made, [found])
         console = Console()
         console.print(show(labels, console.width))
         if output:
@@ -238,7 +241,7 @@ def simulate(
 
         fractions = {"fraction-train": fraction, "fraction-evaluate": fraction_evaluate}
         options = {key: share for key, share in fractions.items() if share is not None}
-        options |= parse_settings(strategy_option)
+        options |= parse_settings(strategy_option, "-s")
         found = find_task(task)
         chosen = find_strategy(strategy, 1, options)
         with watching(leading.runs, **vars(shown)) as listeners:

@@ -20,7 +20,8 @@ from . import aggregate, batches, messages
 from .errors import FedError
 from .flower.replies import error_reply
 from .spool import records_in
-from .task import Data, Task, TaskSource, fingerprint_of, make_task
+from .task import Config, Data, Task, TaskSource, fingerprint_of, make_task
+from .task_config import kebab_case
 from .training import Trainer
 from .weights import Arrays
 
@@ -98,8 +99,9 @@ class _Client:
     def _load_data(self, trainer: Trainer, partition: int, num_partitions: int | None) -> Data:
         return batches.load(trainer.task, partition, num_partitions)
 
-    def setting_out(self, message: Message, context: Context) -> tuple[Trainer, ConfigRecord]:
-        _, config = messages.config_of(message.content)
+    def setting_out(self, message: Message, context: Context) -> tuple[Trainer, Config]:
+        _, sent = messages.config_of(message.content)
+        config = kebab_case(sent)  # strategies add to it, and servers that are not ours
         return self.trainer(int(str(config.get("seed", 0))), _run_config(context)), config
 
     def data_of(self, trainer: Trainer, context: Context) -> tuple[Data, int]:

@@ -15,6 +15,7 @@ from flwr.client import NumPyClient
 
 from . import aggregate, weights
 from .task import Data, Task
+from .task_config import kebab_case
 from .training import Trainer
 
 
@@ -83,7 +84,7 @@ class MLXClient(NumPyClient):
             **self.trainer.task.config,
             "server-round": self.round,
             "seed": self.seed,
-            **{key.replace("_", "-"): value for key, value in config.items()},
+            **kebab_case(config),
         }
         update = self.trainer.train(
             self.trainer.parameters(),

@@ -5,6 +5,10 @@ class FedError(Exception):
     """Says what was wrong, where, and what to do; commands print it without a traceback."""
 
 
+class SettingsError(FedError, ValueError):
+    """Settings that a run cannot have."""
+
+
 class RunError(FedError):
     """A run that could not go on. What it has reached is kept in its folder."""
 

@@ -11,11 +11,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -58,6 +59,7 @@ class History:
         self.folder = folder
         self.listeners: tuple[Listener, ...] = (Status(folder), *listeners)
         self.about = about or {}
+        self.settings: dict[str, Any] = {}
         self.rounds: list[dict[str, Any]] = []
         self.moved = 0
 
@@ -72,12 +74,24 @@ class History:
         Raises:
             HistoryError: If it cannot be written.
         """
-        settings = {**settings, **self.about}
-        text = json.dumps(settings, indent=2, default=str) + "\n"
+        self.settings = {**settings, **self.about}
+        self._write_settings()
+        self.notify("started", folder=self.folder, settings=self.settings)
+
+    def write_end(self, reason: str) -> None:
+        """Adds to ``settings.json`` why the run ended after this round, before its last.
+
+        Raises:
+            HistoryError: If it cannot be written.
+        """
+        self.settings["stopped"] = {"round": self.rounds[-1]["round"], "reason": reason}
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        text = json.dumps(self.settings, indent=2, default=str) + "\n"
         path = self.folder / "settings.json"
         with errors_named(path), replacing(path) as part:
             part.write_text(text, encoding="utf-8")
-        self.notify("started", folder=self.folder, settings=settings)
 
     def add_round(self, record: dict[str, Any]) -> None:
         """Appends a round to ``history.jsonl``.
@@ -211,6 +225,8 @@ class Result:
         model (Path): The whole model as safetensors.
         best (Path, optional): The same of the round with the lowest loss, as the server itself
             or else its nodes measured it.
+        stopped (str, optional): Why the run ended before its last round, if it did: for lack of
+            progress (``patience``), at its ``target``, by ``stop`` or by its strategy.
     """
 
     parameters: Arrays
@@ -219,6 +235,7 @@ class Result:
     folder: Path
     model: Path
     best: Path | None = None
+    stopped: str | None = None
 
 
 def run_folder(
@@ -279,18 +296,43 @@ def _folder_to_resume(runs: Path | str, name: Path | str) -> Path:
     )
 
 
-def recorded_rounds(folder: Path) -> int | None:
-    """The rounds that the run in the folder was last asked for, if it was ever started."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return int(json.loads((folder / "settings.json").read_bytes())["num_rounds"])
-    return None
+class Previous(NamedTuple):
+    """What the run that is resumed was last started with, as its ``settings.json`` says.
+
+    Attributes:
+        num_rounds (int): Its rounds; 0 if it was never started.
+        config (dict): The settings that its nodes were sent.
+        patience (int, optional): As :class:`~mlx_fed.settings.Settings` has it.
+        target (str or dict, optional): The same.
+        stopped (str, optional): Why it ended before its last round, if it did.
+        went_on_after (int): The round after which it had ended early before.
+    """
+
+    num_rounds: int = 0
+    config: Mapping[str, Any] = MappingProxyType({})
+    patience: int | None = None
+    target: str | dict[str, float] | None = None
+    stopped: str | None = None
+    went_on_after: int = 0
 
 
-def recorded_run_id(folder: Path) -> str | None:
-    """The id that the run in the folder has for its nodes, if it was ever started."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((folder / "settings.json").read_bytes())["config"]["run-id"])
-    return None
+def previous_of(folder: Path) -> Previous:
+    """What the run in the folder was started with; what cannot be read is as if it was not."""
+    settings: Any = {}
+    with suppress(OSError, ValueError):
+        settings = json.loads((folder / "settings.json").read_bytes())
+    if not isinstance(settings, dict):
+        return Previous()
+    stopped = settings.get("stopped")
+    settings["stopped"] = stopped.get("reason") if isinstance(stopped, dict) else None
+    kinds: dict[str, Any] = {"config": dict, "target": (str, dict), "stopped": str}
+    return Previous(
+        **{
+            name: settings[name]
+            for name in Previous._fields
+            if isinstance(settings.get(name), kinds.get(name, int))
+        }
+    )
 
 
 @contextmanager

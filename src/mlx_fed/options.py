@@ -86,6 +86,21 @@ class Leading(Options):
             min=1, help="Times the median norm that an update may have.", show_default="no limit"
         ),
     ] = None
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="End after so many rounds without a new lowest loss; 0: never.",
+            show_default="never",
+        ),
+    ] = None
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC=VALUE",
+            help="End when the evaluation has reached it: accuracy=0.95, loss=0.1, ppl<=12.",
+        ),
+    ] = None
     name: Annotated[str | None, typer.Option(help="The run's name.", show_default="the time")] = (
         None
     )

@@ -110,7 +110,7 @@ def partition_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     ``num-classes-per-partition``, and ``partition-seed``.
     """
     names = {_kebab(name): name for name in _READERS}
-    settings = {names[key]: value for key, value in config.items() if key in names}
+    settings = {name: config[key] for key, name in names.items() if key in config}
     if "partitioner" in config:
         settings["partitioner"] = config["partitioner"]
     if "partition-seed" in config:

@@ -73,7 +73,8 @@ def server_line(event: str, fields: dict[str, Any]) -> str:
         case "round":
             return _round_line(fields)
         case "finished":
-            return f"Finished in {fields['seconds']:.1f} s. The model: {fields['model']}"
+            why = f" ({fields['stopped']})" if fields.get("stopped") else ""
+            return f"Finished in {fields['seconds']:.1f} s{why}. The model: {fields['model']}"
     return ""
 
 

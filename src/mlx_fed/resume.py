@@ -15,6 +15,7 @@ from . import strategies, strategy_state, weights
 from .checkpoint import Best, Checkpoint, CheckpointError, Checkpoints
 from .phase import Model, Run
 from .spool import copy_of
+from .task_config import kebab_case
 
 _SHOWN = 5
 """Differences that are named."""
@@ -85,6 +86,8 @@ def resume(run: Run, checkpoints: Checkpoints, identity: dict[str, Any]) -> Posi
         run.history.go_on_after(0)
         return None
     before = {**_simulated(run), **checkpoint.identity}  # older versions kept no such thing
+    if isinstance(before.get("setting"), dict):  # older versions kept how they were spelled
+        before["setting"] = kebab_case(before["setting"])
     _require_same(before, identity, run.history.folder)
     strategy_state.restore(run.strategy, checkpoint.strategy)
     run.history.go_on_after(checkpoint.round)

@@ -19,7 +19,7 @@ from . import aggregate, strategies, strategy_state, weights
 from .checkpoint import Checkpoints
 from .errors import RunError, TooFewReplies
 from .evaluate_phase import evaluate, evaluate_centrally
-from .history import History, Result, recorded_run_id
+from .history import History, Previous, Result, previous_of
 from .phase import Model, Run
 from .resume import Position, identity_of
 from .resume import resume as taken_up
@@ -27,6 +27,7 @@ from .roster import Members, Roster
 from .settings import Settings, require_one_model
 from .spool import Spool
 from .standing import to_leave_out
+from .stopping import reason_at_start, stopping_of
 from .strategy_state import State, StateError
 from .train_phase import train
 from .training import Trainer
@@ -44,7 +45,7 @@ def run(
     *,
     resume: bool = False,
 ) -> Result:
-    """Trains for ``settings.num_rounds`` rounds.
+    """Trains for ``settings.num_rounds`` rounds, or until something ends the run early.
 
     Each is on disk, with all that the run needs to go on from there, before the one after the
     next begins.
@@ -67,7 +68,9 @@ def run(
         HistoryError: If the run's folder cannot be written, or another process leads the run.
     """
     started = time.monotonic()
-    run_id = (recorded_run_id(history.folder) if resume else None) or uuid4().hex
+    previous = previous_of(history.folder) if resume else Previous()
+    run_id = str(previous.config.get("run-id") or uuid4().hex)
+    stopping = stopping_of(settings, strategy, previous)
     run = _set_up(grid, strategy, trainer, settings, history, roster, run_id)
     min_nodes = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
     checkpoints = Checkpoints(history.folder, settings.keep)
@@ -93,9 +96,13 @@ def run(
         )
         trainer.let_go()
         first = position.round + 1
+        stopping, stopped = reason_at_start(
+            stopping, history.rounds, position.best, settings, previous
+        )
         history.write_settings(
             {
                 **settings.for_the_record(),
+                **({"went_on_after": stopping.after} if stopping.after else {}),
                 "config": run.config,
                 "strategy": strategies.describe(strategy),
                 "model": weights.size(trainer.spec),
@@ -103,6 +110,8 @@ def run(
         )
         try:
             for number in range(first, settings.num_rounds + 1):
+                if stopped:
+                    break
                 run.roster.wait_for(min_nodes, settings.wait)
                 # Before later rounds it is in a checkpoint, if there are any.
                 before = _state(strategy) if number == first or not settings.keep else None
@@ -110,13 +119,24 @@ def run(
                 checkpoints.wait()
                 if settings.keep:
                     checkpoints.save(position.checkpoint(strategy, identity), history.sync)
+                stopped = stopping.reason(history.rounds, position.best)
         finally:
             path = _save(run, position.model)
             checkpoints.wait()
             best = _save_best(run, position, checkpoints)
-    history.notify("finished", model=path, seconds=time.monotonic() - started)
-    statistics = position.model.statistics
-    return Result(trainer.parameters(), statistics, history.rounds, history.folder, path, best)
+        if stopped:
+            history.write_end(stopped)
+    seconds = time.monotonic() - started
+    history.notify("finished", model=path, seconds=seconds, stopped=stopped)
+    return Result(
+        trainer.parameters(),
+        position.model.statistics,
+        history.rounds,
+        history.folder,
+        path,
+        best,
+        stopped,
+    )
 
 
 def _set_up(

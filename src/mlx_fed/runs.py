@@ -186,6 +186,8 @@ def troubles(run: Recorded) -> Iterator[str]:
     """Why a run stopped, who was not let in, and who was left out of a round that has no record."""
     if run.state == "stopped" and (reason := run.status.get("reason")):
         yield f"Stopped: {reason}"
+    if run.state == "finished" and isinstance(stopped := run.settings.get("stopped"), dict):
+        yield f"Ended after round {stopped.get('round')}: {stopped.get('reason')}"
     refused, failed = run.status.get("refused"), run.status.get("failed")
     if isinstance(refused, dict):
         yield from (f"{node} is not let in: {why}" for node, why in refused.items())

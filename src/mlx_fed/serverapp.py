@@ -12,30 +12,35 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
-from . import devices, rounds, strategies
+from . import devices, named_strategies, rounds, strategies
 from .history import History, new_run_folder
 from .progress import server_line
-from .settings import Settings, decide_rounds
+from .settings import VALUES, decide_rounds, settings_of
 from .task import Config, TaskSource, make_task
+from .task_config import TracedConfig, check_config, kebab_case
 from .training import Trainer
 
+_SOURCE = "The run's config"
+"""What ``flwr run --run-config`` and the app's pyproject.toml set, for messages."""
 _FLOWER = logging.getLogger("flwr")
-_SETTINGS = {
-    "seed": int,
-    "min-nodes": int,
-    "wait": float,
-    "round-timeout": float,
-    "min-replies": int,
-    "max-repeats": int,
-    "max-examples": float,
-    "max-update-norm": float,
-}
+_SETTINGS = (
+    "seed",
+    "min-nodes",
+    "wait",
+    "round-timeout",
+    "min-replies",
+    "max-repeats",
+    "max-examples",
+    "max-update-norm",
+    "patience",
+    "target",
+)
 _SERVERS_OWN = {*_SETTINGS, "runs", "name"}
 
 
 def server_app(
     task: TaskSource,
-    strategy: Strategy | Callable[[Config], Strategy] | None = None,
+    strategy: Strategy | str | Callable[[Config], Strategy] | None = None,
     *,
     runs: Path | str | None = None,
     device: str | None = "cpu",
@@ -46,15 +51,16 @@ def server_app(
     Args:
         task (Task or callable): What is trained, or a function that makes it from the run's
             settings (``context.run_config``), which stand over ``config``.
-        strategy (Strategy or callable): Any Flower strategy, or a function of the settings
-            that makes one. Default: FedAvg, of ``min_nodes`` nodes or 2.
+        strategy (Strategy, str or callable): Any Flower strategy, the name of one, or a function
+            of the settings that makes one. Default: FedAvg, of ``min_nodes`` nodes or 2.
         runs (Path, optional): Where runs are kept. Default: the setting ``runs``, or ``runs``;
             below the folder that the SuperLink was started in, unless it is a whole path.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
         settings: As :class:`~mlx_fed.settings.Settings` has them. In the run's settings
             ``num-rounds`` (unless it is 0), ``seed``, ``min-nodes``, ``wait``,
-            ``round-timeout``, ``min-replies``, ``max-repeats``, ``max-examples`` and
-            ``max-update-norm`` stand over these, and ``name`` names the run's folder.
+            ``round-timeout``, ``min-replies``, ``max-repeats``, ``max-examples``,
+            ``max-update-norm``, ``patience`` and ``target`` stand over these, and ``name`` names
+            the run's folder.
 
     Returns:
         flwr.serverapp.ServerApp: Runs under ``flwr run``, on machines and in simulation.
@@ -63,25 +69,35 @@ def server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        config = dict(context.run_config)
-        if config.get("num-rounds") == 0:
-            del config["num-rounds"]  # an app's settings need a default for what may be changed
-        config = {**settings.get("config", {}), **config}
-        own = {
-            key.replace("-", "_"): kind(config[key])
-            for key, kind in _SETTINGS.items()
-            if key in config
-        }
-        sent = {key: value for key, value in config.items() if key not in _SERVERS_OWN}
-        leading = Settings(**{**settings, **own, "config": sent})
+        run_config = kebab_case(context.run_config, _SOURCE)
+        if run_config.get("num-rounds") == 0:
+            del run_config["num-rounds"]  # an app's settings need a default for what may change
+        values = {**kebab_case(settings.get("config", {})), **run_config}
+        overrides = {key.replace("-", "_"): values[key] for key in _SETTINGS if key in values}
+        for name in overrides.keys() & VALUES.keys():
+            VALUES[name].check(_SOURCE, name.replace("_", "-"), overrides[name])
+        leading = settings_of(server_app, {**settings, **overrides, "config": values})
+        config = TracedConfig(values, _SOURCE)
         devices.use(device)
         made = make_task(task, config)
-        asked: Any = context.run_config.get("num-rounds") or settings.get("num_rounds")
-        decide_rounds(leading, made.config, asked)
-        given = strategy(config) if callable(strategy) else strategy
-        chosen = given or strategies.default(leading.min_nodes)
-        place = Path(runs or str(config.get("runs", "runs"))).expanduser().resolve()
-        history = History(new_run_folder(place, _name(config)), (_log,))
+        from_config = strategy(config) if callable(strategy) else strategy
+        chosen = named_strategies.find(from_config, leading.min_nodes or 2)
+        sent = {key: value for key, value in values.items() if key not in _SERVERS_OWN}
+        leading.config = TracedConfig(sent, _SOURCE)
+        leading.config.looked_up = config.looked_up
+        readers = [each for each in (task, strategy) if callable(each)]
+        check_config(
+            leading.config,
+            made,
+            [*readers, *strategies.layers(chosen)],
+            elsewhere={key: key for key in _SERVERS_OWN},
+            are_free=True,
+        )
+        decide_rounds(
+            leading, made.config, run_config.get("num-rounds", settings.get("num_rounds"))
+        )
+        place = Path(runs or str(values.get("runs", "runs"))).expanduser().resolve()
+        history = History(new_run_folder(place, _name(values)), (_log,))
         _FLOWER.info("The run's folder: %s", history.folder)
         with _own_lines_only():
             rounds.run(grid, chosen, Trainer(made, leading.seed), leading, history)

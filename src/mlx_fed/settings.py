@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from .errors import FedError
+from . import strategies
+from .errors import SettingsError
+from .named_strategies import arguments_of
+from .stopping import StopFn, parse_target
+from .task import Config, Task, TaskSource, make_task
+from .task_config import (
+    KINDS,
+    WHOLE,
+    TracedConfig,
+    check_config,
+    kebab_case,
+    nearest,
+    number,
+    plain,
+    whole_number,
+)
 from .weights import Arrays
 
 if TYPE_CHECKING:
-    from .task import Config
+    from flwr.serverapp.strategy import Strategy
+
     from .training import Trainer
 
 EvaluateFn = Callable[[int, Arrays, Arrays], Mapping[str, float | str] | None]
 
 
 _DEFAULT_ROUNDS = 3
-_LEAST = {
-    "num_rounds": 1,
-    "min_nodes": 1,
-    "wait": 0,
-    "round_timeout": 0,
-    "keep": 0,
-    "min_replies": 1,
-    "max_repeats": 0,
-    "max_examples": 1,
-    "max_update_norm": 1,
+VALUES = {
+    "num_rounds": whole_number(1),
+    "seed": WHOLE,
+    "min_nodes": whole_number(1),
+    "wait": number(0),
+    "round_timeout": number(0),
+    "keep": whole_number(0),
+    "min_replies": whole_number(1),
+    "max_repeats": whole_number(0),
+    "max_examples": number(1),
+    "max_update_norm": number(1),
+    "patience": whole_number(0),
 }
-
-
-class SettingsError(FedError, ValueError):
-    """Settings that a run cannot be led with."""
+"""The values that settings of a run take."""
 
 
 @dataclass
@@ -60,6 +76,13 @@ class Settings:
             task's loss and metrics of the global model on them are recorded each round.
         evaluate_fn (callable, optional): ``evaluate_fn(round, parameters, statistics)`` returns
             other metrics of the global model, or text such as a sample of what it writes.
+        patience (int, optional): The run ends after so many rounds without a new lowest loss, the
+            loss by which the best round is chosen; 0 is no limit. Default: no limit.
+        target (str or dict, optional): The run ends when a metric is reached:
+            ``"accuracy=0.95"`` or more, ``"loss=0.1"`` or less, ``"ppl<=12"``, or all of
+            ``{"accuracy": 0.95, "loss": 0.1}``. Default: none.
+        stop (callable, optional): ``stop(rounds)`` sees the records of the rounds so far after
+            each one, and ends the run with a reason, a text, or True.
     """
 
     num_rounds: int = _DEFAULT_ROUNDS
@@ -75,12 +98,17 @@ class Settings:
     keep: int = 3
     test: Sequence[Any] | None = None
     evaluate_fn: EvaluateFn | None = None
+    patience: int | None = None
+    target: str | Mapping[str, float] | None = None
+    stop: StopFn | None = None
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:  # as NaN is not, either
-                raise SettingsError(f"{name} is {least} or more, not {value}.")
+        for name, kind in VALUES.items():
+            if (value := plain(getattr(self, name))) is not None:
+                kind.check("", name, value)
+            setattr(self, name, value)
+        self.config = TracedConfig.of(self.config)
+        parse_target(self.target)
         if self.test is not None:
             _check_arrays(self.test)
 
@@ -90,7 +118,82 @@ class Settings:
             **vars(self),
             "test": None if self.test is None else len(self.test[0]),
             "evaluate_fn": self.evaluate_fn is not None,
+            "stop": self.stop is not None,
         }
+
+
+def settings_of(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Settings:
+    """The settings among a function's arguments, all that are no parameters of its own.
+
+    Args:
+        function (callable): Such as :func:`mlx_fed.simulate`.
+        arguments (dict): By name, as it was called with them.
+
+    Raises:
+        SettingsError: If there is no such argument, or its value cannot be.
+    """
+    names = {item.name for item in fields(Settings)}
+    for name in arguments:
+        if name in names:
+            continue
+        there_is_none = f"{function.__name__}() has no argument {name!r}."
+        names |= inspect.signature(function).parameters.keys() - {"settings"}
+        (setting,) = kebab_case({name: None})
+        if setting in KINDS:
+            raise SettingsError(f'{there_is_none} Write config={{"{setting}": ...}}.')
+        if meant := nearest(name, names):
+            raise SettingsError(f"{there_is_none} Did you mean {meant}?")
+        raise SettingsError(
+            f"{there_is_none} It has {', '.join(sorted(names))}. Settings of the task are given as "
+            f'config={{"{setting}": ...}}.'
+        )
+    return Settings(**arguments)
+
+
+def make_checked_task(
+    source: TaskSource,
+    settings: Settings,
+    strategy: Strategy,
+    stored: Mapping[str, Any] | None = None,
+    num_clients: int | None = None,
+) -> Task:
+    """The task, made of ``settings.config``, all of which has to be read by something.
+
+    Args:
+        source (Task or callable): The task, or a function that makes it.
+        settings (Settings): What the run is started with.
+        strategy (Strategy): Its strategy.
+        stored (dict, optional): The settings of the run that is resumed, as they were sent.
+        num_clients (int, optional): Of a simulation.
+
+    Raises:
+        SettingsError: If nothing reads a setting, or its value cannot be.
+    """
+    config = TracedConfig.of(settings.config)
+    task = make_task(source, config)
+    layers = list(strategies.layers(strategy))
+    elsewhere = {
+        **{item.name: f"a field of the task, Task({item.name}=...)" for item in fields(Task)},
+        **{
+            name: f"an argument of the strategy, -s {name.replace('_', '-')}=..."
+            for layer in layers
+            for name in arguments_of(type(layer))[0]
+        },
+        **{
+            item.name: f"--{item.name.replace('_', '-')}, or {item.name}= in Python"
+            for item in fields(Settings)
+        },
+    }
+    readers = layers if isinstance(source, Task) else [source, *layers]
+    check_config(
+        config,
+        task,
+        readers,
+        stored=stored,
+        elsewhere=kebab_case(elsewhere),
+        num_clients=num_clients,
+    )
+    return task
 
 
 def decide_rounds(
@@ -109,12 +212,19 @@ def decide_rounds(
     Raises:
         SettingsError: If it is not a whole number of 1 or more.
     """
-    given = (num_rounds, settings.config.get("num-rounds"), recorded, task.get("num-rounds"))
-    rounds = next((each for each in given if each is not None), _DEFAULT_ROUNDS)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise SettingsError(f"num_rounds is a whole number, 1 or more, not {rounds!r}.")
-    settings.num_rounds = rounds
-    settings.config = {**settings.config, "num-rounds": rounds}
+    key = "num-rounds"
+    sources = (
+        ("num_rounds", num_rounds),
+        (f"{getattr(settings.config, 'source', 'config')}: {key}", settings.config.get(key)),
+        ("num_rounds of the run", recorded),
+        (f"Task.config: {key}", task.get(key)),
+    )
+    for name, rounds in sources:
+        if rounds is not None:
+            KINDS[key].check("", name, rounds)
+            settings.num_rounds = rounds
+            break
+    settings.config = {**settings.config, key: settings.num_rounds}
 
 
 def require_one_model(settings: Settings, trainer: Trainer) -> None:

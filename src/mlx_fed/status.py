@@ -62,6 +62,8 @@ class Status:
                 self.now |= {"state": "running", **fields}
             case "finished":
                 self.now["state"] = "finished"
+                if reason := fields.get("stopped"):
+                    self.now["reason"] = reason
             case "stopped":
                 self.now |= {"state": "stopped", "reason": fields["reason"]}
             case "refused":

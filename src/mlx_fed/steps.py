@@ -22,6 +22,7 @@ from . import examples, linear, module_state, weights
 from .errors import FedError
 from .randomness import Keys, drawing_from
 from .task import Config, Task
+from .task_config import TracedConfig
 from .weights import Arrays, Slots
 
 
@@ -160,7 +161,8 @@ def custom_step(
             if task.augment:
                 batch = augmented(task.augment, keys.next(), batch)
             server_round, local_step = (int(number.item()) for number in shared.moment)
-            settings = {**config, "server-round": server_round, "local-step": local_step}
+            moment = {"server-round": server_round, "local-step": local_step}
+            settings = TracedConfig({**config, **moment})
             output = train_step(model, optimizer, batch, keys.next(), settings)
             loss, weight = loss_and_weight(task, output, batch, mask)
             parameters, statistics = weights.get(slots.parameters), weights.get(slots.statistics)
@@ -177,7 +179,9 @@ def with_moment(config: Config, moment: tuple[mx.array, mx.array] | None) -> Con
     if moment is None:
         return None
     server_round, local_step = moment
-    return {**config, "server-round": server_round, "local-step": local_step}
+    settings = TracedConfig(config)
+    settings.update({"server-round": server_round, "local-step": local_step})
+    return settings
 
 
 def augmented(augment: Callable[..., Any], key: mx.array, batch: Any) -> Any:

@@ -23,14 +23,12 @@ _NOBODY = 0
 """The receiver of a message that is never sent."""
 
 
-def default(min_nodes: int | None = None) -> Strategy:
-    """The strategy of a run that names none: FedAvg, for 2 nodes or as many as are asked for."""
-    least = min_nodes or 2
-    return FedAvg(min_train_nodes=least, min_evaluate_nodes=least, min_available_nodes=least)
-
-
 LEAST_NODES = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
 """What strategies call the numbers of nodes that they wait for."""
+
+
+FRACTIONS = ("fraction_train", "fraction_evaluate")
+"""What they call the shares of nodes that train and evaluate in a round."""
 
 
 def describe(strategy: Strategy) -> dict[str, Any]:

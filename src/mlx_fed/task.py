@@ -1,7 +1,7 @@
 """What is trained: a model, its loss, its data and how a client works on them.
 
-This room imports nothing of ours and nothing of Flower's: a task is a plain description,
-the same in one process, on a federation of machines and under ``flwr run``.
+This room imports nothing of Flower's, and of ours how settings are spelled: a task is a plain
+description, the same in one process, on a federation of machines and under ``flwr run``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
+
+from .task_config import KINDS, TracedConfig, kebab_case, plain
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -111,6 +113,15 @@ class DatasetMetric:
     compute: Callable[..., float | None]
 
 
+_KINDS = {
+    "batch_size": KINDS["batch-size"],
+    "local_epochs": KINDS["local-epochs"],
+    "local_steps": KINDS["local-steps"],
+    "eval_batch_size": KINDS["batch-size"],
+    "max_grad_norm": KINDS["max-grad-norm"],
+}
+
+
 @dataclass(frozen=True)
 class Task:
     """A model to train, and what one client does with its own data in a round.
@@ -133,7 +144,8 @@ class Task:
             each returns a value for each example (shape (batch,) or (batch, ...)), a mean
             (a scalar) or ``(mean, weight)``; or to a :class:`DatasetMetric`.
             ``{"accuracy": accuracy}``
-        config (dict): Settings that the server sends with every message, its own over these.
+        config (dict): Settings that the server sends with every message, its own over these, in
+            kebab-case or snake_case. What is declared here can be set by ``-c`` and ``config=``.
             ``optimizer`` reads them, and the keys ``batch-size``, ``local-epochs``,
             ``local-steps`` and ``max-grad-norm`` stand over the fields below.
         batch_size (int): Examples a training step. Default: ``32``.
@@ -212,10 +224,11 @@ class Task:
     save: Callable[[nn.Module, Path], Path] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "local_epochs", "local_steps", "eval_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"Task.{name} must be 1 or more, not {value}.")
+        object.__setattr__(self, "config", kebab_case(self.config, "Task.config"))
+        for name, kind in _KINDS.items():
+            if (value := plain(getattr(self, name))) is not None:
+                kind.check("", f"Task.{name}", value)
+            object.__setattr__(self, name, value)
         for name in ("loss", "num-examples", "nodes"):
             if name in self.metrics:
                 raise ValueError(
@@ -262,7 +275,9 @@ def make_task(source: TaskSource, config: Config | None = None) -> Task:
     Raises:
         TypeError: If the source is neither a :class:`Task` nor a function that returns one.
     """
-    task = source if isinstance(source, Task) or not callable(source) else source(config or {})
+    task: Any = source
+    if callable(source) and not isinstance(source, Task):
+        task = source(TracedConfig.of(config))
     if not isinstance(task, Task):
         raise TypeError(
             f"Expected an mlx_fed.Task, or a function of the settings that returns one, "

@@ -31,6 +31,7 @@ from .steps import (
     training_step,
 )
 from .task import Config, Data, Split, Task, fingerprint_of
+from .task_config import TracedConfig
 from .weights import Arrays
 
 
@@ -181,7 +182,7 @@ class Trainer:
         if first is None:
             raise ValueError("The client has no training examples.")
         mx.async_eval(first[0])  # the device is at it while the rest is made ready
-        optimizer = self.task.optimizer(config)
+        optimizer = self.task.optimizer(TracedConfig(config))
         programs = self.training_programs(optimizer, config)
         counters = _going_on(counters_of(optimizer), own)
         state = _kept(own, "state", programs.initial_state(counters, everything))

@@ -426,8 +426,7 @@ def history_file(data: bytes) -> None:
 
 def settings_file(data: bytes) -> None:
     folder = _file("run/settings.json", data).parent
-    history.recorded_rounds(folder)
-    history.recorded_run_id(folder)
+    history.previous_of(folder)
 
 
 def nodes_file(data: bytes) -> None:

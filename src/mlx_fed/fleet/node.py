@@ -23,6 +23,7 @@ from ..flower.replies import error_reply
 from ..progress import quiet_flower, told_or_terminal
 from ..spool import records_in
 from ..task import Data, Task, TaskSource, make_task
+from ..task_config import KINDS, TracedConfig, check_config
 from . import address, certificates
 from .identity import Identity, from_files, from_token
 
@@ -73,7 +74,8 @@ def join(
         name (str, optional): How the server calls this node. Default: the token's, or
             ``"node-0"`` and so on.
         device (str, optional): ``"gpu"`` or ``"cpu"``. Default: MLX's own choice.
-        config (dict, optional): What ``task`` is made from, if it is a function.
+        config (dict, optional): What ``task`` is made from, if it is a function. All else that is
+            trained with is the server's to set.
         mods (list, optional): Flower mods around training.
         insecure (bool): Allow plaintext beyond the loopback.
         identity (Path, optional): Where the key that belongs to the token is kept.
@@ -128,8 +130,14 @@ def join(
     with told_or_terminal(notify) as tell:
         if is_open:
             tell("note", text=f"not encrypted: {who.host} and all between may read and change it")
-        made = make_task(task, config)
+        settings = TracedConfig.of(config)
+        made = make_task(task, settings)
         data = batches.load(made, partition_id, num_partitions)
+        check_config(settings, made, [] if isinstance(task, Task) else [task])
+        servers = (KINDS.keys() | made.config.keys()) & dict.keys(settings) - settings.looked_up
+        if servers:
+            names = ", ".join(sorted(servers))
+            tell("note", text=f"{names}: the server's values are trained with, not this node's")
         tell("ready", device=where, partition=partition_id)
         app = clientapp.client_app(_with_data(made, data), mods)
         client = FleetClient(who.host, who.port, who.context, who.key, who.invitation)

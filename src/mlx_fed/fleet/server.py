@@ -13,16 +13,16 @@ from typing import Any
 import uvicorn
 from flwr.serverapp.strategy import Strategy
 
-from .. import devices, http, memory, rounds, strategies, weights
+from .. import devices, http, memory, named_strategies, rounds, strategies, weights
 from ..errors import FedError
 from ..flower.grid import LinkGrid
 from ..flower.link import Link
 from ..flower.routes import FleetRoutes
-from ..history import History, Listener, Result, recorded_rounds, run_folder
+from ..history import History, Listener, Previous, Result, previous_of, run_folder
 from ..progress import listeners_or_terminal, quiet_flower
-from ..settings import Settings, decide_rounds
+from ..settings import Settings, decide_rounds, make_checked_task, settings_of
 from ..spool import Spool
-from ..task import TaskSource, make_task
+from ..task import TaskSource
 from ..training import Trainer
 from . import address
 from .connections import BoundedConnection, make_room
@@ -46,7 +46,7 @@ class ServeError(FedError):
 @devices.put_back()
 def serve(
     task: TaskSource,
-    strategy: Strategy | None = None,
+    strategy: Strategy | str | None = None,
     num_rounds: int | None = None,
     *,
     host: str = address.DEFAULT_HOST,
@@ -74,8 +74,8 @@ def serve(
 
     Args:
         task (Task or callable): What is trained, or a function of ``config`` that makes it.
-        strategy (flwr.serverapp.strategy.Strategy): Any Flower strategy. Default:
-            FedAvg, of ``min_nodes`` nodes or 2.
+        strategy (flwr.serverapp.strategy.Strategy or str): Any Flower strategy, or the name of
+            one, as ``"FedAvg"``, of ``min_nodes`` nodes or 2. Default: ``"FedAvg"``.
         num_rounds (int, optional): Rounds to train. Default: ``num-rounds`` of ``config`` or
             else of the task, or 3.
         host (str): The address to listen on. Default: ``"127.0.0.1"``.
@@ -90,13 +90,15 @@ def serve(
         runs (Path): Where runs are kept. Default: ``"runs"``.
         resume (str or Path, optional): Go on with the run of this name below ``runs``, or in this
             folder, from its last whole round; the rest of the arguments are as they were, but for
-            ``num_rounds``, whose default is then what the run was started with.
+            ``num_rounds``, ``patience`` and ``target``, whose default is then what the run was
+            started with.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
         listeners (tuple, optional): Who is told what happens (see
             :class:`~mlx_fed.history.History`), in place of the progress display.
         settings: ``config``, ``seed``, ``min_nodes``, ``wait``, ``round_timeout``, ``keep``,
-            ``min_replies``, ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test`` and
-            ``evaluate_fn``, as :class:`~mlx_fed.settings.Settings` has them.
+            ``min_replies``, ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test``,
+            ``evaluate_fn``, ``patience``, ``target`` and ``stop``, as
+            :class:`~mlx_fed.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.
@@ -111,11 +113,11 @@ def serve(
     if secure and insecure:
         raise ServeError("A server is either --secure or --insecure.")
     secure = secure or not (insecure or address.is_loopback(host))
-    leading = Settings(**settings)
-    strategy = strategy or strategies.default(leading.min_nodes)
-    made = make_task(task, leading.config)
-    recorded = recorded_rounds(run_folder(runs, name, resume)) if resume is not None else None
-    decide_rounds(leading, made.config, num_rounds, recorded)
+    leading = settings_of(serve, settings)
+    strategy = named_strategies.find(strategy, leading.min_nodes or 2)
+    previous = previous_of(run_folder(runs, name, resume)) if resume is not None else Previous()
+    made = make_checked_task(task, leading, strategy, previous.config)
+    decide_rounds(leading, made.config, num_rounds, previous.num_rounds or None)
     quiet_flower()
     memory.keep_what_is_freed()
     with _socket(host, port) as listening, listeners_or_terminal(listeners) as watching:

@@ -16,6 +16,7 @@ import typer
 from .. import randomness
 from ..arguments import errors_as_messages, find_strategy
 from ..options import Joining, Leading, Listening, Showing, Token, Watching, with_options
+from ..task_config import kebab_case
 from .base import is_folder, require_mlx_lm
 from .config import ConfigError, Federation, LoraConfig, load_config
 
@@ -223,6 +224,7 @@ def simulate(
 def make_strategy(config: LoraConfig, min_nodes: int) -> Strategy:
     """The strategy that a configuration names, with its share of nodes and their weights."""
     federation = config.federation
+    source = "federation.strategy_options"
     options: dict[str, Any] = {}
     if federation.fraction != 1.0:
         options["fraction-train"] = federation.fraction
@@ -230,7 +232,8 @@ def make_strategy(config: LoraConfig, min_nodes: int) -> Strategy:
         options["fraction-evaluate"] = 0.0
     if federation.weighting == "tokens":
         options["weighted-by-key"] = "num-tokens"
-    return find_strategy(federation.strategy, min_nodes, {**options, **federation.strategy_options})
+    options |= kebab_case(federation.strategy_options, source)
+    return find_strategy(federation.strategy, min_nodes, options, source)
 
 
 def _note(text: str) -> None:

@@ -33,6 +33,7 @@ from ..steps import (
     update_step,
 )
 from ..task import Config, Data, Task
+from ..task_config import TracedConfig
 from ..training import Trainer, TrainingPrograms, Update
 from ..weights import Arrays, StackedRow
 from .feeding import Feed, HostStacks, device_feed, host_can_read
@@ -97,7 +98,7 @@ class BatchedTrainer:
         trainer = self.trainer
         if reason := self.why_not(trainer.task):
             raise FedError(reason)
-        optimizer = trainer.task.optimizer(config)
+        optimizer = trainer.task.optimizer(TracedConfig(config))
         starts = [trainer.with_own(parameters, statistics, member.own) for member in members]
         programs = self._programs(optimizer, config)
         key = repr(trainer.training_key(optimizer, config))

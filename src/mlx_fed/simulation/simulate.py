@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 
-from .. import devices, rounds
+from .. import devices, named_strategies, rounds
 from ..errors import SimulationError
-from ..history import History, Listener, recorded_rounds, run_folder
+from ..history import History, Listener, Previous, previous_of, run_folder
 from ..labels import LabelsFile
 from ..progress import listeners_or_terminal, quiet_flower
-from ..settings import Settings, decide_rounds
-from ..task import TaskSource, make_task
+from ..settings import decide_rounds, make_checked_task, settings_of
+from ..task import TaskSource
 from ..training import Trainer
 from .faults import Faults
 from .grid import SimulationGrid
@@ -30,7 +30,7 @@ from .worker import Job
 @devices.put_back()
 def simulate(
     task: TaskSource,
-    strategy: Strategy | None = None,
+    strategy: Strategy | str | None = None,
     num_clients: int = 100,
     num_rounds: int | None = None,
     *,
@@ -55,8 +55,9 @@ def simulate(
         task (Task or callable): What is trained, or a function of ``config`` that makes it.
             ``Task.data`` is called with each sampled client's partition, in the process that
             trains it.
-        strategy (flwr.serverapp.strategy.Strategy): Any Flower strategy; ``fraction_train``
-            is the share of clients that train in a round. Default: ``FedAvg()``, all of them.
+        strategy (flwr.serverapp.strategy.Strategy or str): Any Flower strategy, or the name of
+            one, as ``"FedAvg"``; ``fraction_train`` is the share of clients that train in a
+            round. Default: ``FedAvg()``, all of them.
         num_clients (int): How many clients there are. Default: ``100``.
         num_rounds (int, optional): Rounds to train. Default: ``num-rounds`` of ``config`` or
             else of the task, or 3.
@@ -70,13 +71,14 @@ def simulate(
         runs (Path): Where runs are kept. Default: ``"runs"``.
         resume (str or Path, optional): Go on with the run of this name below ``runs``, or in this
             folder, from its last whole round; the rest of the arguments are as they were, but for
-            ``num_rounds``, whose default is then what the run was started with.
+            ``num_rounds``, ``patience`` and ``target``, whose default is then what the run was
+            started with.
         device (str, optional): ``"cpu"`` or ``"gpu"``. Default: MLX's own choice.
         listeners (tuple, optional): Who is told what happens (see
             :class:`~mlx_fed.history.History`), in place of the progress display.
         settings: ``config``, ``seed``, ``round_timeout``, ``keep``, ``min_replies``,
-            ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test`` and
-            ``evaluate_fn``, as :class:`~mlx_fed.settings.Settings` has them.
+            ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test``, ``evaluate_fn``,
+            ``patience``, ``target`` and ``stop``, as :class:`~mlx_fed.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.
@@ -97,12 +99,12 @@ def simulate(
             raise SimulationError(f"A simulation's {what} is {least} or more, not {value}.")
     quiet_flower()
     computing_on = devices.use(device)
-    leading = Settings(**settings)
-    made = make_task(task, leading.config)
-    recorded = recorded_rounds(run_folder(runs, name, resume)) if resume is not None else None
+    leading = settings_of(simulate, settings)
+    strategy = named_strategies.find(strategy, 1)
+    previous = previous_of(run_folder(runs, name, resume)) if resume is not None else Previous()
+    made = make_checked_task(task, leading, strategy, previous.config, num_clients)
     made_from = leading.config
-    decide_rounds(leading, made.config, num_rounds, recorded)
-    strategy = strategy or FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
+    decide_rounds(leading, made.config, num_rounds, previous.num_rounds or None)
     faults = faults or Faults()
     with (
         listeners_or_terminal(listeners) as watching,

@@ -18,6 +18,7 @@ from ..exchange import Failed
 from ..randomness import moment_of
 from ..sums import Block, Counted
 from ..task import Config, Data, TaskSource, make_task
+from ..task_config import kebab_case
 from ..tracebacks import user_traceback
 from ..training import Trainer, Update
 from ..weights import Arrays, is_finite
@@ -159,7 +160,7 @@ class Worker:
 
     def _phase(self, request: Request) -> Phase:
         name, record = messages.parameters_of(request.content)
-        _, config = messages.config_of(request.content)
+        config = kebab_case(messages.config_of(request.content)[1])  # strategies add to it
         statistics = self.trainer.statistics()
         if messages.STATISTICS in request.content:
             statistics = messages.unpack(request.content.array_records[messages.STATISTICS])
