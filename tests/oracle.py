@@ -11,7 +11,17 @@ from mlx.utils import tree_unflatten
 
 from mlx_fed import randomness
 
-from .oracle_parts import arrays, batches, flat, length, put, result, running_kind, split, to_float
+from .oracle_parts import (
+    arrays,
+    batches,
+    evaluate,
+    flat,
+    length,
+    put,
+    result,
+    running_kind,
+    to_float,
+)
 from .oracle_strategies import aggregate, mean
 
 
@@ -53,8 +63,11 @@ def run(task, strategy, options, num_clients, seed, nodes, config, touch=None):
             own[client] = {name: end[name] for name in local}
             states[client] = flat(optimizer.state) if task.keep_optimizer else {}
             ends.append(end)
-        shared = aggregate(strategy, options, number, shared, ends, [*reports.values()], memory)
-        averaged = mean(averaged, ends, [each["num-examples"] for each in reports.values()])
+        by = options.get("weighted_by_key", "num-examples")
+        weights = [report[by] for report in reports.values()]
+        losses = [report.get(key) for report in reports.values()]
+        shared = aggregate(strategy, options, number, shared, ends, weights, losses, memory)
+        averaged = mean(averaged, ends, weights)
         scores = {}
         for client in evaluators:
             put(model, first, {**shared, **averaged, **own.get(client, {})})
@@ -92,17 +105,3 @@ def train(task, model, optimizer, batches, settings, anchor, touch):
     total = sum(weight for _, weight in results)
     counts = {f"num-{task.weight_unit}": round(total)} if task.weight_unit else {}
     return {"loss": sum(loss * weight for loss, weight in results) / total, **counts}
-
-
-def evaluate(task, model, examples, settings):
-    """The task's loss and metrics, each the mean over all examples."""
-    model.eval()
-    functions, sums = {"loss": task.loss, **task.metrics}, {}
-    for batch in split(examples, task.eval_batch_size):
-        for name, function in functions.items():
-            value, weight = (x.item() for x in result(task, function, model, batch, settings))
-            total, before = sums.get(name, (0, 0))
-            sums[name] = total + value * weight, before + weight
-    means = {name: total / weight for name, (total, weight) in sums.items()}
-    counts = {f"num-{task.weight_unit}": round(sums["loss"][1])} if task.weight_unit else {}
-    return {"num-examples": length(examples), **means, **counts}

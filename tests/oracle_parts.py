@@ -98,3 +98,17 @@ def result(task, function, model, batch, settings):
             return output[0].astype(mx.float32), output[1].astype(mx.float32)
         output = output[0]
     return output.astype(mx.float32).mean(), mx.array(length(batch), mx.float32)
+
+
+def evaluate(task, model, examples, settings):
+    """The task's loss and metrics, each the mean over all examples."""
+    model.eval()
+    functions, sums = {"loss": task.loss, **task.metrics}, {}
+    for batch in split(examples, task.eval_batch_size):
+        for name, function in functions.items():
+            value, weight = (x.item() for x in result(task, function, model, batch, settings))
+            total, before = sums.get(name, (0, 0))
+            sums[name] = total + value * weight, before + weight
+    means = {name: total / weight for name, (total, weight) in sums.items()}
+    counts = {f"num-{task.weight_unit}": round(sums["loss"][1])} if task.weight_unit else {}
+    return {"num-examples": length(examples), **means, **counts}

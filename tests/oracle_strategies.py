@@ -14,21 +14,21 @@ def mean(before, ends, weights):
     }
 
 
-def aggregate(strategy, options, number, before, ends, reports, memory, bias_corrected=True):
-    """The server's parameters after a round.
+def aggregate(
+    strategy, options, number, before, ends, weights, losses, memory, bias_corrected=True
+):
+    """The server's parameters after a round, as float32.
 
-    Flower's FedAdam corrects the bias of its moments, in the exponent one round ahead, which
+    Flower's FedAdam corrects the bias of its moments, with the exponent one round ahead, which
     algorithm 2 of Reddi et al. (https://arxiv.org/abs/2003.00295) does not: without
-    ``bias_corrected`` it is theirs, but for moments that begin at 0 as in Flower.
+    ``bias_corrected`` it is theirs, but for moments that begin at 0 as Flower's do.
     """
-    weights = [report[options.get("weighted_by_key", "num-examples")] for report in reports]
-    after = _aggregate(
-        strategy, options, number, before, ends, weights, reports, memory, bias_corrected
-    )
-    return {name: np.float64(np.float32(value)) for name, value in after.items()}  # as masters are
+    correct = bias_corrected and strategy == "FedAdam"
+    after = _aggregate(strategy, options, number, before, ends, weights, losses, memory, correct)
+    return {name: np.float64(np.float32(value)) for name, value in after.items()}
 
 
-def _aggregate(strategy, options, number, before, ends, weights, reports, memory, bias_corrected):
+def _aggregate(strategy, options, number, before, ends, weights, losses, memory, correct):
     if strategy in ("FedMedian", "FedTrimmedAvg"):  # https://arxiv.org/abs/1803.01498
         cut = int(options.get("beta", 0) * len(ends))
         sorted_ = {name: np.sort([end[name] for end in ends], axis=0) for name in before}
@@ -37,7 +37,7 @@ def _aggregate(strategy, options, number, before, ends, weights, reports, memory
         return {n: values[cut : len(ends) - cut].mean(axis=0) for n, values in sorted_.items()}
     if strategy == "QFedAvg":  # https://openreview.net/pdf?id=ByexElSYDr
         lipschitz, q = 1 / options["client_learning_rate"], options["q"]
-        losses = [report["train_loss"] + 1e-10 for report in reports]
+        losses = [loss + 1e-10 for loss in losses]
         away = [{n: lipschitz * (before[n] - end[n]) for n in before} for end in ends]
         norms = [sum(np.sum(np.square(d)) for d in each.values()) for each in away]
         scale = sum(
@@ -65,7 +65,7 @@ def _aggregate(strategy, options, number, before, ends, weights, reports, memory
         v = {n: v[n] + move[n] ** 2 for n in before}
     elif strategy == "FedAdam":
         v = {n: beta_2 * v[n] + (1 - beta_2) * move[n] ** 2 for n in before}
-        if bias_corrected:
+        if correct:
             eta *= np.sqrt(1 - beta_2 ** (number + 1)) / (1 - beta_1 ** (number + 1))
     else:  # FedYogi
         v = {n: v[n] - (1 - beta_2) * move[n] ** 2 * np.sign(v[n] - move[n] ** 2) for n in before}

@@ -449,7 +449,7 @@ def draw(seed: int) -> Drawn:
         settings["max_grad_norm"] = draw.pick(0.05, 0.5)
     settings["statistics"] = draw.pick("average", "average", "local")
     personal = draw.pick(*[None] * 6, "head", "layers")
-    if personal and (personal == "head" or "tied" not in features["layers"]):
+    if personal and not frozen and (personal == "head" or "tied" not in features["layers"]):
         settings["personal"] = lambda name: name.startswith(personal)
     settings["keep_optimizer"] = draw.chance(0.15)
     if form.startswith("weighted"):

@@ -83,6 +83,7 @@ class Frozen(nn.Module):
         self.base = nn.Linear(WIDTH, WIDTH)
         self.base.freeze()
         self.order = mx.arange(WIDTH)[::-1]
+        self.freeze(keys=["order"], recurse=False)
         self.low = mx.zeros((WIDTH, 2)) + 0.1
         self.high = mx.random.normal((2, WIDTH)) * 0.3
 
