@@ -11,17 +11,8 @@ from mlx.utils import tree_unflatten
 
 from mlx_fed import randomness
 
-from .oracle_parts import (
-    arrays,
-    batches,
-    evaluate,
-    flat,
-    length,
-    put,
-    result,
-    running_kind,
-    to_float,
-)
+from . import oracle_parts as parts
+from .oracle_parts import arrays, evaluate, flat, length, put, to_float
 from .oracle_strategies import aggregate, mean
 
 
@@ -34,7 +25,7 @@ def run(task, strategy, options, num_clients, seed, nodes, config, touch=None):
     mx.random.seed(randomness.derive(seed, "initial weights"))
     model = task.model()
     first = arrays(model)
-    running = {name: kind for name in first if (kind := running_kind(task, name))}
+    running = {name: kind for name in first if (kind := parts.running_kind(task, name))}
     trained = flat(model.trainable_parameters()).keys() & first.keys() - running.keys()
     trained = [n for n in first if n in trained and mx.issubdtype(first[n].dtype, mx.inexact)]
     local = {n for n in trained if task.personal and task.personal(n)}
@@ -53,15 +44,14 @@ def run(task, strategy, options, num_clients, seed, nodes, config, touch=None):
             data = task.data(client, num_clients)
             before = {key: evaluate(task, model, data.train, settings)["loss"]} if key else {}
             optimizer = task.optimizer(settings)
-            optimizer.init(model.trainable_parameters())
-            kept = {n: a for n, a in states.get(client, {}).items() if "learning_rate" not in n}
-            optimizer.state = tree_unflatten([*(flat(optimizer.state) | kept).items()])
-            examples = batches(task, data.train, settings, client)
+            parts.resume(optimizer, states.get(client), model)
+            examples = parts.batches(task, data.train, settings, client)
             report = train(task, model, optimizer, examples, settings, shared, touch)
-            reports[client] = {**before, "num-examples": length(data.train), **report}
+            reports[client] = before | report
+            reports[client]["num-examples"] = length(data.train) or report["num-examples"]
             end = {name: to_float(array) for name, array in arrays(model).items() if name in first}
             own[client] = {name: end[name] for name in local}
-            states[client] = flat(optimizer.state) if task.keep_optimizer else {}
+            states |= {client: flat(optimizer.state)} if task.keep_optimizer else {}
             ends.append(end)
         by = options.get("weighted_by_key", "num-examples")
         weights = [report[by] for report in reports.values()]
@@ -82,26 +72,30 @@ def run(task, strategy, options, num_clients, seed, nodes, config, touch=None):
 def train(task, model, optimizer, batches, settings, anchor, touch):
     """Trains on batches: the mean of their losses, and what their weights count."""
     mu, most = settings.get("proximal-mu"), settings.get("max-grad-norm", task.max_grad_norm)
-    step = nn.value_and_grad(model, lambda batch: result(task, task.loss, model, batch, settings))
-    results = []
-    for batch in batches:
+    results, examples = [], 0
+    for number, batch in enumerate(batches, 1):
+        settings["local-step"] = number
         model.train()
         (touch or id)(model)
         now = arrays(model)
         if task.augment:
-            batch = task.augment(mx.random.key(len(results)), *batch)
-        (loss, weight), grads = step(batch)
-        grads = {name: grad for name, grad in flat(grads).items() if name in now}
-        for name in grads.keys() & anchor if mu else ():
-            away = now[name] - mx.array(np.float32(anchor[name])).astype(now[name].dtype)
-            grads[name] = grads[name] + mx.array(mu, grads[name].dtype) * away
-        if most is not None:
-            norm = mx.sqrt(sum(mx.sum(mx.square(g.astype(mx.float32))) for g in grads.values()))
-            scale = mx.minimum(most / (norm + 1e-6), 1)
-            grads = {name: (grad * scale).astype(grad.dtype) for name, grad in grads.items()}
-        optimizer.update(model, tree_unflatten([*grads.items()]))
-        mx.eval(model.parameters(), optimizer.state)
+            batch = task.augment(mx.random.key(number), *batch)
+        if own := getattr(task, "train_step", None):
+            output = own(model, optimizer, batch, mx.random.key(number), settings)
+            loss, weight = parts.mean_and_weight(output, batch, False)
+        else:
+            loss_of = lambda batch: parts.result(task, task.loss, model, batch, settings)  # noqa: B023, E731
+            (loss, weight), grads = nn.value_and_grad(model, loss_of)(batch)
+            grads = {name: grad for name, grad in flat(grads).items() if name in now}
+            for name in grads.keys() & anchor if mu else ():
+                away = now[name] - mx.array(np.float32(anchor[name])).astype(now[name].dtype)
+                grads[name] = grads[name] + mx.array(mu, grads[name].dtype) * away
+            grads = parts.clip(grads, most) if most is not None else grads
+            optimizer.update(model, tree_unflatten([*grads.items()]))
+        mx.eval(model.parameters())
         results.append((loss.item(), weight.item()))
+        examples += length(batch)
     total = sum(weight for _, weight in results)
     counts = {f"num-{task.weight_unit}": round(total)} if task.weight_unit else {}
-    return {"loss": sum(loss * weight for loss, weight in results) / total, **counts}
+    loss = sum(loss * weight for loss, weight in results) / total
+    return {"loss": loss, "num-examples": examples, **counts}

@@ -46,7 +46,7 @@ def running_kind(task, name):
 
 
 def length(examples):
-    """The number of examples; of a stream without a length it is not known before it is read."""
+    """The number of examples; of a stream None, if it does not say."""
     if callable(examples):
         return len(examples) if hasattr(examples, "__len__") else None
     return len(tree_flatten(examples)[0][1])
@@ -87,28 +87,46 @@ def batches(task, examples, settings, client):
 def result(task, function, model, batch, settings):
     """The mean of a loss or metric over a batch, and the mean's weight."""
     named = "config" in inspect.signature(function).parameters
-    more = {"config": settings} if named else {}
-    output = (
-        function(model, batch, **more)
-        if isinstance(batch, dict)
-        else function(model, *batch, **more)
-    )
-    if isinstance(output, tuple):
-        if task.weight_unit or function is not task.loss:
-            return output[0].astype(mx.float32), output[1].astype(mx.float32)
-        output = output[0]
+    times = {n: mx.array(settings[n]) for n in ("server-round", "local-step") if n in settings}
+    more = {"config": {**settings, **times}} if named else {}
+    arguments = [batch] if isinstance(batch, dict) else batch
+    output = function(model, *arguments, **more)
+    return mean_and_weight(output, batch, task.weight_unit or function is not task.loss)
+
+
+def mean_and_weight(output, batch, has_weight):
+    if isinstance(output, tuple) and has_weight:
+        return output[0].astype(mx.float32), output[1].astype(mx.float32)
+    output = output[0] if isinstance(output, tuple) else output
     return output.astype(mx.float32).mean(), mx.array(length(batch), mx.float32)
 
 
 def evaluate(task, model, examples, settings):
     """The task's loss and metrics, each the mean over all examples."""
     model.eval()
-    functions, sums = {"loss": task.loss, **task.metrics}, {}
+    functions, sums, number = {"loss": task.loss, **task.metrics}, {}, 0
     for batch in split(examples, task.eval_batch_size):
+        number += length(batch)
         for name, function in functions.items():
             value, weight = (x.item() for x in result(task, function, model, batch, settings))
             total, before = sums.get(name, (0, 0))
             sums[name] = total + value * weight, before + weight
     means = {name: total / weight for name, (total, weight) in sums.items()}
     counts = {f"num-{task.weight_unit}": round(sums["loss"][1])} if task.weight_unit else {}
-    return {"num-examples": length(examples), **means, **counts}
+    return {"num-examples": number, **means, **counts}
+
+
+def resume(optimizer, kept, model):
+    """Gives an optimizer the state that a client has kept; the rate stays that of the round."""
+    if isinstance(optimizer, dict):  # a train_step's own
+        return
+    optimizer.init(model.trainable_parameters())
+    kept = {name: array for name, array in (kept or {}).items() if "learning_rate" not in name}
+    optimizer.state = tree_unflatten([*(flat(optimizer.state) | kept).items()])
+
+
+def clip(grads, most):
+    """The gradients of a global norm of at most ``most``."""
+    norm = mx.sqrt(sum(mx.sum(mx.square(g.astype(mx.float32))) for g in grads.values()))
+    scale = mx.minimum(most / (norm + 1e-6), 1)
+    return {name: (grad * scale).astype(grad.dtype) for name, grad in grads.items()}

@@ -15,6 +15,7 @@ import mlx.optimizers as optim
 import numpy as np
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
+from mlx.utils import tree_map
 
 from . import models
 from .models import VOCABULARY, WIDTH
@@ -90,14 +91,18 @@ class Column:
     classes: int = VOCABULARY
     of_numpy: bool = True
 
-    def make(self, rng: np.random.Generator, number: int) -> Any:
+    def make(self, rng: np.random.Generator, number: int, only: int | None = None) -> Any:
+        """The values of so many examples; with ``only`` whole numbers are this one alone."""
         shape = (number, *self.shape)
         if self.values == "whole":
             array: Any = rng.integers(0, self.classes, shape)
+            array = array if only is None else np.full(shape, only % self.classes)
         elif self.values == "weight":
             array = rng.uniform(0.5, 2.0, shape)
         else:
             array = rng.normal(size=shape)
+            if self.values == "sparse":
+                array *= rng.random((number, *[1] * len(self.shape))) < 0.4
         if self.dtype == "bool" and self.values != "whole":
             array = array > 0
         if self.of_numpy and self.dtype != "bfloat16":
@@ -119,7 +124,8 @@ def draw_input(draw: Draw) -> Column:
     kind = draw.pick("float", "float", "float", "whole", "bool")
     if kind == "float":
         shape = draw.pick((), (4,), (4,), (4,), (2, 3), (3, 2), (4, 4, 1), (4, 4, 2))
-        return Column(shape, draw.pick(*FLOATS), "normal", of_numpy=of_numpy)
+        values = draw.pick("normal", "normal", "normal", "normal", "sparse")
+        return Column(shape, draw.pick(*FLOATS), values, of_numpy=of_numpy)
     shape = draw.pick((), (3,), (4,))
     dtype = "bool" if kind == "bool" else draw.pick(*WHOLE)
     return Column(shape, dtype, "normal" if kind == "bool" else "whole", of_numpy=of_numpy)
@@ -140,7 +146,7 @@ def draw_encoder(draw: Draw, column: Column, dtype: mx.Dtype) -> tuple[str, Call
 
 def draw_target(draw: Draw, inputs: Sequence[Column]) -> Column | None:
     kind = draw.pick("class", "class", "class", "value", "like an input", "none")
-    like = [column for column in inputs if column.values == "normal" and column.dtype != "bool"]
+    like = [c for c in inputs if c.values in ("normal", "sparse") and c.dtype != "bool"]
     if kind == "class":
         dtype = draw.pick(*WHOLE, "bool")
         return Column((), dtype, "whole", 2 if dtype == "bool" else 3, draw.chance(0.7))
@@ -149,6 +155,58 @@ def draw_target(draw: Draw, inputs: Sequence[Column]) -> Column | None:
     if kind == "none":
         return None
     return Column(draw.pick((), (2,), (4,)), draw.pick(*FLOATS), "normal")
+
+
+class Stream:
+    """Batches in an order that the key decides."""
+
+    def __init__(self, batch: Any, number: int, size: int):
+        self.batch, self.number, self.size = batch, number, size
+
+    def __call__(self, key: mx.array) -> Any:
+        rng = np.random.default_rng(np.array(key).astype(np.uint32))
+        order = rng.permutation(self.number)
+        for at in range(0, self.number, self.size):
+            rows = mx.array(order[at : at + self.size])
+            yield tree_map(lambda array, rows=rows: mx.array(array)[rows], self.batch)
+
+
+class SizedStream(Stream):
+    def __len__(self) -> int:
+        return self.number
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a batch holds its arrays."""
+
+    kind: str
+    number: int
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{'yxzab'[n]}{n}" for n in range(self.number)]
+
+    def pack(self, arrays: Sequence[Any]) -> Any:
+        match self.kind:
+            case "dict":
+                return dict(zip(self.names, arrays, strict=True))
+            case "nested":
+                return tuple(arrays[:-1]), arrays[-1]
+            case "nested dict":
+                return {"rest": tuple(arrays[:-1]), "last": {"of": arrays[-1]}}
+        return tuple(arrays)
+
+    def unpack(self, batch: Sequence[Any]) -> list[mx.array]:
+        """The arrays, of what a loss is called with."""
+        match self.kind:
+            case "dict":
+                return [batch[0][name] for name in self.names]
+            case "nested":
+                return [*batch[0], batch[1]]
+            case "nested dict":
+                return [*batch[0]["rest"], batch[0]["last"]["of"]]
+        return list(batch)
 
 
 # -- losses and metrics ----------------------------------------------------------------------
@@ -173,11 +231,13 @@ class Loss:
         has_weight (bool): Whether the batch has a weight for each example, the last array.
     """
 
-    def __init__(self, form: str, has_target: bool, has_weight: bool):
+    def __init__(self, form: str, has_target: bool, has_weight: bool, structure: Structure):
         self.form, self.has_target, self.has_weight = form, has_target, has_weight
+        self.structure = structure
 
-    def outputs(self, model: nn.Module, batch: Sequence[mx.array]) -> tuple[Any, Any, Any]:
-        *rest, weight = batch if self.has_weight else (*batch, None)
+    def outputs(self, model: nn.Module, batch: Sequence[Any]) -> tuple[Any, Any, Any]:
+        arrays = self.structure.unpack(batch)
+        *rest, weight = arrays if self.has_weight else (*arrays, None)
         *inputs, y = rest if self.has_target else (*rest, None)
         return model(*inputs), y, weight
 
@@ -204,6 +264,14 @@ class Loss:
                 return losses.mean(), self.hits(out, y).mean()
             case "with aux":
                 return losses.mean(), mx.square(out).mean() * 3
+            case "vector with aux":
+                return losses, out
+            case "pairs":
+                kind = losses > 1 if y is None or y.ndim != 1 else y
+                other = (kind[:, None] != kind[None, :]).astype(mx.float32)
+                out = out.astype(mx.float32)
+                away = mx.square(out[:, None] - out[None, :]).mean(axis=-1)
+                return losses + (other * mx.exp(-away)).sum(axis=1)
             case "contrast":
                 out = out.astype(mx.float32)
                 alike = out @ out.T / (1 + mx.linalg.norm(out, axis=-1, keepdims=True))
@@ -218,6 +286,17 @@ class Loss:
         if y is None or mx.issubdtype(y.dtype, mx.floating):
             return (out > 0.1).mean(axis=-1)
         return mx.argmax(out, axis=-1) == y.astype(mx.uint32)
+
+
+class LossOfConfig(Loss):
+    """One that changes with the round and the step while it trains."""
+
+    def __call__(self, model: nn.Module, *batch: Any, config: Any = None) -> Any:
+        output = super().__call__(model, *batch)
+        if not model.training:
+            return output
+        factor = 1 + 0.2 * config["server-round"] + 0.1 * config["local-step"]
+        return (output[0] * factor, *output[1:]) if isinstance(output, tuple) else output * factor
 
 
 class Metric(Loss):
@@ -236,7 +315,36 @@ class Metric(Loss):
         raise ValueError(self.form)
 
 
-INTERACTING = ("contrast", "centered", "share of batch")
+INTERACTING = ("contrast", "centered", "share of batch", "pairs")
+
+
+class TrainStep:
+    """A training step of the task's own."""
+
+    def __init__(self, kind: str, loss: Loss):
+        self.kind, self.loss = kind, loss
+
+    def __call__(self, model: Any, optimizer: Any, batch: Any, key: mx.array, config: Any) -> Any:
+        arguments = batch if isinstance(batch, tuple) else (batch,)
+
+        def loss_of(model: nn.Module) -> mx.array:
+            output = self.loss(model, *arguments)
+            return (output[0] if isinstance(output, tuple) else output).mean()
+
+        step = nn.value_and_grad(model, loss_of)
+        loss, grads = step(model)
+        if self.kind == "two optimizers":
+            head = {"head": grads.pop("head")}
+            optimizer["head"].update(model, head)
+            optimizer["rest"].update(model, grads)
+            return loss
+        if self.kind == "sharpness-aware":
+            before = model.trainable_parameters()
+            model.update(tree_map(lambda w, g: w + 0.05 * g, before, grads))
+            _, grads = step(model)
+            model.update(before)
+        optimizer.update(model, grads)
+        return loss
 
 
 # -- optimizers ------------------------------------------------------------------------------
@@ -335,12 +443,17 @@ def draw(seed: int) -> Drawn:
     target = draw_target(draw, inputs)
     form = draw.pick(
         *("vector", "vector", "vector", "vector half", "mean", "weighted", "weighted whole"),
-        *("with accuracy", "with aux", *INTERACTING),
+        *("with accuracy", "with aux", "vector with aux", *INTERACTING),
     )
     weight = Column((), "float32", "weight") if draw.chance(0.2) else None
     columns = [*inputs, *(c for c in (target, weight) if c)]
     encoders = [draw_encoder(draw, column, dtype) for column in inputs]
     features |= {"arrays": [str(column) for column in columns], "loss": form}
+    new = "train_step" in FIELDS
+    kinds = ["tuple"] * 4 + (["dict", "nested", "nested dict"] if new else [])
+    structure = Structure(draw.pick(*kinds), len(columns))
+    stream = draw.pick(*[None] * 12, "stream", "sized stream")
+    features |= {"structure": structure.kind, "stream": stream}
     features["encoders"] = [name for name, _ in encoders]
 
     layers = [draw.pick(*models.LAYERS.items()) for _ in range(draw.small(0, 3))]
@@ -359,6 +472,9 @@ def draw(seed: int) -> Drawn:
     normalized = draw.chance(0.15)
     if normalized:
         layers.append(("batch norm", partial(nn.BatchNorm, WIDTH)))
+    buffer = draw.pick(*models.BUFFERS) if new and draw.chance(0.12) else None
+    if buffer:
+        layers.append((buffer, models.BUFFERS[buffer]))
     dropout = draw.chance(0.1)
     if dropout:
         layers.append(("dropout", partial(nn.Dropout, 0.3)))
@@ -384,14 +500,18 @@ def draw(seed: int) -> Drawn:
             module.encoders["input0"].freeze()
         return module
 
-    has = {"has_target": target is not None, "has_weight": weight is not None}
-    loss = Loss(form, **has)
+    has: dict[str, Any] = {"has_target": target is not None, "has_weight": weight is not None}
+    has["structure"] = structure
+    of_config = new and draw.chance(0.1)
+    loss = (LossOfConfig if of_config else Loss)(form, **has)
+    features["loss of config"] = of_config
     names = [n for n in ("hits", "mean", "weighted", "spread") if draw.chance(0.3)]
     metrics = {name.replace(" ", "-"): Metric(name, **has) for name in names}
     features["metrics"] = names
 
     augment = draw.pick(*[None] * 8, "noise", "scale")
     first_float = inputs[0].values == "normal" and inputs[0].dtype != "bool"
+    first_float = first_float and structure.kind == "tuple"
     augment = augment if first_float else None
     features["augment"] = augment
 
@@ -428,12 +548,26 @@ def draw(seed: int) -> Drawn:
     features |= {"clients": num_clients, "rounds": num_rounds, "sizes": sizes, "tests": tests}
     features |= {"batch": batch_size, "epochs": epochs, "steps": steps, "eval": eval_batch_size}
 
+    skewed = draw.chance(0.2)
+    features["one label a client"] = skewed
+
+    def examples(rng: np.random.Generator, size: int, partition: int) -> Any:
+        return structure.pack(
+            [
+                column.make(rng, size, partition if skewed and column is target else None)
+                for column in columns
+            ]
+        )
+
     def data(partition: int, num_partitions: int | None) -> fed.Data:
         rng = np.random.default_rng([seed, partition])
-        train, test = (
-            None if size is None else tuple(column.make(rng, size) for column in columns)
-            for size in (sizes[partition], tests[partition])
-        )
+        number, held_out = sizes[partition], tests[partition]
+        train = examples(rng, number, partition)
+        test = None if held_out is None else examples(rng, held_out, partition)
+        if stream:
+            kind = Stream if stream == "stream" else SizedStream
+            train = kind(train, number, config.get("batch-size", batch_size))
+            test = test and kind(test, held_out or 0, eval_batch_size)
         return fed.Data(train, test)
 
     settings: dict[str, Any] = {}
@@ -445,16 +579,28 @@ def draw(seed: int) -> Drawn:
             settings[key.replace("-", "_")] = value + 1
         else:
             settings[key.replace("-", "_")] = value
-    if draw.chance(0.2):
+    own_step = None
+    if new and draw.chance(0.08) and not form.startswith("weighted"):
+        own_step = draw.pick("plain", "sharpness-aware", "two optimizers")
+        settings["train_step"] = TrainStep(own_step, loss if not of_config else Loss(form, **has))
+    features["train step"] = own_step
+    if draw.chance(0.2) and not own_step:
         settings["max_grad_norm"] = draw.pick(0.05, 0.5)
+    if new and draw.chance(0.05):
+        settings["compile"] = False
+    if buffer:
+        kind = draw.pick("average", "local")
+        settings["buffers"] = lambda name: kind if name.endswith(f".{buffer}") else None
+        features["buffers"] = kind
     settings["statistics"] = draw.pick("average", "average", "local")
     personal = draw.pick(*[None] * 6, "head", "layers")
     if personal and not frozen and (personal == "head" or "tied" not in features["layers"]):
         settings["personal"] = lambda name: name.startswith(personal)
-    settings["keep_optimizer"] = draw.chance(0.15)
+    settings["keep_optimizer"] = draw.chance(0.15) and own_step != "two optimizers"
     if form.startswith("weighted"):
         settings["weight_unit"] = "words"
     strategy = draw.pick("FedAvg", "FedAvg", "FedAvg", *STRATEGIES)
+    strategy = "FedAvg" if own_step and strategy == "FedProx" else strategy
     options = dict(STRATEGIES[strategy])
     averages = strategy not in ("FedMedian", "FedTrimmedAvg", "QFedAvg")
     if form.startswith("weighted") and averages and draw.chance(0.4):
@@ -462,13 +608,21 @@ def draw(seed: int) -> Drawn:
     if strategy == "QFedAvg":
         config["train-loss-key"] = "train_loss"
     fractions = {"fraction_train": 0.5} if draw.chance(0.2) else {}
-    features |= {name: value for name, value in settings.items() if name not in features}
+    plain = {k: v for k, v in settings.items() if not callable(v) and k not in features}
+    features |= plain
     features["personal"] = personal if "personal" in settings else None
     features |= {"strategy": strategy, **options, **fractions, "config": config}
+    optimizer = draw_optimizer(draw, half != "float32")
+    if own_step == "two optimizers":
+        one = optimizer
+
+        def optimizer(settings: Any) -> Any:
+            return {"head": optim.SGD(0.1), "rest": one(settings)}
+
     task = fed.Task(
         model=model,
         loss=loss,
-        optimizer=draw_optimizer(draw, half != "float32"),
+        optimizer=optimizer,
         data=data,
         metrics=metrics,
         eval_batch_size=eval_batch_size,

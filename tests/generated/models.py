@@ -103,6 +103,40 @@ class Codes(nn.Module):
         return x + self.table(mx.stop_gradient(mx.argmax(x, axis=-1)))
 
 
+class Average(nn.Module):
+    """Takes away a running mean that the forward pass assigns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = mx.zeros(WIDTH)
+        self.freeze(keys=["average"], recurse=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.training:
+            mean = mx.stop_gradient(0.7 * self.average + 0.3 * x.mean(axis=0))
+            self.average = mean.astype(x.dtype)
+        return x - self.average
+
+
+class Memory(nn.Module):
+    """Adds the last example of the batch before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = mx.zeros(WIDTH)
+        self.freeze(keys=["memory"], recurse=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        h = x + 0.5 * self.memory
+        if self.training:
+            self.memory = mx.stop_gradient(x[-1])
+            self._last_output = h  # nobody asks to keep it
+        return h
+
+
+BUFFERS = {"average": Average, "memory": Memory}
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type):
         super().__init__()
