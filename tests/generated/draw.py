@@ -22,7 +22,7 @@ from .models import VOCABULARY, WIDTH
 
 FIELDS = {field.name for field in fields(fed.Task)}
 """What a task can say: some of it is drawn only where the library has it."""
-MOST_STEPS = 48
+MOST_STEPS = 24
 """Training steps of all clients in all rounds, about."""
 
 
@@ -203,9 +203,10 @@ class Structure:
             case "dict":
                 return [batch[0][name] for name in self.names]
             case "nested":
-                return [*batch[0], batch[1]]
+                return [*(batch[0][n] for n in range(self.number - 1)), batch[1]]
             case "nested dict":
-                return [*batch[0]["rest"], batch[0]["last"]["of"]]
+                rest = [batch[0]["rest"][n] for n in range(self.number - 1)]
+                return [*rest, batch[0]["last"]["of"]]
         return list(batch)
 
 

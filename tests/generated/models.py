@@ -84,7 +84,7 @@ class Frozen(nn.Module):
         self.base.freeze()
         self.order = mx.arange(WIDTH)[::-1]
         self.freeze(keys=["order"], recurse=False)
-        self.low = mx.zeros((WIDTH, 2)) + 0.1
+        self.low = mx.zeros((WIDTH, 2))  # as LoRA's are
         self.high = mx.random.normal((2, WIDTH)) * 0.3
 
     def __call__(self, x: mx.array) -> mx.array:
