@@ -1,0 +1,298 @@
+"""Holds the engines to the oracle, and to each other, on a drawn task."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx_fed as fed  # before mlx.core
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from .. import oracle
+from .draw import Drawn
+
+TIGHT = 2e-5
+"""Of the update's norm: what sums in another order differ by."""
+SHAKES = 3
+"""Runs of the oracle whose parameters are moved by a rounding before each step."""
+TIMES = 12.0
+"""How much more than such runs an engine may differ."""
+
+
+class Fault(NamedTuple):
+    """What differs, from what and by how much."""
+
+    where: str
+    what: str
+
+
+class Values(NamedTuple):
+    """A run's final values and metrics as NumPy's, by name."""
+
+    arrays: dict[str, np.ndarray]
+    metrics: dict[str, float]
+
+
+class Run(NamedTuple):
+    """What an engine gave."""
+
+    values: Values
+    result: fed.Result
+    notes: list[str]
+
+
+def simulate(drawn: Drawn, runs: Path, name: str = "run", **options: Any) -> Run:
+    """Runs the task, in this process unless ``options`` say otherwise."""
+    notes: list[str] = []
+    failed: list[str] = []
+
+    def listen(event: str, fields: Mapping[str, Any]) -> None:
+        if event == "note":
+            notes.append(str(fields["text"]))
+        if event == "failed":
+            failed.append(f"{fields['phase']} of {fields['node']}: {fields['reason']}")
+
+    options = {"workers": 0, "num_rounds": drawn.num_rounds, "keep": 0, **options}
+    try:
+        result = fed.simulate(
+            drawn.task,
+            drawn.strategy(),
+            drawn.num_clients,
+            runs=runs,
+            listeners=(listen,),
+            config=drawn.config,
+            seed=drawn.seed,
+            name=None if "resume" in options else name,
+            max_repeats=0,
+            **options,
+        )
+    except fed.FedError as error:
+        raise AssertionError(failed[0] if failed else str(error)) from error
+    if failed:
+        raise AssertionError(failed[0])
+    arrays = {n: to_float(a) for n, a in {**result.parameters, **result.statistics}.items()}
+    return Run(Values(arrays, metrics_of(result)), result, notes)
+
+
+def to_float(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def metrics_of(result: fed.Result) -> dict[str, float]:
+    """Each client's metrics of each round, by a path."""
+    return {
+        f"round {record['round']} {phase} {node} {name}": float(value)
+        for record in result.rounds
+        for phase in ("train", "evaluate")
+        for node, metrics in record.get("each", {}).get(phase, {}).items()
+        for name, value in metrics.items()
+        if not name.endswith("-per-second")
+    }
+
+
+def nodes_of(result: fed.Result) -> list[tuple[list[int], list[int]]]:
+    """Who trained in each round, and who evaluated."""
+    return [
+        (numbers(record["train"]["nodes"]), numbers(record["evaluate"]["nodes"]))
+        for record in result.rounds
+    ]
+
+
+def numbers(nodes: list[str]) -> list[int]:
+    return [int(node.removeprefix("node-")) for node in nodes]
+
+
+class Oracle:
+    """The plain algorithm on a drawn task, for those who trained in a run."""
+
+    def __init__(self, drawn: Drawn, nodes: list[tuple[list[int], list[int]]]):
+        self.drawn, self.nodes = drawn, nodes
+        self.start, self.values = self.run(None)
+        self._noise: list[Values] | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        numbers = [*self.values.metrics.values()]
+        return all(np.isfinite(a).all() for a in [*self.values.arrays.values(), np.array(numbers)])
+
+    def run(self, touch: Callable | None) -> tuple[dict[str, np.ndarray], Values]:
+        drawn = self.drawn
+        start, model, rounds = oracle.run(
+            drawn.task,
+            drawn.strategy_name,
+            drawn.options,
+            drawn.num_clients,
+            drawn.seed,
+            self.nodes,
+            drawn.config,
+            touch,
+        )
+        every = dict(tree_flatten(model.parameters()))
+        metrics = {
+            f"round {number} {phase} node-{client} {name}": float(value)
+            for number, record in enumerate(rounds, 1)
+            for phase, each in record.items()
+            for client, values in each.items()
+            for name, value in values.items()
+        }
+        return start, Values({name: to_float(array) for name, array in every.items()}, metrics)
+
+    def noise(self, name: str, kind: str) -> float:
+        """How much a value moves where parameters are moved by a rounding before each step."""
+        if self._noise is None:
+            self._noise = [self.run(shake(number))[1] for number in range(SHAKES)]
+        values = [getattr(run, kind)[name] for run in self._noise]
+        calm = getattr(self.values, kind)[name]
+        return max(float(np.linalg.norm(value - calm)) for value in values)
+
+
+def shake(seed: int) -> Callable[[nn.Module], None]:
+    """Moves every parameter by about half a step of its dtype."""
+    rng = np.random.default_rng(seed)
+
+    def moved(array: mx.array) -> mx.array:
+        if not mx.issubdtype(array.dtype, mx.floating):
+            return array
+        size = mx.finfo(array.dtype).eps / 2
+        ways = mx.array(rng.choice([-1.0, 0.0, 1.0], array.shape).astype(np.float32))
+        exact = array.astype(mx.float32)
+        return (exact + exact * ways * size * 1.01).astype(array.dtype)
+
+    return lambda module: module.update(tree_map(moved, module.trainable_parameters()))
+
+
+def differences(where: str, got: Values, want: Values, of: Oracle) -> list[Fault]:
+    """What differs by more than rounding does."""
+    faults = []
+    half = any(
+        array.dtype != mx.float32
+        for array in dict(tree_flatten(of_model(of.drawn))).values()
+        if mx.issubdtype(array.dtype, mx.floating)
+    )
+    eps = 4e-3 if half else 1.2e-7
+    for name, array in got.arrays.items():
+        value = want.arrays[name]
+        error = float(np.linalg.norm(array - value))
+        update = float(np.linalg.norm(value - of.start[name])) if name in of.start else 0.0
+        tight = TIGHT * update + 2 * eps * float(np.linalg.norm(value))
+        if error <= (0 if half else tight) and np.isfinite(error):
+            continue
+        noise = of.noise(name, "arrays")
+        if not error <= tight + TIMES * noise:
+            faults.append(
+                Fault(
+                    where, f"{name}: {error:.2e}, of an update of {update:.2e}, noise {noise:.1e}"
+                )
+            )
+    missing = want.metrics.keys() ^ got.metrics.keys()
+    if missing:
+        faults.append(Fault(where, f"metrics that only one has: {sorted(missing)[:3]}"))
+    for name in want.metrics.keys() & got.metrics.keys():
+        one, other = got.metrics[name], want.metrics[name]
+        tight = (5e-3 if half else TIGHT) * max(abs(other), 0.1)
+        if abs(one - other) <= tight:
+            continue
+        noise = of.noise(name, "metrics")
+        if not abs(one - other) <= tight + TIMES * noise:
+            faults.append(Fault(where, f"{name}: {one:.6g}, not {other:.6g}, noise {noise:.1e}"))
+    return faults
+
+
+def of_model(drawn: Drawn) -> Any:
+    return drawn.task.model().trainable_parameters()
+
+
+def bits(where: str, got: Values, want: Values) -> list[Fault]:
+    """What differs at all."""
+    faults = [
+        Fault(where, f"{name}: other bits, {np.abs(got.arrays[name] - value).max():.1e}")
+        for name, value in want.arrays.items()
+        if not np.array_equal(got.arrays[name], value)
+    ]
+    if got.metrics != want.metrics:
+        names = [n for n in want.metrics if got.metrics.get(n) != want.metrics[n]]
+        faults.append(Fault(where, f"other metrics: {names[:3]}"))
+    return faults
+
+
+class Report(NamedTuple):
+    """What a task showed.
+
+    Attributes:
+        faults (list): Where an engine differs.
+        batched (bool): Whether clients trained many at once.
+        useless (str, optional): Why the plain algorithm itself fails on the task.
+    """
+
+    faults: list[Fault]
+    batched: bool = False
+    useless: str | None = None
+
+
+def check(
+    drawn: Drawn, *, resumed: bool = False, workers: int = 0, compiled: bool = False
+) -> Report:
+    """Runs the task on each engine and compares.
+
+    Args:
+        drawn (Drawn): The task.
+        resumed (bool): Also stop and resume.
+        workers (int): Also in so many processes.
+        compiled (bool): Compile programs, which takes seconds where a kernel is new.
+    """
+    if not compiled:
+        mx.disable_compile()
+    try:
+        return _check_in_folder(drawn, resumed, workers)
+    finally:
+        mx.enable_compile()
+
+
+def extras(seed: int) -> dict[str, Any]:
+    """What else is tried with the task of a seed, by the number alone."""
+    return {
+        "resumed": seed % 5 == 0,
+        "workers": seed // 60 % 2 + 1 if seed % 60 == 7 else 0,
+        "compiled": seed % 30 == 11,
+    }
+
+
+def _check_in_folder(drawn: Drawn, resumed: bool, workers: int) -> Report:
+    with tempfile.TemporaryDirectory(prefix="mlx-fed-generated-") as folder:
+        return _check(drawn, Path(folder), resumed, workers)
+
+
+def _check(drawn: Drawn, runs: Path, resumed: bool, workers: int) -> Report:
+    everyone = list(range(drawn.num_clients))
+    try:
+        plain = simulate(drawn, runs, "plain", batched=False)
+    except Exception as error:
+        try:
+            of = Oracle(drawn, [(everyone, everyone)] * drawn.num_rounds)
+        except Exception as same:
+            return Report([], useless=f"{type(same).__name__}: {same}")
+        if not of.is_finite:
+            return Report([], useless="it diverges")
+        return Report([Fault("plain", f"{type(error).__name__}: {error}")])
+    of = Oracle(drawn, nodes_of(plain.result))
+    faults = differences("plain", plain.values, of.values, of) if drawn.follows else []
+    together = simulate(drawn, runs, "batched", chunk_size=drawn.chunk_size)
+    faults += differences("batched", together.values, plain.values, of)
+    batched = not any("one after another" in note for note in together.notes)
+    if resumed and drawn.num_rounds > 1:
+        first = replace(drawn, num_rounds=drawn.num_rounds - 1)
+        options = {"chunk_size": drawn.chunk_size, "keep": 1}
+        simulate(first, runs, "stopped", **options)
+        again = simulate(drawn, runs, resume="stopped", **options)
+        faults += bits("resumed", again.values, together.values)
+    if workers:
+        apart = simulate(drawn, runs, "apart", batched=False, workers=workers)
+        faults += bits(f"{workers} workers", apart.values, plain.values)
+    return Report(faults, batched)

@@ -1,0 +1,132 @@
+"""What the oracle reads of a task: a module's arrays by name, batches, what a loss returned."""
+
+import inspect
+from functools import reduce
+from itertools import count, islice
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_fed import randomness
+
+
+def flat(tree):
+    return dict(tree_flatten(tree))
+
+
+def arrays(model):
+    """Every array by name; of a module with several names the last, as ``nn.value_and_grad`` puts
+    its gradient there."""
+    names = {}
+    for name in flat(model.parameters()):
+        *path, key = name.split(".")
+        owner = reduce(lambda at, k: at[int(k) if isinstance(at, list) else k], path, model)
+        names[id(owner), key] = name
+    every = flat(model.parameters())
+    return {name: every[name] for name in names.values()}
+
+
+def put(model, first, values):
+    """Arrays of their first dtypes and values, and these values in place of some."""
+    new = {n: mx.array(np.float32(v)).astype(first[n].dtype) for n, v in values.items()}
+    model.update(tree_unflatten([*(first | new).items()]))
+
+
+def to_float(array):
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def running_kind(task, name):
+    """Whether an array is changed by forward, not by the optimizer: "average", "local" or None."""
+    if name.rpartition(".")[2] in ("running_mean", "running_var"):
+        return task.statistics
+    buffers = getattr(task, "buffers", None)
+    return buffers(name) if buffers else None
+
+
+def length(examples):
+    """The number of examples; of a stream None, if it does not say."""
+    if callable(examples):
+        return len(examples) if hasattr(examples, "__len__") else None
+    return len(tree_flatten(examples)[0][1])
+
+
+def split(examples, size, order=None):
+    """Batches of just these examples, in order; what a stream gives."""
+    if callable(examples):
+        key = order if order is not None else randomness.key(0, "evaluate")
+        yield from (tree_map(mx.array, batch) for batch in examples(key))
+        return
+    whole = tree_map(mx.array, examples)
+    order = np.arange(length(examples)) if order is None else order
+    for at in range(0, len(order), size):
+        chosen = mx.array(order[at : at + size])
+        yield tree_map(lambda array, chosen=chosen: array[chosen], whole)
+
+
+def batches(task, examples, settings, client):
+    """A client's batches in a round, by the library's convention."""
+    size = settings.get("batch-size", task.batch_size)
+    most = settings.get("local-steps", task.local_steps)
+    epochs = settings.get("local-epochs", task.local_epochs)
+    moment = settings["seed"], settings["server-round"], client
+
+    def passes():
+        for number in count() if most else range(epochs):
+            if callable(examples):
+                yield from split(examples, size, randomness.key(*moment, "shuffle", number))
+                continue
+            order = np.arange(length(examples), dtype=np.uint32)
+            np.random.default_rng(randomness.derive(*moment, "shuffle", number)).shuffle(order)
+            yield from split(examples, size, order)
+
+    return islice(passes(), most)
+
+
+def result(task, function, model, batch, settings):
+    """The mean of a loss or metric over a batch, and the mean's weight."""
+    named = "config" in inspect.signature(function).parameters
+    times = {n: mx.array(settings[n]) for n in ("server-round", "local-step") if n in settings}
+    more = {"config": {**settings, **times}} if named else {}
+    arguments = [batch] if isinstance(batch, dict) else batch
+    output = function(model, *arguments, **more)
+    return mean_and_weight(output, batch, task.weight_unit or function is not task.loss)
+
+
+def mean_and_weight(output, batch, has_weight):
+    if isinstance(output, tuple) and has_weight:
+        return output[0].astype(mx.float32), output[1].astype(mx.float32)
+    output = output[0] if isinstance(output, tuple) else output
+    return output.astype(mx.float32).mean(), mx.array(length(batch), mx.float32)
+
+
+def evaluate(task, model, examples, settings):
+    """The task's loss and metrics, each the mean over all examples."""
+    model.eval()
+    functions, sums, number = {"loss": task.loss, **task.metrics}, {}, 0
+    for batch in split(examples, task.eval_batch_size):
+        number += length(batch)
+        for name, function in functions.items():
+            value, weight = (x.item() for x in result(task, function, model, batch, settings))
+            total, before = sums.get(name, (0, 0))
+            sums[name] = total + value * weight, before + weight
+    means = {name: total / weight for name, (total, weight) in sums.items()}
+    counts = {f"num-{task.weight_unit}": round(sums["loss"][1])} if task.weight_unit else {}
+    return {"num-examples": number, **means, **counts}
+
+
+def resume(optimizer, kept, model):
+    """Gives an optimizer the state that a client has kept; the rate stays that of the round."""
+    if isinstance(optimizer, dict):  # a train_step's own
+        return
+    optimizer.init(model.trainable_parameters())
+    kept = {name: array for name, array in (kept or {}).items() if "learning_rate" not in name}
+    optimizer.state = tree_unflatten([*(flat(optimizer.state) | kept).items()])
+
+
+def clip(grads, most):
+    """The gradients of a global norm of at most ``most``."""
+    norm = mx.sqrt(sum(mx.sum(mx.square(g.astype(mx.float32))) for g in grads.values()))
+    scale = mx.minimum(most / (norm + 1e-6), 1)
+    return {name: (grad * scale).astype(grad.dtype) for name, grad in grads.items()}
