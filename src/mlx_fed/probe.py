@@ -15,9 +15,8 @@ from .randomness import Keys, drawing_from
 from .steps import augmented, running
 from .weights import Slots, WeightsError
 
-_REAL_ROWS = 3
-"""Examples whose values must not change with the padding after them."""
-_PADDING_ROWS = 2
+_ROWS = 6
+"""Examples whose values must not change with the padding after them, and rows of padding."""
 _EXAMPLES = 8
 """Examples that the effects of a forward pass are looked for with."""
 
@@ -86,6 +85,7 @@ def is_paddable(
     model: nn.Module,
     functions: Sequence[Callable[..., Any]],
     arrays: Examples,
+    others: Examples,
     augment: Callable[..., Any] | None,
     training: bool,
     config: Mapping[str, Any] | None,
@@ -94,32 +94,51 @@ def is_paddable(
 
     Then a batch can be padded and the padding masked out. The functions are called on the same
     examples with different padding, with the same random keys.
+
+    Args:
+        model (nn.Module): The model, which is as before afterwards.
+        functions (list): The loss, or the loss and metrics.
+        arrays: A client's examples.
+        others: Examples of any client, of the same kind, to pad with as well.
+        augment (callable, optional): The task's.
+        training (bool): The model's mode.
+        config (dict, optional): The settings, for functions that take them.
     """
     total = examples.count(arrays)
-    real = [place % total for place in range(_REAL_ROWS)]
-    first, last = [0] * _PADDING_ROWS, [total - 1] * _PADDING_ROWS
+    real = [row % total for row in range(_ROWS)]
+    spread = [row * (total - 1) // (_ROWS - 1) for row in range(_ROWS)]
+    repeated = _rows(arrays, [0] * _ROWS)
+    zeros = examples.replace_leaves(repeated, [mx.zeros_like(a) for a in examples.leaves(repeated)])
+    others = _rows(others, [row % examples.count(others) for row in range(_ROWS)])
+    longer = _rows(arrays, [0] * (_ROWS + 1))  # is the length that of the batch?
+    paddings = [repeated, _rows(arrays, spread), others, zeros, longer]
     try:
         values = [
-            _values(model, functions, batch, augment, training, config)
-            for batch in (
-                _rows(arrays, real + first),
-                _rows(arrays, real + last),
-                _zeroed(_rows(arrays, real + first)),
-                _rows(arrays, [*real, *first, 0]),  # one more: is the length the batch's?
-            )
+            _values(model, functions, _joined(_rows(arrays, real), rows), augment, training, config)
+            for rows in paddings
         ]
     except Exception:  # a function that wants whole batches; what is wrong shows in training
         return False
-    sizes = [_REAL_ROWS + _PADDING_ROWS] * 3 + [_REAL_ROWS + _PADDING_ROWS + 1]
-    for outputs, size in zip(values, sizes, strict=True):
-        if any(not isinstance(out, mx.array) or out.shape != (size,) for out in outputs):
+    for outputs, rows in zip(values, paddings, strict=True):
+        shape = (_ROWS + examples.count(rows),)
+        if any(not isinstance(out, mx.array) or out.shape != shape for out in outputs):
             return False
-    plain, *others = values[:3]
+    plain, *changed = values[:-1]
     return all(
-        _equal(other[:_REAL_ROWS], expected[:_REAL_ROWS], 1e-5)
-        for outputs in others
-        for other, expected in zip(outputs, plain, strict=True)
+        _equal(output[:_ROWS], expected[:_ROWS], 1e-5)
+        for outputs in changed
+        for output, expected in zip(outputs, plain, strict=True)
     )
+
+
+def is_diverse(arrays: Examples, others: Examples) -> bool:
+    """Whether examples differ in each of their arrays, such as labels.
+
+    If they do not, functions may treat examples by themselves that they would compare with those of
+    another label.
+    """
+    columns = examples.leaves(_joined(arrays, others))
+    return all(bool((column != column[0]).any().item()) for column in columns)
 
 
 def sample(arrays: Examples) -> Examples:
@@ -151,14 +170,9 @@ def _rows(arrays: Examples, rows: list[int]) -> Examples:
     return examples.take(arrays, mx.array(rows, mx.uint32))
 
 
-def _zeroed(arrays: Examples) -> Examples:
-    """The arrays with zeros as padding."""
-
-    def zeroed(array: mx.array) -> mx.array:
-        padding = mx.zeros((_PADDING_ROWS, *array.shape[1:]), array.dtype)
-        return mx.concatenate([array[:_REAL_ROWS], padding])
-
-    return examples.replace_leaves(arrays, [zeroed(a) for a in examples.leaves(arrays)])
+def _joined(arrays: Examples, others: Examples) -> Examples:
+    pairs = zip(examples.leaves(arrays), examples.leaves(others), strict=True)
+    return examples.replace_leaves(arrays, [mx.concatenate(list(pair)) for pair in pairs])
 
 
 def _is_same(array: mx.array, other: mx.array) -> bool:
