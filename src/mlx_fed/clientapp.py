@@ -118,6 +118,7 @@ class _Client:
         }
         if expected.items() <= found.items():  # another's model is not built, nor downloaded
             trainer, _ = self.setting_out(message, context)
+            answer["frozen"] = json.dumps(trainer.frozen)
             if config.get("prepare"):
                 data, _ = self.data_of(trainer, context)
                 trainer.warm_up(data, config)

@@ -7,11 +7,14 @@ run gives the same bits wherever its clients are and in whatever order they work
 from __future__ import annotations
 
 import hashlib
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -52,6 +55,28 @@ def seed_mlx(seed: int, *parts: int | str) -> None:
     import mlx.core as mx
 
     mx.random.seed(derive(seed, *parts))
+
+
+@contextmanager
+def seeded(derived: int, for_numpy: bytes | None = None) -> Iterator[None]:
+    """Seeds the global generators of Python and NumPy for a while, and puts their states back.
+
+    Args:
+        derived (int): From :func:`derive`.
+        for_numpy (bytes, optional): What NumPy's is seeded with instead.
+    """
+    states = random.getstate(), np.random.get_state()
+    random.seed(derived)
+    np.random.seed(
+        np.frombuffer(for_numpy, np.uint32)
+        if for_numpy
+        else np.array([derived >> 32, derived & 0xFFFFFFFF], np.uint32)
+    )
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 class Keys:

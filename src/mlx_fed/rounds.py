@@ -141,6 +141,7 @@ def _set_up(
         {**config, "prepare": True},
         history.notify,
         trainer.fingerprint,
+        trainer.frozen,
     )
     # A federation's grid puts there what nodes send.
     spool = getattr(grid, "spool", None) or Spool(history.folder / "waiting")

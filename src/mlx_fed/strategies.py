@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import random
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
 
@@ -131,19 +129,9 @@ def seeded(strategy: Strategy, seed: int, number: int, hook: str) -> Iterator[No
     for differential privacy, Flower's or one with the attribute ``private_noise = True``, it
     comes from the operating system instead.
     """
-    states = random.getstate(), np.random.get_state()
-    derived = randomness.derive(seed, number, hook)
-    random.seed(derived)
-    np.random.seed(
-        np.frombuffer(secrets.token_bytes(64), np.uint32)
-        if _draws_private_noise(strategy)
-        else np.array([derived >> 32, derived & 0xFFFFFFFF], np.uint32)
-    )
-    try:
+    noise = secrets.token_bytes(64) if draws_private_noise(strategy) else None
+    with randomness.seeded(randomness.derive(seed, number, hook), noise):
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 @contextmanager
@@ -166,7 +154,7 @@ def collecting_only_new() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _draws_private_noise(strategy: Strategy) -> bool:
+def draws_private_noise(strategy: Strategy) -> bool:
     return any(
         getattr(layer, "private_noise", False)
         or any(kind.__name__.startswith("DifferentialPrivacy") for kind in type(layer).__mro__)

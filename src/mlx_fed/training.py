@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from . import randomness, weights
+from . import frozen, randomness, weights
 from .batches import Batches
 from .metrics import counted, derived, weighted_mean
 from .steps import (
@@ -69,7 +69,7 @@ class Trainer:
     """
 
     def __init__(self, task: Task, seed: int = 0):
-        self.task = task
+        self.task, self.seed = task, seed
         self.model = weights.build_model(task.model, seed)
         self.slots = weights.find_slots(self.model)
         if not self.slots.parameters:
@@ -96,6 +96,21 @@ class Trainer:
     def fingerprint(self) -> dict[str, str]:
         """What the task says has to be the same on every machine: asked for by who leads a run."""
         return fingerprint_of(self.task)
+
+    @cached_property
+    def frozen(self) -> frozen.Identities:
+        """What the frozen arrays are known by, but for those that the fingerprint stands for.
+
+        It is asked for before anything is trained. Of large ones nothing stays in memory for it.
+        """
+        covers = self.task.fingerprint_covers or (lambda name: False)
+        names = [name for name in self.slots.frozen if not covers(name)]
+        arrays = {name: self.slots.frozen[name].get() for name in names}
+        if sum(array.nbytes for array in arrays.values()) > frozen.WHOLE:
+            apart = weights.find_slots(weights.make_module(self.task.model, self.seed)).frozen
+            arrays = {name: slot.get() for name, slot in apart.items() if not covers(name)}
+            del apart
+        return frozen.identities(arrays)
 
     def parameters(self) -> Arrays:
         """The model's parameters that are trained together, by name."""

@@ -66,6 +66,7 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
         weight_unit="tokens",
         derived=perplexity,
         fingerprint=partial(fingerprint, config),
+        fingerprint_covers=is_of_base,
         save=partial(_save, config),
     )
     _check_optimizer(config, task.config)
@@ -139,6 +140,11 @@ def fingerprint(config: LoraConfig) -> dict[str, str | Callable[[], str]]:
         "tokenizer": lambda: identity.of_tokenizer(load_tokenizer(config)),
         "base model": lambda: identity.of_weights(base.find(config.model)),
     }
+
+
+def is_of_base(name: str) -> bool:
+    """Whether an array of this name is the base model's, and none that ``freeze_a`` freezes."""
+    return not name.endswith(".lora_a")
 
 
 def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: int | None) -> Data:

@@ -132,6 +132,7 @@ def simulate(
             Path(folder),
             data_bytes(size or 1),
             kept,
+            trainer.frozen if size else {},
         )
         with (
             received(Path(folder), watching),
