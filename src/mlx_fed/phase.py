@@ -54,8 +54,7 @@ class Run(NamedTuple):
     @property
     def averaged(self) -> Spec:
         """The running statistics that travel: none where each client keeps its own."""
-        trainer = self.trainer
-        return trainer.statistics_spec if trainer.task.statistics == "average" else {}
+        return self.trainer.averaged
 
     @property
     def weighted_by(self) -> str:

@@ -17,7 +17,7 @@ from flwr.app import Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from . import aggregate, checks, messages, strategies, strategy_state, weights
+from . import aggregate, checks, messages, privacy, strategies, strategy_state, weights
 from .checkpoint import Checkpoints
 from .errors import RunError, TooFewReplies
 from .history import History, Result, recorded_run_id
@@ -62,6 +62,7 @@ def run(
 
     Raises:
         SettingsError: If the server is to evaluate what never travels.
+        PrivacyError: If running statistics would go around the strategy's differential privacy.
         RunError: If too few nodes come, no reply of a round counts, or the strategy fails. The
             model of the last whole round is saved.
         StateError: If the strategy holds what cannot be kept.
@@ -73,6 +74,9 @@ def run(
     run = _set_up(grid, strategy, trainer, settings, history, roster, run_id)
     min_nodes = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
     checkpoints = Checkpoints(history.folder, settings.keep)
+    if private := strategies.name_of_private(strategy):
+        privacy.require_covered(private, run.averaged)
+        history.notify("note", text=privacy.note(private, trainer.task))
     identity = identity_of(run)
     if settings.keep:
         strategy_state.snapshot(strategy)  # what cannot be kept is refused now, not after a round

@@ -129,7 +129,7 @@ def seeded(strategy: Strategy, seed: int, number: int, hook: str) -> Iterator[No
     for differential privacy, Flower's or one with the attribute ``private_noise = True``, it
     comes from the operating system instead.
     """
-    noise = secrets.token_bytes(64) if draws_private_noise(strategy) else None
+    noise = secrets.token_bytes(64) if name_of_private(strategy) else None
     with randomness.seeded(randomness.derive(seed, number, hook), noise):
         yield
 
@@ -154,9 +154,13 @@ def collecting_only_new() -> Iterator[None]:
             gc.unfreeze()
 
 
-def draws_private_noise(strategy: Strategy) -> bool:
-    return any(
-        getattr(layer, "private_noise", False)
-        or any(kind.__name__.startswith("DifferentialPrivacy") for kind in type(layer).__mro__)
-        for layer in layers(strategy)
-    )
+def name_of_private(strategy: Strategy) -> str | None:
+    """The name of the layer that draws noise for differential privacy: one of Flower's, or one with
+    the attribute ``private_noise = True``."""
+    for layer in layers(strategy):
+        flowers = any(
+            kind.__name__.startswith("DifferentialPrivacy") for kind in type(layer).__mro__
+        )
+        if flowers or getattr(layer, "private_noise", False):
+            return type(layer).__name__
+    return None

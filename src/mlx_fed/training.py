@@ -112,6 +112,11 @@ class Trainer:
             del apart
         return frozen.identities(arrays)
 
+    @property
+    def averaged(self) -> weights.Spec:
+        """The running statistics that travel: none where each client keeps its own."""
+        return self.statistics_spec if self.task.statistics == "average" else {}
+
     def parameters(self) -> Arrays:
         """The model's parameters that are trained together, by name."""
         return {name: self.slots.parameters[name].get() for name in self._shared}
