@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from .task import Task
@@ -26,6 +27,23 @@ def counted(
     if seconds:
         counts[f"{task.weight_unit}-per-second"] = total / seconds
     return counts
+
+
+def reported(task: Task, phase: str, loss_key: str | None = None) -> dict[str, float]:
+    """The metrics that a client reports, each with some number.
+
+    Args:
+        task (Task): What it trains.
+        phase (str): ``"train"`` or ``"evaluate"``.
+        loss_key (str, optional): What the loss before training is called, if it is asked for.
+    """
+    names = {"num-examples", "loss", *counted(task, [1.0], 1.0 if phase == "train" else None)}
+    if phase == "train":
+        return dict.fromkeys(names | {loss_key or "loss"}, 1.0)
+    metrics = dict.fromkeys([*names, *task.metrics], 1.0)
+    with suppress(Exception):  # it is made for what an evaluation gives
+        metrics |= derived(task, metrics)
+    return metrics
 
 
 def derived(task: Task, metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -209,9 +209,10 @@ def _round(run: Run, position: Position, number: int, again: Callable[[int], Non
             text = f"{error} The round is repeated, for time {repeats + 1} of {most}."
             run.history.notify("note", text=text)
             again(number)
-    _leave_out(run, record)
     _evaluate(run, model, record)
     _evaluate_centrally(run, model, record)
+    # Not sooner: a strategy that asks for more nodes than are left would wait for them in a phase.
+    _leave_out(run, record)
     run.history.add_round(record)
     return position.after(record, model)
 
@@ -234,11 +235,12 @@ def _evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
         if messages.has_nothing_to_evaluate(reply):
             continue
         with phase.refusing(node):
-            most = run.settings.max_examples
-            each[node] = checks.check_metrics(reply, run.weighted_by, most)
+            each[node] = checks.check_metrics(reply, run.weighted_by, phase.max_examples)
             accepted.append((node, reply))
     odd = phase.refuse_odd_names({node: checks.names_in(reply.content) for node, reply in accepted})
-    counting = [(node, reply) for node, reply in accepted if node not in odd]
+    shares = {n: float(str(m[run.weighted_by])) for n, m in each.items() if n not in odd}
+    heavy = phase.refuse_heavy(shares)
+    counting = [(node, reply) for node, reply in accepted if node not in {*odd, *heavy}]
     metrics = None
     if counting:
         with phase.hook("aggregate_evaluate"):
