@@ -161,8 +161,9 @@ def test_freezing_a_sends_b_alone_and_saves_both(llama, data, tmp_path):
     saved = mx.load(str(result.model / "adapters.safetensors"))
     kinds = {name.rsplit(".", 1)[-1] for name in saved}
     assert kinds == {"lora_a", "lora_b"}
-    # Whoever builds the model from the run's seed has the same A.
+    # Whoever builds the model from the run's seed has the same A, which is compared.
     first, again = Trainer(lora_task(config)), Trainer(lora_task(config))
+    assert {name.rsplit(".", 1)[-1] for name in first.frozen} == {"lora_a"}
     for name, slot in first.slots.frozen.items():
         assert mx.array_equal(slot.get(), again.slots.frozen[name].get()), name
         if name.endswith("lora_a"):

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from mlx_fed.history import History, Listener
-from mlx_fed.progress import JsonLines, ServerProgress, seconds_text, size_text
+from mlx_fed.progress import JsonLines, ServerProgress, seconds_text, server_line, size_text
 
 from .conftest import ROOT
 from .tasks import moons
@@ -33,6 +33,20 @@ def record(number: int, loss: float, accuracy: float) -> dict:
         "seconds": {"train": 0.25, "evaluate": 0.25},
         "bytes": {"down": 3_000_000, "up": 1_000_000},
     }
+
+
+def test_the_median_stands_beside_a_mean_that_is_far_from_it():
+    """One node alone can make a mean what it likes."""
+    losses, accuracies = (0.25, 0.5, 0.75, -1e30), (0.5, 0.6, 0.7, 1.0)
+    each = {
+        f"node-{node}": {"loss": loss, "accuracy": accuracy}
+        for node, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True))
+    }
+    shown = record(1, -2.5e29, 0.7) | {"each": {"evaluate": each}}
+    line = server_line("round", shown)
+    assert "   loss -250000000000000" in line
+    assert " (median 0.3750)   accuracy 0.7000   0.50 s" in line
+    assert "median" not in server_line("round", record(1, 0.5, 0.7))
 
 
 def show(folder: Path, progress: Listener, rounds: int) -> None:

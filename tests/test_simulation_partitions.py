@@ -76,7 +76,7 @@ def test_no_more_clients_are_at_hand_than_fit(windows_of, before_training, tmp_p
     task = replace(TASK, data=load_first, optimizer=optimizer)
     most_bytes = windows_of * size_of(load(0, None))
     worker = Worker(
-        Job(task, {}, SEED, 10, True, 10, Faults(), tmp_path, most_bytes, Kept(tmp_path))
+        Job(task, {}, SEED, 10, True, 10, Faults(), tmp_path, most_bytes, Kept(tmp_path), {})
     )
     content = RecordDict(
         {

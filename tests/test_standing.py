@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,12 +91,131 @@ def test_examples_of_an_evaluation_are_believed_up_to_the_limit(tmp_path: Path):
     assert evaluated == [["node-1"], ["node-0", "node-1"]]
 
 
-def test_norms_are_not_looked_at_unless_asked_for_and_never_with_two(tmp_path: Path):
+def test_a_limit_is_what_was_asked_for(tmp_path: Path):
     far = on_train(with_weight(lambda w: w + 1e4))
-    result = federate(FedAvg(), tmp_path / "off", [CLIENT, far, CLIENT], num_rounds=1)
+    free = {"max_update_norm": math.inf}
+    result = federate(FedAvg(), tmp_path / "off", [CLIENT, far, CLIENT], num_rounds=1, **free)
     assert result.rounds[0]["refused"] == []
     result = federate(FedAvg(), tmp_path / "two", [CLIENT, far], num_rounds=1, max_update_norm=2.0)
     assert result.rounds[0]["refused"] == []
+
+
+HUGE = {
+    "update": (with_weight(lambda w: w * 0 + 1e18), "its update has the norm 6"),
+    "infinite norm": (with_weight(lambda w: w * 0 + 1e30), "its update has the norm inf"),
+    "weight": (
+        with_metrics(num_examples=10**12),
+        "num-examples is 1e+12, more than 1000 times the median of the others",
+    ),
+    "norm and weight": (
+        lambda reply: [change(reply) for change, _ in (HUGE["weight"], HUGE["update"])],
+        "its update has the norm 6",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [FedAvg, FedMedian])
+@pytest.mark.parametrize("what", HUGE)
+@pytest.mark.parametrize("place", [0, 2])
+def test_by_default_no_node_takes_over(what: str, place: int, kind, tmp_path: Path):
+    """Wherever it stands among the others, and whether they are summed as they come."""
+    change, reason = HUGE[what]
+
+    def changed(reply: Message) -> None:
+        if reply.metadata.group_id == "2":
+            change(reply)
+
+    def apps(hostile: App) -> list[App]:
+        return [hostile if node == place else CLIENT for node in range(4)]
+
+    failing = unfit_in({2})  # which is refused for what it is by itself
+    expected = federate(kind(), tmp_path / "expected", apps(failing), num_rounds=3)
+    result = federate(kind(), tmp_path / "hostile", apps(on_train(changed)), num_rounds=3)
+    assert [len(record["refused"]) for record in result.rounds] == [0, 1, 0]
+    (refused,) = result.rounds[1]["refused"]
+    assert refused["node"] == f"node-{place}"
+    assert reason in refused["reason"]
+    assert difference(result.parameters, expected.parameters) == 0
+
+
+def test_an_evaluation_weighs_no_more_than_it_may(tmp_path: Path):
+    def app(message: Message, context: Context) -> Message:
+        reply = CLIENT(message, context)
+        if message.metadata.message_type == "evaluate":
+            with_metrics(num_examples=10**9, loss=-1e30)(reply)
+        return reply
+
+    result = federate(FedAvg(), tmp_path, [app, CLIENT, CLIENT], num_rounds=1)
+    (refused,) = result.rounds[0]["refused"]
+    assert (refused["node"], refused["phase"]) == ("node-0", "evaluate")
+    assert "num-examples is 1e+09, more than 1000 times the median" in refused["reason"]
+    assert result.rounds[0]["evaluate"]["loss"] > 0
+
+
+@pytest.mark.parametrize("times", [300, 0.003], ids=["larger", "smaller"])
+def test_honest_nodes_may_be_very_unequal(times: float, tmp_path: Path):
+    """Hundreds of times as many examples, or an update dozens of times as large."""
+
+    def change(reply: Message) -> None:
+        count = reply.content["metrics"]["num-examples"]
+        with_metrics(num_examples=max(1, int(count * times)))(reply)
+
+    farther = with_weight(lambda w: w * times / 20)
+    for name, each in (("weight", change), ("norm", farther)):
+        for count in (2, 3):
+            apps = [on_train(each), *[CLIENT] * (count - 1)]
+            result = federate(FedAvg(), tmp_path / f"{name}-{count}", apps, num_rounds=1)
+            assert result.rounds[0]["refused"] == []
+
+
+def test_of_two_nodes_neither_excludes_the_other(tmp_path: Path):
+    """A huge update does not count, and is held against nobody: it may be the other that lies."""
+    huge = on_train(with_weight(lambda w: w * 0 + 1e30))
+    result = federate(FedAvg(), tmp_path, [CLIENT, huge], num_rounds=4)
+    for record in result.rounds:
+        assert "left_out" not in record
+        (refused,) = record["refused"]
+        assert (refused["node"], refused["excused"]) == ("node-1", True)
+        assert record["train"]["nodes"] == ["node-0"]
+
+
+def test_nodes_are_not_left_out_for_a_model_that_fails(tmp_path: Path):
+    """Where half of the replies or more are not finite, it is what they were sent."""
+    ill = range(1, 6)
+    apps = [CLIENT, unfit_in({*ill}), unfit_in({*ill}, with_metrics(loss=math.nan)), CLIENT]
+    result = federate(FedAvg(), tmp_path / "half", apps, num_rounds=6)
+    assert [record.get("left_out") for record in result.rounds] == [None] * 6
+    assert all(each["excused"] for record in result.rounds for each in record["refused"])
+    assert result.rounds[5]["refused"] == []
+    apps = [CLIENT, unfit_in({*ill}), CLIENT]
+    result = federate(FedAvg(), tmp_path / "fewer", apps, num_rounds=3)
+    assert result.rounds[2]["left_out"] == ["node-1"]
+
+
+def renamed(reply: Message) -> None:
+    reply.content["measured"] = reply.content.pop("metrics")
+
+
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    "change",
+    [with_metrics(mood=1.0), lambda reply: reply.content["metrics"].pop("loss"), renamed],
+    ids=["more", "fewer", "renamed"],
+)
+@pytest.mark.parametrize("kind", [FedAvg, FedMedian])
+def test_of_two_ways_to_name_things_the_tasks_own_counts(kind, change, phase, tmp_path: Path):
+    """Also where the odd one comes first."""
+
+    def odd(message: Message, context: Context) -> Message:
+        reply = CLIENT(message, context)
+        if message.metadata.message_type == phase:
+            change(reply)
+        return reply
+
+    result = federate(kind(), tmp_path, [odd, CLIENT], num_rounds=1)
+    (refused,) = result.rounds[0]["refused"]
+    assert (refused["node"], refused["phase"]) == ("node-0", phase)
+    assert result.rounds[0][phase]["nodes"] == ["node-1"]
 
 
 def test_a_node_is_left_out_after_three_refusals_running_and_that_is_said(tmp_path: Path):
@@ -115,6 +235,17 @@ def test_a_node_is_left_out_after_three_refusals_running_and_that_is_said(tmp_pa
     (fields,) = told
     assert fields["node"] == "node-1"
     assert fields["reason"].startswith("3 replies running were refused, the last for this: ")
+
+
+def test_a_strategy_that_wants_all_nodes_does_not_wait_for_one_left_out(tmp_path: Path):
+    """It is left out when the round is over; before the next there is a limit to the wait."""
+    apps = [CLIENT, unfit_in({1, 2, 3}), CLIENT]
+    strategy = FedAvg(min_available_nodes=3)
+    with pytest.raises(rounds.RunError, match=r"2 of 3 nodes came .* left out: node-1: 3 replies"):
+        federate(strategy, tmp_path, apps, num_rounds=4, wait=0.2)
+    *_, last = read_history(tmp_path)
+    assert last["left_out"] == ["node-1"]
+    assert last["evaluate"]["nodes"] == ["node-0", "node-1", "node-2"]
 
 
 def test_a_resumed_run_counts_on(tmp_path: Path):

@@ -253,9 +253,7 @@ def test_settings_of_mlx_lms_file_are_spelled_either_way(tmp_path: Path):
     config = load_config(path)
     assert (config.learning_rate, config.federation.local_iters) == (1e-4, 3)
     path.write_text("learning-rate: 1e-4\nlearning_rate: 1e-5\n")
-    with pytest.raises(
-        fed.FedError, match="has learning_rate twice"
-    ):
+    with pytest.raises(fed.FedError, match="has learning_rate twice"):
         load_config(path)
 
 

@@ -8,7 +8,7 @@ than a bfloat16 step add up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -17,10 +17,12 @@ from flwr.app import Array, ArrayRecord
 from .spool import Spool, WaitingArray, values_of
 from .weights import (
     Arrays,
+    Cuts,
     Spec,
     Unread,
     WeightsError,
     check,
+    cut,
     dtype_name,
     is_finite,
     spec,
@@ -119,7 +121,11 @@ def unread_masters(record: ArrayRecord, expected: Spec) -> Unread:
     def read(name: str) -> mx.array:
         return mx.array(values_of(record[name])).astype(getattr(mx, expected[name][1]))
 
-    return Unread(expected, read)
+    def pieces(name: str, cuts: Cuts) -> Iterator[np.ndarray]:
+        as_they_are = expected[name][1] == "float32"
+        return cut(values_of(record[name]) if as_they_are else to_float32(read(name)), cuts)
+
+    return Unread(expected, read, pieces)
 
 
 def masters_to_arrays(record: ArrayRecord, expected: Spec) -> Arrays:

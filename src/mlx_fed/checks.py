@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics as statistics_of
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -27,10 +27,18 @@ _SPARE = 2**20
 _VARIANCE = "running_var"
 _LARGEST_WEIGHT = 1e12
 """Of a metric of an evaluation."""
+_ZERO = np.zeros((), np.float32)
 
 
 class Refused(FedError):
     """Why a reply does not count."""
+
+
+class NotFinite(Refused):
+    """A reply with values or metrics that are not finite, or too large to be averaged.
+
+    The model that was sent may be the reason, and not the node.
+    """
 
 
 class Reply(NamedTuple):
@@ -128,33 +136,23 @@ def check_update(
     return Reply(name, arrays, running, metrics, weight, norm)
 
 
+def norm_of(arrays: Mapping[str, mx.array]) -> float:
+    """The Euclidean norm of all values."""
+    return distance(arrays, {})
+
+
 def distance(arrays: Mapping[str, mx.array], others: Mapping[str, mx.array]) -> float:
-    """The Euclidean norm of a difference."""
+    """The Euclidean norm of a difference, a piece at a time; what ``others`` lack is 0 there."""
     squares = 0.0
-    for name, array in arrays.items():
-        difference = np.ravel(weights.to_float32(array) - weights.to_float32(others[name]))
+    for name in arrays:
+        cuts = weights.cuts(arrays, name)
+        pieces = weights.pieces(arrays, name, cuts)
+        of_others = weights.pieces(others, name, cuts) if name in others else repeat(_ZERO)
         with np.errstate(all="ignore"):
-            squares += float(np.dot(difference, difference))
+            for piece, other in zip(pieces, of_others, strict=False):
+                difference = np.subtract(piece, other, dtype=np.float32)
+                squares += float(np.dot(difference, difference))
     return math.sqrt(squares)
-
-
-def out_of_proportion(norms: Mapping[str, float], limit: float) -> dict[str, str]:
-    """Why updates do not count that are out of all proportion to the others.
-
-    Args:
-        norms (dict): Each update's, by the name of its node. Of fewer than three none can be told
-            from the others.
-        limit (float): How many times the median of all one may be.
-    """
-    if len(norms) < 3:
-        return {}
-    middle = statistics_of.median(norms.values())
-    return {
-        node: f"its update has the norm {norm:.4g}, more than {limit:g} times the median of "
-        f"{middle:.4g}"
-        for node, norm in norms.items()
-        if not norm <= limit * middle
-    }
 
 
 def check_arrays(
@@ -205,7 +203,7 @@ def _check_pieces(
         # NumPy takes a tenth of the time that MLX takes on a CPU; float32 holds every value.
         if not weights.is_finite(values, weight * sums.LARGEST_BLOCK):
             what = "not finite" if not weights.is_finite(values) else "too large to be averaged"
-            raise Refused(f"parameter {name!r} has values that are {what}")
+            raise NotFinite(f"parameter {name!r} has values that are {what}")
         if is_variance and (values < 0).any():
             raise Refused(f"parameter {name!r} has negative values, which no variance has")
 
@@ -299,28 +297,31 @@ def check_figures(
     _check_weight(metrics, weighted_by, max_weight)
     for key, value in metrics.items():
         if not is_defined(value):
-            raise Refused(f"metric {key!r} is not finite")
+            raise NotFinite(f"metric {key!r} is not finite")
 
 
 Names = frozenset[tuple[str, str]]
 """What is in a reply: each name, and of what kind it is."""
 
 
-def odd_names(names: Mapping[str, Names]) -> dict[str, str]:
+def odd_names(names: Mapping[str, Names], expected: Names) -> dict[str, str]:
     """Why replies do not count whose records or metrics are called otherwise than in most, or are
     of another kind.
 
     Args:
         names (dict): Of each node, by its name, what :func:`names_in` gives.
+        expected (frozenset): What the task's own replies have: of two ways that as many nodes
+            have, the one that is nearer to it is right.
 
     Returns:
         dict: A reason for each such node, by name.
     """
     odd: dict[str, str] = {}
-    for most, _ in Counter(names.values()).most_common(1):
-        for node, own in names.items():
-            for name in sorted(name for name, _ in most ^ own)[:1]:
-                odd[node] = _why_odd(name, dict(own), dict(most))
+    counts = Counter(names.values())
+    most = max(counts, key=lambda ways: (counts[ways], -len(ways ^ expected)), default=expected)
+    for node, own in names.items():
+        for name in sorted(name for name, _ in most ^ own)[:1]:
+            odd[node] = _why_odd(name, dict(own), dict(most))
     return odd
 
 
@@ -338,8 +339,13 @@ def names_in(content: RecordDict) -> Names:
     own = records_in(content, MetricRecord)
     records = (*records_in(content, ArrayRecord), *own)
     metrics = {name: value for record in own.values() for name, value in record.items()}
+    return names_of((n for n in records if n != messages.STATISTICS), metrics)
+
+
+def names_of(records: Iterable[str], metrics: Mapping[str, Any]) -> Names:
+    """What records and metrics of these names and values are in a reply."""
     return frozenset(
-        {(f"record {n!r}", "a record") for n in records if n != messages.STATISTICS}
+        {(f"record {n!r}", "a record") for n in records}
         | {(f"metric {n!r}", _kind(value)) for n, value in metrics.items()}
     )
 

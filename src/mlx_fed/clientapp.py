@@ -16,7 +16,7 @@ from uuid import uuid4
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from . import aggregate, batches, messages
+from . import aggregate, batches, messages, privacy
 from .errors import FedError
 from .flower.replies import error_reply
 from .spool import records_in
@@ -54,7 +54,7 @@ def client_app(task: TaskSource, mods: Sequence[Mod] | None = None) -> ClientApp
         is partitioned.
     """
     app = ClientApp(mods=[_errors_as_replies])
-    client = _Client(task)
+    client = _Client(task, private=privacy.name_of_private(mods or ()))
 
     @app.query("roll_call")
     def roll_call(message: Message, context: Context) -> Message:
@@ -78,8 +78,8 @@ def client_app(task: TaskSource, mods: Sequence[Mod] | None = None) -> ClientApp
 class _Client:
     """What stays between messages: the trainer, and the data of the partitions last used."""
 
-    def __init__(self, source: TaskSource, token: str = ""):
-        self.source = source
+    def __init__(self, source: TaskSource, token: str = "", private: str | None = None):
+        self.source, self.private = source, private
         self.token = token or uuid4().hex
         self.task = lru_cache(maxsize=1)(self._make_task)
         self.trainer = lru_cache(maxsize=1)(self._make_trainer)
@@ -88,13 +88,17 @@ class _Client:
     def __reduce__(self) -> tuple[Any, ...]:
         # Flower's simulation sends the app to its workers with every message: a worker goes on
         # with the client that it has.
-        return _same_client, (self.token, self.source)
+        return _same_client, (self.token, self.source, self.private)
 
     def _make_task(self, run_config: RunConfig) -> Task:
         return make_task(self.source, dict(run_config))
 
     def _make_trainer(self, seed: int, run_config: RunConfig) -> Trainer:
-        return Trainer(self.task(run_config), seed)
+        trainer = Trainer(self.task(run_config), seed)
+        if self.private:
+            privacy.require_covered(self.private, trainer.statistics_spec)
+            logging.getLogger("flwr").warning("%s", privacy.note(self.private, trainer.task))
+        return trainer
 
     def _load_data(self, trainer: Trainer, partition: int, num_partitions: int | None) -> Data:
         return batches.load(trainer.task, partition, num_partitions)
@@ -120,6 +124,7 @@ class _Client:
         }
         if expected.items() <= found.items():  # another's model is not built, nor downloaded
             trainer, _ = self.setting_out(message, context)
+            answer["frozen"] = json.dumps(trainer.frozen)
             if config.get("prepare"):
                 data, _ = self.data_of(trainer, context)
                 trainer.warm_up(data, config)
@@ -230,9 +235,9 @@ def _own(context: Context) -> dict | None:
 _UNPICKLED: dict[str, _Client] = {}
 
 
-def _same_client(token: str, source: TaskSource) -> _Client:
+def _same_client(token: str, source: TaskSource, private: str | None) -> _Client:
     """The client of this process that was unpickled with the token before, or a new one."""
-    return _UNPICKLED.setdefault(token, _Client(source, token))
+    return _UNPICKLED.setdefault(token, _Client(source, token, private))
 
 
 def partition_of(context: Context) -> tuple[int, int | None]:

@@ -36,12 +36,21 @@ def evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
             continue
         with phase.refusing(node):
             evaluations[node] = checks.check_evaluation(
-                reply, run.weighted_by, run.settings.max_examples, must_be_defined
+                reply, run.weighted_by, phase.max_examples, must_be_defined
             )
             replies[node] = reply
     names = {node: checks.names_in(reply.content) for node, reply in replies.items()}
     for node in phase.refuse_odd_names(names):
         del replies[node], evaluations[node]
+    weighed = dict.fromkeys(name for each in evaluations.values() for name in each.weights)
+    for name in (run.weighted_by, *(f"the weight of {name}" for name in weighed)):
+        metric = name.removeprefix("the weight of ")
+        shares = {
+            node: each.weights.get(metric, float(str(each.metrics[run.weighted_by])))
+            for node, each in evaluations.items()
+        }
+        for node in phase.refuse_heavy(shares, name):
+            del replies[node], evaluations[node]
     metrics: dict[str, Any] = {}
     undefined: dict[str, dict[str, str]] = {}
     for node, each in evaluations.items():

@@ -67,6 +67,21 @@ def counted(
     return counts
 
 
+def reported(task: Task, phase: str, loss_key: str | None = None) -> dict[str, float]:
+    """The metrics that a client reports, each with some number.
+
+    Args:
+        task (Task): What it trains.
+        phase (str): ``"train"`` or ``"evaluate"``.
+        loss_key (str, optional): What the loss before training is called, if it is asked for.
+    """
+    names = {"num-examples", "loss", *counted(task, [1.0], 1.0 if phase == "train" else None)}
+    if phase == "train":
+        return dict.fromkeys(names | {loss_key or "loss"}, 1.0)
+    metrics = dict.fromkeys([*names, *task.metrics], 1.0)
+    return metrics | derived(task, metrics)[0]
+
+
 def derived(task: Task, metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
     """The metrics that follow from others, and why one of them is undefined, by name.
 

@@ -78,12 +78,17 @@ class Leading(Options):
         int, typer.Option(min=0, help="Times that a round is repeated before the run stops.")
     ] = 2
     max_examples: Annotated[
-        float, typer.Option(min=1, help="Examples that a node's reply may say it has.")
-    ] = 1e12
+        float | None,
+        typer.Option(
+            min=1,
+            help="Examples that a node's reply may say it has.",
+            show_default="1000 times the others' median",
+        ),
+    ] = None
     max_update_norm: Annotated[
         float | None,
         typer.Option(
-            min=1, help="Times the median norm that an update may have.", show_default="no limit"
+            min=1, help="Times the median norm that an update may have.", show_default="100"
         ),
     ] = None
     patience: Annotated[

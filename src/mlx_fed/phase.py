@@ -14,10 +14,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from . import aggregate, checks, exchange, messages, records, strategies
+from . import aggregate, checks, exchange, messages, proportion, records, strategies
 from .errors import RunError
 from .flower.replies import is_missing
 from .history import History
+from .metrics import reported
 from .roster import Members, RosterGrid
 from .settings import Settings
 from .spool import Spool
@@ -70,7 +71,9 @@ class Phase:
         self.run, self.name, self.record = run, name, record
         self.run_id = 0
         self.number: int = record["round"]
-        self.asked = 0
+        self.asked = self.came = 0
+        self.record_name = "arrays"
+        self.not_finite: list[dict[str, Any]] = []
         self.now: dict[str, Any] = {}
 
     def configure(self, model: Model) -> list[Message]:
@@ -95,6 +98,8 @@ class Phase:
                 if (node_id := message.metadata.dst_node_id) not in run.roster.nodes:
                     raise RunError(f"a message to node {node_id}, which has no part in the run")
             statistics = model.statistics if run.averaged else {}
+            if outgoing:
+                self.record_name, _ = messages.parameters_of(outgoing[0].content)
             exchange.pack(outgoing, run.trainer.spec, statistics, config)
         self.asked = len(outgoing)
         self.run_id = outgoing[0].metadata.run_id if outgoing else 0
@@ -153,6 +158,7 @@ class Phase:
                 with self.refusing(node, missing=True):
                     checks.check_answer(answer)
                 continue
+            self.came += 1
             if answer.has_content():
                 self.count_bytes(0, messages.count_bytes(answer.content))
             fits = False
@@ -167,24 +173,75 @@ class Phase:
         kin would end the run over them."""
         if not strategies.wants_same_names(self.run.strategy):
             return ()
-        odd = checks.odd_names(names)
+        training = self.name == "train"
+        loss_key = strategies.attribute(self.run.strategy, "train_loss_key") if training else None
+        odd = checks.odd_names(
+            names,
+            checks.names_of(
+                [self.record_name, "metrics"] if training else ["metrics"],
+                reported(self.run.trainer.task, self.name, loss_key),
+            ),
+        )
         for node, reason in odd.items():
             self.refuse(node, reason)
         return odd
+
+    @property
+    def max_examples(self) -> float:
+        """The most that a reply may weigh by itself."""
+        return self.run.settings.max_examples or proportion.MAX_EXAMPLES
+
+    def refuse_heavy(
+        self, weights: Mapping[str, float], name: str | None = None
+    ) -> Collection[str]:
+        """The nodes whose replies would weigh too much beside the others', unless it was said how
+        much is believed.
+
+        Args:
+            weights (dict): Each reply's weight, by the name of its node.
+            name (str, optional): What is weighed. Default: the metric that weighs a reply.
+        """
+        if self.run.roster.stays or self.run.settings.max_examples:
+            return ()
+        heavy = proportion.explain_weights(weights, name or self.run.weighted_by)
+        for node, reason in heavy.items():
+            self.refuse(node, reason)
+        return heavy
 
     @contextmanager
     def refusing(self, node: str, missing: bool = False) -> Iterator[None]:
         """Goes on without a reply that is refused."""
         try:
             yield
+        except checks.NotFinite as error:
+            self.not_finite.append(self.refuse(node, str(error)))
         except checks.Refused as error:
             self.refuse(node, str(error), missing)
 
-    def refuse(self, node: str, reason: str, missing: bool = False) -> None:
-        """Records why a node has no part in the phase; ``missing`` where it sent nothing."""
+    def refuse(
+        self, node: str, reason: str, missing: bool = False, excused: bool = False
+    ) -> dict[str, Any]:
+        """Records why a node has no part in the phase, and gives the entry.
+
+        Args:
+            node (str): Its name.
+            reason (str): Why.
+            missing (bool): It sent nothing.
+            excused (bool): That is not held against it: see :mod:`~mlx_fed.standing`.
+        """
         entry: dict[str, Any] = {"node": node, "phase": self.name, "reason": reason}
-        self.record["refused"].append({**entry, "missing": True} if missing else entry)
+        flags = {"missing": missing, "excused": excused}
+        entry |= {flag: True for flag, is_set in flags.items() if is_set}
+        self.record["refused"].append(entry)
         self.run.history.notify("failed", node=node, phase=self.name, reason=reason)
+        return entry
+
+    def excuse_not_finite(self) -> None:
+        """Holds it against no node that its reply is not finite, where that is so of half of them
+        or more: it is the model which they were sent that fails."""
+        if 2 * len(self.not_finite) >= self.came:
+            for entry in self.not_finite:
+                entry["excused"] = True
 
     def common_failure(self) -> str | None:
         """The exception that every node of the phase failed with, which a repeat would not mend."""

@@ -411,8 +411,19 @@ def _print(console: Console, line: str, style: str) -> None:
 def _round_line(record: dict[str, Any]) -> str:
     # As wide as the last round's, so that the figures stand below each other.
     number = f"round {record['round']}".ljust(len(f"round {record.get('of', 0)}"))
-    figures = [f"{name} {value:.4f}" for name, value in _figures(record).items()]
+    every = records.figures(record)
+    figures = [
+        f"{name} {value:.4f}{_median(every, name, value)}"
+        for name, value in _figures(record).items()
+    ]
     return "   ".join([number, *figures, f"{sum(record['seconds'].values()):.2f} s"])
+
+
+def _median(figures: dict[str, float], name: str, mean: float) -> str:
+    """The nodes' median of a metric, where their mean is far from it: one of them may be why."""
+    key = "train/loss" if name == "train loss" else f"evaluate/{name}"
+    median = figures.get(f"{key}/median", mean)
+    return f" (median {median:.4f})" if abs(mean - median) > abs(median) / 2 else ""
 
 
 def _figures(record: dict[str, Any]) -> dict[str, float]:

@@ -63,16 +63,31 @@ def generators_seeded(seed: int, *parts: int | str) -> Iterator[None]:
 
     NumPy's and Python's go on afterwards as if nothing had been drawn.
     """
-    value = derive(seed, *parts)
-    numpy_state, python_state = np.random.get_state(), random.getstate()
     seed_mlx(seed, *parts)
-    np.random.seed(value % 2**32)
-    random.seed(value)
+    with seeded(derive(seed, *parts)):
+        yield
+
+
+@contextmanager
+def seeded(derived: int, for_numpy: bytes | None = None) -> Iterator[None]:
+    """Seeds the global generators of Python and NumPy for a while, and puts their states back.
+
+    Args:
+        derived (int): From :func:`derive`.
+        for_numpy (bytes, optional): What NumPy's is seeded with instead.
+    """
+    states = random.getstate(), np.random.get_state()
+    random.seed(derived)
+    np.random.seed(
+        np.frombuffer(for_numpy, np.uint32)
+        if for_numpy
+        else np.array([derived >> 32, derived & 0xFFFFFFFF], np.uint32)
+    )
     try:
         yield
     finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 class Keys:

@@ -162,20 +162,17 @@ def _unpack(nodes: Any) -> list[str]:
 
 def _together(refused: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """An entry for each phase and reason, with the nodes that share it."""
-    nodes: dict[tuple[str, str, bool], list[str]] = {}
+    nodes: dict[tuple[Any, ...], list[str]] = {}
     for entry in refused:
-        same = entry["phase"], entry["reason"], bool(entry.get("missing"))
-        nodes.setdefault(same, []).append(entry["node"])
-    return [
-        {"nodes": _pack(names), **_why(phase, reason, missing)}
-        for (phase, reason, missing), names in nodes.items()
-    ]
+        nodes.setdefault(tuple(_why(entry).items()), []).append(entry["node"])
+    return [{"nodes": _pack(names), **dict(why)} for why, names in nodes.items()]
 
 
 def _apart(entry: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    same = _why(entry["phase"], entry["reason"], bool(entry.get("missing")))
-    return ({"node": node, **same} for node in _unpack(entry.get("nodes", [entry.get("node")])))
+    why = _why(entry)
+    return ({"node": node, **why} for node in _unpack(entry.get("nodes", [entry.get("node")])))
 
 
-def _why(phase: str, reason: str, missing: bool) -> dict[str, Any]:
-    return {"phase": phase, "reason": reason, **({"missing": True} if missing else {})}
+def _why(entry: Mapping[str, Any]) -> dict[str, Any]:
+    flags = {flag: True for flag in ("missing", "excused") if entry.get(flag)}
+    return {"phase": entry["phase"], "reason": entry["reason"], **flags}

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from flwr.serverapp.strategy import Strategy
 
-from . import strategies, strategy_state, weights
+from . import frozen, strategies, strategy_state, weights
 from .checkpoint import Best, Checkpoint, CheckpointError, Checkpoints
 from .phase import Model, Run
 from .spool import copy_of
 from .task_config import kebab_case
 
+_FROZEN = "frozen"
 _SHOWN = 5
 """Differences that are named."""
 
@@ -85,7 +86,8 @@ def resume(run: Run, checkpoints: Checkpoints, identity: dict[str, Any]) -> Posi
             )
         run.history.go_on_after(0)
         return None
-    before = {**_simulated(run), **checkpoint.identity}  # older versions kept no such thing
+    # Older versions kept no such things.
+    before = {**_simulated(run), _FROZEN: identity[_FROZEN], **checkpoint.identity}
     if isinstance(before.get("setting"), dict):  # older versions kept how they were spelled
         before["setting"] = kebab_case(before["setting"])
     _require_same(before, identity, run.history.folder)
@@ -117,6 +119,7 @@ def identity_of(run: Run) -> dict[str, Any]:
             }
             for kind, slots in run.trainer.slots._asdict().items()
         },
+        _FROZEN: run.trainer.frozen,
         **_simulated(run),
     }
     return json.loads(json.dumps(identity, default=str))
@@ -137,7 +140,11 @@ def _without_least_nodes(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    before, now = dict(before), dict(now)
+    changed = frozen.difference(before.pop(_FROZEN), now.pop(_FROZEN))
     differences = list(_differences("", before, now))
+    if changed is not None and not changed.is_rounding:
+        differences.append(str(changed))
     if differences:
         shown = "; ".join(differences[:_SHOWN])
         more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""

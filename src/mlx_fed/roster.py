@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from . import checks, messages, weights
+from . import checks, frozen, messages, weights
 from .errors import FedError, RunError
 from .exchange import pause, push
 from .weights import Spec
@@ -64,6 +64,7 @@ class Roster:
         config (dict): Sent with the roll call.
         notify (callable): Told what happens: ``notify("joined", node="node-0")``.
         fingerprint (dict, optional): What else has to be the same on a node as on the server.
+        identities (dict, optional): What the frozen arrays are known by, which have to be the same.
 
     Attributes:
         nodes (dict): The nodes that take part and are online, by id, in order.
@@ -81,9 +82,10 @@ class Roster:
         config: dict[str, Any],
         notify: Callable[..., None],
         fingerprint: Mapping[str, str] | None = None,
+        identities: Mapping[str, frozen.Identity] | None = None,
     ):
         self.grid = grid
-        self.fingerprint = fingerprint or {}
+        self.fingerprint, self.identities = fingerprint or {}, identities or {}
         self.specs = {"parameters": parameters, "statistics": statistics}
         self.config = config
         self.notify = notify
@@ -175,6 +177,7 @@ class Roster:
             self._check_name(node)
             self._check_fingerprint(record)
             self._check_model(record)
+            rounding = self._check_frozen(record)
             self._check_free(node)
         except Exception as error:  # whatever a stranger's bytes can bring about
             why = str(error) if isinstance(error, FedError) else f"unreadable answer: {error!r}"
@@ -187,6 +190,8 @@ class Roster:
         by_place = sorted(self.nodes.values(), key=lambda node: (node.partition, node.name))
         self.nodes = {node.id: node for node in by_place}
         self.notify("joined", node=node.name, nodes=len(self.nodes))
+        if rounding is not None:
+            self.notify("note", text=f"{node.name}: its {rounding}, as devices differ")
 
     def _check_name(self, node: Node) -> None:
         """A node that a grid knows by name has no other one."""
@@ -212,6 +217,14 @@ class Roster:
                 weights.check(ours, theirs)
             except weights.WeightsError as error:
                 raise checks.Refused(f"its model is not the server's: {error}") from error
+
+    def _check_frozen(self, record: ConfigRecord) -> frozen.Difference | None:
+        """What differs by rounding alone, if anything does."""
+        theirs = json.loads(str(record.get("frozen", "{}")))
+        found = frozen.difference(self.identities, theirs)
+        if found is not None and not found.is_rounding:
+            raise checks.Refused(f"its model is not the server's: {found}")
+        return found
 
     def _check_free(self, node: Node) -> None:
         for other in self.nodes.values():

@@ -15,7 +15,7 @@ from uuid import uuid4
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from . import aggregate, strategies, strategy_state, weights
+from . import aggregate, privacy, strategies, strategy_state, weights
 from .checkpoint import Checkpoints
 from .errors import RunError, TooFewReplies
 from .evaluate_phase import evaluate, evaluate_centrally
@@ -61,6 +61,7 @@ def run(
 
     Raises:
         SettingsError: If the server is to evaluate what never travels.
+        PrivacyError: If running statistics would go around the strategy's differential privacy.
         RunError: If too few nodes come, no reply of a round counts, or the strategy fails. The
             model of the last whole round is saved.
         StateError: If the strategy holds what cannot be kept.
@@ -74,6 +75,9 @@ def run(
     run = _set_up(grid, strategy, trainer, settings, history, roster, run_id)
     min_nodes = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
     checkpoints = Checkpoints(history.folder, settings.keep)
+    if private := strategies.name_of_private(strategy):
+        privacy.require_covered(private, run.averaged)
+        history.notify("note", text=privacy.note(private, trainer.task))
     identity = identity_of(run)
     if settings.keep:
         strategy_state.snapshot(strategy)  # what cannot be kept is refused now, not after a round
@@ -159,6 +163,7 @@ def _set_up(
         {**config, "prepare": True},
         history.notify,
         trainer.fingerprint,
+        trainer.frozen,
     )
     # A federation's grid puts there what nodes send.
     spool = getattr(grid, "spool", None) or Spool(history.folder / "waiting")
@@ -223,9 +228,10 @@ def _round(run: Run, position: Position, number: int, again: Callable[[int], Non
             text = f"{error} The round is repeated, for time {repeats + 1} of {most}."
             run.history.notify("note", text=text)
             again(number)
-    _leave_out(run, record)
     evaluate(run, model, record)
     evaluate_centrally(run, model, record)
+    # Not sooner: a strategy that asks for more nodes than are left would wait for them in a phase.
+    _leave_out(run, record)
     run.history.add_round(record)
     return position.after(record, model)
 

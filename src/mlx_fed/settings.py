@@ -67,10 +67,13 @@ class Settings:
             it is repeated. Default: ``1``.
         max_repeats (int): How often a round is repeated before the run stops, to be resumed when
             more nodes are well. Default: ``2``.
-        max_examples (float): Examples that a node may say it has trained or evaluated on: they
-            weigh its reply. Default: ``1e12``, which no node has.
+        max_examples (float, optional): Examples that a node may say it has trained or evaluated on:
+            they weigh its reply. Default: 1,000 times the median of the others in the round, or
+            100,000, where there are three replies or more; in a simulation any number.
         max_update_norm (float, optional): How many times the median of all updates' norms one of
-            at least three may have. Default: no limit.
+            at least three may have; ``math.inf`` for no limit. Default: 100 times the median of
+            the others', or as much as the norm of the model where that is more; in a simulation
+            no limit.
         keep (int): Checkpoints to keep, beside the best; 0 writes none. Default: ``3``.
         test (tuple, optional): Held-out examples of the server's own, as ``Data.test``: the
             task's loss and metrics of the global model on them are recorded each round.
@@ -93,7 +96,7 @@ class Settings:
     round_timeout: float = 3600.0
     min_replies: int = 1
     max_repeats: int = 2
-    max_examples: float = 1e12
+    max_examples: float | None = None
     max_update_norm: float | None = None
     keep: int = 3
     test: Sequence[Any] | None = None

@@ -1,7 +1,8 @@
 """How a node stands: how often its replies have been refused lately, by the record of a run.
 
 Only training counts: a node that has no examples to evaluate on may train well. So does only what a
-node sent, and not that it was late or gone.
+node sent, and not that it was late or gone, nor what is excused: that half of all replies or more
+are not finite, which is the fault of the model that was sent.
 """
 
 from __future__ import annotations
@@ -49,5 +50,6 @@ def _refused(record: Mapping[str, Any]) -> Iterable[str]:
 
 def _reasons(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     for entry in record.get("refused", ()):
-        if entry["phase"] == "train" and not entry.get("missing"):
+        held_against_it = not (entry.get("missing") or entry.get("excused"))
+        if entry["phase"] == "train" and held_against_it:
             yield entry["node"], entry["reason"]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
-import random
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
 
@@ -197,19 +195,9 @@ def seeded(strategy: Strategy, seed: int, number: int, hook: str) -> Iterator[No
     for differential privacy, Flower's or one with the attribute ``private_noise = True``, it
     comes from the operating system instead.
     """
-    states = random.getstate(), np.random.get_state()
-    derived = randomness.derive(seed, number, hook)
-    random.seed(derived)
-    np.random.seed(
-        np.frombuffer(secrets.token_bytes(64), np.uint32)
-        if _draws_private_noise(strategy)
-        else np.array([derived >> 32, derived & 0xFFFFFFFF], np.uint32)
-    )
-    try:
+    noise = secrets.token_bytes(64) if name_of_private(strategy) else None
+    with randomness.seeded(randomness.derive(seed, number, hook), noise):
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 @contextmanager
@@ -232,9 +220,13 @@ def collecting_only_new() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _draws_private_noise(strategy: Strategy) -> bool:
-    return any(
-        getattr(layer, "private_noise", False)
-        or any(kind.__name__.startswith("DifferentialPrivacy") for kind in type(layer).__mro__)
-        for layer in layers(strategy)
-    )
+def name_of_private(strategy: Strategy) -> str | None:
+    """The name of the layer that draws noise for differential privacy: one of Flower's, or one with
+    the attribute ``private_noise = True``."""
+    for layer in layers(strategy):
+        flowers = any(
+            kind.__name__.startswith("DifferentialPrivacy") for kind in type(layer).__mro__
+        )
+        if flowers or getattr(layer, "private_noise", False):
+            return type(layer).__name__
+    return None

@@ -187,6 +187,9 @@ class Task:
             server and its nodes, each with a short text that tells it from others:
             ``{"base model": "3f2a5c..."}``. A node that differs is turned away. A function in
             place of a text is called when all before it agree: what takes a download comes last.
+        fingerprint_covers (callable, optional): ``fingerprint_covers(name)`` says for which frozen
+            arrays the fingerprint stands: they are not compared by their values, as all others
+            are, and so need not be read for it.
         save (callable, optional): ``save(model, folder)`` writes the final model below a run's
             folder and returns the path. Default: all arrays, as ``model.safetensors``.
 
@@ -221,6 +224,7 @@ class Task:
     weight_unit: str | None = None
     derived: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
     fingerprint: Callable[[], Mapping[str, str | Callable[[], str]]] | None = None
+    fingerprint_covers: Callable[[str], bool] | None = None
     save: Callable[[nn.Module, Path], Path] | None = None
 
     def __post_init__(self) -> None:

@@ -6,12 +6,13 @@ other gets them all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, Message
 
-from . import aggregate, checks, exchange, strategies, sums
+from . import aggregate, checks, exchange, proportion, strategies, sums
 from .errors import RunError, TooFewReplies
 from .phase import Model, Phase, Run
 from .weights import Unread
@@ -160,20 +161,42 @@ class Update(NamedTuple):
 def _updates(phase: Phase, outgoing: list[Message], model: Model) -> Iterator[Update]:
     """The updates that are fit to count, in the order of the nodes.
 
-    They are given as they come, unless each has to be compared with all others: then they wait on
-    disk until the last has come.
+    They are given as they come, up to the first that has to be compared with all others: it and
+    those after it wait on disk until the last has come.
     """
-    limit = phase.run.settings.max_update_norm
-    if not limit:
-        yield from _fit(phase, outgoing, None)
+    run, limit = phase.run, phase.run.settings.max_update_norm
+    # Simulated clients are believed, unless it was said how much.
+    bounded = not run.roster.stays
+    compares_norms = bounded if limit is None else limit < math.inf
+    before = aggregate.unread_masters(model.masters, run.trainer.spec) if compares_norms else None
+    # What is not above these counts whatever the others are.
+    least_norm = least_weight = math.inf
+    if before is not None:
+        least_norm = -1.0 if limit else checks.norm_of(before)
+    if bounded and not run.settings.max_examples:
+        last = run.history.rounds[-1] if run.history.rounds else {}
+        least_weight = proportion.believed_after(last, run.weighted_by)
+    norms: dict[str, float] = {}
+    shares: dict[str, float] = {}
+    waiting: list[Update] = []
+    for update in _fit(phase, outgoing, before):
+        norm, weight = update.reply.norm or 0.0, update.reply.weight
+        norms[update.node], shares[update.node] = norm, weight
+        if not waiting and norm <= least_norm and weight <= least_weight:
+            yield update
+        else:
+            waiting.append(update)
+    if not waiting:
         return
-    before = aggregate.unread_masters(model.masters, phase.run.trainer.spec)
-    updates = list(_fit(phase, outgoing, before))
-    norms = {update.node: update.reply.norm or 0.0 for update in updates}
-    large = checks.out_of_proportion(norms, limit)
+    large: dict[str, str] = {}
+    if limit:
+        large = proportion.explain_norms(norms, limit)
+    elif before is not None:
+        large = proportion.explain_huge_norms(norms, least_norm)
     for node, reason in large.items():
-        phase.refuse(node, reason)
-    yield from (update for update in updates if update.node not in large)
+        phase.refuse(node, reason, excused=len(norms) < proportion.ENOUGH)
+    heavy = phase.refuse_heavy({node: shares[node] for node in shares if node not in large})
+    yield from (update for update in waiting if update.node not in {*large, *heavy})
 
 
 def _fit(phase: Phase, outgoing: list[Message], before: Unread | None) -> Iterator[Update]:
@@ -187,7 +210,7 @@ def _fit(phase: Phase, outgoing: list[Message], before: Unread | None) -> Iterat
                 run.trainer.spec,
                 run.averaged,
                 run.weighted_by,
-                run.settings.max_examples,
+                phase.max_examples,
                 before,
             )
         if reply is not None:
@@ -195,6 +218,7 @@ def _fit(phase: Phase, outgoing: list[Message], before: Unread | None) -> Iterat
 
 
 def _require(phase: Phase, count: int) -> None:
+    phase.excuse_not_finite()
     if phase.asked and not count and (reason := phase.common_failure()):
         raise RunError(
             f"Round {phase.number}: all {phase.asked} nodes failed with the same error: {reason}"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import examples, randomness, weights
+from . import examples, frozen, randomness, weights
 from .batches import Batches
 from .evaluation import Evaluator
 from .metrics import Evaluation, counted, weighted_mean
@@ -75,10 +75,11 @@ class Trainer:
     """
 
     def __init__(self, task: Task, seed: int = 0):
-        self.task = task
+        self.task, self.seed = task, seed
         self.model = weights.build_model(task.model, seed)
         travels = task.buffers or (lambda name: None)
-        self.slots = weights.find_slots(self.model, lambda name: bool(travels(name)))
+        self._is_buffer = lambda name: bool(travels(name))
+        self.slots = weights.find_slots(self.model, self._is_buffer)
         if not self.slots.parameters:
             raise weights.WeightsError(
                 "The model has no trainable floating-point parameters: nothing to federate."
@@ -108,6 +109,22 @@ class Trainer:
     def fingerprint(self) -> dict[str, str]:
         """What the task says has to be the same on every machine: asked for by who leads a run."""
         return fingerprint_of(self.task)
+
+    @cached_property
+    def frozen(self) -> frozen.Identities:
+        """What the frozen arrays are known by, but for those that the fingerprint stands for.
+
+        It is asked for before anything is trained. Of large ones nothing stays in memory for it.
+        """
+        covers = self.task.fingerprint_covers or (lambda name: False)
+        names = [name for name in self.slots.frozen if not covers(name)]
+        arrays = {name: self.slots.frozen[name].get() for name in names}
+        if sum(array.nbytes for array in arrays.values()) > frozen.WHOLE:
+            module = weights.make_module(self.task.model, self.seed)
+            slots = weights.find_slots(module, self._is_buffer).frozen
+            arrays = {name: slot.get() for name, slot in slots.items() if not covers(name)}
+            del module, slots
+        return frozen.identities(arrays)
 
     def parameters(self) -> Arrays:
         """The model's parameters that are trained together, by name."""

@@ -56,16 +56,26 @@ class Slots(NamedTuple):
 
 
 def build_model(model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The module, its random initial values drawn from ``seed``.
+    """The module, its random initial values drawn from ``seed``, with what it trains evaluated.
 
-    What it trains is evaluated. Frozen arrays, a base model's from a file, need not be in memory
-    before they are computed with: a server that only aggregates never reads them.
+    Frozen arrays, a base model's from a file, need not be in memory before they are computed with:
+    a server that only aggregates holds none of them.
     """
-    randomness.seed_mlx(seed, "initial weights")
-    module = model()
+    module = make_module(model, seed)
+    mx.eval(module.trainable_parameters())
+    return module
+
+
+def make_module(model: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """The module, of which nothing is evaluated.
+
+    The global generators of MLX, NumPy and Python are seeded while it is made, so that it is the
+    same in every process.
+    """
+    with randomness.generators_seeded(seed, "initial weights"):
+        module = model()
     if not isinstance(module, nn.Module):
         raise TypeError(f"Task.model must return an mlx.nn.Module, not a {type(module).__name__}.")
-    mx.eval(module.trainable_parameters())
     return module
 
 

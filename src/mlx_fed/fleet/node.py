@@ -16,7 +16,7 @@ from typing import Any
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
-from .. import batches, clientapp, devices, memory, messages
+from .. import batches, clientapp, devices, memory, messages, privacy
 from ..errors import FedError
 from ..flower.client import FleetClient, Refused, Unreachable, Untrusted
 from ..flower.replies import error_reply
@@ -139,6 +139,8 @@ def join(
             names = ", ".join(sorted(servers))
             tell("note", text=f"{names}: the server's values are trained with, not this node's")
         tell("ready", device=where, partition=partition_id)
+        if private := privacy.name_of_private(mods or ()):
+            tell("note", text=privacy.note(private, made))
         app = clientapp.client_app(_with_data(made, data), mods)
         client = FleetClient(who.host, who.port, who.context, who.key, who.invitation)
         _Node(client, app, node_config, who, wait, tell).run()

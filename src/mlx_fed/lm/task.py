@@ -83,6 +83,7 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
         weight_unit="tokens",
         derived=perplexity,
         fingerprint=partial(fingerprint, config),
+        fingerprint_covers=is_of_base,
         save=partial(_save, config),
     )
     _check_optimizer(config, task.config)
@@ -194,6 +195,11 @@ def _keys(config: LoraConfig) -> str:
     model = outline(config)
     keys = adapters.adapted(model) if model else config.lora_parameters.get("keys")
     return identity.shown(keys)
+
+
+def is_of_base(name: str) -> bool:
+    """Whether an array of this name is the base model's, and none that ``freeze_a`` freezes."""
+    return not name.endswith(".lora_a")
 
 
 def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: int | None) -> Data:

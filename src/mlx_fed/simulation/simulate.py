@@ -134,6 +134,7 @@ def simulate(
             Path(folder),
             data_bytes(size or 1),
             kept,
+            trainer.frozen if size else {},
         )
         with (
             received(Path(folder), watching),

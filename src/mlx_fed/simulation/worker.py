@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from flwr.app import MessageType, MetricRecord, RecordDict
 
-from .. import aggregate, checks, messages, sums
+from .. import aggregate, checks, frozen, messages, sums
 from ..batches import lengths
 from ..errors import FedError, SimulationError
 from ..examples import Examples, count, kind, leaves
@@ -40,7 +40,8 @@ class Job(NamedTuple):
     """What all workers of a run are set up with.
 
     ``folder`` is for what lasts as long as the run, ``most_bytes`` how much of the data each
-    worker keeps, and about as much as it has at hand beside that.
+    worker keeps, and about as much as it has at hand beside that. ``identities`` are what the
+    frozen arrays of the process that starts them are known by.
     """
 
     source: TaskSource
@@ -53,6 +54,7 @@ class Job(NamedTuple):
     folder: Path
     most_bytes: int
     kept: Kept
+    identities: frozen.Identities
 
 
 class Request(NamedTuple):
@@ -114,6 +116,9 @@ class Worker:
     def __init__(self, job: Job, trainer: Trainer | None = None):
         self.job = job
         self.trainer = trainer or Trainer(make_task(job.source, job.config), job.seed)
+        other = None if trainer else frozen.difference(job.identities, self.trainer.frozen)
+        if other is not None and not other.is_rounding:
+            raise SimulationError(f"its model is not the main process's: {other}")
         may = job.batched and BatchedTrainer.why_not(self.trainer.task) is None
         self.batched = BatchedTrainer(self.trainer) if may else None
         self.partitions = Partitions(self.trainer.task, job.num_clients, job.most_bytes)
