@@ -262,7 +262,7 @@ def test_the_end_of_the_run_reaches_a_node_that_waits(fleet):
     fleet.link.finish()
     waiting.join(10)
     assert received == [None]
-    assert node.run_is_over
+    assert node.outcome == "finished"
 
 
 def test_a_message_for_a_node_that_left_is_answered_with_an_error(fleet):

@@ -46,7 +46,8 @@ class Proxy:
         self.done: Counter[str] = Counter()
         self._to = port
         self._number = 0
-        self._swallows = False
+        self._swallows: tuple[str, ...] = ()
+        self._says: bytes | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
@@ -61,11 +62,21 @@ class Proxy:
 
     def swallow(self) -> None:
         """Lets nothing through any more, and says nothing either, of these connections for good."""
-        self._swallows = True
+        self._swallows = ("up", "down")
+
+    def deafen(self) -> None:
+        """Lets requests through, and no answers any more, of these connections for good."""
+        self._swallows = ("down",)
+
+    def say(self, answer: bytes) -> None:
+        """Answers each request so itself, as a proxy whose server is gone, and hangs up."""
+        self._do(self._refuse())
+        self._says = answer
+        self._do(self._listen())
 
     def mend(self) -> None:
         """Lets new connections through."""
-        self._swallows = False
+        self._swallows, self._says = (), None
         self._do(self._listen())
 
     def close(self) -> None:
@@ -91,6 +102,11 @@ class Proxy:
             writer.transport.abort()
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._says is not None:
+            await reader.read(2**16)
+            writer.write(self._says)
+            writer.close()
+            return
         self._number += 1
         number = f"{self.seed} {self._number}"
         try:
@@ -102,8 +118,8 @@ class Proxy:
         self._open |= ends
         end = self._loop.call_later(_drawn(random.Random(number), self.life), self._drop, ends)
         await asyncio.gather(
-            self._pass(reader, back, ends, random.Random(f"{number} up")),
-            self._pass(there, writer, ends, random.Random(f"{number} down")),
+            self._pass("up", reader, back, ends, random.Random(f"{number} up")),
+            self._pass("down", there, writer, ends, random.Random(f"{number} down")),
         )
         end.cancel()
         self._open -= ends
@@ -115,6 +131,7 @@ class Proxy:
 
     async def _pass(
         self,
+        way: str,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         ends: set[asyncio.StreamWriter],
@@ -124,7 +141,7 @@ class Proxy:
         try:
             left = _drawn(rng, self.every)
             while data := await reader.read(2**16):
-                swallowed = swallowed or self._swallows
+                swallowed = swallowed or way in self._swallows
                 if swallowed:
                     continue
                 if len(data) > left:

@@ -14,7 +14,8 @@ import uvicorn
 from flwr.serverapp.strategy import Strategy
 
 from .. import devices, http, memory, rounds, strategies, weights
-from ..errors import FedError
+from ..errors import FedError, RunError
+from ..flower import headers as ours
 from ..flower.grid import LinkGrid
 from ..flower.link import Link
 from ..flower.routes import FleetRoutes
@@ -66,7 +67,8 @@ def serve(
     """Leads a federation of machines through a run, and returns when it is over.
 
     Nodes (:func:`mlx_fed.join`) may come before the server, after it and between rounds; when
-    the run is over they are told and end.
+    the run is finished, was stopped by Ctrl-C or has failed they are told and end. When the server
+    ends otherwise they wait for the one that resumes the run.
 
     On other addresses than the loopback connections are encrypted and only nodes that the server
     knows by their keys take part. What that needs is made in the folder ``federation``, and a
@@ -136,7 +138,7 @@ def serve(
                 history.notify("invited", **each, command=join_command)
             if devices.is_slow(computing_on):
                 history.notify("note", text=f"computing on {computing_on}")
-            try:
+            with _telling_the_outcome(link):
                 return rounds.run(
                     LinkGrid(link),
                     strategy,
@@ -145,8 +147,6 @@ def serve(
                     history,
                     resume=resume is not None,
                 )
-            finally:
-                _say_goodbye(link)
 
 
 def _socket(host: str, port: int) -> socket.socket:
@@ -214,9 +214,31 @@ def _serving(
         link.close()
 
 
-def _say_goodbye(link: Link) -> None:
-    """Tells the nodes that the run is over and waits for them to leave."""
-    link.finish()
+@contextlib.contextmanager
+def _telling_the_outcome(link: Link) -> Iterator[None]:
+    """Tells the nodes how the run ended, once it is over.
+
+    What else ends a server (SIGTERM, a full disk, a defect) is no end of the run: nodes wait for
+    the server that resumes it.
+    """
+    outcome = ""
+    try:
+        yield
+        outcome = ours.FINISHED
+    except KeyboardInterrupt:
+        outcome = ours.STOPPED
+        raise
+    except RunError:
+        outcome = ours.FAILED
+        raise
+    finally:
+        link.finish(outcome)
+        if outcome:
+            _wait_for_farewell(link)
+
+
+def _wait_for_farewell(link: Link) -> None:
+    """Waits for the nodes to leave."""
     deadline = time.monotonic() + _FAREWELL
     while link.online() and time.monotonic() < deadline:
         seen = link.news()

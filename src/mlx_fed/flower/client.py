@@ -48,6 +48,8 @@ _REGISTER = "/v1/fleet/register-node"
 _HELD = {"/v1/fleet/pull-messages": 20.0, "/v1/fleet/send-node-heartbeat": 5.0}
 """Seconds that a server of ours may hold a request, by path."""
 
+_OUTCOMES = (ours.FINISHED, ours.STOPPED, ours.FAILED)
+
 _HEARTBEAT = 10.0
 """Seconds, as announced to the server: the least that Flower accepts. Twice that without a beat
 and the node counts as gone."""
@@ -63,6 +65,8 @@ _BLOCK = 2**18
 """Bytes that have to be sent within that time: a connection may be slow, and still not be lost."""
 _SLOWEST = 16 * 2**10
 """Bytes a second for which a server of ours waits."""
+_AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
+"""Answers after which the same request may do: that it came too slowly, that a clock is wrong."""
 _LATE = 15.0
 """Seconds beyond the time that a request is held, after which it counts as lost on the way."""
 
@@ -71,12 +75,18 @@ class Unreachable(ConnectionError):
     """The server did not answer, or not as a server of ours or a SuperLink does."""
 
 
+class Unavailable(Unreachable):
+    """The server, or a proxy in front of it, answered that it cannot do so now."""
+
+
 class Refused(Exception):
     """The server answered and said no.
 
     Attributes:
         status (int): HTTP's status code.
         code (int): Flower's error code, 0 where there is none.
+        reason (str): The server's, empty where the answer is not of a server of ours or a
+            SuperLink.
     """
 
     def __init__(self, status: int, body: bytes):
@@ -84,7 +94,8 @@ class Refused(Exception):
         error = FlowerError.from_json(text)
         self.status = status
         self.code = error.code if error else 0
-        super().__init__(error.message if error else _detail(text) or f"HTTP status {status}")
+        self.reason = error.message if error else _detail(text)
+        super().__init__(self.reason or f"HTTP status {status}")
 
 
 class Untrusted(Unreachable):
@@ -96,6 +107,14 @@ def _detail(text: str) -> str:
         return str(json.loads(text)["detail"])[:_LONGEST_DETAIL]
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
+
+
+def _refusal(status: int, body: bytes) -> Refused | Unreachable:
+    """What an answer other than OK means: a proxy refuses nothing in the server's name."""
+    refusal = Refused(status, body)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or not refusal.reason:
+        return Unavailable(str(refusal))
+    return Unreachable(str(refusal)) if status in _AGAIN else refusal
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
@@ -128,7 +147,7 @@ class _Transport(FleetHttpClient):
         self._local = threading.local()
         self.timeout = _FIRST_TIMEOUT
         self.heard = 0.0
-        self.run_is_over = False
+        self.outcome = ""
         self.invitation: str | None = None
 
     def _unary_unary(
@@ -146,10 +165,8 @@ class _Transport(FleetHttpClient):
         if self.invitation is not None and path == _REGISTER:
             headers[ours.TOKEN] = self.invitation
         status, body = self._post(path, request.SerializeToString(), headers)
-        if status == HTTPStatus.TOO_EARLY:  # one of the clocks is to be set
-            raise Unreachable(str(Refused(status, body)))
         if status != HTTPStatus.OK:
-            raise Refused(status, body)
+            raise _refusal(status, body)
         try:
             response = response_type.FromString(body)
         except DecodeError as error:
@@ -192,8 +209,8 @@ class _Transport(FleetHttpClient):
                 return self._post(path, body, headers)
             raise Unreachable(str(error) or type(error).__name__) from error
         self._local.connection = connection
-        if response.getheader(ours.RUN) == "finished":
-            self.run_is_over = True
+        if (outcome := response.getheader(ours.RUN)) in _OUTCOMES:
+            self.outcome = outcome
         return response.status, content
 
     def _connect(self) -> http.client.HTTPConnection:
@@ -259,7 +276,7 @@ class FleetClient:
 
     Attributes:
         node_id (int): The id that the server gave.
-        run_is_over (bool): The server has said that the run is finished.
+        outcome (str): The run's, once the server has said that it is over.
         heard (float): When the server last answered, by ``time.monotonic()``.
     """
 
@@ -279,8 +296,8 @@ class FleetClient:
         self.node_id = 0
 
     @property
-    def run_is_over(self) -> bool:
-        return self._transport.run_is_over
+    def outcome(self) -> str:
+        return self._transport.outcome
 
     @property
     def heard(self) -> float:

@@ -81,8 +81,8 @@ class FleetRoutes:
         ]
         if status in _BODY_LEFT_UNREAD:
             headers.append((b"connection", b"close"))
-        if self.link.finished:
-            headers.append((ours.RUN.encode(), b"finished"))
+        if self.link.outcome:
+            headers.append((ours.RUN.encode(), self.link.outcome.encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -176,7 +176,7 @@ class FleetRoutes:
             work.clear()
             response = handler(request)
             left = deadline - now()
-            if response.messages_list or self.link.finished or left <= 0:
+            if response.messages_list or self.link.over.is_set() or left <= 0:
                 return response
             if not await self._stays(node_id, receive, work, left):
                 return response
