@@ -16,7 +16,7 @@ from uuid import uuid4
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from . import aggregate, batches, messages
+from . import aggregate, batches, client_state, messages
 from .errors import FedError
 from .flower.replies import error_reply
 from .spool import records_in
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 RunConfig = tuple[tuple[str, Any], ...]
 """A run's settings, as a cache takes them."""
-_OWN = "own"
-"""The name of the record in a client's context that has what it keeps."""
 
 
 class ClientError(FedError):
@@ -154,13 +152,13 @@ class _Client:
         data, partition = self.data_of(trainer, context)
         statistics = self._statistics(trainer, message, context)
         name, packed, parameters = _take_parameters(message, trainer)
-        own = _own(context)
+        number = client_state.round_of(config)
+        own = client_state.take_back(context.state, number)
         update = trainer.train(parameters, statistics, data, config, client=partition, own=own)
         metrics: dict[str, Any] = dict(update.metrics)
         arrays = messages.pack if packed else aggregate.to_masters
         content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})
-        if update.own:
-            context.state[_OWN] = messages.pack(update.own)
+        client_state.save(context.state, number, update.own)
         if update.statistics:
             (content if packed else context.state)[messages.STATISTICS] = messages.pack(
                 update.statistics
@@ -168,17 +166,16 @@ class _Client:
         return Message(content, reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
-        trainer, _ = self.setting_out(message, context)
+        trainer, config = self.setting_out(message, context)
         data, partition = self.data_of(trainer, context)
         statistics = self._statistics(trainer, message, context)
+        own = client_state.load(context.state, client_state.round_of(config))
         _, packed, parameters = _take_parameters(message, trainer)
         if data.test is None:
             if packed:  # by a server that knows what it means
                 return Message(messages.nothing_to_evaluate(), reply_to=message)
             raise ClientError(f"Partition {partition} has no test examples: Data.test is None.")
-        metrics: dict[str, Any] = dict(
-            trainer.evaluate(parameters, statistics, data.test, _own(context))
-        )
+        metrics: dict[str, Any] = dict(trainer.evaluate(parameters, statistics, data.test, own))
         return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
     def _statistics(self, trainer: Trainer, message: Message, context: Context) -> dict:
@@ -207,12 +204,6 @@ def _take_parameters(message: Message, trainer: Trainer) -> tuple[str, bool, Arr
 
 def _run_config(context: Context) -> RunConfig:
     return tuple(sorted(context.run_config.items()))
-
-
-def _own(context: Context) -> dict | None:
-    """What this client has kept of its last update."""
-    record = records_in(context.state, ArrayRecord).get(_OWN)
-    return messages.unpack(record) if record else None
 
 
 _UNPICKLED: dict[str, _Client] = {}

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
@@ -23,7 +24,7 @@ from ..flower import headers
 from ..flower.client import FleetClient, Refused, Unavailable, Unreachable, Untrusted
 from ..flower.replies import error_reply
 from ..progress import quiet_flower, told_or_terminal
-from ..spool import records_in
+from ..spool import Spool, records_in
 from ..task import Data, Task, TaskSource, make_task
 from . import address, certificates
 from .identity import Identity, from_files, from_token
@@ -173,11 +174,13 @@ class _Node:
         self.who, self.wait, self.notify = who, wait, notify
         self.server = address.join(who.host, who.port)
         self.kept: dict[str, RecordDict] = {}
+        self.spool = Spool()
 
     def run(self) -> None:
         self._register()
         try:
-            with self._heartbeat():
+            with TemporaryDirectory(prefix="mlx-fed-node-") as folder, self._heartbeat():
+                self.spool = Spool(Path(folder))
                 self._answer_messages()
         finally:
             self.client.leave()
@@ -219,6 +222,7 @@ class _Node:
             reply = self.app(message, context)
         except Exception as error:
             reply = error_reply(message, error)
+        self.spool.hold(kept)
         if reply.has_error():
             # The node stays: it may be the data of one round, or one bad message.
             reason = reply.error.reason
