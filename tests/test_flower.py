@@ -382,6 +382,65 @@ def test_a_large_piece_over_a_slow_connection_has_the_time_that_it_takes(monkeyp
         way.close()
 
 
+def test_what_came_of_a_piece_before_it_broke_off_does_not_come_again(fleet):
+    """No connection lasts as long as a whole piece takes."""
+    way = Proxy(fleet.port, most=1_500_000)
+    node = FleetClient("127.0.0.1", way.port)
+    node.register()
+    message_id = fleet.message(node)
+    message = None
+    while message is None and way.done["drop"] < 40:
+        with suppress(Unreachable):
+            message = node.receive()
+    assert message is not None
+    assert_carried(message.content)
+    assert 3 < way.done["drop"] < 15
+    reply = reply_to(message)
+    while way.done["drop"] < 80:
+        with suppress(Unreachable):
+            node.send(reply, 0.0)
+            break
+    (reply,) = fleet.grid.pull_messages([message_id])
+    assert_carried(reply.content)
+    node.leave()
+    way.close()
+
+
+def test_pieces_that_do_not_fit_each_other_are_no_object(fleet, monkeypatch):
+    node = fleet.node()
+    fleet.message(node)
+    pull = node._transport.PullObject
+
+    def pull_another(request):
+        response = pull(request)
+        if len(response.object_content) > 1000:
+            response.object_content = b"?" + response.object_content[1:]
+        return response
+
+    node._piece = 2**18
+    with monkeypatch.context() as broken:
+        broken.setattr(node._transport, "PullObject", pull_another)
+        with pytest.raises(Unreachable, match="do not fit each other"):
+            node.receive()
+    assert_carried(node.receive().content)
+
+
+@pytest.mark.parametrize("asked", ["0-0", "7-3", "-1-5", "a-b", "1", "0-99999999999999999999"])
+def test_bytes_that_nobody_has(fleet, asked: str):
+    node = fleet.node()
+    fleet.message(node)
+    pulled = node._transport.PullMessages(fleet_pb2.PullMessagesRequest(node=node._node))
+    request = message_pb2.PullObjectRequest(
+        node=node._node,
+        run_id=fleet.link.run_id,
+        object_id=pulled.message_object_trees[0].object_id,
+    )
+    node._transport.bytes = asked
+    response = node._transport.PullObject(request)
+    assert response.object_available
+    assert bool(response.object_content) == (asked not in ("0-0", "7-3"))
+
+
 def test_a_reply_may_take_longer_than_flower_lets_it(fleet, monkeypatch):
     monkeypatch.setattr(in_memory_corestate, "OBJECT_PUSH_SESSION_TTL_SECONDS", 0)
     node = fleet.node()

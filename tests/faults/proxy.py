@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import threading
 from collections import Counter
 from collections.abc import Coroutine
@@ -28,6 +29,7 @@ class Proxy:
         every (float): Bytes of a connection, in one direction, that come to no harm, on average.
         life (float): Seconds that a connection lasts, on average.
         speed (float): Bytes that pass a connection in a second, in one direction.
+        most (float): Bytes of a connection, in one direction, after which it breaks.
 
     Attributes:
         port (int): Where it listens.
@@ -41,8 +43,9 @@ class Proxy:
         every: float = inf,
         life: float = inf,
         speed: float = inf,
+        most: float = inf,
     ):
-        self.seed, self.every, self.life, self.speed = seed, every, life, speed
+        self.seed, self.every, self.life, self.speed, self.most = seed, every, life, speed, most
         self.done: Counter[str] = Counter()
         self._to = port
         self._number = 0
@@ -110,7 +113,7 @@ class Proxy:
         self._number += 1
         number = f"{self.seed} {self._number}"
         try:
-            there, back = await asyncio.open_connection("127.0.0.1", self._to)
+            there, back = await asyncio.open_connection(sock=await self._reach())
         except OSError:  # there is no server
             writer.transport.abort()
             return
@@ -123,6 +126,20 @@ class Proxy:
         )
         end.cancel()
         self._open -= ends
+
+    async def _reach(self) -> socket.socket:
+        """A connection to the other side, which has not sent what is on its way here if that is
+        slow."""
+        reached = socket.socket()
+        reached.setblocking(False)
+        if self.speed < inf:
+            reached.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        try:
+            await self._loop.sock_connect(reached, ("127.0.0.1", self._to))
+        except OSError:
+            reached.close()
+            raise
+        return reached
 
     def _drop(self, ends: set[asyncio.StreamWriter]) -> None:
         self.done["drop"] += 1
@@ -137,7 +154,7 @@ class Proxy:
         ends: set[asyncio.StreamWriter],
         rng: random.Random,
     ) -> None:
-        swallowed = False
+        swallowed, passed = False, 0
         try:
             left = _drawn(rng, self.every)
             while data := await reader.read(2**16):
@@ -156,6 +173,10 @@ class Proxy:
                     await asyncio.sleep(rng.uniform(0, _LONGEST))
                     left = _drawn(rng, self.every)
                 left -= len(data)
+                passed += len(data)
+                if passed > self.most:
+                    self._drop(ends)
+                    return
                 await asyncio.sleep(len(data) / self.speed)
                 writer.write(data)
                 await writer.drain()

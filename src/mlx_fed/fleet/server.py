@@ -31,6 +31,8 @@ from .federation import DEFAULT_FOLDER, Federation, announcement
 
 _FAREWELL = 5.0
 """Seconds that nodes have to leave after the run."""
+_KEEP_ALIVE = 120
+"""Seconds that a connection may be idle, once its answer is handed over but for the last of it."""
 _SPARE = 64 * 2**20
 _MODELS = 4
 """A reply has no more bytes than that many models and the spare ones: room for a mod's records."""
@@ -199,7 +201,7 @@ def _serving(
         lifespan="off",
         log_level="error",
         access_log=False,
-        timeout_keep_alive=120,
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=1,
         ws="none",
         proxy_headers=False,

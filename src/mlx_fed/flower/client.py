@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
+import math
 import ssl
 import threading
 import time
@@ -15,7 +17,7 @@ from typing import Any
 
 from flwr.app import Message, MessageType
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2, run_pb2
 from flwr.proto.message_pb2 import ObjectTree
@@ -44,7 +46,7 @@ from .deflating import cut_arrays
 from .inflating import inflate
 
 Context = ssl.SSLContext | Callable[[], ssl.SSLContext | None] | None
-_REGISTER = "/v1/fleet/register-node"
+_REGISTER, _PULL = "/v1/fleet/register-node", "/v1/fleet/pull-object"
 _HELD = {"/v1/fleet/pull-messages": 20.0, "/v1/fleet/send-node-heartbeat": 5.0}
 """Seconds that a server of ours may hold a request, by path."""
 
@@ -62,7 +64,8 @@ _TIMEOUT = 60.0
 _FIRST_TIMEOUT = 10.0
 """Seconds that a server may take to answer, and to answer a node that it does not know yet."""
 _BLOCK = 2**18
-"""Bytes that have to be sent within that time: a connection may be slow, and still not be lost."""
+"""Bytes that have to be sent within that time: a connection may be slow, and still not be lost. And
+the least in which an object comes whose connection broke."""
 _SLOWEST = 16 * 2**10
 """Bytes a second for which a server of ours waits."""
 _AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
@@ -149,6 +152,7 @@ class _Transport(FleetHttpClient):
         self.heard = 0.0
         self.outcome = ""
         self.invitation: str | None = None
+        self.bytes = ""
 
     def _unary_unary(
         self,
@@ -164,6 +168,8 @@ class _Transport(FleetHttpClient):
             headers[ours.WAIT] = str(_HELD[path])
         if self.invitation is not None and path == _REGISTER:
             headers[ours.TOKEN] = self.invitation
+        if path == _PULL:
+            headers[ours.BYTES] = self.bytes
         status, body = self._post(path, request.SerializeToString(), headers)
         if status != HTTPStatus.OK:
             raise _refusal(status, body)
@@ -292,6 +298,8 @@ class FleetClient:
         self._transport.invitation = invitation
         self._registers = key is None or invitation is not None
         self._held: dict[str, bytes] = {}
+        self._begun = ("", bytearray())
+        self._piece = _LARGEST_RESPONSE
         self._run_id: int | None = None
         self.node_id = 0
 
@@ -328,7 +336,8 @@ class FleetClient:
         self.node_id = self._transport.ActivateNode(request).node_id
         self._transport.close()
         self._transport.timeout = _TIMEOUT
-        self._held, self._run_id = {}, None  # a server that was started again has another run
+        # A server that was started again has another run.
+        self._held, self._run_id, self._begun = {}, None, ("", bytearray())
 
     def beat(self) -> None:
         """Tells the server that this node is there; one of ours holds the request for seconds.
@@ -391,7 +400,7 @@ class FleetClient:
 
     def send(self, reply: Message, seconds: float) -> None:
         """Sends a reply, with the seconds that it took to make."""
-        cut_arrays(reply)
+        cut_arrays(reply, _BLOCK if self._piece < _LARGEST_RESPONSE else math.inf)
         with no_object_id_recompute():
             message_id = reply.object_id
             reply.metadata.__dict__["_message_id"] = message_id
@@ -407,15 +416,15 @@ class FleetClient:
             for object_id, item in get_all_nested_objects(reply).items():
                 if object_id not in wanted:
                     continue
-                self._transport.PushObject(
-                    message_pb2.PushObjectRequest(
-                        node=self._node,
-                        run_id=reply.metadata.run_id,
-                        object_id=object_id,
-                        object_content=item.deflate(),
-                        session_id=response.session_id,
-                    )
+                push = message_pb2.PushObjectRequest(
+                    node=self._node,
+                    run_id=reply.metadata.run_id,
+                    object_id=object_id,
+                    object_content=item.deflate(),
+                    session_id=response.session_id,
                 )
+                with self._in_pieces():
+                    self._transport.PushObject(push)
 
     def run_has_ended(self) -> bool:
         """Whether the run of the last message is over, as a stock SuperLink lets one find out."""
@@ -428,13 +437,44 @@ class FleetClient:
         return False
 
     def _pull_object(self, run_id: int, object_id: str) -> bytes:
+        """An object, which goes on where it broke off, in pieces for as long as that may happen."""
         request = message_pb2.PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
+        if self._begun[0] != object_id:
+            self._begun = (object_id, bytearray())
+        content = self._begun[1]
         pause = 0.01
         while True:
-            response = self._transport.PullObject(request)
-            if response.object_available:
-                return response.object_content
+            size = self._piece
+            self._transport.bytes = f"{len(content)}-{len(content) + size}"
+            with self._in_pieces():
+                response = self._transport.PullObject(request)
+            piece = response.object_content
             if not response.object_found:
                 raise Unreachable("a part of the message is gone from the server")
-            time.sleep(pause)
-            pause = min(2 * pause, 1.0)
+            if not response.object_available:
+                time.sleep(pause)
+                pause = min(2 * pause, 1.0)
+            elif len(piece) > size or (len(piece) < size and not content):
+                return piece
+            else:
+                content += piece
+                if len(piece) < size:
+                    return self._whole(object_id, content)
+
+    def _whole(self, object_id: str, content: bytearray) -> bytes:
+        self._begun = ("", bytearray())
+        if hashlib.sha256(content).hexdigest() != object_id:
+            raise Unreachable("the pieces of an object do not fit each other")
+        return bytes(content)
+
+    @contextmanager
+    def _in_pieces(self) -> Iterator[None]:
+        """Makes pieces small where a connection breaks, and larger while it does not."""
+        try:
+            yield
+        except Unreachable:
+            self._piece = _BLOCK
+            raise
+        self._piece += _BLOCK
+        if self._piece > FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE:
+            self._piece = _LARGEST_RESPONSE

@@ -10,5 +10,9 @@ FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 """Outcomes of a run: every round is done; its operator ended it; it cannot go on. A server that
 ends without one is waited for: its run is resumed."""
 
+BYTES = "mlx-fed-bytes"
+"""``START-END``: the bytes of an object that a node pulls, which has those before. Fewer are sent
+where the object ends before; a SuperLink sends all of it."""
+
 TOKEN = "mlx-fed-token"
 """``name:secret`` of the invitation with which a node registers."""
