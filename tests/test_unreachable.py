@@ -227,6 +227,20 @@ def test_an_answer_that_nobody_takes_is_given_up(monkeypatch):
             link.finish()
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has another option")
+@pytest.mark.timeout(30)
+def test_an_upload_of_which_nothing_arrives_is_broken_off(monkeypatch):
+    """Long before the time that it may take over a slow connection."""
+    monkeypatch.setattr(client, "_SILENCE", 6)
+    with socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        connection = FleetClient(*silent.getsockname())
+        with pytest.raises(Unreachable, match="timed out"):
+            connection._transport._post("/", bytes(2**20), {})
+
+
 def _wait_until(holds: Callable[[], object]) -> None:
     deadline = time.monotonic() + 20
     while not holds():

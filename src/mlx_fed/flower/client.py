@@ -6,7 +6,9 @@ import hashlib
 import http.client
 import json
 import math
+import socket
 import ssl
+import sys
 import threading
 import time
 from base64 import b64encode
@@ -50,6 +52,8 @@ _REGISTER, _PULL = "/v1/fleet/register-node", "/v1/fleet/pull-object"
 _HELD = {"/v1/fleet/pull-messages": 20.0, "/v1/fleet/send-node-heartbeat": 5.0}
 """Seconds that a server of ours may hold a request, by path."""
 
+_RXT_CONNDROPTIME = 0x80
+"""macOS's twin of TCP_USER_TIMEOUT, which Python has no name for."""
 _OUTCOMES = (ours.FINISHED, ours.STOPPED, ours.FAILED)
 
 _HEARTBEAT = 10.0
@@ -70,6 +74,8 @@ _SLOWEST = 16 * 2**10
 """Bytes a second for which a server of ours waits."""
 _AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
 """Answers after which the same request may do: that it came too slowly, that a clock is wrong."""
+_SILENCE = 45
+"""Seconds after which a connection is lost whose other end acknowledges nothing that is sent."""
 _LATE = 15.0
 """Seconds beyond the time that a request is held, after which it counts as lost on the way."""
 
@@ -191,6 +197,7 @@ class _Transport(FleetHttpClient):
             if connection.sock is None:
                 connection.timeout = timeout
                 connection.connect()
+                _notice_silence(connection.sock)
             connection.sock.settimeout(timeout)
             blocks = (body[start : start + _BLOCK] for start in range(0, len(body), _BLOCK))
             length = {"content-length": str(len(body))}
@@ -247,6 +254,29 @@ class _Transport(FleetHttpClient):
         if connection is not None:
             connection.close()
             self._local.connection = None
+
+
+def _notice_silence(connection: socket.socket) -> None:
+    """Has the system give a connection up that is silent.
+
+    A router that has forgotten it lets nothing through and says nothing. While a request of
+    megabytes is on its way, an answer is not missed for minutes.
+    """
+    options = {
+        "TCP_KEEPIDLE": _SILENCE // 3,
+        "TCP_KEEPALIVE": _SILENCE // 3,  # the same on macOS
+        "TCP_KEEPINTVL": _SILENCE // 6,
+        "TCP_KEEPCNT": 4,
+        "TCP_USER_TIMEOUT": 1000 * _SILENCE,
+    }
+    numbers = {getattr(socket, name, None): value for name, value in options.items()}
+    if sys.platform == "darwin":
+        numbers[_RXT_CONNDROPTIME] = _SILENCE
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for number, value in numbers.items():
+        if number is not None:
+            with suppress(OSError):  # it is only noticed later
+                connection.setsockopt(socket.IPPROTO_TCP, number, value)
 
 
 @contextmanager
