@@ -573,6 +573,28 @@ def test_nodes_that_could_not_be_heard_are_not_given_up(fleet, monkeypatch):
     assert len(fleet.grid.pull_messages([message_id])) == 1
 
 
+def test_a_clock_that_is_set_back_keeps_no_silent_node(fleet, monkeypatch):
+    from mlx_fed.flower import link
+
+    node = fleet.node()
+    ahead = [3600.0]
+    wall, stamp = time.time, in_memory_linkstate.now
+    monkeypatch.setattr(link.time, "time", lambda: wall() + ahead[0])
+    monkeypatch.setattr(
+        in_memory_linkstate, "now", lambda: stamp() + datetime.timedelta(seconds=ahead[0])
+    )
+    fleet.link.state.acknowledge_node_heartbeat(node.node_id, 10)
+    assert list(fleet.grid.get_node_ids()) == [node.node_id]
+    ahead[0] = 0.0
+    assert list(fleet.grid.get_node_ids()) == [node.node_id]
+    ahead[0] = 4.0  # so long without a look, it is not taken for a suspended process
+    assert list(fleet.grid.get_node_ids()) == [node.node_id]
+    for _ in range(5):
+        ahead[0] += 4.0
+        fleet.grid.get_node_ids()
+    assert list(fleet.grid.get_node_ids()) == []
+
+
 # -- nodes that mean harm ----------------------------------------------------------------------
 
 

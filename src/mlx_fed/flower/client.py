@@ -197,7 +197,7 @@ class _Transport(FleetHttpClient):
             if connection.sock is None:
                 connection.timeout = timeout
                 connection.connect()
-                _notice_silence(connection.sock)
+                _notice_silence(connection)
             connection.sock.settimeout(timeout)
             blocks = (body[start : start + _BLOCK] for start in range(0, len(body), _BLOCK))
             length = {"content-length": str(len(body))}
@@ -256,7 +256,7 @@ class _Transport(FleetHttpClient):
             self._local.connection = None
 
 
-def _notice_silence(connection: socket.socket) -> None:
+def _notice_silence(connection: http.client.HTTPConnection) -> None:
     """Has the system give a connection up that is silent.
 
     A router that has forgotten it lets nothing through and says nothing. While a request of
@@ -272,11 +272,11 @@ def _notice_silence(connection: socket.socket) -> None:
     numbers = {getattr(socket, name, None): value for name, value in options.items()}
     if sys.platform == "darwin":
         numbers[_RXT_CONNDROPTIME] = _SILENCE
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for number, value in numbers.items():
         if number is not None:
             with suppress(OSError):  # it is only noticed later
-                connection.setsockopt(socket.IPPROTO_TCP, number, value)
+                connection.sock.setsockopt(socket.IPPROTO_TCP, number, value)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from datetime import UTC, datetime
 from typing import cast
 
-from flwr.common.constant import NOOP_FLWR_AID, SubStatus
+from flwr.common.constant import HEARTBEAT_PATIENCE, NOOP_FLWR_AID, SubStatus
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
@@ -116,14 +116,18 @@ class Link:
     def online(self) -> set[int]:
         """The ids of the nodes that are online.
 
-        Nodes could not be heard while this process was suspended: they get a while to be.
+        Nodes could not be heard while this process was suspended: they get a while to be. And
+        where the clock was set back, a node that is silent from then on has no more than its time:
+        Flower goes by that clock.
         """
         now = time.time()
-        if now - self._looked > _SUSPENDED:
-            with self.state.lock:
-                for node in self.state.nodes.values():
-                    if node.status == NodeStatus.ONLINE:
-                        node.online_until = max(node.online_until, now + _GRACE)
+        suspended = now - self._looked > _SUSPENDED
+        with self.state.lock:
+            for node in self.state.nodes.values():
+                if node.status == NodeStatus.ONLINE:
+                    most = now + HEARTBEAT_PATIENCE * node.heartbeat_interval
+                    least = now + _GRACE if suspended else 0.0
+                    node.online_until = min(max(node.online_until, least), most)
         self._looked = now
         online = self.state.get_nodes(self.run_id)
         return online if self.door is None else {i for i in online if self._is_known(i)}
