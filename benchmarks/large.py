@@ -161,7 +161,7 @@ def crowd(port: int, megabytes: int, size: int) -> None:
 
         threading.Thread(target=beat, daemon=True).start()
         context = Context(1, client.node_id, {"partition-id": partition}, RecordDict(), {})
-        while not client.run_is_over:
+        while not client.outcome:
             message = client.receive()
             if message is not None:
                 with turn:

@@ -18,7 +18,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from mlx_fed.fleet import connections
 from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower import bounds, client, link
-from mlx_fed.flower.client import FleetClient, Refused
+from mlx_fed.flower.client import FleetClient, Refused, Unreachable
 
 from .test_flower import Fleet, push_request
 
@@ -244,9 +244,8 @@ def test_a_node_confirms_nothing_of_others(fleet):
 def test_so_many_nodes_may_register_where_any_may(fleet, monkeypatch):
     monkeypatch.setattr(link, "_MOST_NODES", 2)
     fleet.node(), fleet.node()
-    with pytest.raises(Refused, match="Too many nodes") as refusal:
+    with pytest.raises(Unreachable, match="Too many nodes"):  # one of them may leave
         fleet.node()
-    assert refusal.value.status == 503
 
 
 @pytest.mark.parametrize("interval", [1800.0, float("nan"), 1e300, -1.0])

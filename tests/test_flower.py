@@ -262,7 +262,7 @@ def test_the_end_of_the_run_reaches_a_node_that_waits(fleet):
     fleet.link.finish()
     waiting.join(10)
     assert received == [None]
-    assert node.run_is_over
+    assert node.outcome == "finished"
 
 
 def test_a_message_for_a_node_that_left_is_answered_with_an_error(fleet):
@@ -380,6 +380,65 @@ def test_a_large_piece_over_a_slow_connection_has_the_time_that_it_takes(monkeyp
         assert time.monotonic() - started < 2
         link.finish()
         way.close()
+
+
+def test_what_came_of_a_piece_before_it_broke_off_does_not_come_again(fleet):
+    """No connection lasts as long as a whole piece takes."""
+    way = Proxy(fleet.port, most=1_500_000)
+    node = FleetClient("127.0.0.1", way.port)
+    node.register()
+    message_id = fleet.message(node)
+    message = None
+    while message is None and way.done["drop"] < 40:
+        with suppress(Unreachable):
+            message = node.receive()
+    assert message is not None
+    assert_carried(message.content)
+    assert 3 < way.done["drop"] < 15
+    reply = reply_to(message)
+    while way.done["drop"] < 80:
+        with suppress(Unreachable):
+            node.send(reply, 0.0)
+            break
+    (reply,) = fleet.grid.pull_messages([message_id])
+    assert_carried(reply.content)
+    node.leave()
+    way.close()
+
+
+def test_pieces_that_do_not_fit_each_other_are_no_object(fleet, monkeypatch):
+    node = fleet.node()
+    fleet.message(node)
+    pull = node._transport.PullObject
+
+    def pull_another(request):
+        response = pull(request)
+        if len(response.object_content) > 1000:
+            response.object_content = b"?" + response.object_content[1:]
+        return response
+
+    node._piece = 2**18
+    with monkeypatch.context() as broken:
+        broken.setattr(node._transport, "PullObject", pull_another)
+        with pytest.raises(Unreachable, match="do not fit each other"):
+            node.receive()
+    assert_carried(node.receive().content)
+
+
+@pytest.mark.parametrize("asked", ["0-0", "7-3", "-1-5", "a-b", "1", "0-99999999999999999999"])
+def test_bytes_that_nobody_has(fleet, asked: str):
+    node = fleet.node()
+    fleet.message(node)
+    pulled = node._transport.PullMessages(fleet_pb2.PullMessagesRequest(node=node._node))
+    request = message_pb2.PullObjectRequest(
+        node=node._node,
+        run_id=fleet.link.run_id,
+        object_id=pulled.message_object_trees[0].object_id,
+    )
+    node._transport.bytes = asked
+    response = node._transport.PullObject(request)
+    assert response.object_available
+    assert bool(response.object_content) == (asked not in ("0-0", "7-3"))
 
 
 def test_a_reply_may_take_longer_than_flower_lets_it(fleet, monkeypatch):
@@ -512,6 +571,28 @@ def test_nodes_that_could_not_be_heard_are_not_given_up(fleet, monkeypatch):
     assert list(fleet.grid.get_node_ids()) == [node.node_id]
     node.send(reply_to(node.receive()), 0.0)
     assert len(fleet.grid.pull_messages([message_id])) == 1
+
+
+def test_a_clock_that_is_set_back_keeps_no_silent_node(fleet, monkeypatch):
+    from mlx_fed.flower import link
+
+    node = fleet.node()
+    ahead = [3600.0]
+    wall, stamp = time.time, in_memory_linkstate.now
+    monkeypatch.setattr(link.time, "time", lambda: wall() + ahead[0])
+    monkeypatch.setattr(
+        in_memory_linkstate, "now", lambda: stamp() + datetime.timedelta(seconds=ahead[0])
+    )
+    fleet.link.state.acknowledge_node_heartbeat(node.node_id, 10)
+    assert list(fleet.grid.get_node_ids()) == [node.node_id]
+    ahead[0] = 0.0
+    assert list(fleet.grid.get_node_ids()) == [node.node_id]
+    ahead[0] = 4.0  # so long without a look, it is not taken for a suspended process
+    assert list(fleet.grid.get_node_ids()) == [node.node_id]
+    for _ in range(5):
+        ahead[0] += 4.0
+        fleet.grid.get_node_ids()
+    assert list(fleet.grid.get_node_ids()) == []
 
 
 # -- nodes that mean harm ----------------------------------------------------------------------

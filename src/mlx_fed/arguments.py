@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Turns our errors into one message and exit code 1, and Ctrl-C into exit code 130.
+    """Turns our errors into one message and their exit code, and Ctrl-C into exit code 130.
 
     To be ended by SIGTERM is to end as cleanly: nodes and workers are told, and the terminal is
     left as it was.
@@ -36,7 +36,7 @@ def errors_as_messages() -> Iterator[None]:
 
         shown = "\n".join(printable(line) for line in str(error).splitlines())
         typer.secho(f"Error: {shown}", fg="red", err=True)
-        raise SystemExit(1) from error
+        raise SystemExit(error.exit_code) from error
     except KeyboardInterrupt:
         typer.echo("Interrupted.", err=True)
         raise SystemExit(130) from None

@@ -16,7 +16,7 @@ from uuid import uuid4
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from . import aggregate, batches, messages, privacy
+from . import aggregate, batches, client_state, messages, privacy
 from .errors import FedError
 from .flower.replies import error_reply
 from .spool import records_in
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 RunConfig = tuple[tuple[str, Any], ...]
 """A run's settings, as a cache takes them."""
-_OWN = "own"
-"""The name of the record in a client's context that has what it keeps."""
 
 
 class ClientError(FedError):
@@ -161,14 +159,14 @@ class _Client:
         data, partition = self.data_of(trainer, context)
         statistics = self._statistics(trainer, message, context)
         name, packed, parameters = _take_parameters(message, trainer)
-        own = _own(context)
+        number = client_state.round_of(config)
+        own = client_state.take_back(context.state, number)
         update = trainer.train(parameters, statistics, data, config, client=partition, own=own)
         _log_notes(trainer)
         metrics: dict[str, Any] = dict(update.metrics)
         arrays = messages.pack if packed else aggregate.to_masters
         content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})
-        if update.own:
-            context.state[_OWN] = messages.pack(update.own)
+        client_state.save(context.state, number, update.own)
         if update.statistics:
             (content if packed else context.state)[messages.STATISTICS] = messages.pack(
                 update.statistics
@@ -179,12 +177,12 @@ class _Client:
         trainer, config = self.setting_out(message, context)
         data, partition = self.data_of(trainer, context)
         statistics = self._statistics(trainer, message, context)
+        own = client_state.load(context.state, client_state.round_of(config))
         _, packed, parameters = _take_parameters(message, trainer)
         if data.test is None:
             if packed:  # by a server that knows what it means
                 return Message(messages.nothing_to_evaluate(), reply_to=message)
             raise ClientError(f"Partition {partition} has no test examples: Data.test is None.")
-        own = _own(context)
         evaluation = trainer.evaluation(parameters, statistics, data.test, own, config)
         _log_notes(trainer)
         if evaluation.undefined and not packed:  # Flower's mean would be NaN for all clients
@@ -196,7 +194,9 @@ class _Client:
         """Running statistics: from the message, past the mods, or the model's first ones."""
         for source in (context.state, message.content):
             if record := records_in(source, ArrayRecord).get(messages.STATISTICS):
-                return messages.unpack(record)
+                # A server may send what this node's own task leaves with it.
+                arrays = messages.unpack(record)
+                return {name: a for name, a in arrays.items() if name in trainer.statistics_spec}
         return trainer.statistics()
 
 
@@ -224,12 +224,6 @@ def _log_notes(trainer: Trainer) -> None:
 
 def _run_config(context: Context) -> RunConfig:
     return tuple(sorted(context.run_config.items()))
-
-
-def _own(context: Context) -> dict | None:
-    """What this client has kept of its last update."""
-    record = records_in(context.state, ArrayRecord).get(_OWN)
-    return messages.unpack(record) if record else None
 
 
 _UNPICKLED: dict[str, _Client] = {}

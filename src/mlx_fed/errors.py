@@ -2,7 +2,13 @@
 
 
 class FedError(Exception):
-    """Says what was wrong, where, and what to do; commands print it without a traceback."""
+    """Says what was wrong, where, and what to do; commands print it without a traceback.
+
+    Attributes:
+        exit_code (int): That of a command which ends with it.
+    """
+
+    exit_code = 1
 
 
 class SettingsError(FedError, ValueError):

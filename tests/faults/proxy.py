@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import threading
 from collections import Counter
 from collections.abc import Coroutine
@@ -28,6 +29,7 @@ class Proxy:
         every (float): Bytes of a connection, in one direction, that come to no harm, on average.
         life (float): Seconds that a connection lasts, on average.
         speed (float): Bytes that pass a connection in a second, in one direction.
+        most (float): Bytes of a connection, in one direction, after which it breaks.
 
     Attributes:
         port (int): Where it listens.
@@ -41,12 +43,14 @@ class Proxy:
         every: float = inf,
         life: float = inf,
         speed: float = inf,
+        most: float = inf,
     ):
-        self.seed, self.every, self.life, self.speed = seed, every, life, speed
+        self.seed, self.every, self.life, self.speed, self.most = seed, every, life, speed, most
         self.done: Counter[str] = Counter()
         self._to = port
         self._number = 0
-        self._swallows = False
+        self._swallows: tuple[str, ...] = ()
+        self._says: bytes | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
@@ -61,11 +65,21 @@ class Proxy:
 
     def swallow(self) -> None:
         """Lets nothing through any more, and says nothing either, of these connections for good."""
-        self._swallows = True
+        self._swallows = ("up", "down")
+
+    def deafen(self) -> None:
+        """Lets requests through, and no answers any more, of these connections for good."""
+        self._swallows = ("down",)
+
+    def say(self, answer: bytes) -> None:
+        """Answers each request so itself, as a proxy whose server is gone, and hangs up."""
+        self._do(self._refuse())
+        self._says = answer
+        self._do(self._listen())
 
     def mend(self) -> None:
         """Lets new connections through."""
-        self._swallows = False
+        self._swallows, self._says = (), None
         self._do(self._listen())
 
     def close(self) -> None:
@@ -91,10 +105,15 @@ class Proxy:
             writer.transport.abort()
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._says is not None:
+            await reader.read(2**16)
+            writer.write(self._says)
+            writer.close()
+            return
         self._number += 1
         number = f"{self.seed} {self._number}"
         try:
-            there, back = await asyncio.open_connection("127.0.0.1", self._to)
+            there, back = await asyncio.open_connection(sock=await self._reach())
         except OSError:  # there is no server
             writer.transport.abort()
             return
@@ -102,11 +121,25 @@ class Proxy:
         self._open |= ends
         end = self._loop.call_later(_drawn(random.Random(number), self.life), self._drop, ends)
         await asyncio.gather(
-            self._pass(reader, back, ends, random.Random(f"{number} up")),
-            self._pass(there, writer, ends, random.Random(f"{number} down")),
+            self._pass("up", reader, back, ends, random.Random(f"{number} up")),
+            self._pass("down", there, writer, ends, random.Random(f"{number} down")),
         )
         end.cancel()
         self._open -= ends
+
+    async def _reach(self) -> socket.socket:
+        """A connection to the other side, which has not sent what is on its way here if that is
+        slow."""
+        reached = socket.socket()
+        reached.setblocking(False)
+        if self.speed < inf:
+            reached.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        try:
+            await self._loop.sock_connect(reached, ("127.0.0.1", self._to))
+        except OSError:
+            reached.close()
+            raise
+        return reached
 
     def _drop(self, ends: set[asyncio.StreamWriter]) -> None:
         self.done["drop"] += 1
@@ -115,16 +148,17 @@ class Proxy:
 
     async def _pass(
         self,
+        way: str,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         ends: set[asyncio.StreamWriter],
         rng: random.Random,
     ) -> None:
-        swallowed = False
+        swallowed, passed = False, 0
         try:
             left = _drawn(rng, self.every)
             while data := await reader.read(2**16):
-                swallowed = swallowed or self._swallows
+                swallowed = swallowed or way in self._swallows
                 if swallowed:
                     continue
                 if len(data) > left:
@@ -139,6 +173,10 @@ class Proxy:
                     await asyncio.sleep(rng.uniform(0, _LONGEST))
                     left = _drawn(rng, self.every)
                 left -= len(data)
+                passed += len(data)
+                if passed > self.most:
+                    self._drop(ends)
+                    return
                 await asyncio.sleep(len(data) / self.speed)
                 writer.write(data)
                 await writer.drain()

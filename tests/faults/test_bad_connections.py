@@ -116,7 +116,7 @@ def test_a_node_that_is_cut_off_comes_back(start, proxy, tmp_path: Path, cut):
     is_given_up(server, tmp_path / "run")
     way.mend()
     comes_back(server, tmp_path / "run")
-    assert [node.ends() for node in nodes] == [0, 0, 0], nodes[2].text
+    assert [node.ends() for node in nodes] == [3, 3, 3], nodes[2].text
 
 
 def test_a_node_that_sleeps_until_it_counts_as_gone_comes_back(start, tmp_path: Path):
@@ -130,7 +130,7 @@ def test_a_node_that_sleeps_until_it_counts_as_gone_comes_back(start, tmp_path: 
     time.sleep(SLEEP)
     nodes[2].process.send_signal(signal.SIGCONT)
     comes_back(server, tmp_path / "run")
-    assert [node.ends() for node in nodes] == [0, 0, 0], nodes[2].text
+    assert [node.ends() for node in nodes] == [3, 3, 3], nodes[2].text
 
 
 def takes_part(server: Started, run: Path) -> None:

@@ -114,14 +114,21 @@ def test_a_simulation_that_is_killed_at_a_byte(start, tmp_path: Path):
 
 
 @pytest.mark.timeout(300)
-def test_a_server_that_is_killed_while_its_nodes_go_on(start, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("own", "kills"),
+    [((), 6), (("-c", "personal=true", "-c", "hidden=200000"), 2)],
+    ids=["plain", "personal"],
+)
+def test_a_server_that_is_killed_while_its_nodes_go_on(start, tmp_path: Path, own, kills: int):
+    """What nodes keep for themselves is what they had before the round that is repeated."""
     rng = random.Random(6)
     port = free_port()
-    command = (*FED, "serve", *TASK, "--rounds", 120, "--runs", tmp_path, "--port", port)
+    rounds = 20 * kills
+    command = (*FED, "serve", *TASK, *own, "--rounds", rounds, "--runs", tmp_path, "--port", port)
 
     def with_nodes() -> list:
         address = f"127.0.0.1:{port}"
-        join = (*FED, "join", TASK[0], "--server", address, *SIZE)
+        join = (*FED, "join", TASK[0], "--server", address, *SIZE, *own)
         return [start(*join, "--node-id", number) for number in range(2)]
 
     nodes = with_nodes()
@@ -131,7 +138,7 @@ def test_a_server_that_is_killed_while_its_nodes_go_on(start, tmp_path: Path):
 
     a_round = seconds_a_round(tmp_path / "whole")
     nodes = with_nodes()
-    for number in range(6):
+    for number in range(kills):
         server = start(*command, *(("--resume",) if number else ("--name",)), "killed")
         go_on_for(rng.randrange(15), server)
         time.sleep(rng.uniform(0, 1.5) * a_round)
@@ -142,7 +149,8 @@ def test_a_server_that_is_killed_while_its_nodes_go_on(start, tmp_path: Path):
     assert last.ends(120) == 0, last.text
     assert [node.ends() for node in nodes] == [0, 0], nodes[0].text
     ours, theirs = (read_history(tmp_path / name) for name in ("killed", "whole"))
-    assert len(ours) == len(theirs) == 120
+    assert len(ours) == len(theirs) == rounds
     assert [r["train"] for r in ours] == [r["train"] for r in theirs]
+    assert [r["evaluate"] for r in ours] == [r["evaluate"] for r in theirs]
     for name in ("model.safetensors", "best.safetensors"):
         assert cmp(tmp_path / "killed" / name, tmp_path / "whole" / name, shallow=False), name

@@ -150,7 +150,7 @@ def fetch_authority(host: str, port: int, expected: bytes) -> bytes:
     for it is checked by the connection after this one.
 
     Raises:
-        OSError: If nobody answers.
+        OSError: If nobody answers, or the connection ends before its certificate has come.
         CertificateError: If whoever answers shows others.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -162,7 +162,9 @@ def fetch_authority(host: str, port: int, expected: bytes) -> bytes:
             with context.wrap_socket(plain, server_hostname=host) as connection:
                 shown = _shown_by(connection)
         except ssl.SSLError as error:
-            raise NoTLS(f"what answers there does not encrypt ({error.reason})") from error
+            if error.reason != "WRONG_VERSION_NUMBER":  # such as a forwarder without its server
+                raise
+            raise NoTLS("what answers there does not encrypt") from error
     for der in shown:
         certificate = x509.load_der_x509_certificate(der)
         if certificate.fingerprint(hashes.SHA256()) == expected:

@@ -19,6 +19,8 @@ _SECONDS = 20.0
 """For a request's headers to come, from its first byte or the connection's start."""
 _OVERHEAD = 64 * 2**10
 """Bytes of a request in a row that are not its body: line, headers, chunk sizes, trailers."""
+_PATIENCE = 120.0
+"""Seconds in which a peer takes what TLS and the routes may have handed over: 1 MB."""
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -27,6 +29,9 @@ class BoundedConnection(HttpToolsProtocol):
     most = _MOST
     """Connections at once, of all servers of this process."""
     _awaited: asyncio.TimerHandle | None = None
+    patience = _PATIENCE
+    """Seconds in which some of an answer has to be taken."""
+    _untaken: asyncio.TimerHandle | None = None
     _overhead = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -38,6 +43,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_sending()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -62,6 +68,14 @@ class BoundedConnection(HttpToolsProtocol):
         self._overhead = 0
         super().on_message_complete()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._untaken = self.loop.call_later(self.patience, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_sending()
+        super().resume_writing()
+
     def _await_headers(self) -> None:
         self._awaited = self.loop.call_later(_SECONDS, self.transport.abort)
 
@@ -69,6 +83,11 @@ class BoundedConnection(HttpToolsProtocol):
         if self._awaited is not None:
             self._awaited.cancel()
             self._awaited = None
+
+    def _stop_sending(self) -> None:
+        if self._untaken is not None:
+            self._untaken.cancel()
+            self._untaken = None
 
 
 def make_room() -> None:

@@ -11,17 +11,20 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from http import HTTPStatus
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
 from .. import batches, clientapp, devices, memory, messages, privacy
 from ..errors import FedError
-from ..flower.client import FleetClient, Refused, Unreachable, Untrusted
+from ..flower import headers
+from ..flower.client import FleetClient, Refused, Unavailable, Unreachable, Untrusted
 from ..flower.replies import error_reply
 from ..progress import quiet_flower, told_or_terminal
-from ..spool import records_in
+from ..spool import Spool, records_in
 from ..task import Data, Task, TaskSource, make_task
 from ..task_config import KINDS, TracedConfig, check_config
 from . import address, certificates
@@ -37,6 +40,18 @@ _LONGEST_NAME = 64
 
 class JoinError(FedError):
     """A node that could not join, or had to leave before the run was over."""
+
+
+class RunStopped(JoinError):
+    """The operator of the server has stopped the run."""
+
+    exit_code = 3
+
+
+class RunFailed(JoinError):
+    """The run cannot go on."""
+
+    exit_code = 4
 
 
 @devices.put_back()
@@ -61,7 +76,8 @@ def join(
     """Takes part in a run with this machine's data, and returns when the run is over.
 
     The server may be one of ours (:func:`mlx_fed.serve`) or a stock Flower SuperLink. Until it
-    is up, and when the connection is lost, the node tries again.
+    is up, and when it ends without the run being over or the connection is lost, the node tries
+    again.
 
     Args:
         task (Task or callable): What is trained, or a function of ``config`` that makes it.
@@ -89,6 +105,8 @@ def join(
 
     Raises:
         JoinError: If the server is not reached in time, or sends this node away.
+        RunStopped: If the run was stopped on its server.
+        RunFailed: If the run failed there.
         FedError: If the data, the device or the task is not usable.
 
     Example:
@@ -166,24 +184,30 @@ class _Node:
         self.who, self.wait, self.notify = who, wait, notify
         self.server = address.join(who.host, who.port)
         self.kept: dict[str, RecordDict] = {}
+        self.spool = Spool()
 
     def run(self) -> None:
         self._register()
         try:
-            with self._heartbeat():
+            with TemporaryDirectory(prefix="mlx-fed-node-") as folder, self._heartbeat():
+                self.spool = Spool(Path(folder))
                 self._answer_messages()
         finally:
             self.client.leave()
+        if self.client.outcome == headers.STOPPED:
+            raise RunStopped(f"The run was stopped on its server, {self.server}.")
+        if self.client.outcome == headers.FAILED:
+            raise RunFailed(f"The run failed. Its server, {self.server}, says why.")
         self.notify("finished")
 
     def _answer_messages(self) -> None:
         pause = 0.0
-        while not self.client.run_is_over:
+        while not self.client.outcome:
             message = self._persist(self.client.receive)
             if message is not None:
                 pause = 0.0
                 self._answer(message)
-            elif not self.client.run_is_over:
+            elif not self.client.outcome:
                 # A stock SuperLink answers at once, with nothing: ask more and more seldom.
                 if self._persist(self.client.run_has_ended):
                     return
@@ -208,6 +232,7 @@ class _Node:
             reply = self.app(message, context)
         except Exception as error:
             reply = error_reply(message, error)
+        self.spool.hold(kept)
         if reply.has_error():
             # The node stays: it may be the data of one round, or one bad message.
             reason = reply.error.reason
@@ -225,8 +250,8 @@ class _Node:
     # -- the connection --------------------------------------------------------------------
 
     def _register(self) -> None:
-        started = time.monotonic()
-        deadline = started + self.wait
+        deadline = time.monotonic() + self.wait
+        taken: float | None = None
         pause = 0.1
         told = False
         while True:
@@ -250,10 +275,14 @@ class _Node:
                     told = True
                 time.sleep(pause)
                 pause = min(2 * pause, _MAX_PAUSE)
+                taken = None  # it may have been heard, and the answer was lost
             except Refused as error:
-                if error.status == 409 and time.monotonic() - started < _TAKEN:
-                    time.sleep(_MAX_PAUSE)  # its last process may have been killed just now
-                    continue
+                if error.status == HTTPStatus.CONFLICT:
+                    # That node may be this one, or its last process that was killed just now.
+                    taken = taken or time.monotonic()
+                    if time.monotonic() - taken < _TAKEN:
+                        time.sleep(_MAX_PAUSE)
+                        continue
                 raise JoinError(
                     f"The server at {self.server} refused this node: {error}"
                 ) from error
@@ -279,13 +308,15 @@ class _Node:
             try:
                 return request()
             except Unreachable as error:
-                if self.client.run_is_over:  # a heartbeat was told so before the server went
+                if self.client.outcome:  # a heartbeat was told so before the server went
                     return None
                 if lost is None:
                     lost = time.monotonic()
                     self.notify("lost", server=self.server, reason=str(error))
-                # One that answers other requests, or parts of this one, is there.
-                if time.monotonic() > max(lost, self.client.heard) + self.wait:
+                # One that answers other requests, or parts of this one, is there; not so where its
+                # answer to this one is that it cannot.
+                heard = lost if isinstance(error, Unavailable) else max(lost, self.client.heard)
+                if time.monotonic() > heard + self.wait:
                     raise JoinError(
                         f"The server at {self.server} has been gone for {self.wait:.0f} seconds "
                         f"({error})."

@@ -14,7 +14,8 @@ import uvicorn
 from flwr.serverapp.strategy import Strategy
 
 from .. import devices, http, memory, named_strategies, rounds, strategies, weights
-from ..errors import FedError
+from ..errors import FedError, RunError
+from ..flower import headers as ours
 from ..flower.grid import LinkGrid
 from ..flower.link import Link
 from ..flower.routes import FleetRoutes
@@ -30,6 +31,8 @@ from .federation import DEFAULT_FOLDER, Federation, announcement
 
 _FAREWELL = 5.0
 """Seconds that nodes have to leave after the run."""
+_KEEP_ALIVE = 120
+"""Seconds that a connection may be idle, once its answer is handed over but for the last of it."""
 _SPARE = 64 * 2**20
 _MODELS = 4
 """A reply has no more bytes than that many models and the spare ones: room for a mod's records."""
@@ -66,7 +69,8 @@ def serve(
     """Leads a federation of machines through a run, and returns when it is over.
 
     Nodes (:func:`mlx_fed.join`) may come before the server, after it and between rounds; when
-    the run is over they are told and end.
+    the run is finished, was stopped by Ctrl-C or has failed they are told and end. When the server
+    ends otherwise they wait for the one that resumes the run.
 
     On other addresses than the loopback connections are encrypted and only nodes that the server
     knows by their keys take part. What that needs is made in the folder ``federation``, and a
@@ -138,7 +142,7 @@ def serve(
                 history.notify("invited", **each, command=join_command)
             if devices.is_slow(computing_on):
                 history.notify("note", text=f"computing on {computing_on}")
-            try:
+            with _telling_the_outcome(link):
                 return rounds.run(
                     LinkGrid(link),
                     strategy,
@@ -147,8 +151,6 @@ def serve(
                     history,
                     resume=resume is not None,
                 )
-            finally:
-                _say_goodbye(link)
 
 
 def _socket(host: str, port: int) -> socket.socket:
@@ -201,7 +203,7 @@ def _serving(
         lifespan="off",
         log_level="error",
         access_log=False,
-        timeout_keep_alive=120,
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=1,
         ws="none",
         proxy_headers=False,
@@ -216,9 +218,31 @@ def _serving(
         link.close()
 
 
-def _say_goodbye(link: Link) -> None:
-    """Tells the nodes that the run is over and waits for them to leave."""
-    link.finish()
+@contextlib.contextmanager
+def _telling_the_outcome(link: Link) -> Iterator[None]:
+    """Tells the nodes how the run ended, once it is over.
+
+    What else ends a server (SIGTERM, a full disk, a defect) is no end of the run: nodes wait for
+    the server that resumes it.
+    """
+    outcome = ""
+    try:
+        yield
+        outcome = ours.FINISHED
+    except KeyboardInterrupt:
+        outcome = ours.STOPPED
+        raise
+    except RunError:
+        outcome = ours.FAILED
+        raise
+    finally:
+        link.finish(outcome)
+        if outcome:
+            _wait_for_farewell(link)
+
+
+def _wait_for_farewell(link: Link) -> None:
+    """Waits for the nodes to leave."""
     deadline = time.monotonic() + _FAREWELL
     while link.online() and time.monotonic() < deadline:
         seen = link.news()

@@ -13,8 +13,10 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+
+from . import headers as ours
 
 _LARGEST = {"push-object": 16 * 2**20, "push-messages": 8 * 2**20}
 _OTHERS = 64 * 2**10
@@ -26,6 +28,7 @@ _PATIENCE = 30.0
 _MOST_OBJECTS = 50_000
 _LONGEST_HEARTBEAT = 60.0
 _OBJECT_ID = re.compile(r"[0-9a-f]{64}")
+_BYTES = re.compile(r"([0-9]{1,18})-([0-9]{1,18})", re.ASCII)
 
 
 async def read(
@@ -59,6 +62,14 @@ async def _read(receive: Callable[[], Awaitable[dict[str, Any]]], largest: int) 
             raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "Request body too large")
         if not event.get("more_body"):
             return b"".join(parts) if len(parts) > 1 else parts[0]
+
+
+def cut(response: PullObjectResponse, headers: dict[str, str]) -> None:
+    """Leaves of an object the bytes that were asked for."""
+    if found := _BYTES.fullmatch(headers.get(ours.BYTES, "")):
+        start, end = map(int, found.groups())
+        if start > 0 or end < len(response.object_content):
+            response.object_content = response.object_content[start:end]
 
 
 def check_tree(tree: ObjectTree) -> None:

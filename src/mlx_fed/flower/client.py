@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
+import math
+import socket
 import ssl
+import sys
 import threading
 import time
 from base64 import b64encode
@@ -15,7 +19,7 @@ from typing import Any
 
 from flwr.app import Message, MessageType
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2, run_pb2
 from flwr.proto.message_pb2 import ObjectTree
@@ -44,9 +48,13 @@ from .deflating import cut_arrays
 from .inflating import inflate
 
 Context = ssl.SSLContext | Callable[[], ssl.SSLContext | None] | None
-_REGISTER = "/v1/fleet/register-node"
+_REGISTER, _PULL = "/v1/fleet/register-node", "/v1/fleet/pull-object"
 _HELD = {"/v1/fleet/pull-messages": 20.0, "/v1/fleet/send-node-heartbeat": 5.0}
 """Seconds that a server of ours may hold a request, by path."""
+
+_RXT_CONNDROPTIME = 0x80
+"""macOS's twin of TCP_USER_TIMEOUT, which Python has no name for."""
+_OUTCOMES = (ours.FINISHED, ours.STOPPED, ours.FAILED)
 
 _HEARTBEAT = 10.0
 """Seconds, as announced to the server: the least that Flower accepts. Twice that without a beat
@@ -60,9 +68,14 @@ _TIMEOUT = 60.0
 _FIRST_TIMEOUT = 10.0
 """Seconds that a server may take to answer, and to answer a node that it does not know yet."""
 _BLOCK = 2**18
-"""Bytes that have to be sent within that time: a connection may be slow, and still not be lost."""
+"""Bytes that have to be sent within that time: a connection may be slow, and still not be lost. And
+the least in which an object comes whose connection broke."""
 _SLOWEST = 16 * 2**10
 """Bytes a second for which a server of ours waits."""
+_AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
+"""Answers after which the same request may do: that it came too slowly, that a clock is wrong."""
+_SILENCE = 45
+"""Seconds after which a connection is lost whose other end acknowledges nothing that is sent."""
 _LATE = 15.0
 """Seconds beyond the time that a request is held, after which it counts as lost on the way."""
 
@@ -71,12 +84,18 @@ class Unreachable(ConnectionError):
     """The server did not answer, or not as a server of ours or a SuperLink does."""
 
 
+class Unavailable(Unreachable):
+    """The server, or a proxy in front of it, answered that it cannot do so now."""
+
+
 class Refused(Exception):
     """The server answered and said no.
 
     Attributes:
         status (int): HTTP's status code.
         code (int): Flower's error code, 0 where there is none.
+        reason (str): The server's, empty where the answer is not of a server of ours or a
+            SuperLink.
     """
 
     def __init__(self, status: int, body: bytes):
@@ -84,7 +103,8 @@ class Refused(Exception):
         error = FlowerError.from_json(text)
         self.status = status
         self.code = error.code if error else 0
-        super().__init__(error.message if error else _detail(text) or f"HTTP status {status}")
+        self.reason = error.message if error else _detail(text)
+        super().__init__(self.reason or f"HTTP status {status}")
 
 
 class Untrusted(Unreachable):
@@ -96,6 +116,14 @@ def _detail(text: str) -> str:
         return str(json.loads(text)["detail"])[:_LONGEST_DETAIL]
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
+
+
+def _refusal(status: int, body: bytes) -> Refused | Unreachable:
+    """What an answer other than OK means: a proxy refuses nothing in the server's name."""
+    refusal = Refused(status, body)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or not refusal.reason:
+        return Unavailable(str(refusal))
+    return Unreachable(str(refusal)) if status in _AGAIN else refusal
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
@@ -128,8 +156,9 @@ class _Transport(FleetHttpClient):
         self._local = threading.local()
         self.timeout = _FIRST_TIMEOUT
         self.heard = 0.0
-        self.run_is_over = False
+        self.outcome = ""
         self.invitation: str | None = None
+        self.bytes = ""
 
     def _unary_unary(
         self,
@@ -145,11 +174,11 @@ class _Transport(FleetHttpClient):
             headers[ours.WAIT] = str(_HELD[path])
         if self.invitation is not None and path == _REGISTER:
             headers[ours.TOKEN] = self.invitation
+        if path == _PULL:
+            headers[ours.BYTES] = self.bytes
         status, body = self._post(path, request.SerializeToString(), headers)
-        if status == HTTPStatus.TOO_EARLY:  # one of the clocks is to be set
-            raise Unreachable(str(Refused(status, body)))
         if status != HTTPStatus.OK:
-            raise Refused(status, body)
+            raise _refusal(status, body)
         try:
             response = response_type.FromString(body)
         except DecodeError as error:
@@ -168,6 +197,7 @@ class _Transport(FleetHttpClient):
             if connection.sock is None:
                 connection.timeout = timeout
                 connection.connect()
+                _notice_silence(connection)
             connection.sock.settimeout(timeout)
             blocks = (body[start : start + _BLOCK] for start in range(0, len(body), _BLOCK))
             length = {"content-length": str(len(body))}
@@ -192,8 +222,8 @@ class _Transport(FleetHttpClient):
                 return self._post(path, body, headers)
             raise Unreachable(str(error) or type(error).__name__) from error
         self._local.connection = connection
-        if response.getheader(ours.RUN) == "finished":
-            self.run_is_over = True
+        if (outcome := response.getheader(ours.RUN)) in _OUTCOMES:
+            self.outcome = outcome
         return response.status, content
 
     def _connect(self) -> http.client.HTTPConnection:
@@ -224,6 +254,29 @@ class _Transport(FleetHttpClient):
         if connection is not None:
             connection.close()
             self._local.connection = None
+
+
+def _notice_silence(connection: http.client.HTTPConnection) -> None:
+    """Has the system give a connection up that is silent.
+
+    A router that has forgotten it lets nothing through and says nothing. While a request of
+    megabytes is on its way, an answer is not missed for minutes.
+    """
+    options = {
+        "TCP_KEEPIDLE": _SILENCE // 3,
+        "TCP_KEEPALIVE": _SILENCE // 3,  # the same on macOS
+        "TCP_KEEPINTVL": _SILENCE // 6,
+        "TCP_KEEPCNT": 4,
+        "TCP_USER_TIMEOUT": 1000 * _SILENCE,
+    }
+    numbers = {getattr(socket, name, None): value for name, value in options.items()}
+    if sys.platform == "darwin":
+        numbers[_RXT_CONNDROPTIME] = _SILENCE
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for number, value in numbers.items():
+        if number is not None:
+            with suppress(OSError):  # it is only noticed later
+                connection.sock.setsockopt(socket.IPPROTO_TCP, number, value)
 
 
 @contextmanager
@@ -259,7 +312,7 @@ class FleetClient:
 
     Attributes:
         node_id (int): The id that the server gave.
-        run_is_over (bool): The server has said that the run is finished.
+        outcome (str): The run's, once the server has said that it is over.
         heard (float): When the server last answered, by ``time.monotonic()``.
     """
 
@@ -275,12 +328,14 @@ class FleetClient:
         self._transport.invitation = invitation
         self._registers = key is None or invitation is not None
         self._held: dict[str, bytes] = {}
+        self._begun = ("", bytearray())
+        self._piece = _LARGEST_RESPONSE
         self._run_id: int | None = None
         self.node_id = 0
 
     @property
-    def run_is_over(self) -> bool:
-        return self._transport.run_is_over
+    def outcome(self) -> str:
+        return self._transport.outcome
 
     @property
     def heard(self) -> float:
@@ -311,7 +366,8 @@ class FleetClient:
         self.node_id = self._transport.ActivateNode(request).node_id
         self._transport.close()
         self._transport.timeout = _TIMEOUT
-        self._held, self._run_id = {}, None  # a server that was started again has another run
+        # A server that was started again has another run.
+        self._held, self._run_id, self._begun = {}, None, ("", bytearray())
 
     def beat(self) -> None:
         """Tells the server that this node is there; one of ours holds the request for seconds.
@@ -374,7 +430,7 @@ class FleetClient:
 
     def send(self, reply: Message, seconds: float) -> None:
         """Sends a reply, with the seconds that it took to make."""
-        cut_arrays(reply)
+        cut_arrays(reply, _BLOCK if self._piece < _LARGEST_RESPONSE else math.inf)
         with no_object_id_recompute():
             message_id = reply.object_id
             reply.metadata.__dict__["_message_id"] = message_id
@@ -390,15 +446,15 @@ class FleetClient:
             for object_id, item in get_all_nested_objects(reply).items():
                 if object_id not in wanted:
                     continue
-                self._transport.PushObject(
-                    message_pb2.PushObjectRequest(
-                        node=self._node,
-                        run_id=reply.metadata.run_id,
-                        object_id=object_id,
-                        object_content=item.deflate(),
-                        session_id=response.session_id,
-                    )
+                push = message_pb2.PushObjectRequest(
+                    node=self._node,
+                    run_id=reply.metadata.run_id,
+                    object_id=object_id,
+                    object_content=item.deflate(),
+                    session_id=response.session_id,
                 )
+                with self._in_pieces():
+                    self._transport.PushObject(push)
 
     def run_has_ended(self) -> bool:
         """Whether the run of the last message is over, as a stock SuperLink lets one find out."""
@@ -411,13 +467,44 @@ class FleetClient:
         return False
 
     def _pull_object(self, run_id: int, object_id: str) -> bytes:
+        """An object, which goes on where it broke off, in pieces for as long as that may happen."""
         request = message_pb2.PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
+        if self._begun[0] != object_id:
+            self._begun = (object_id, bytearray())
+        content = self._begun[1]
         pause = 0.01
         while True:
-            response = self._transport.PullObject(request)
-            if response.object_available:
-                return response.object_content
+            size = self._piece
+            self._transport.bytes = f"{len(content)}-{len(content) + size}"
+            with self._in_pieces():
+                response = self._transport.PullObject(request)
+            piece = response.object_content
             if not response.object_found:
                 raise Unreachable("a part of the message is gone from the server")
-            time.sleep(pause)
-            pause = min(2 * pause, 1.0)
+            if not response.object_available:
+                time.sleep(pause)
+                pause = min(2 * pause, 1.0)
+            elif len(piece) > size or (len(piece) < size and not content):
+                return piece
+            else:
+                content += piece
+                if len(piece) < size:
+                    return self._whole(object_id, content)
+
+    def _whole(self, object_id: str, content: bytearray) -> bytes:
+        self._begun = ("", bytearray())
+        if hashlib.sha256(content).hexdigest() != object_id:
+            raise Unreachable("the pieces of an object do not fit each other")
+        return bytes(content)
+
+    @contextmanager
+    def _in_pieces(self) -> Iterator[None]:
+        """Makes pieces small where a connection breaks, and larger while it does not."""
+        try:
+            yield
+        except Unreachable:
+            self._piece = _BLOCK
+            raise
+        self._piece += _BLOCK
+        if self._piece > FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE:
+            self._piece = _LARGEST_RESPONSE

@@ -7,6 +7,7 @@ for every use of one. Here a chunk is a view of an array's bytes, and its id is 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 
 from flwr.app import Array, ArrayRecord, Message
@@ -42,14 +43,22 @@ class Chunk(InflatableObject):
         return b"".join(self.parts)
 
 
-def cut_arrays(message: Message) -> None:
-    """Cuts the arrays of a message into chunks of ours, which Flower takes for its own."""
+def cut_arrays(message: Message, largest: float = math.inf) -> None:
+    """Cuts the arrays of a message into chunks of ours, which Flower takes for its own.
+
+    Args:
+        message (Message): The message; arrays that are cut already stay so.
+        largest (float): Bytes of a chunk, where Flower would take more.
+    """
+    size = int(min(largest, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE))
     if not message.has_content():
         return
     for record in records_in(message.content, ArrayRecord).values():
         for array in record.values():
             if "_chunks" not in array.__dict__:
-                array.__dict__["_chunks"] = [(chunk.object_id, chunk) for chunk in _chunks(array)]
+                array.__dict__["_chunks"] = [
+                    (chunk.object_id, chunk) for chunk in _chunks(array, size)
+                ]
 
 
 def parts_in(item: InflatableObject) -> list[memoryview] | tuple[bytes]:
@@ -57,9 +66,9 @@ def parts_in(item: InflatableObject) -> list[memoryview] | tuple[bytes]:
     return item.parts if isinstance(item, Chunk) else (item.deflate(),)
 
 
-def _chunks(array: Array) -> Iterator[Chunk]:
+def _chunks(array: Array, size: int) -> Iterator[Chunk]:
     views: list[memoryview] = []
-    room = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+    room = size
     for part in parts_of(array):
         left = memoryview(part.read())
         while left:
@@ -68,6 +77,6 @@ def _chunks(array: Array) -> Iterator[Chunk]:
             room -= len(views[-1])
             if not room:
                 yield Chunk(views)
-                views, room = [], FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+                views, room = [], size
     if views:
         yield Chunk(views)

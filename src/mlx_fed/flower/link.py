@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from datetime import UTC, datetime
 from typing import cast
 
-from flwr.common.constant import NOOP_FLWR_AID, SubStatus
+from flwr.common.constant import HEARTBEAT_PATIENCE, NOOP_FLWR_AID, SubStatus
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
@@ -22,6 +22,7 @@ from flwr.supercore.constant import (
 from flwr.superlink.federation import NoOpFederationManager
 
 from ..spool import Spool
+from . import headers as ours
 from . import local
 from .door import Denied, Door
 from .store import Objects, StoreFactory
@@ -49,10 +50,10 @@ class Link:
         state (InMemoryLinkState): Flower's own.
         store (Objects): The objects that messages are made of.
         run_id (int): The run.
-        finished (bool): The run is over: nodes that ask for work are told so.
+        outcome (str): The run's, once it is over: nodes that ask for work are told.
         loop (asyncio.AbstractEventLoop): Where the routes run, once they do.
         complete (set): Ids of messages whose replies have all their objects.
-        over (asyncio.Event): Set when the run is, to let held requests go.
+        over (asyncio.Event): Set when the run or its server ends: no request is held any more.
     """
 
     def __init__(self, spool: Spool | None = None, door: Door | None = None) -> None:
@@ -84,7 +85,7 @@ class Link:
         self.state.task_token_store[self._task_id].active_until = datetime.max.replace(tzinfo=UTC)
         local.begin_run(self.run_id, self._task_id)
 
-        self.finished = False
+        self.outcome = ""
         self.loop: asyncio.AbstractEventLoop | None = None
         self.complete: set[str] = set()
         self.over = asyncio.Event()
@@ -95,12 +96,16 @@ class Link:
         self._heard: Counter[int] = Counter()
         self._looked = time.time()
 
-    def finish(self) -> None:
-        """Tells nodes, as they ask for work, that there is no more."""
-        self.finished = True
-        self.wake_nodes(list(self._work))
+    def finish(self, outcome: str = ours.FINISHED) -> None:
+        """Answers the requests that are held: that the run is over, and how it ended.
+
+        Args:
+            outcome (str): The run's; empty where it goes on with another server.
+        """
+        self.outcome = outcome
         if self.loop is not None:
             self.loop.call_soon_threadsafe(self.over.set)
+        self.wake_nodes(list(self._work))
 
     def close(self) -> None:
         """Ends the run in Flower's state."""
@@ -111,14 +116,18 @@ class Link:
     def online(self) -> set[int]:
         """The ids of the nodes that are online.
 
-        Nodes could not be heard while this process was suspended: they get a while to be.
+        Nodes could not be heard while this process was suspended: they get a while to be. And
+        where the clock was set back, a node that is silent from then on has no more than its time:
+        Flower goes by that clock.
         """
         now = time.time()
-        if now - self._looked > _SUSPENDED:
-            with self.state.lock:
-                for node in self.state.nodes.values():
-                    if node.status == NodeStatus.ONLINE:
-                        node.online_until = max(node.online_until, now + _GRACE)
+        suspended = now - self._looked > _SUSPENDED
+        with self.state.lock:
+            for node in self.state.nodes.values():
+                if node.status == NodeStatus.ONLINE:
+                    most = now + HEARTBEAT_PATIENCE * node.heartbeat_interval
+                    least = now + _GRACE if suspended else 0.0
+                    node.online_until = min(max(node.online_until, least), most)
         self._looked = now
         online = self.state.get_nodes(self.run_id)
         return online if self.door is None else {i for i in online if self._is_known(i)}

@@ -16,6 +16,7 @@ import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
+from itertools import pairwise
 from logging import getLogger
 from typing import Any
 
@@ -38,6 +39,7 @@ from .link import Link
 _PREFIX = "/v1/fleet/"
 _INLINE_BODY = 64 * 2**10
 _MAX_WAIT = 25.0
+_BLOCK = 2**18
 _BODY_LEFT_UNREAD = (400, 401, 404, 408, 413, 415, 503)
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -81,10 +83,15 @@ class FleetRoutes:
         ]
         if status in _BODY_LEFT_UNREAD:
             headers.append((b"connection", b"close"))
-        if self.link.finished:
-            headers.append((ours.RUN.encode(), b"finished"))
+        if self.link.outcome:
+            headers.append((ours.RUN.encode(), self.link.outcome.encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        # Each block waits until the connection has taken those before it: a connection is idle,
+        # and may be closed, some time after the last was handed over.
+        ends = [*range(_BLOCK, len(body), _BLOCK), len(body)]
+        for start, end in pairwise([0, *ends]):
+            block, more = memoryview(body)[start:end], end < len(body)
+            await send({"type": "http.response.body", "body": block, "more_body": more})
 
     async def _answer(self, scope: Scope, receive: Receive) -> tuple[int, bytes, str]:
         try:
@@ -143,6 +150,8 @@ class FleetRoutes:
             response = await loop.run_in_executor(None, handler, request)
         else:
             response = handler(request)
+        if isinstance(request, message_pb2.PullObjectRequest):
+            bounds.cut(response, headers)
         self._take_note(request, response)
         return response
 
@@ -176,7 +185,7 @@ class FleetRoutes:
             work.clear()
             response = handler(request)
             left = deadline - now()
-            if response.messages_list or self.link.finished or left <= 0:
+            if response.messages_list or self.link.over.is_set() or left <= 0:
                 return response
             if not await self._stays(node_id, receive, work, left):
                 return response
