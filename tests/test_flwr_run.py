@@ -273,3 +273,17 @@ def test_a_supernode_without_a_partition_is_told_how_to_get_one(start, tmp_path,
     assert "refused: ClientError: The node has no partition-id." in shown
     assert "--node-config 'partition-id=0 num-partitions=2'" in shown
     assert "0 of 2 nodes came within 15 seconds" in shown
+
+
+def test_clients_with_other_frozen_arrays_are_named(start, tmp_path, simulation):
+    backbone = (
+        "def model() -> nn.Module:\n"
+        "    back = nn.Linear(2, 8)\n"
+        "    back.weight = mx.array(np.random.default_rng().normal(size=(8, 2)).astype('f4'))\n"
+        "    return nn.Sequential(back.freeze(), nn.ReLU(), nn.Linear(8, 2))\n\n\n"
+        "def other() -> nn.Module:\n"
+    )
+    changed = ("def model() -> nn.Module:\n", backbone)
+    shown = simulation.run(changed_app(start, tmp_path, changed, settings="wait = 30.0\n"))
+    assert "refused: its model is not the server's: frozen array 'layers.0.weight' has" in shown
+    assert "0 of 2 nodes came within 30 seconds" in shown

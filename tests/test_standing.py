@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx_fed as fed  # noqa: F401  before mlx.core
+import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
 import pytest
@@ -19,7 +19,7 @@ from mlx_fed.standing import refused_running, to_leave_out
 
 from .test_checks import with_metrics, with_weight
 from .test_rounds import read_history
-from .test_strategies import CLIENT, App, difference, federate, on_train
+from .test_strategies import CLIENT, NORMALIZED, App, difference, federate, on_train
 
 NAN = with_weight(lambda w: w * mx.nan)
 
@@ -136,6 +136,22 @@ def test_by_default_no_node_takes_over(what: str, place: int, kind, tmp_path: Pa
     assert refused["node"] == f"node-{place}"
     assert reason in refused["reason"]
     assert difference(result.parameters, expected.parameters) == 0
+
+
+@pytest.mark.parametrize("kind", [FedAvg, FedMedian])
+def test_running_statistics_are_in_proportion_too(kind, tmp_path: Path):
+    def change(reply: Message) -> None:
+        statistics = messages.unpack(reply.content["statistics"])
+        far = {name: array + 1e15 for name, array in statistics.items()}
+        reply.content["statistics"] = messages.pack(far)
+
+    app = fed.client_app(NORMALIZED)
+    apps = [app, on_train(change, app), app, app]
+    result = federate(kind(), tmp_path, apps, task=NORMALIZED, num_rounds=1)
+    (refused,) = result.rounds[0]["refused"]
+    assert refused["node"] == "node-1"
+    assert "the change of its running statistics has the norm 4e+15, more than" in refused["reason"]
+    assert all(mx.abs(array).max() < 10 for array in result.statistics.values())
 
 
 def test_an_evaluation_weighs_no_more_than_it_may(tmp_path: Path):

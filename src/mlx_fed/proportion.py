@@ -44,7 +44,9 @@ def explain_norms(norms: Mapping[str, float], times: float) -> dict[str, str]:
     }
 
 
-def explain_huge_norms(norms: Mapping[str, float], model: float) -> dict[str, str]:
+def explain_huge_norms(
+    norms: Mapping[str, float], model: float, what: str = "its update"
+) -> dict[str, str]:
     """Why updates do not count that no training gives, by default.
 
     One may be as large as the model, or :data:`NORM_TIMES` the median of the others. Of two
@@ -52,14 +54,15 @@ def explain_huge_norms(norms: Mapping[str, float], model: float) -> dict[str, st
 
     Args:
         norms (dict): Each update's, by the name of its node.
-        model (float): The norm of the model that was sent.
+        model (float): The norm of what was sent.
+        what (str): What the norms are of.
     """
     if len(norms) < ENOUGH:
         model = NORM_TIMES * model or math.inf
     middle = _median_of_others(norms)
     return {
-        node: f"its update has the norm {norm:.4g}, more than {NORM_TIMES:g} times the others' "
-        f"({middle:.4g}), and the model has {model:.4g}: raise max_update_norm if that is right"
+        node: f"{what} has the norm {norm:.4g}, more than {NORM_TIMES:g} times the others' "
+        f"({middle:.4g}), and what it was sent {model:.4g}: set max_update_norm if it is right"
         for node, norm in norms.items()
         if not norm <= max(NORM_TIMES * middle, model)
     }

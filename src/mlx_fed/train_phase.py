@@ -170,19 +170,23 @@ def _updates(phase: Phase, outgoing: list[Message], model: Model) -> Iterator[Up
     compares_norms = bounded if limit is None else limit < math.inf
     before = aggregate.unread_masters(model.masters, run.trainer.spec) if compares_norms else None
     # What is not above these counts whatever the others are.
-    least_norm = least_weight = math.inf
+    least_norm = least_shift = least_weight = math.inf
     if before is not None:
         least_norm = -1.0 if limit else checks.norm_of(before)
+        least_shift = checks.norm_of(model.statistics)
     if bounded and not run.settings.max_examples:
         last = run.history.rounds[-1] if run.history.rounds else {}
         least_weight = proportion.believed_after(last, run.weighted_by)
     norms: dict[str, float] = {}
+    shifts: dict[str, float] = {}
     shares: dict[str, float] = {}
     waiting: list[Update] = []
     for update in _fit(phase, outgoing, before):
         norm, weight = update.reply.norm or 0.0, update.reply.weight
-        norms[update.node], shares[update.node] = norm, weight
-        if not waiting and norm <= least_norm and weight <= least_weight:
+        shift = checks.distance(update.reply.statistics, model.statistics) if bounded else 0.0
+        norms[update.node], shifts[update.node], shares[update.node] = norm, shift, weight
+        is_usual = norm <= least_norm and shift <= least_shift and weight <= least_weight
+        if not waiting and is_usual:
             yield update
         else:
             waiting.append(update)
@@ -193,6 +197,9 @@ def _updates(phase: Phase, outgoing: list[Message], model: Model) -> Iterator[Up
         large = proportion.explain_norms(norms, limit)
     elif before is not None:
         large = proportion.explain_huge_norms(norms, least_norm)
+    if bounded and compares_norms:
+        what = "the change of its running statistics"
+        large = {**proportion.explain_huge_norms(shifts, least_shift, what), **large}
     for node, reason in large.items():
         phase.refuse(node, reason, excused=len(norms) < proportion.ENOUGH)
     heavy = phase.refuse_heavy({node: shares[node] for node in shares if node not in large})
