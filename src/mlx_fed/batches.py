@@ -172,8 +172,9 @@ class Batches:
             return False
         key = (augment, tuple(functions), training, examples.kind(arrays))
         if key not in self._paddable:
+            settings = _first_settings(config)
             self._paddable[key] = probe.is_paddable(
-                self.model, functions, arrays, augment, training, _first_settings(config)
+                self.model, self.slots, functions, arrays, augment, training, settings
             )
         return self._paddable[key]
 

@@ -39,9 +39,10 @@ def in_order(layers: Iterable[nn.Linear]) -> Iterator[None]:
 
 class _InOrder(nn.Linear):
     def __call__(self, x: mx.array) -> Any:
-        if "bias" in self:
-            return _affine(x, self["weight"], self["bias"])
-        return _product(x, self["weight"])
+        operands = [x, *(self[name] for name in ("weight", "bias") if name in self)]
+        if any(operand.dtype == mx.complex64 for operand in operands):
+            return super().__call__(x)
+        return (_affine if "bias" in self else _product)(*operands)
 
 
 def _in_order_gradients(cotangent: mx.array, x: mx.array, weight: mx.array) -> list[mx.array]:
@@ -64,6 +65,11 @@ def _(primals, cotangent, output):
     return _in_order_gradients(cotangent, *primals)
 
 
+@_product.jvp
+def _(primals, tangents):
+    return _tangent(primals, tangents)
+
+
 @mx.custom_function
 def _affine(x: mx.array, weight: mx.array, bias: mx.array) -> Any:
     return mx.addmm(bias, x, weight.T)
@@ -78,3 +84,19 @@ def _(primals, cotangent, output):
 
     _, of_bias = mx.vjp(spread, [bias], [cotangent])
     return _in_order_gradients(cotangent, x, weight) + of_bias
+
+
+@_affine.jvp
+def _(primals, tangents):
+    tangent = _tangent(primals[:2], tangents[:2])
+    return tangent if tangents[2] is None else tangent + tangents[2]
+
+
+def _tangent(primals: Any, tangents: Any) -> mx.array:
+    """Forward mode. Without it MLX's tangents are right, but their gradients are not."""
+    x, weight = primals
+    of_x, of_weight = tangents
+    tangent = mx.zeros((*x.shape[:-1], weight.shape[0]), mx.result_type(x, weight))
+    if of_x is not None:
+        tangent = tangent + of_x @ weight.T
+    return tangent if of_weight is None else tangent + x @ of_weight.T
