@@ -828,3 +828,44 @@ def test_settings_that_a_loss_has_already_are_left_alone(tmp_path):
     model = seeded(lambda: nn.Linear(6, 1))
     result, _ = simulate(task(model=model, loss=bound), tmp_path)
     hold_to_the_loop(result, plain_loop(model, lambda *args: bound(*args).mean()))
+
+
+# -- what a compiled program has baked in ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_global_that_changes_between_rounds_is_noticed(batched, tmp_path):
+    scale = {"now": 1.0}
+
+    def optimizer(config):
+        scale["now"] = float(config["server-round"])
+        return optim.SGD(0.01)
+
+    def loss(model, x, y):
+        return squares(model, x, y) * scale["now"]
+
+    _, notes = simulate(task(optimizer=optimizer, loss=loss), tmp_path, batched=batched)
+    what = "one after another" if batched else "not compiled"
+    assert any(what in note and "differs from the plain result" in note for note in notes)
+
+
+class Asks(nn.Module):
+    """Looks at the class of its layers, as code that replaces some of them does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(6, 6), nn.Linear(6, 1)]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if type(layer) is nn.Linear and repr(type(layer)) == repr(nn.Linear):
+                x = mx.tanh(x)
+        return x
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_layer_has_the_class_that_it_had(batched, tmp_path):
+    model = seeded(Asks)
+    result, _ = simulate(task(model=model), tmp_path, batched=batched)
+    hold_to_the_loop(result, plain_loop(model, lambda *args: squares(*args).mean()))

@@ -9,6 +9,7 @@ does on some CPUs and for some shapes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,22 +28,44 @@ def layers(slots: Slots) -> list[nn.Linear]:
 
 @contextmanager
 def in_order(layers: Iterable[nn.Linear]) -> Iterator[None]:
-    """While a program is traced: what the layers compute has its gradient in the weights' order."""
-    for layer in layers:
-        layer.__class__ = _InOrder
+    """While a program is traced: what the layers compute has its gradient in the weights' order.
+
+    The layers keep their class, which models may ask for. ``nn.Linear`` is another only while a
+    thread is in here, and only for the layers that this thread has named.
+    """
+    global _users
+    before, _traced.layers = _layers(), {id(layer) for layer in layers}
+    with _LOCK:
+        if not _users and nn.Linear.__call__ is _PLAIN:  # not one that somebody has put there
+            nn.Linear.__call__ = _call  # type: ignore[method-assign]
+        _users += 1
     try:
         yield
     finally:
-        for layer in layers:
-            layer.__class__ = nn.Linear
+        _traced.layers = before
+        with _LOCK:
+            _users -= 1
+            if not _users and nn.Linear.__call__ is _call:
+                nn.Linear.__call__ = _PLAIN  # type: ignore[method-assign]
 
 
-class _InOrder(nn.Linear):
-    def __call__(self, x: mx.array) -> Any:
-        operands = [x, *(self[name] for name in ("weight", "bias") if name in self)]
-        if any(operand.dtype == mx.complex64 for operand in operands):
-            return super().__call__(x)
-        return (_affine if "bias" in self else _product)(*operands)
+_PLAIN = nn.Linear.__call__
+_LOCK = threading.Lock()
+_users = 0
+_traced = threading.local()
+
+
+def _layers() -> set[int]:
+    """The layers, by identity, that this thread computes in their weights' order."""
+    return getattr(_traced, "layers", set())
+
+
+def _call(self: nn.Linear, x: mx.array) -> Any:
+    operands = [x, *(self[name] for name in ("weight", "bias") if name in self)]
+    is_complex = any(operand.dtype == mx.complex64 for operand in operands)
+    if id(self) not in _layers() or is_complex:
+        return _PLAIN(self, x)
+    return (_affine if "bias" in self else _product)(*operands)
 
 
 def _in_order_gradients(cotangent: mx.array, x: mx.array, weight: mx.array) -> list[mx.array]:

@@ -160,6 +160,9 @@ class BatchedTrainer:
     ) -> None:
         """Compares a step of many clients with the plain step, once for each program.
 
+        And again in the rounds 2, 4, 8 ... of a run: what a model's code reads of Python's
+        variables may change.
+
         A program is new with its settings and with the shapes of its batches. ``mx.vmap`` gets
         some operations wrong for all clients but the first (ml-explore/mlx#4321): the last client
         and one in the middle are looked at. A gradient that is zero at the start, as of what a
@@ -179,7 +182,9 @@ class BatchedTrainer:
         clients, shared, batch, mask = arguments
         shapes = [(path, array.shape[1:]) for path, array in paths(batch)]
         program = repr((trainer.training_key(optimizer, config), shapes, mask is None))
-        if len(losses) < 2 or program in self._checked:
+        server_round = int(config.get("server-round", 0))
+        use = (program, server_round.bit_length())
+        if len(losses) < 2 or use in self._checked:
             return
         gradient = gradient_step(trainer.model, trainer.slots, trainer.task, config)
         update = update_step(optimizer)
@@ -212,7 +217,7 @@ class BatchedTrainer:
         sizes = [float(mx.abs(array).max()) for array in compare(*some[::3]).values() if array.size]
         if min(sizes, default=0.0) <= _NEGLIGIBLE * max(sizes, default=0.0):
             compare(some[0]._replace(parameters=_away_from_zero(some[0].parameters)), None)
-        self._checked.add(program)
+        self._checked.add(use)
 
     def _programs(self, optimizer: Any, config: Config) -> TrainingPrograms:
         """Those of many clients; the trainer knows when they have to be traced anew."""
