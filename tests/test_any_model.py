@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -587,3 +588,287 @@ def test_what_is_no_array_of_numbers_is_refused_in_words(train, message):
 
     with pytest.raises((fed.FedError, TypeError, ValueError), match=message):
         batches.load(task(data=lambda *_: fed.Data(train=train)), 0, 1)
+
+
+# -- what a fast path or a probe could miss ------------------------------------------------------
+
+
+def mixed(partition_id, num_partitions):
+    x, y = load(partition_id, num_partitions).train
+    return fed.Data(train=((x,), y), test=((x,), y))
+
+
+def mixed_dictionary(partition_id, num_partitions):
+    x, y = load(partition_id, num_partitions).train
+    return fed.Data(train=({"x": x}, y), test=({"x": x}, y))
+
+
+@pytest.mark.parametrize(("data", "key"), [(mixed, 0), (mixed_dictionary, "x")])
+def test_a_batch_of_as_many_entries_as_arrays_keeps_its_form(data, key, tmp_path):
+    # One that was laid flat would be read as its first example here.
+    of = task(data=data, loss=lambda model, inputs, y: squares(model, inputs[key], y), batch_size=6)
+    together, notes = simulate(of, tmp_path)
+    alone, _ = simulate(of, tmp_path, batched=False)
+    assert not notes
+    for name, array in alone.parameters.items():
+        np.testing.assert_allclose(np.array(together.parameters[name]), np.array(array), 1e-5, 1e-6)
+
+
+class Gated(nn.Module):
+    """A factor of zero hides at the start that mx.vmap gets a gradient wrong."""
+
+    def __init__(self, power: int):
+        super().__init__()
+        self.layer, self.out, self.factor = nn.Linear(6, 6), nn.Linear(6, 1), mx.zeros(1)
+        self.power = power
+
+    def __call__(self, x):
+        h = mx.tanh(self.layer(x))
+        h[..., 1:3] = h[..., 3:5]
+        return self.out(x + self.factor * mx.stop_gradient(x) + self.factor**self.power * h)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_gradient_that_is_zero_at_first_is_compared_as_well(power, tmp_path):
+    model = seeded(lambda: Gated(power))
+    result, notes = simulate(task(model=model), tmp_path)
+    hold_to_the_loop(result, plain_loop(model, lambda *args: squares(*args).mean()))
+    assert any("layer.weight" in note and "mx.vmap" in note for note in notes)
+
+
+def test_values_that_are_not_finite_hide_no_other_difference():
+    from mlx_fed.programs import find_difference
+
+    plain = {"a": mx.array([mx.inf, 1.0, mx.nan]), "b": mx.array([1.0])}
+    assert find_difference(plain, plain) is None
+    assert find_difference({**plain, "a": mx.array([mx.inf, 2.0, mx.nan])}, plain)
+    assert find_difference({**plain, "b": mx.array([2.0])}, plain)
+    assert find_difference({**plain, "a": mx.array([-mx.inf, 1.0, mx.nan])}, plain)
+    assert find_difference({"c": mx.array([1 + 2j])}, {"c": mx.array([1 + 1j])})
+
+
+class Noisy(optim.SGD):
+    """Draws from a generator of its own: the loss of a step shows nothing of it."""
+
+    def __init__(self, rate: float, momentum: float):
+        super().__init__(rate, momentum)
+        self._generator = np.random.default_rng(0)
+
+    def apply_single(self, gradient, parameter, state):
+        noise = mx.array(self._generator.normal(size=gradient.shape).astype(np.float32))
+        return super().apply_single(gradient + noise, parameter, state)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_update_that_differs_when_compiled_is_noticed(momentum, tmp_path):
+    of = task(optimizer=lambda config: Noisy(RATE, momentum), batch_size=5)
+    _, notes = simulate(of, tmp_path, num_rounds=1, batched=False)
+    assert any("not compiled" in note for note in notes)
+
+
+def in_batch_and_small(model, x, y):
+    return 1e-7 * batch_norm_by_hand(model, x, y)
+
+
+def in_the_gradient_alone(model, x, y):
+    extra = (model(x).mean() - 1) ** 2
+    return squares(model, x, y) + extra - mx.stop_gradient(extra)
+
+
+@pytest.mark.parametrize("loss", [in_batch_and_small, in_the_gradient_alone])
+def test_dependence_between_examples_is_found_where_it_is_small_or_in_the_gradient(loss):
+    of = Trainer(task(loss=loss, batch_size=32, optimizer=lambda config: optim.Adam(0.1, eps=0.0)))
+    data = load(0, None)
+    update = of.train(of.parameters(), {}, data, {})
+    module, optimizer = nn.Linear(6, 1), optim.Adam(0.1, eps=0.0)
+    module.load_weights(list(of.parameters().items()))
+    step = nn.value_and_grad(module, lambda *arrays: loss(*arrays).mean())
+    optimizer.update(module, step(module, *map(mx.array, data.train))[1])
+    for name, array in tree_flatten(module.parameters()):
+        assert mx.allclose(update.parameters[name], array, 1e-3, 1e-4), name
+
+
+# -- linear layers in complex numbers and in forward mode ----------------------------------------
+
+
+def with_tangents(model, x, y):
+    _, (slope,) = mx.jvp(model, [x], [mx.ones_like(x)])
+    return squares(model, x, y) + slope.squeeze(-1) ** 2
+
+
+def with_the_input_s_gradient(model, x, y):
+    slope = mx.grad(lambda inputs: mx.tanh(model(inputs)).sum())(x)
+    return squares(model, x, y) + (slope**2).sum(-1)
+
+
+def with_tangents_of_the_weights(model, x, y):
+    names = list(model.parameters())
+
+    def call(*arrays):
+        return mx.tanh(model.update(dict(zip(names, arrays, strict=True)))(x))
+
+    arrays = [model[name] for name in names]
+    outputs, tangents = mx.jvp(call, arrays, [mx.ones_like(array) for array in arrays])
+    model.update(dict(zip(names, arrays, strict=True)))
+    return (outputs[0].squeeze(-1) - y) ** 2 + tangents[0].squeeze(-1) ** 2
+
+
+def of_complex_numbers(model, x, y):
+    return mx.abs(model(x + 2j * x[:, ::-1]).squeeze(-1) - y) ** 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        with_tangents,
+        with_the_input_s_gradient,
+        with_tangents_of_the_weights,
+        of_complex_numbers,
+    ],
+)
+def test_a_linear_layer_has_every_derivative_of_mlx(loss, batched, bias, tmp_path):
+    model = seeded(lambda: nn.Linear(6, 1, bias))
+    result, _ = simulate(task(model=model, loss=loss), tmp_path, batched=batched)
+    hold_to_the_loop(result, plain_loop(model, lambda *args: loss(*args).mean()))
+
+
+# -- what a forward pass remembers -----------------------------------------------------------------
+
+
+class Later(nn.Module):
+    """Creates its running mean in the first forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 1)
+
+    def __call__(self, x):
+        mean = mx.stop_gradient(x.mean(0))
+        self._mean = 0.9 * self._mean + 0.1 * mean if "_mean" in self else mean
+        return self.linear(x - self._mean)
+
+
+def test_what_is_created_in_a_forward_pass_and_used_in_the_next_is_refused():
+    of = Trainer(task(model=Later))
+    with pytest.raises(fed.FedError, match=r"creates '_mean'.*__init__"):
+        of.train(of.parameters(), {}, load(0, None), {})
+
+
+class Attributes:
+    """An object that is no module."""
+
+    def __init__(self):
+        self.mean = mx.zeros(6)
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.running = nn.Linear(6, 1), Attributes()
+
+    def __call__(self, x):
+        if self.training:
+            mean = mx.stop_gradient(x.mean(0))
+            self.running.mean = 0.9 * self.running.mean + 0.1 * mean
+        return self.linear(x - self.running.mean)
+
+
+def test_an_array_of_an_object_that_is_no_module_is_refused_by_name():
+    of = Trainer(task(model=Holder))
+    with pytest.raises(fed.FedError, match=r"'running\.mean'.*Task\(buffers="):
+        of.train(of.parameters(), {}, load(0, None), {})
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_an_array_of_an_object_that_is_no_module_may_be_a_buffer(batched, tmp_path):
+    buffers = {"running.mean": "average"}
+    result, notes = simulate(task(model=Holder, buffers=buffers.get), tmp_path, batched=batched)
+    assert not notes
+    mean = np.mean([load(client, None).train[0].mean(0) for client in range(CLIENTS)], 0)
+    np.testing.assert_allclose(np.array(result.statistics["running.mean"]), 0.19 * mean, rtol=1e-4)
+
+
+def test_a_loss_that_counts_its_calls_is_noticed(tmp_path):
+    calls: list[int] = []
+
+    def loss(model, x, y):
+        calls.append(1)
+        return squares(model, x, y) * (1 + len(calls) % 5)
+
+    _, notes = simulate(task(loss=loss, compile=False), tmp_path)
+    assert any("same examples again" in note for note in notes)
+
+
+class Clipped(nn.Linear):
+    def __call__(self, x):
+        self.weight = mx.clip(self.weight, -0.1, 0.1)
+        return super().__call__(x)
+
+
+def test_a_parameter_that_a_forward_pass_assigns_is_refused():
+    of = Trainer(task(model=lambda: Clipped(6, 1)))
+    with pytest.raises(fed.FedError, match=r"'weight'.*must not be assigned.*train_step"):
+        of.train(of.parameters(), {}, load(0, None), {})
+
+
+class Unready(nn.Module):
+    def __init__(self):
+        self.linear = nn.Linear(6, 1)
+
+
+def test_a_module_without_its_base_is_named():
+    with pytest.raises(fed.FedError, match=r"Unready \(layers.1\).*super\(\).__init__\(\)"):
+        Trainer(task(model=lambda: nn.Sequential(nn.Linear(6, 6), Unready())))
+
+
+def test_settings_that_a_loss_has_already_are_left_alone(tmp_path):
+    def loss(model, x, y, config):
+        return squares(model, x, y) * config["scale"]
+
+    bound = partial(loss, config={"scale": 0.5})
+    model = seeded(lambda: nn.Linear(6, 1))
+    result, _ = simulate(task(model=model, loss=bound), tmp_path)
+    hold_to_the_loop(result, plain_loop(model, lambda *args: bound(*args).mean()))
+
+
+# -- what a compiled program has baked in ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_global_that_changes_between_rounds_is_noticed(batched, tmp_path):
+    scale = {"now": 1.0}
+
+    def optimizer(config):
+        scale["now"] = float(config["server-round"])
+        return optim.SGD(0.01)
+
+    def loss(model, x, y):
+        return squares(model, x, y) * scale["now"]
+
+    _, notes = simulate(task(optimizer=optimizer, loss=loss), tmp_path, batched=batched)
+    what = "one after another" if batched else "not compiled"
+    assert any(what in note and "differs from the plain result" in note for note in notes)
+
+
+class Asks(nn.Module):
+    """Looks at the class of its layers, as code that replaces some of them does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(6, 6), nn.Linear(6, 1)]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if type(layer) is nn.Linear and repr(type(layer)) == repr(nn.Linear):
+                x = mx.tanh(x)
+        return x
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_layer_has_the_class_that_it_had(batched, tmp_path):
+    model = seeded(Asks)
+    result, _ = simulate(task(model=model), tmp_path, batched=batched)
+    hold_to_the_loop(result, plain_loop(model, lambda *args: squares(*args).mean()))

@@ -89,9 +89,16 @@ def test_only_plain_linear_layers_that_are_trained_are_changed_and_only_for_a_wh
     model.layers[2].freeze()
     chosen = linear.layers(weights.find_slots(model))
     assert chosen == [model.layers[0]]
+    plain = nn.Linear.__call__
     with linear.in_order(chosen):
-        kinds = [type(layer) for layer in model.layers]
-    assert issubclass(kinds[0], nn.Linear)
-    assert kinds[0] is not nn.Linear
-    assert kinds[1:] == [Scaled, nn.Linear, nn.LayerNorm]
-    assert type(model.layers[0]) is nn.Linear
+        assert nn.Linear.__call__ is not plain
+        assert [type(layer) for layer in model.layers] == [
+            nn.Linear,
+            Scaled,
+            nn.Linear,
+            nn.LayerNorm,
+        ]
+        with linear.in_order([]):
+            pass
+        assert nn.Linear.__call__ is not plain
+    assert nn.Linear.__call__ is plain

@@ -186,7 +186,7 @@ class Batches:
         others = self._samples.setdefault(key, probe.sample(arrays))
         settings = _first_settings(config)
         paddable = probe.is_paddable(
-            self.model, functions, arrays, others, augment, training, settings
+            self.model, self.slots, functions, arrays, others, augment, training, settings
         )
         self._probes[key] += 1
         # A client's padding is its own examples: where these are of one label, it is decided for

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -52,7 +53,7 @@ def first(examples: Any, size: int) -> Any:
 
 def replace_leaves(examples: Examples, arrays: Sequence[mx.array]) -> Examples:
     """A tree of the structure of ``examples`` with other arrays."""
-    if type(examples) is tuple and len(examples) == len(arrays):
+    if type(examples) is tuple and all(isinstance(each, mx.array) for each in examples):
         return tuple(arrays)
     iterator = iter(arrays)
     return tree_map(lambda _: next(iterator), examples)
@@ -80,7 +81,9 @@ def call(
 
 
 def takes_config(function: Callable[..., Any]) -> bool:
-    """Whether a loss or metric has a parameter ``config``."""
+    """Whether a loss or metric has a parameter ``config`` that it was not given already."""
+    if isinstance(function, partial) and "config" in function.keywords:
+        return False
     try:
         return "config" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # a built-in function

@@ -18,16 +18,20 @@ import mlx.nn as nn
 def containers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every module, dictionary, list and tuple below a module, private ones too, with its path.
 
-    One that is reached by two paths comes once.
+    One that is reached by two paths comes once. Of an object that has arrays as attributes and is
+    no module, such as a cache, the dictionary of its attributes comes.
     """
     seen: set[int] = set()
 
     def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if _has_arrays(value):
+            value = vars(value)
         if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
             return
         seen.add(id(value))
         yield name, value
-        for key, child in _items(value):
+        children = _items(value) + (list(vars(value).items()) if _is_module(value) else [])
+        for key, child in children:
             yield from walk(child, f"{name}.{key}" if name else str(key))
 
     return walk(value, name)
@@ -95,6 +99,13 @@ def counters(module: nn.Module) -> dict[str, int | float]:
 def _items(container: Any) -> list[tuple[Any, Any]]:
     # Of the built-in class: a module's own methods may be anything.
     return list(dict.items(container) if isinstance(container, dict) else enumerate(container))
+
+
+def _has_arrays(value: Any) -> bool:
+    """Whether an object that is no container has arrays as attributes."""
+    if isinstance(value, (dict, list, tuple, type)) or not hasattr(value, "__dict__"):
+        return False
+    return any(isinstance(child, mx.array) for child in vars(value).values())
 
 
 def _is_module(container: Any) -> bool:

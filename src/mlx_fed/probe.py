@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import examples, module_state, randomness
+from . import examples, module_state, randomness, weights
 from .examples import Examples
+from .programs import find_difference
 from .randomness import Keys, drawing_from
 from .steps import augmented, running
 from .weights import Slots, WeightsError
@@ -46,12 +48,17 @@ def check_effects(
     Raises:
         WeightsError: If an array was assigned another value.
     """
-    with running(model, training=True), _keys() as keys:
+
+    def call(batch: Examples) -> Any:
+        with randomness.generators_seeded(0, "probe"), _keys() as keys:
+            rows = augmented(augment, keys.next(), batch) if augment else batch
+            return examples.call(loss, model, rows, config)
+
+    with running(model, training=True):
         arrays = {n: module_state.reference(a) for n, a in module_state.arrays(model).items()}
         counters = module_state.counters(model)
-        if augment:
-            batch = augmented(augment, keys.next(), batch)
-        output = examples.call(loss, model, batch, config)
+        buffers = {n: module_state.reference(slot.get()) for n, slot in slots.statistics.items()}
+        output = call(batch)
         after = module_state.arrays(model)
         changed = [
             name
@@ -62,17 +69,32 @@ def check_effects(
             and not _equal(after[name], array)
         ]
         moved = [n for n, v in module_state.counters(model).items() if counters.get(n, v) != v]
+        new = [name for name in after if name not in arrays]
+        remembers = not changed and _remembers(slots, buffers, call, batch, output)
     if changed:
         raise WeightsError(
             f"The model's forward pass assigns another value to {_listed(changed)}. What it is to "
             "keep from step to step has to be named: Task(buffers=lambda name: 'average' if name "
             f"== {changed[0]!r} else None) averages it over clients as running statistics are; "
-            "'local' leaves each client its own."
+            "'local' leaves each client its own. What is to be trained must not be assigned there: "
+            "compute what the layer uses in a variable, or change parameters in Task.train_step."
+        )
+    if remembers and new:
+        raise WeightsError(
+            f"The model's forward pass creates {_listed(new)} and uses it in the next one. Create "
+            "it in the module's __init__ instead, and name it in Task.buffers, so that it is kept "
+            "from step to step."
         )
     if moved:
         note(
             f"the model's forward pass changes {_listed(moved)}, a number of Python's, which is "
             "not kept from step to step: make it an mx.array and name it in Task.buffers"
+        )
+    elif remembers:
+        note(
+            "Task.loss gives another value when it is called with the same examples again: it "
+            "depends on something that is neither an array of the model nor drawn by mx.random, "
+            "numpy.random or random, and that clients and processes do not have alike"
         )
     if isinstance(output, (tuple, list)) and not has_weight:
         note(
@@ -81,8 +103,33 @@ def check_effects(
         )
 
 
+def _remembers(
+    slots: Slots,
+    buffers: Mapping[str, mx.array],
+    call: Callable[[Examples], Any],
+    batch: Examples,
+    output: Any,
+) -> bool:
+    """Whether a loss depends on the forward passes before it other than through buffers.
+
+    ``output`` is what the first call gave, from these values of the buffers.
+    """
+    weights.put(slots.statistics, buffers)
+    with suppress(Exception):  # of a loss that needs different examples
+        call(examples.take(batch, mx.zeros(examples.count(batch), mx.uint32)))
+    weights.put(slots.statistics, buffers)
+    return not _equal(_value(call(batch)), _value(output), 1e-4)
+
+
+def _value(output: Any) -> mx.array:
+    """What a loss returned, without what it returned beside it."""
+    value = output[0] if isinstance(output, (tuple, list)) and output else output
+    return value if isinstance(value, mx.array) else mx.array(0.0)
+
+
 def is_paddable(
     model: nn.Module,
+    slots: Slots,
     functions: Sequence[Callable[..., Any]],
     arrays: Examples,
     others: Examples,
@@ -93,10 +140,12 @@ def is_paddable(
     """Whether each function gives a value an example, whatever other examples are in the batch.
 
     Then a batch can be padded and the padding masked out. The functions are called on the same
-    examples with different padding, with the same random keys.
+    examples with different padding, with the same random keys, and for training the gradients of
+    the first are compared as well.
 
     Args:
         model (nn.Module): The model, which is as before afterwards.
+        slots (Slots): Its arrays by kind.
         functions (list): The loss, or the loss and metrics.
         arrays: A client's examples.
         others: Examples of any client, of the same kind, to pad with as well.
@@ -105,18 +154,16 @@ def is_paddable(
         config (dict, optional): The settings, for functions that take them.
     """
     total = examples.count(arrays)
-    real = [row % total for row in range(_ROWS)]
+    real = _rows(arrays, [row % total for row in range(_ROWS)])
     spread = [row * (total - 1) // (_ROWS - 1) for row in range(_ROWS)]
     repeated = _rows(arrays, [0] * _ROWS)
     zeros = examples.replace_leaves(repeated, [mx.zeros_like(a) for a in examples.leaves(repeated)])
     others = _rows(others, [row % examples.count(others) for row in range(_ROWS)])
     longer = _rows(arrays, [0] * (_ROWS + 1))  # is the length that of the batch?
     paddings = [repeated, _rows(arrays, spread), others, zeros, longer]
+    batches = [_joined(real, rows) for rows in paddings]
     try:
-        values = [
-            _values(model, functions, _joined(_rows(arrays, real), rows), augment, training, config)
-            for rows in paddings
-        ]
+        values = [_values(model, functions, b, augment, training, config) for b in batches]
     except Exception:  # a function that wants whole batches; what is wrong shows in training
         return False
     for outputs, rows in zip(values, paddings, strict=True):
@@ -124,11 +171,23 @@ def is_paddable(
         if any(not isinstance(out, mx.array) or out.shape != shape for out in outputs):
             return False
     plain, *changed = values[:-1]
-    return all(
+    if not all(
         _equal(output[:_ROWS], expected[:_ROWS], 1e-5)
         for outputs in changed
         for output, expected in zip(outputs, plain, strict=True)
-    )
+    ):
+        return False
+
+    def gradient(batch: Examples) -> dict[str, mx.array]:
+        def total(parameters: dict[str, mx.array]) -> mx.array:
+            weights.put(slots.parameters, parameters)
+            (values,) = _values(model, functions[:1], batch, augment, training, config)
+            return values[:_ROWS].sum()
+
+        with running(model, training):
+            return mx.grad(total)(weights.get(slots.parameters))
+
+    return not training or find_difference(gradient(batches[3]), gradient(batches[0])) is None
 
 
 def is_diverse(arrays: Examples, others: Examples) -> bool:
@@ -193,7 +252,8 @@ def _equal(array: mx.array, other: mx.array, tolerance: float = 0.0) -> bool:
         return False
     if mx.issubdtype(array.dtype, mx.inexact) and array.dtype != mx.complex64:
         values, expected = (np.asarray(a.astype(mx.float32)) for a in (array, other))
-        return np.allclose(values, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+        size = float(np.abs(expected[np.isfinite(expected)]).max(initial=0))
+        return np.allclose(values, expected, rtol=0, atol=tolerance * size, equal_nan=True)
     return bool(mx.array_equal(array, other).item())
 
 

@@ -383,7 +383,12 @@ def _local_statistics(slots: weights.Slots, travels: Mapping[str, str]) -> set[s
 def _figures(step: Step) -> Arrays:
     """What of a step's result has to be the same, compiled or not."""
     statistics = {f"statistics {name!r}": a for name, a in step.client.statistics.items()}
-    return {"the loss": step.loss, "its weight": step.weight, **statistics}
+    # Adam's first update is the gradient's sign, rounding's where the gradient is zero. The state
+    # has the gradient itself; plain SGD leaves it zero.
+    after = {f"the optimizer's state {path!r}": a for path, a in step.client.state.items()}
+    if not any(array.any().item() for array in after.values()):
+        after = {f"parameter {name!r}": a for name, a in step.client.parameters.items()}
+    return {"the loss": step.loss, "its weight": step.weight, **statistics, **after}
 
 
 def _going_on(counters: Arrays, own: Mapping[str, mx.array] | None) -> Arrays:

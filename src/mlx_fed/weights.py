@@ -76,6 +76,13 @@ def make_module(model: Callable[[], nn.Module], seed: int) -> nn.Module:
         module = model()
     if not isinstance(module, nn.Module):
         raise TypeError(f"Task.model must return an mlx.nn.Module, not a {type(module).__name__}.")
+    for name, each in module.named_modules():
+        if "_no_grad" not in vars(each):  # MLX's own message is about an attribute of its own
+            where = f" ({name})" if name else ""
+            raise WeightsError(
+                f"{type(each).__name__}{where} has an __init__ that does not call "
+                "super().__init__(), without which MLX cannot train a module: call it there."
+            )
     return module
 
 

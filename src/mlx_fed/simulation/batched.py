@@ -38,6 +38,9 @@ from ..training import Trainer, TrainingPrograms, Update
 from ..weights import Arrays, StackedRow
 from .feeding import Feed, HostStacks, device_feed, host_can_read
 
+_NEGLIGIBLE = 1e-5
+"""A gradient this small, relative to the largest, is not compared: it may be rounding."""
+
 
 class BatchedError(FedError):
     """A step that gives many clients another result than one."""
@@ -69,7 +72,7 @@ class BatchedTrainer:
         self.trainer = trainer
         self._compiled: tuple[Any, TrainingPrograms] | None = None
         self._stacks = HostStacks()
-        self._checked: set[Any] = set()
+        self._checked: dict[Any, int] = {}
 
     @staticmethod
     def why_not(task: Task) -> str | None:
@@ -102,6 +105,8 @@ class BatchedTrainer:
         starts = [trainer.with_own(parameters, statistics, member.own) for member in members]
         programs = self._programs(optimizer, config)
         key = repr(trainer.training_key(optimizer, config))
+        # In the rounds 1, 2, 8, 32 ...: what a model's code reads of Python's variables may change.
+        period = int(config.get("server-round", 0)).bit_length() // 2
         counters = counters_of(optimizer)
         state = programs.initial_state(counters, starts[0][0])
         mu = float(config.get("proximal-mu", 0.0))
@@ -140,9 +145,11 @@ class BatchedTrainer:
                 (mx.eval if by_host else mx.async_eval)(result)
                 shapes = tuple(array.shape[1:] for array in leaves(batch))
                 program = (key, shapes, mask is None)
-                if len(places) > 1 and program not in self._checked:
-                    self._check(optimizer, config, (at, shared, batch, mask), result.loss)
-                    self._checked.add(program)
+                if len(places) > 1 and self._checked.get(program) != period:
+                    is_new = program not in self._checked
+                    check = self._check if is_new else self._check_loss
+                    check(optimizer, config, (at, shared, batch, mask), result.loss)
+                    self._checked[program] = period
                 at, counters, loss, weight = result
                 losses.append((places, loss, weight))
                 moved.append(_Group(places, at))
@@ -163,10 +170,12 @@ class BatchedTrainer:
     ) -> None:
         """Compares a step of many clients with the plain step.
 
-        This is done once for each program, that is for each set of settings and shapes of a batch,
-        which is below 2 % of a run's time. ``mx.vmap`` gets
+        This is done once for each program, that is for each set of settings and shapes of a batch.
+        ``mx.vmap`` gets
         some operations wrong for all clients but the first (ml-explore/mlx#4321): the last client
-        and one in the middle are looked at.
+        and one in the middle are looked at. A gradient that is zero at the start, as of what a
+        factor of zero lets through (ReZero, LoRA), would agree whatever becomes of it later:
+        then the step is compared with small parameters moved away from zero, too.
 
         Args:
             optimizer (Optimizer): As of the program.
@@ -186,22 +195,51 @@ class BatchedTrainer:
         rows = mx.array(sorted({0, len(losses) // 2, len(losses) - 1}))
         masks = () if mask is None else (mask,)
         some = _client(rows, (clients, batch, masks, losses))
-        mapped = map_gradient(some[0], shared, some[1], *(some[2] or (None,)))
-        parameters, state, _ = map_update(some[0], shared.counters, mapped.grads)
-        for row in range(1, len(rows)):
-            client, batch, masks, loss = _client(row, some)
-            result, after, state_after = _client(row, (mapped, parameters, state))
-            plain = gradient(client, shared, batch, *(masks or (None,)))
-            expected, expected_state, _ = update(client, shared.counters, result.grads)
-            for what, arrays, right in (
-                ("the gradient of ", result.grads, plain.grads),
-                ("the running statistics ", result.statistics, plain.statistics),
-                ("the loss", {"": loss}, {"": plain.loss}),
-                ("the update of ", after, expected),
-                ("the optimizer's state ", state_after, expected_state),
-            ):
-                if difference := find_difference(arrays, right):
-                    raise BatchedError(f"mapped over clients by mx.vmap, {what}{difference}")
+
+        def compare(at: Client, loss: mx.array | None) -> Arrays:
+            mapped = map_gradient(at, shared, some[1], *(some[2] or (None,)))
+            parameters, state, _ = map_update(at, shared.counters, mapped.grads)
+            stacks = (at, some[1], some[2], mapped.loss if loss is None else loss)
+            for row in range(1, len(rows)):
+                client, batch, masks, figure = _client(row, stacks)
+                result, after, state_after = _client(row, (mapped, parameters, state))
+                plain = gradient(client, shared, batch, *(masks or (None,)))
+                expected, expected_state, _ = update(client, shared.counters, result.grads)
+                for what, arrays, right in (
+                    ("the gradient of ", result.grads, plain.grads),
+                    ("the running statistics ", result.statistics, plain.statistics),
+                    ("the loss", {"": figure}, {"": plain.loss}),
+                    ("the update of ", after, expected),
+                    ("the optimizer's state ", state_after, expected_state),
+                ):
+                    if difference := find_difference(arrays, right):
+                        raise BatchedError(f"mapped over clients by mx.vmap, {what}{difference}")
+            return mapped.grads
+
+        sizes = [float(mx.abs(array).max()) for array in compare(*some[::3]).values() if array.size]
+        if min(sizes, default=0.0) <= _NEGLIGIBLE * max(sizes, default=0.0):
+            compare(some[0]._replace(parameters=_away_from_zero(some[0].parameters)), None)
+
+    def _check_loss(
+        self,
+        optimizer: Any,
+        config: Config,
+        arguments: tuple[Client, Shared, Examples, mx.array | None],
+        losses: mx.array,
+    ) -> None:
+        """Compares the loss of the last client with that of the plain step.
+
+        Raises:
+            BatchedError: If they differ by more than rounding.
+        """
+        trainer = self.trainer
+        at, shared, batch, mask = arguments
+        masks = () if mask is None else (mask,)
+        client, batch, masks, loss = _client(len(losses) - 1, (at, batch, masks, losses))
+        gradient = gradient_step(trainer.model, trainer.slots, trainer.task, config)
+        plain = gradient(client, shared, batch, *(masks or (None,)))
+        if difference := find_difference({"": loss}, {"": plain.loss}):
+            raise BatchedError(f"mapped over clients by mx.vmap, the loss{difference}")
 
     def _programs(self, optimizer: Any, config: Config) -> TrainingPrograms:
         """Those of many clients; the trainer knows when they have to be traced anew."""
@@ -260,6 +298,18 @@ def _client(index: Any, stack: Any) -> Any:
         return {name: _client(index, child) for name, child in stack.items()}
     children = [_client(index, child) for child in stack]
     return type(stack)(*children) if hasattr(stack, "_fields") else type(stack)(children)
+
+
+def _away_from_zero(parameters: Mapping[str, mx.array]) -> Arrays:
+    """Parameters of which none is zero or next to it."""
+    keys = randomness.Keys(randomness.key(0, "away from zero"))
+
+    def moved(array: mx.array) -> mx.array:
+        is_small = mx.abs(array).max() < 0.01
+        noise = 0.1 * mx.random.normal(array.shape, key=keys.next())
+        return mx.where(is_small, array + noise.astype(array.dtype), array)
+
+    return {name: moved(array) if array.size else array for name, array in parameters.items()}
 
 
 def _mapped_update(update: Callable[..., Any]) -> Callable[..., Any]:
