@@ -22,7 +22,7 @@ from .models import VOCABULARY, WIDTH
 
 FIELDS = {field.name for field in fields(fed.Task)}
 """What a task can say: some of it is drawn only where the library has it."""
-MOST_STEPS = 24
+MOST_STEPS = 20
 """Training steps of all clients in all rounds, about."""
 
 
