@@ -280,7 +280,8 @@ class Loss:
                 return losses + (other * mx.exp(-away)).sum(axis=1)
             case "contrast":
                 out = out.astype(mx.float32)
-                alike = out @ out.T / (1 + mx.linalg.norm(out, axis=-1, keepdims=True))
+                size = mx.sqrt(0.01 + mx.square(out).sum(axis=-1, keepdims=True))  # not 0 / 0
+                alike = out @ out.T / size
                 return losses + 0.5 * nn.losses.cross_entropy(alike, mx.arange(len(out)))
             case "centered":
                 return losses + mx.square(out - out.mean(axis=0)).mean(axis=-1)
