@@ -53,8 +53,7 @@ def run(task, strategy, options, num_clients, seed, nodes, config, touch=None):
             own[client] = {name: end[name] for name in local}
             states |= {client: flat(optimizer.state)} if task.keep_optimizer else {}
             ends.append(end)
-        by = options.get("weighted_by_key", "num-examples")
-        weights = [report[by] for report in reports.values()]
+        weights = [r[options.get("weighted_by_key", "num-examples")] for r in reports.values()]
         losses = [report.get(key) for report in reports.values()]
         shared = aggregate(strategy, options, number, shared, ends, weights, losses, memory)
         averaged = mean(averaged, ends, weights)
@@ -97,5 +96,5 @@ def train(task, model, optimizer, batches, settings, anchor, touch):
         examples += length(batch)
     total = sum(weight for _, weight in results)
     counts = {f"num-{task.weight_unit}": round(total)} if task.weight_unit else {}
-    loss = sum(loss * weight for loss, weight in results) / total
-    return {"loss": loss, "num-examples": examples, **counts}
+    mean = sum(loss * weight for loss, weight in results) / total
+    return {"loss": mean, "num-examples": examples, **counts}

@@ -65,6 +65,10 @@ def features_of(drawn: Drawn, report: Report) -> list[str]:
     names = ["useless" if report.useless else "useful"]
     names += ["trained many at once"] if report.batched else []
     names += [f"{key} {features[key]}" for key in ("loss", "optimizer", "strategy", "model dtype")]
+    for key in ("structure", "stream", "train step", "buffers", "personal", "augment"):
+        names += [f"{key} {features[key]}"] if features.get(key) else []
+    for key in ("keep_optimizer", "max_grad_norm", "loss of config", "one label a client"):
+        names += [key] if features.get(key) else []
     for key in ("layers", "encoders"):
         names += [f"{key} {name}" for name in sorted(set(features[key]))]
     return names

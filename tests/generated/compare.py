@@ -15,7 +15,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_fed import rounds
+from mlx_fed.history import History
+from mlx_fed.settings import Settings
+from mlx_fed.training import Trainer
+
 from .. import oracle
+from ..loopback import LoopbackGrid
 from .draw import Drawn
 
 TIGHT = 2e-5
@@ -77,8 +83,40 @@ def simulate(drawn: Drawn, runs: Path, name: str = "run", **options: Any) -> Run
         raise AssertionError(failed[0] if failed else str(error)) from error
     if failed:
         raise AssertionError(failed[0])
+    return Run(values_of(result), result, notes)
+
+
+def nodes(drawn: Drawn, runs: Path) -> Run:
+    """Runs the task on nodes of their own, which get messages and answer them."""
+    failed: list[str] = []
+
+    def listen(event: str, fields: Mapping[str, Any]) -> None:
+        if event == "failed":
+            failed.append(f"{fields['phase']} of {fields['node']}: {fields['reason']}")
+
+    folder = runs / "nodes"
+    folder.mkdir()
+    result = rounds.run(
+        LoopbackGrid([fed.client_app(drawn.task)] * drawn.num_clients, backwards=True),
+        drawn.strategy(),
+        Trainer(drawn.task, drawn.seed),
+        Settings(
+            num_rounds=drawn.num_rounds,
+            seed=drawn.seed,
+            config={**drawn.config, "num-rounds": drawn.num_rounds},
+            keep=0,
+            max_repeats=0,
+        ),
+        History(folder, (listen,)),
+    )
+    if failed:
+        raise AssertionError(failed[0])
+    return Run(values_of(result), result, [])
+
+
+def values_of(result: fed.Result) -> Values:
     arrays = {n: to_float(a) for n, a in {**result.parameters, **result.statistics}.items()}
-    return Run(Values(arrays, metrics_of(result)), result, notes)
+    return Values(arrays, metrics_of(result))
 
 
 def to_float(array: mx.array) -> np.ndarray:
@@ -265,7 +303,9 @@ def extras(seed: int) -> dict[str, Any]:
 
 
 def _check_in_folder(drawn: Drawn, resumed: bool, workers: int) -> Report:
-    with tempfile.TemporaryDirectory(prefix="mlx-fed-generated-") as folder:
+    memory = Path("/dev/shm")  # where there is one, writing costs nothing
+    where = memory if memory.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="mlx-fed-generated-", dir=where) as folder:
         return _check(drawn, Path(folder), resumed, workers)
 
 
@@ -292,7 +332,11 @@ def _check(drawn: Drawn, runs: Path, resumed: bool, workers: int) -> Report:
         simulate(first, runs, "stopped", **options)
         again = simulate(drawn, runs, resume="stopped", **options)
         faults += bits("resumed", again.values, together.values)
+    if drawn.seed % 4 == 1:
+        faults += bits("nodes", nodes(drawn, runs).values, plain.values)
     if workers:
         apart = simulate(drawn, runs, "apart", batched=False, workers=workers)
         faults += bits(f"{workers} workers", apart.values, plain.values)
+        apart = simulate(drawn, runs, "several", chunk_size=drawn.chunk_size, workers=workers)
+        faults += differences(f"batched by {workers} workers", apart.values, plain.values, of)
     return Report(faults, batched)

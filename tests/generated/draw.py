@@ -22,7 +22,7 @@ from .models import VOCABULARY, WIDTH
 
 FIELDS = {field.name for field in fields(fed.Task)}
 """What a task can say: some of it is drawn only where the library has it."""
-MOST_STEPS = 24
+MOST_STEPS = 20
 """Training steps of all clients in all rounds, about."""
 
 
@@ -47,10 +47,15 @@ class Drawn:
     features: dict[str, Any]
     follows: bool
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of the strategy."""
+        least = dict.fromkeys(("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1)
+        return {**least, **self.fractions, **self.options}
+
     def strategy(self) -> Strategy:
         """A new one, for each run."""
-        least = dict.fromkeys(("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1)
-        return getattr(flower, self.strategy_name)(**least, **self.fractions, **self.options)
+        return getattr(flower, self.strategy_name)(**self.arguments)
 
     def __str__(self) -> str:
         lines = [f"seed {self.seed}"]
@@ -275,7 +280,8 @@ class Loss:
                 return losses + (other * mx.exp(-away)).sum(axis=1)
             case "contrast":
                 out = out.astype(mx.float32)
-                alike = out @ out.T / (1 + mx.linalg.norm(out, axis=-1, keepdims=True))
+                size = mx.sqrt(0.01 + mx.square(out).sum(axis=-1, keepdims=True))  # not 0 / 0
+                alike = out @ out.T / size
                 return losses + 0.5 * nn.losses.cross_entropy(alike, mx.arange(len(out)))
             case "centered":
                 return losses + mx.square(out - out.mean(axis=0)).mean(axis=-1)
@@ -490,13 +496,16 @@ def draw(seed: int) -> Drawn:
     zero_input = len(inputs[0].shape) > 0 and draw.chance(0.05)
     features["writes into its input"] = zero_input
     frozen = draw.chance(0.1)
-    features["frozen encoder"] = frozen
+    zero_head = draw.chance(0.12)
+    features |= {"frozen encoder": frozen, "head begins at zero": zero_head}
 
     def model() -> nn.Module:
         makers = [make for _, make in layers]
         module = models.Model([make for _, make in encoders], makers, outputs, zero_input)
         if half != "float32":
             module.set_dtype(dtype)
+        if zero_head:
+            module.head.update(tree_map(mx.zeros_like, module.head.parameters()))
         if frozen:
             module.encoders["input0"].freeze()
         return module

@@ -288,7 +288,7 @@ OPERATIONS: dict[str, Function] = {
     "tile": lambda x: mx.tile(x[:, :2], (1, WIDTH // 2)) - x,
     "minimum": lambda x: mx.minimum(x, x[:, ::-1]),
     "max": lambda x: x - x.max(axis=-1, keepdims=True),
-    "norm": lambda x: x / (1 + mx.linalg.norm(x, axis=-1, keepdims=True)),
+    "norm": lambda x: x / (1 + mx.linalg.norm(x + 0.01, axis=-1, keepdims=True)),
     "stop gradient": lambda x: x + mx.stop_gradient(mx.tanh(x)),
     "clip": lambda x: mx.clip(x, -0.7, 0.9),
     "tril": lambda x: x + mx.tril(x[:, :, None] * x[:, None, :]).sum(axis=-1) * 0.1,
