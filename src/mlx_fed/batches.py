@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, count, islice
 from types import MappingProxyType
@@ -20,8 +19,6 @@ from .task import Config, Data, Task
 from .task_config import KINDS, TracedConfig
 from .weights import Slots
 
-_MOST_PROBES = 16
-"""Clients with examples of one and the same label that padding is tried with."""
 _TAIL_SIZES = 8
 """How many sizes a padded last batch may have: each is one more trace of a program."""
 
@@ -87,8 +84,6 @@ class Batches:
     def __init__(self, task: Task, model: nn.Module, slots: Slots, note: Callable[[str], None]):
         self.task, self.model, self.slots, self.note = task, model, slots, note
         self._paddable: dict[Any, bool] = {}
-        self._samples: dict[Any, Examples] = {}
-        self._probes: Counter[Any] = Counter()
         self._checked: set[Any] = set()
         self._arrays: dict[int, tuple[Any, Examples]] = {}
 
@@ -181,19 +176,12 @@ class Batches:
         if self.slots.statistics or examples.count(arrays) == 0:
             return False
         key = (augment, tuple(functions), training, examples.kind(arrays))
-        if key in self._paddable:
-            return self._paddable[key]
-        others = self._samples.setdefault(key, probe.sample(arrays))
-        settings = _first_settings(config)
-        paddable = probe.is_paddable(
-            self.model, self.slots, functions, arrays, others, augment, training, settings
-        )
-        self._probes[key] += 1
-        # A client's padding is its own examples: where these are of one label, it is decided for
-        # that client alone.
-        if not paddable or probe.is_diverse(arrays, others) or self._probes[key] == _MOST_PROBES:
-            self._paddable[key] = paddable
-        return paddable
+        if key not in self._paddable:
+            self._paddable[key] = probe.is_paddable(
+                *(self.model, self.slots, functions, arrays, augment, training),
+                _first_settings(config),
+            )
+        return self._paddable[key]
 
 
 def _first_settings(config: Config) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -132,7 +133,6 @@ def is_paddable(
     slots: Slots,
     functions: Sequence[Callable[..., Any]],
     arrays: Examples,
-    others: Examples,
     augment: Callable[..., Any] | None,
     training: bool,
     config: Mapping[str, Any] | None,
@@ -141,42 +141,23 @@ def is_paddable(
 
     Then a batch can be padded and the padding masked out. The functions are called on the same
     examples with different padding, with the same random keys, and for training the gradients of
-    the first are compared as well.
+    the first are compared as well. Examples and parameters are random ones: the answer is the same
+    in each process and round, whatever data a client has.
 
     Args:
         model (nn.Module): The model, which is as before afterwards.
         slots (Slots): Its arrays by kind.
         functions (list): The loss, or the loss and metrics.
-        arrays: A client's examples.
-        others: Examples of any client, of the same kind, to pad with as well.
+        arrays: Examples, of which only shapes and dtypes are looked at.
         augment (callable, optional): The task's.
         training (bool): The model's mode.
         config (dict, optional): The settings, for functions that take them.
     """
-    total = examples.count(arrays)
-    real = _rows(arrays, [row % total for row in range(_ROWS)])
-    spread = [row * (total - 1) // (_ROWS - 1) for row in range(_ROWS)]
-    repeated = _rows(arrays, [0] * _ROWS)
-    zeros = examples.replace_leaves(repeated, [mx.zeros_like(a) for a in examples.leaves(repeated)])
-    others = _rows(others, [row % examples.count(others) for row in range(_ROWS)])
-    longer = _rows(arrays, [0] * (_ROWS + 1))  # is the length that of the batch?
-    paddings = [repeated, _rows(arrays, spread), others, zeros, longer]
-    batches = [_joined(real, rows) for rows in paddings]
-    try:
-        values = [_values(model, functions, b, augment, training, config) for b in batches]
-    except Exception:  # a function that wants whole batches; what is wrong shows in training
-        return False
-    for outputs, rows in zip(values, paddings, strict=True):
-        shape = (_ROWS + examples.count(rows),)
-        if any(not isinstance(out, mx.array) or out.shape != shape for out in outputs):
-            return False
-    plain, *changed = values[:-1]
-    if not all(
-        _equal(output[:_ROWS], expected[:_ROWS], 1e-5)
-        for outputs in changed
-        for output, expected in zip(outputs, plain, strict=True)
-    ):
-        return False
+    real, *paddings = (random_like(arrays, _ROWS, number) for number in range(3))
+    zeros = examples.replace_leaves(real, [mx.zeros_like(a) for a in examples.leaves(real)])
+    longer = random_like(arrays, _ROWS + 1, 3)  # is the length that of the batch?
+    batches = [_joined(real, rows) for rows in (*paddings, zeros, longer)]
+    parameters = random_parameters(weights.get(slots.parameters))
 
     def gradient(batch: Examples) -> dict[str, mx.array]:
         def total(parameters: dict[str, mx.array]) -> mx.array:
@@ -185,19 +166,67 @@ def is_paddable(
             return values[:_ROWS].sum()
 
         with running(model, training):
-            return mx.grad(total)(weights.get(slots.parameters))
+            return mx.grad(total)(parameters)
 
-    return not training or find_difference(gradient(batches[3]), gradient(batches[0])) is None
+    try:
+        with module_state.restored(model):
+            weights.put(slots.parameters, parameters)
+            values = [_values(model, functions, b, augment, training, config) for b in batches]
+        for outputs, batch in zip(values, batches, strict=True):
+            shape = (examples.count(batch),)
+            if any(not isinstance(out, mx.array) or out.shape != shape for out in outputs):
+                return False
+        plain, *others = [
+            [np.asarray(out[:_ROWS].astype(mx.float32)) for out in outputs]
+            for outputs in values[:3]
+        ]
+        if not all(np.isfinite(out).all() for out in plain):
+            return False
+        if not all(
+            np.array_equal(out, expected)
+            for outputs in others
+            for out, expected in zip(outputs, plain, strict=True)
+        ):
+            return False
+        return not training or find_difference(gradient(batches[2]), gradient(batches[0])) is None
+    except Exception:  # a function that wants whole batches; what is wrong shows in training
+        return False
 
 
-def is_diverse(arrays: Examples, others: Examples) -> bool:
-    """Whether examples differ in each of their arrays, such as labels.
+def random_like(arrays: Examples, size: int, number: int) -> Examples:
+    """Random examples with the shapes and dtypes of others: positive numbers, integers of 0 and 1.
 
-    If they do not, functions may treat examples by themselves that they would compare with those of
-    another label.
+    Args:
+        arrays: Examples, or a batch.
+        size (int): How many.
+        number (int): Another for other examples.
     """
-    columns = examples.leaves(_joined(arrays, others))
-    return all(bool((column != column[0]).any().item()) for column in columns)
+    keys = Keys(randomness.key(0, "random examples", number))
+
+    def draw(array: mx.array) -> mx.array:
+        shape = (size, *array.shape[1:])
+        if mx.issubdtype(array.dtype, mx.inexact):
+            return mx.random.uniform(0.05, 1.0, shape, key=keys.next()).astype(array.dtype)
+        return mx.random.bernoulli(0.5, shape, key=keys.next()).astype(array.dtype)
+
+    return examples.replace_leaves(arrays, [draw(array) for array in examples.leaves(arrays)])
+
+
+def random_parameters(parameters: Mapping[str, mx.array], number: int = 0) -> dict[str, mx.array]:
+    """Random parameters with the shapes and dtypes of others; weights scaled by their inputs.
+
+    Args:
+        parameters (dict): Parameters by name.
+        number (int): Another for other parameters.
+    """
+    keys = Keys(randomness.key(0, "random parameters", number))
+
+    def draw(array: mx.array) -> mx.array:
+        inputs = math.prod(array.shape[1:]) if array.ndim > 1 else 10
+        values = mx.random.normal(array.shape, key=keys.next()) / math.sqrt(max(1, inputs))
+        return values.astype(array.dtype)
+
+    return {name: draw(array) for name, array in parameters.items()}
 
 
 def sample(arrays: Examples) -> Examples:

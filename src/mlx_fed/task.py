@@ -164,7 +164,7 @@ class Task:
             fails, as for Python's control flow on an array's value, they run uncompiled, which
             the run says. Default: ``True``.
         statistics (str): What becomes of running statistics (BatchNorm's mean and variance):
-            ``"average"`` averages them over clients by examples, ``"local"`` leaves each
+            ``"average"`` averages them over clients as updates, ``"local"`` leaves each
             client its own, as in FedBN (https://arxiv.org/abs/2102.07623).
         buffers (callable, optional): ``buffers(name)`` says which other arrays the model's
             forward pass assigns, such as a codebook, an exponential moving average or the
