@@ -18,7 +18,7 @@ from .randomness import Keys, drawing_from
 from .steps import augmented, running
 from .weights import Slots, WeightsError
 
-_ROWS = 6
+_ROWS = 8
 """Examples whose values must not change with the padding after them, and rows of padding."""
 _EXAMPLES = 8
 """Examples that the effects of a forward pass are looked for with."""
@@ -153,11 +153,59 @@ def is_paddable(
         training (bool): The model's mode.
         config (dict, optional): The settings, for functions that take them.
     """
-    real, *paddings = (random_like(arrays, _ROWS, number) for number in range(3))
+    arguments = model, slots, functions, augment, training, config
+    try:
+        return _depends_on_others(*arguments, arrays, 1.0, False) is False and not any(
+            _depends_on_others(*arguments, arrays, scale, True) for scale in (4.0, 0.1)
+        )
+    except Exception:  # a function that wants whole batches; what is wrong shows in training
+        return False
+
+
+def _depends_on_others(
+    model: nn.Module,
+    slots: Slots,
+    functions: Sequence[Callable[..., Any]],
+    augment: Callable[..., Any] | None,
+    training: bool,
+    config: Mapping[str, Any] | None,
+    arrays: Examples,
+    scale: float,
+    wide: bool,
+) -> bool | None:
+    """Whether the values or gradients of examples change with the others of a batch, or a function
+    gives no value for each; ``None`` where values are not finite.
+
+    Args:
+        scale (float): Of the random parameters: larger ones give larger losses.
+        wide (bool): Examples of large and of negative numbers.
+    """
+    real, *paddings = (random_like(arrays, _ROWS, number, wide) for number in range(3))
     zeros = examples.replace_leaves(real, [mx.zeros_like(a) for a in examples.leaves(real)])
-    longer = random_like(arrays, _ROWS + 1, 3)  # is the length that of the batch?
+    longer = random_like(arrays, _ROWS + 1, 3, wide)  # is the length that of the batch?
     batches = [_joined(real, rows) for rows in (*paddings, zeros, longer)]
-    parameters = random_parameters(weights.get(slots.parameters))
+    parameters = {
+        name: (scale * array).astype(array.dtype)
+        for name, array in random_parameters(weights.get(slots.parameters)).items()
+    }
+    with module_state.restored(model):
+        weights.put(slots.parameters, parameters)
+        values = [_values(model, functions, b, augment, training, config) for b in batches]
+    for outputs, batch in zip(values, batches, strict=True):
+        shape = (examples.count(batch),)
+        if any(not isinstance(out, mx.array) or out.shape != shape for out in outputs):
+            return True
+    plain, *others = [
+        [np.asarray(out[:_ROWS].astype(mx.float32)) for out in outputs] for outputs in values[:3]
+    ]
+    if not all(np.isfinite(out).all() for out in plain):
+        return None
+    if not all(
+        np.array_equal(out, expected)
+        for outputs in others
+        for out, expected in zip(outputs, plain, strict=True)
+    ):
+        return True
 
     def gradient(batch: Examples) -> dict[str, mx.array]:
         def total(parameters: dict[str, mx.array]) -> mx.array:
@@ -168,44 +216,27 @@ def is_paddable(
         with running(model, training):
             return mx.grad(total)(parameters)
 
-    try:
-        with module_state.restored(model):
-            weights.put(slots.parameters, parameters)
-            values = [_values(model, functions, b, augment, training, config) for b in batches]
-        for outputs, batch in zip(values, batches, strict=True):
-            shape = (examples.count(batch),)
-            if any(not isinstance(out, mx.array) or out.shape != shape for out in outputs):
-                return False
-        plain, *others = [
-            [np.asarray(out[:_ROWS].astype(mx.float32)) for out in outputs]
-            for outputs in values[:3]
-        ]
-        if not all(np.isfinite(out).all() for out in plain):
-            return False
-        if not all(
-            np.array_equal(out, expected)
-            for outputs in others
-            for out, expected in zip(outputs, plain, strict=True)
-        ):
-            return False
-        return not training or find_difference(gradient(batches[2]), gradient(batches[0])) is None
-    except Exception:  # a function that wants whole batches; what is wrong shows in training
+    if not training:
         return False
+    return find_difference(gradient(batches[2]), gradient(batches[0])) is not None
 
 
-def random_like(arrays: Examples, size: int, number: int) -> Examples:
+def random_like(arrays: Examples, size: int, number: int, wide: bool = False) -> Examples:
     """Random examples with the shapes and dtypes of others: positive numbers, integers of 0 and 1.
 
     Args:
         arrays: Examples, or a batch.
         size (int): How many.
         number (int): Another for other examples.
+        wide (bool): Large and negative numbers as well.
     """
     keys = Keys(randomness.key(0, "random examples", number))
 
     def draw(array: mx.array) -> mx.array:
         shape = (size, *array.shape[1:])
         if mx.issubdtype(array.dtype, mx.inexact):
+            if wide:
+                return (2 * mx.random.normal(shape, key=keys.next())).astype(array.dtype)
             return mx.random.uniform(0.05, 1.0, shape, key=keys.next()).astype(array.dtype)
         return mx.random.bernoulli(0.5, shape, key=keys.next()).astype(array.dtype)
 
