@@ -68,6 +68,7 @@ class Roster:
     Attributes:
         nodes (dict): The nodes that take part and are online, by id, in order.
         reasons (dict): Why nodes were left out, by the names that they gave.
+        unread (set): Messages whose answers are dropped: of nodes that were sent away or have gone.
         stays (bool): No node stays for certain.
     """
 
@@ -91,6 +92,7 @@ class Roster:
         self.asked: dict[str, int] = {}
         self.heard = 0.0
         self.left_out: set[int] = set()
+        self.unread: set[str] = set()
         self.reasons: dict[str, str] = {}
 
     def update(self) -> None:
@@ -103,6 +105,9 @@ class Roster:
         if self.asked:
             for answer in self.grid.pull_messages(list(self.asked)):
                 self._take_in(answer)
+        if self.unread:  # a grid keeps an answer until it is pulled
+            answers = self.grid.pull_messages(list(self.unread))
+            self.unread -= {answer.metadata.reply_to_message_id for answer in answers}
 
     def wait_for(self, needed: int, seconds: float) -> None:
         """Waits until that many nodes take part, and longer while others answer the roll call.
@@ -152,9 +157,10 @@ class Roster:
 
     def _ask(self, node_ids: set[int]) -> None:
         """Asks those not asked yet; who could not be sent the question is asked next time."""
-        self.asked = {
-            message_id: node_id for message_id, node_id in self.asked.items() if node_id in node_ids
-        }
+        gone = {message_id for message_id, asked in self.asked.items() if asked not in node_ids}
+        self.unread |= gone
+        for message_id in gone:
+            del self.asked[message_id]
         newcomers = sorted(node_ids - set(self.asked.values()))
         asked = {**self.config, "fingerprint": json.dumps(dict(self.fingerprint))}
         content = RecordDict({"config": ConfigRecord(asked)})
@@ -233,7 +239,7 @@ class Roster:
         self.notify("refused", node=name, reason=why)
         content = RecordDict({"config": ConfigRecord({"reason": why})})
         if node_id in set(self.grid.get_node_ids()):
-            push(self.grid, [Message(content, node_id, messages.LEAVE)])
+            self.unread |= push(self.grid, [Message(content, node_id, messages.LEAVE)]).keys()
 
 
 class RosterGrid(Grid):

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from typing import cast
 
 from flwr.common.constant import NOOP_FLWR_AID, SubStatus
-from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import (
@@ -24,6 +23,7 @@ from flwr.superlink.federation import NoOpFederationManager
 from ..spool import Spool
 from . import local
 from .door import Denied, Door
+from .incoming import IncomingReply
 from .store import Objects, StoreFactory
 
 _SUSPENDED = 5.0
@@ -47,11 +47,12 @@ class Link:
     Attributes:
         reply_limit (int): Bytes that a reply may have in all.
         state (InMemoryLinkState): Flower's own.
-        store (Objects): The objects that messages are made of.
+        store (Objects): The objects that the server's messages are made of.
+        replies (dict): Replies that arrive or have arrived, by the ids of the messages that they
+            answer.
         run_id (int): The run.
         finished (bool): The run is over: nodes that ask for work are told so.
         loop (asyncio.AbstractEventLoop): Where the routes run, once they do.
-        complete (set): Ids of messages whose replies have all their objects.
         over (asyncio.Event): Set when the run is, to let held requests go.
     """
 
@@ -64,6 +65,7 @@ class Link:
         )
         self.state = cast(InMemoryLinkState, self.factory.state())
         self.store = cast(Objects, self.state.object_store)
+        self.replies: dict[str, IncomingReply] = {}
         self.run_id = self.state.create_run(
             fab_id=None,
             fab_version=None,
@@ -86,7 +88,6 @@ class Link:
 
         self.finished = False
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.complete: set[str] = set()
         self.over = asyncio.Event()
         self._work: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self._news = threading.Condition()
@@ -197,22 +198,23 @@ class Link:
         message = self.state.message_ins_store.get(message_id)
         return message is not None and message.metadata.dst_node_id == node_id
 
-    def forget_session(self, session_id: str) -> None:
-        """Drops what Flower would keep for minutes of a reply that it has not taken."""
-        self.state._cleanup_push_session(session_id, cleanup_messages=False)
+    def announce(self, message_id: str, reply: IncomingReply) -> IncomingReply | None:
+        """The reply to a message that counts: the first that its node announced.
 
-    def keep_session(self, session_id: str) -> None:
-        """Lets a reply take its time, until it is withdrawn: Flower drops one of whose objects
-        none comes for three minutes, and on a slow connection a large one takes longer."""
-        session = self.state._object_push_sessions.get(session_id)
-        if session is not None:
-            session.expires_at = datetime.max.replace(tzinfo=UTC)
+        One whose sending broke off is announced again, and goes on. ``None`` if another counts,
+        or the message is not waited for any more.
+        """
+        with self.state.lock:
+            if not self.is_for(message_id, reply.node_id):
+                return None
+            counts = self.replies.setdefault(message_id, reply)
+        same = (counts.object_id, counts.children) == (reply.object_id, reply.children)
+        return counts if same else None
 
-    def is_stored(self, reply: MessageProto) -> bool:
-        """Whether this is the reply to its message that counts."""
-        metadata = reply.metadata
-        stored = self.state.message_ins_id_to_message_res_id.get(metadata.reply_to_message_id)
-        return stored == metadata.message_id
+    def is_complete(self, message_id: str) -> bool:
+        """Whether a message's reply has arrived."""
+        reply = self.replies.get(message_id)
+        return reply is not None and reply.is_complete
 
     def deliver_again(self, node_id: int) -> None:
         """Offers a node what it was sent before and did not get: the connection broke.
@@ -224,7 +226,7 @@ class Link:
             for message_id, message in state.message_ins_store.items():
                 if (
                     message.metadata.dst_node_id == node_id
-                    and message_id not in state.message_ins_id_to_message_res_id
+                    and message_id not in self.replies
                     and message_id in state.object_store
                 ):
                     message.metadata.delivered_at = ""
