@@ -103,15 +103,48 @@ def test_headers_without_an_end_are_cut_off(fleet, start, more):
         assert sent < 2**20
 
 
-def test_connections_are_counted(fleet, monkeypatch):
-    monkeypatch.setattr(connections.BoundedConnection, "most", 3)
-    held = [connect(fleet) for _ in range(3)]
-    with connect(fleet) as one_more:
-        assert is_closed(one_more)
+@pytest.fixture
+def few(monkeypatch) -> Iterator[Fleet]:
+    """A server of at most 8 connections."""
+    monkeypatch.setattr("mlx_fed.fleet.server.make_room", lambda: 8)
+    with _socket("127.0.0.1", 0) as listening, _serving(listening) as state:
+        yield Fleet(state, listening.getsockname()[1])
+        state.finish()
+
+
+def connect_from(fleet: Fleet, host: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", fleet.port), 10, source_address=(host, 0))
+
+
+def test_strangers_make_room_for_others(few):
+    """The oldest, from where most of them are; a node's connection is not closed for them."""
+    node = few.node()
+    node.beat()
+    kept = node._transport._local.connection
+    lone = connect_from(few, "127.0.0.3")
+    flood = [connect_from(few, "127.0.0.2") for _ in range(20)]
+    assert is_closed(flood[0])
+    assert not is_closed(lone, 0.2)
+    assert not is_closed(flood[-1], 0.2)
+    node.beat()
+    assert node._transport._local.connection is kept
+    assert few.node().node_id
+    for connection in (lone, *flood):
+        connection.close()
+
+
+def test_a_node_has_so_many_connections(few, monkeypatch):
+    monkeypatch.setattr(connections, "_MOST_OF_KEY", 3)
+    node = few.node()
+    body = fleet_pb2.PullMessagesRequest(node=node._node).SerializeToString()
+    request = head("pull-messages", node, **{"content-length": str(len(body))}) + body
+    held = [connect(few) for _ in range(5)]
+    for connection in held:
+        connection.sendall(request)
+        assert answer(connection) == 200
+    assert [is_closed(connection, 0.3) for connection in held] == [True, True, False, False, False]
     for connection in held:
         connection.close()
-    time.sleep(0.2)
-    assert fleet.node().node_id
 
 
 # -- bodies ------------------------------------------------------------------------------------

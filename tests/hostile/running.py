@@ -23,6 +23,7 @@ from mlx_fed.flower.client import FleetClient
 from ..conftest import Started, free_port
 
 TASK = "tests.tasks:moons"
+FED = ["-m", "mlx_fed"]
 
 
 class Running:
@@ -34,16 +35,19 @@ class Running:
         secure (bool): TLS, and nodes with tokens.
         nodes (int): Honest nodes.
         arguments: More of the server's command.
+        files (int, optional): Files that the server may have open.
     """
 
-    def __init__(self, start, folder: Path, secure: bool, nodes: int = 2, arguments=()):
+    def __init__(self, start, folder: Path, secure: bool, nodes: int = 2, arguments=(), files=0):
         self.folder, self.secure, self.start = folder, secure, start
         self.port = free_port()
         self.federation = folder / "federation"
         where = ["--port", self.port, "--runs", folder / "runs", "--name", "run"]
         where += ["--secure", "--federation", self.federation] if secure else []
         rounds = ["--rounds", 100_000, "--min-nodes", max(nodes, 1)]
-        self.server: Started = start("-m", "mlx_fed", "serve", TASK, *where, *rounds, *arguments)
+        limited = f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, ({files}, {files}))"
+        run = ["-c", f"{limited}; from mlx_fed.cli import main; main()"] if files else FED
+        self.server: Started = start(*run, "serve", TASK, *where, *rounds, *arguments)
         self.server.line("(?i)waiting for|joins with")
         self.honest = [self.join(number) for number in range(nodes)]
 
@@ -55,7 +59,7 @@ class Running:
             who = ["--server", f"127.0.0.1:{self.port}", "--node-id", number]
         home = str(self.folder / "home")
         return self.start(
-            "-m", "mlx_fed", "join", TASK, *who, "-c", "slow=0.01", *arguments, MLX_FED_HOME=home
+            *FED, "join", TASK, *who, "-c", "slow=0.01", *arguments, MLX_FED_HOME=home
         )
 
     def token(self, name: str) -> str:

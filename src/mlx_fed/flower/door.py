@@ -6,6 +6,9 @@ from typing import Protocol
 
 from ..errors import FedError
 
+SIGNED = "mlx-fed.signed"
+"""The extension of an ASGI scope whose function ``by`` is called with the key of a known node."""
+
 
 class Denied(FedError):
     """Why a key is turned away, in words for whoever runs the node."""

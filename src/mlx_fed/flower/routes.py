@@ -34,7 +34,7 @@ from google.protobuf.message import DecodeError
 from . import bounds
 from . import headers as ours
 from .admission import Admission
-from .door import Denied
+from .door import SIGNED, Denied
 from .incoming import IncomingReply, children_in
 from .link import Link
 
@@ -116,6 +116,8 @@ class FleetRoutes:
         except DecodeError as error:
             raise FlowerError(ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, str(error)) from error
         self._admission.check_identity(key, request)
+        if signed := scope.get("extensions", {}).get(SIGNED):
+            signed["by"](key)  # the connection is a node's, and no stranger's
         if getattr(request, "run_id", self.link.run_id) != self.link.run_id:
             raise HTTPException(HTTPStatus.FORBIDDEN, "Another run")
         bounds.shorten_heartbeat(request)
