@@ -18,6 +18,8 @@ from .spool import records_in
 from .weights import Spec, Unread
 
 _LONGEST = 500
+_LONGEST_METRIC = 200
+_MOST_FIGURES = 10_000
 """Characters of a reason that quotes what a stranger sent."""
 
 
@@ -27,7 +29,10 @@ _VARIANCE = "running_var"
 
 
 class Refused(FedError):
-    """Why a reply does not count."""
+    """Why a reply does not count, cut where it quotes more than anyone reads."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason[:_LONGEST])
 
 
 class Reply(NamedTuple):
@@ -240,8 +245,15 @@ def check_figures(metrics: Mapping[str, Any], weighted_by: str) -> None:
     weight = metrics.get(weighted_by)
     if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
         raise Refused(f"{weighted_by} must be a positive number, not {weight!r}")
+    figures = 0
     for key, value in metrics.items():
         values = value if isinstance(value, list) else [value]
+        figures += len(values)
+        if len(key) > _LONGEST_METRIC or figures > _MOST_FIGURES:
+            raise Refused(
+                f"metrics have names of at most {_LONGEST_METRIC} characters, and {_MOST_FIGURES} "
+                "values in all"
+            )
         if not all(math.isfinite(v) for v in values):
             raise Refused(f"metric {key!r} is not finite")
 

@@ -20,12 +20,21 @@ from .errors import FedError, RunError
 from .exchange import pause, push
 from .weights import Spec
 
+LONGEST_NAME = 64
+"""Characters of a node's name."""
+_LARGEST_PARTITION = 2**31
+_MOST_REASONS = 1000
 _LONGEST = 200
 """Characters of a fingerprint that are shown."""
 _LONGEST_REASON = 500
 """Characters of a reason that quotes what a stranger sent."""
 _PATIENCE = 60.0
 """Seconds without an answer to the roll call after which a run no longer waits for more."""
+
+
+def is_name(name: str) -> bool:
+    """Whether a node may be called so: it stands in tables, files and terminals."""
+    return name.isprintable() and 0 < len(name) <= LONGEST_NAME
 
 
 class Node(NamedTuple):
@@ -176,9 +185,10 @@ class Roster:
         try:
             checks.check_answer(answer)
             _, record = messages.config_of(answer.content)
-            node = Node(node_id, str(record["name"]), int(str(record["partition-id"])))
+            node = _node(node_id, record)
             name = node.name
             self._check_name(node)
+            self._check_number(node)
             self._check_fingerprint(record)
             self._check_model(record)
             self._check_free(node)
@@ -199,6 +209,15 @@ class Roster:
         known = getattr(self.grid, "name_of", lambda node_id: None)(node.id)
         if known not in (None, node.name):
             raise checks.Refused(f"its key is that of {known}, whose name it has to have")
+
+    def _check_number(self, node: Node) -> None:
+        """A node that a grid knows by number holds no other part of the data."""
+        number = getattr(self.grid, "number_of", lambda node_id: None)(node.id)
+        if number not in (None, node.partition):
+            raise checks.Refused(
+                f"its key is that of node id {number}, and it says {node.partition}: join without "
+                f"--node-id by a token, or with --node-id {number} by a key"
+            )
 
     def _check_fingerprint(self, record: ConfigRecord) -> None:
         theirs = json.loads(str(record.get("fingerprint", "{}")))
@@ -235,11 +254,31 @@ class Roster:
     def _leave_out(self, node_id: int, name: str, why: str) -> None:
         """A node that cannot take part is told so and not asked again."""
         self.left_out.add(node_id)
+        self.reasons.pop(name, None)
         self.reasons[name] = why
+        for oldest in list(self.reasons)[:-_MOST_REASONS]:
+            del self.reasons[oldest]
         self.notify("refused", node=name, reason=why)
         content = RecordDict({"config": ConfigRecord({"reason": why})})
         if node_id in set(self.grid.get_node_ids()):
             self.unread |= push(self.grid, [Message(content, node_id, messages.LEAVE)]).keys()
+
+
+def _node(node_id: int, record: ConfigRecord) -> Node:
+    """Whom a node says it is.
+
+    Raises:
+        Refused: If a node cannot be called so, or cannot have that number.
+    """
+    name, partition = str(record["name"]), str(record["partition-id"])
+    if not is_name(name):
+        raise checks.Refused(
+            f"a node's name has 1 to {LONGEST_NAME} printable characters, not {len(name)}: "
+            f"{name!r:.90}"
+        )
+    if not partition.isdecimal() or len(partition) > 10 or int(partition) >= _LARGEST_PARTITION:
+        raise checks.Refused(f"its node id is no number below {_LARGEST_PARTITION}")
+    return Node(node_id, name, int(partition))
 
 
 class RosterGrid(Grid):

@@ -23,7 +23,7 @@ from mlx_fed.flower.client import FleetClient
 from ..conftest import Started, free_port
 
 TASK = "tests.tasks:moons"
-FED = ["-m", "mlx_fed"]
+FED = ("-m", "mlx_fed")
 
 
 class Running:
@@ -35,19 +35,18 @@ class Running:
         secure (bool): TLS, and nodes with tokens.
         nodes (int): Honest nodes.
         arguments: More of the server's command.
-        files (int, optional): Files that the server may have open.
+        command (tuple): What Python runs as ``mlx-fed``.
     """
 
-    def __init__(self, start, folder: Path, secure: bool, nodes: int = 2, arguments=(), files=0):
+    def __init__(self, start, folder: Path, secure: bool, nodes=2, arguments=(), command=FED):
         self.folder, self.secure, self.start = folder, secure, start
+        self.tokens: dict[str, str] = {}
         self.port = free_port()
         self.federation = folder / "federation"
         where = ["--port", self.port, "--runs", folder / "runs", "--name", "run"]
         where += ["--secure", "--federation", self.federation] if secure else []
         rounds = ["--rounds", 100_000, "--min-nodes", max(nodes, 1)]
-        limited = f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, ({files}, {files}))"
-        run = ["-c", f"{limited}; from mlx_fed.cli import main; main()"] if files else FED
-        self.server: Started = start(*run, "serve", TASK, *where, *rounds, *arguments)
+        self.server: Started = start(*command, "serve", TASK, *where, *rounds, *arguments)
         self.server.line("(?i)waiting for|joins with")
         self.honest = [self.join(number) for number in range(nodes)]
 
@@ -63,8 +62,10 @@ class Running:
         )
 
     def token(self, name: str) -> str:
-        """A token for another node."""
-        return Federation(self.federation).invite(name)
+        """A node's token, which is made the first time."""
+        if name not in self.tokens:
+            self.tokens[name] = Federation(self.federation).invite(name)
+        return self.tokens[name]
 
     def hostile(self, name: str = "hostile") -> HostileNode:
         """A node that has joined, and will send what it likes."""

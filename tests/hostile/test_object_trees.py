@@ -164,14 +164,9 @@ ROOM = 150 * MEGABYTE
 """More than one reply may take, and less than what each of these sends."""
 
 
-def heap(size: int) -> tuple[str, bytes]:
-    """An object of this size, small enough to be held in memory."""
-    return made([], body=os.urandom(size))
-
-
 def push_a_heap(node: HostileNode, question: Message, root: str, count: int) -> None:
-    """Pushes a reply's objects, 900 kB each, but for the reply itself."""
-    objects = dict(heap(900_000) for _ in range(count))
+    """Pushes a reply's objects, each too small for the disk, but for the reply itself."""
+    objects = dict(made([], body=os.urandom(250_000)) for _ in range(count))
     tree = ObjectTree(object_id=root, children=[ObjectTree(object_id=each) for each in objects])
     with suppress(Refused):
         node.push_all(empty_reply(question), tree, objects)
@@ -180,7 +175,7 @@ def push_a_heap(node: HostileNode, question: Message, root: str, count: int) -> 
 def test_a_reply_that_is_announced_again_and_again_is_one(running, node):
     before, question = running.memory, node.asked()
     for _ in range(25):
-        push_a_heap(node, question, made([], body=b"never sent")[0], 10)
+        push_a_heap(node, question, made([], body=b"never sent")[0], 40)
     assert running.memory - before < ROOM
     running.goes_on()
 
@@ -196,7 +191,7 @@ def test_what_a_node_left_behind_goes_with_it(running, to):
         if to == "the farewell":
             node.send(roll_call_answer(question, "-", 0), 0.0)
             question = node.asked()
-        push_a_heap(node, question, made([], body=b"never sent")[0], 45)
+        push_a_heap(node, question, made([], body=b"never sent")[0], 160)
         node.leave()
         running.goes_on(1)
     assert running.memory - before < ROOM

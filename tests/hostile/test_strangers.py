@@ -15,12 +15,17 @@ from .running import Running
 
 FILES = 400
 """Files that the server may have open."""
+LIMITED = (
+    "-c",
+    f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, ({FILES}, {FILES})); "
+    "from mlx_fed.cli import main; main()",
+)
 
 
 @pytest.fixture(scope="module", params=["TLS", "plaintext"])
 def running(request, start_once, tmp_path_factory) -> Iterator[Running]:
     running = Running(
-        start_once, tmp_path_factory.mktemp("run"), request.param == "TLS", files=FILES
+        start_once, tmp_path_factory.mktemp("run"), request.param == "TLS", command=LIMITED
     )
     running.goes_on()
     return running

@@ -24,6 +24,13 @@ class Door(Protocol):
             Denied: If there is none, or it was revoked.
         """
 
+    def number_of(self, key: bytes) -> int:
+        """The number of the node with this public key (PEM): which part of the data it holds.
+
+        Raises:
+            Denied: If there is none, or it was revoked.
+        """
+
     def enrol(self, invitation: str, key: bytes) -> str:
         """Makes a key known by an invitation, which serves once, and returns the node's name.
 

@@ -51,6 +51,10 @@ class LinkGrid(OneRunGrid):
         """The name that the server knows a node by, where it does."""
         return self._link.name_of(node_id)
 
+    def number_of(self, node_id: int) -> int | None:
+        """Which part of the data a node has to hold, where the server knows it."""
+        return self._link.number_of(node_id)
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Hands messages to the nodes they are for; every one gets an id, in order.
 

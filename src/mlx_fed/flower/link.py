@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
+from itertools import islice
 from typing import cast
 
 from flwr.common.constant import NOOP_FLWR_AID, SubStatus
@@ -125,13 +126,39 @@ class Link:
         return online if self.door is None else {i for i in online if self._is_known(i)}
 
     def is_full(self) -> bool:
-        """Whether as many nodes have registered as may."""
-        return len(self.state.nodes) >= _MOST_NODES
+        """Whether as many nodes are online as may register: one that is not makes room."""
+        state = self.state
+        with state.lock:
+            if len(state.nodes) >= _MOST_NODES:
+                gone = (node for node in state.nodes.values() if node.status != NodeStatus.ONLINE)
+                for node in islice(gone, 1):
+                    self.forget_node(node.node_id)
+            return len(state.nodes) >= _MOST_NODES
+
+    def forget_node(self, node_id: int) -> None:
+        """Takes a node off the list for good, with all that is kept of it."""
+        state = self.state
+        with state.lock:
+            if (node := state.nodes.pop(node_id, None)) is None:
+                return
+            state.node_public_key_to_node_id.pop(node.public_key, None)
+            state.owner_to_node_ids[node.owner_aid].discard(node_id)
+        for kept in (self._work, self._held, self._heard):
+            kept.pop(node_id, None)
 
     def name_of(self, node_id: int) -> str | None:
         """The name that the door has for a node, where there is a door."""
         node = self.state.nodes.get(node_id)
         return node.name if node is not None and self.door is not None else None
+
+    def number_of(self, node_id: int) -> int | None:
+        """The number that the door has for a node, where there is a door.
+
+        Raises:
+            Denied: If the door does not know the node any more.
+        """
+        node = self.state.nodes.get(node_id)
+        return self.door.number_of(node.public_key) if node and self.door is not None else None
 
     def require_known(self, node_id: int) -> None:
         """Raises :class:`Denied` if the door does not know a node any more."""
@@ -162,6 +189,8 @@ class Link:
         A process that ends closes its connections, so that a node which was killed is noticed
         without waiting for heartbeats that do not come.
         """
+        if node_id not in self._held:
+            return  # it has been forgotten meanwhile
         self._held[node_id] -= 1
         if broken and self.loop is not None:
             heard = self._heard[node_id]
@@ -187,8 +216,7 @@ class Link:
             found = state.get_node_info(node_ids=[] if node_id is None else [node_id])
             for node in found:
                 if node.status == NodeStatus.OFFLINE:
-                    del state.nodes[node.node_id], state.node_public_key_to_node_id[key]
-                    state.owner_to_node_ids[node.owner_aid].discard(node.node_id)
+                    self.forget_node(node.node_id)
                     state.create_node(node.owner_aid, node.owner_name, key, 0, name=node.name)
 
     # Messages.

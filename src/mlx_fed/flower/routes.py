@@ -236,8 +236,11 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
         return message_pb2.PushObjectResponse(stored=stored)
 
     def unregister(request: Any) -> Any:
-        auth = link.door is not None
-        return fleet_handlers.unregister_node(request, state, enable_supernode_auth=auth)
+        if link.door is not None:  # its key stays known
+            return fleet_handlers.unregister_node(request, state, enable_supernode_auth=True)
+        link.forget_node(request.node_id)
+        link.tell_grid()
+        return fleet_pb2.UnregisterNodeFleetResponse()
 
     return {
         _PREFIX + "register-node": register,
