@@ -79,11 +79,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
     """Starts a Python command in the repository, such as ``start("server.py", "--port", "0")``."""
+    yield from starting(tmp_path)
+
+
+def starting(folder: Path) -> Iterator[Callable[..., Started]]:
+    """What starts processes, whose output goes to the folder; in the end it ends them."""
     started: list[Started] = []
 
     def start(*arguments: object, cwd: Path = ROOT, **env: str) -> Started:
         command = [sys.executable, *map(str, arguments)]
-        output = tmp_path / f"output-{len(started)}.txt"
+        output = folder / f"output-{len(started)}.txt"
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "100", **env}
         started.append(Started(command, output, cwd, environment))

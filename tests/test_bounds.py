@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import pytest
+from fastapi import HTTPException
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
 from flwr.proto.message_pb2 import ObjectTree
@@ -17,7 +18,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from mlx_fed.fleet import connections
 from mlx_fed.fleet.server import _serving, _socket
-from mlx_fed.flower import bounds, client, link
+from mlx_fed.flower import bounds, client, incoming, link
 from mlx_fed.flower.client import FleetClient, Refused, Unreachable
 
 from .test_flower import Fleet, push_request
@@ -102,15 +103,48 @@ def test_headers_without_an_end_are_cut_off(fleet, start, more):
         assert sent < 2**20
 
 
-def test_connections_are_counted(fleet, monkeypatch):
-    monkeypatch.setattr(connections.BoundedConnection, "most", 3)
-    held = [connect(fleet) for _ in range(3)]
-    with connect(fleet) as one_more:
-        assert is_closed(one_more)
+@pytest.fixture
+def few(monkeypatch) -> Iterator[Fleet]:
+    """A server of at most 8 connections."""
+    monkeypatch.setattr("mlx_fed.fleet.server.make_room", lambda: 8)
+    with _socket("127.0.0.1", 0) as listening, _serving(listening) as state:
+        yield Fleet(state, listening.getsockname()[1])
+        state.finish()
+
+
+def connect_from(fleet: Fleet, host: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", fleet.port), 10, source_address=(host, 0))
+
+
+def test_strangers_make_room_for_others(few):
+    """The oldest, from where most of them are; a node's connection is not closed for them."""
+    node = few.node()
+    node.beat()
+    kept = node._transport._local.connection
+    lone = connect_from(few, "127.0.0.3")
+    flood = [connect_from(few, "127.0.0.2") for _ in range(20)]
+    assert is_closed(flood[0])
+    assert not is_closed(lone, 0.2)
+    assert not is_closed(flood[-1], 0.2)
+    node.beat()
+    assert node._transport._local.connection is kept
+    assert few.node().node_id
+    for connection in (lone, *flood):
+        connection.close()
+
+
+def test_a_node_has_so_many_connections(few, monkeypatch):
+    monkeypatch.setattr(connections, "_MOST_OF_KEY", 3)
+    node = few.node()
+    body = fleet_pb2.PullMessagesRequest(node=node._node).SerializeToString()
+    request = head("pull-messages", node, **{"content-length": str(len(body))}) + body
+    held = [connect(few) for _ in range(5)]
+    for connection in held:
+        connection.sendall(request)
+        assert answer(connection) == 200
+    assert [is_closed(connection, 0.3) for connection in held] == [True, True, False, False, False]
     for connection in held:
         connection.close()
-    time.sleep(0.2)
-    assert fleet.node().node_id
 
 
 # -- bodies ------------------------------------------------------------------------------------
@@ -160,7 +194,7 @@ def asked(fleet: Fleet, node: FleetClient) -> Message:
 
 
 def test_a_message_has_so_many_objects(fleet, monkeypatch):
-    monkeypatch.setattr(bounds, "_MOST_OBJECTS", 10)
+    monkeypatch.setattr(incoming, "MOST_OBJECTS", 10)
     node = fleet.node()
     request = push_request(node, Message(RecordDict(), reply_to=asked(fleet, node)))
     many = [ObjectTree(object_id=f"{number:064x}") for number in range(11)]
@@ -169,6 +203,36 @@ def test_a_message_has_so_many_objects(fleet, monkeypatch):
         node._transport.PushMessages(request)
     assert refusal.value.status == 413
     assert len(fleet.link.state.object_store) == 0
+
+
+TREES = {
+    "deep": ["a", ["b", ["c", ["d", ["e", ["f", ["g", ["h", ["i"]]]]]]]]],
+    "a child twice": ["a", ["b"], ["b"]],
+    "other children": ["a", ["b", ["c"]], ["d", ["b"]]],
+    "itself": ["a", ["a"]],
+}
+
+
+@pytest.mark.parametrize("shape", TREES)
+def test_a_tree_that_no_message_has_is_refused(shape):
+    with pytest.raises(HTTPException) as refusal:
+        incoming.children_in(tree_of(TREES[shape]))
+    assert refusal.value.status_code == 400
+
+
+def test_an_object_stands_at_several_places_of_a_tree():
+    """As in two records that hold the same zeros."""
+    tree = tree_of(["a", ["b", ["d"]], ["c", ["d"]]])
+    children = {
+        id[0]: {child[0] for child in ids} for id, ids in incoming.children_in(tree).items()
+    }
+    assert children == {"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}
+
+
+def tree_of(shape: list) -> ObjectTree:
+    name, *children = shape
+    letter = name if name <= "f" else chr(ord(name) - ord("g") + ord("0"))
+    return ObjectTree(object_id=letter * 64, children=map(tree_of, children))
 
 
 @pytest.mark.parametrize(
@@ -192,37 +256,53 @@ def test_a_reply_has_so_many_bytes(fleet):
         node.send(reply, 0.0)
 
 
-def test_a_reply_is_announced_once_at_a_time(fleet):
-    """Objects come for the last announcement only, or their bytes could not be counted."""
+def test_a_reply_is_announced_as_often_as_its_node_likes_and_is_one(fleet):
     node = fleet.node()
-    reply = Message(RecordDict({"c": ConfigRecord({"b": b"x"})}), reply_to=asked(fleet, node))
-    sessions = []
-    for _ in range(3):
-        response = node._transport.PushMessages(push_request(node, reply))
-        sessions.append(response.session_id)
+    question = asked(fleet, node)
+    reply = Message(RecordDict({"c": ConfigRecord({"b": b"x"})}), reply_to=question)
     objects = get_all_nested_objects(reply)
-    for session, stored in zip(sessions, (False, False, True), strict=True):
-        object_id = response.objects_to_push[0]
+    for object_id, item in objects.items():
+        response = node._transport.PushMessages(push_request(node, reply))
+        assert object_id in response.objects_to_push
         request = message_pb2.PushObjectRequest(
             node=node._node,
             run_id=fleet.link.run_id,
             object_id=object_id,
-            object_content=objects[object_id].deflate(),
-            session_id=session,
+            object_content=item.deflate(),
+            session_id=response.session_id,
         )
-        assert node._transport.PushObject(request).stored == stored
+        assert node._transport.PushObject(request).stored
+        assert not node._transport.PushObject(request).stored
+    assert list(fleet.link.replies) == [question.metadata.message_id]
+    assert len(fleet.grid.pull_messages(list(fleet.link.replies))) == 1
+    assert not fleet.link.replies
+
+
+def test_a_node_sends_nothing_for_another_nodes_reply(fleet):
+    node, other = fleet.node(), fleet.node()
+    reply = Message(RecordDict(), reply_to=asked(fleet, node))
+    response = node._transport.PushMessages(push_request(node, reply))
+    (object_id, item), *_ = get_all_nested_objects(reply).items()
+    request = message_pb2.PushObjectRequest(
+        node=other._node,
+        run_id=fleet.link.run_id,
+        object_id=object_id,
+        object_content=item.deflate(),
+        session_id=response.session_id,
+    )
+    assert not other._transport.PushObject(request).stored
 
 
 def test_replies_that_are_not_taken_leave_nothing_behind(fleet):
     node = fleet.node()
     reply = Message(RecordDict(), reply_to=asked(fleet, node))
-    sessions = fleet.link.state._object_push_sessions
     for number in range(5):
         request = push_request(node, reply, reply_to_message_id=f"{number:064x}")
         assert not node._transport.PushMessages(request).objects_to_push
         request = push_request(node, reply)
         node._transport.PushMessages(request)
-    assert len(sessions) <= 1
+    assert len(fleet.link.replies) == 1
+    assert not fleet.link.state._object_push_sessions
     assert len(fleet.link.state.object_store) < 10
 
 
@@ -274,10 +354,10 @@ def test_what_is_bounded_is_enough_for_a_large_model():
     """10,000 arrays of 400 MB in all: their announcement, and each object."""
     tree = ObjectTree(object_id="0" * 64)
     for number in range(25_000):
-        tree.children.append(ObjectTree(object_id=f"{number:064x}"))
+        tree.children.append(ObjectTree(object_id=f"{number + 1:064x}"))
     request = fleet_pb2.PushMessagesRequest(message_object_trees=[tree])
     assert request.ByteSize() < bounds._LARGEST["push-messages"]
-    bounds.check_tree(tree)
+    assert len(incoming.children_in(tree)) == 25_001
     assert bounds._LARGEST["push-object"] > 5 * 2**20 + 1024
 
 

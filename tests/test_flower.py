@@ -661,7 +661,7 @@ def test_a_reply_to_nothing_changes_nothing(fleet):
     reply.metadata.__dict__["_src_node_id"] = node.node_id
     request = push_request(node, reply, reply_to_message_id="0" * 64)
     assert not node._transport.PushMessages(request).objects_to_push
-    assert not fleet.link.complete
+    assert not fleet.link.replies
 
 
 @pytest.mark.parametrize("pose", ["another node", "the server", "nobody"])

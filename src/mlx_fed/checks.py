@@ -19,6 +19,8 @@ from .spool import records_in
 from .weights import Spec, Unread
 
 _LONGEST = 500
+_LONGEST_METRIC = 200
+_MOST_FIGURES = 10_000
 """Characters of a reason that quotes what a stranger sent."""
 
 
@@ -31,7 +33,10 @@ _ZERO = np.zeros((), np.float32)
 
 
 class Refused(FedError):
-    """Why a reply does not count."""
+    """Why a reply does not count, cut where it quotes more than anyone reads."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason[:_LONGEST])
 
 
 class NotFinite(Refused):
@@ -256,6 +261,7 @@ def check_evaluation(
         _check_weight(metrics, "num-examples", max_weight)
     # With weights of their own all but counts do without num-tokens, which may be 0.
     _check_weight(metrics, weighted_by, max_weight, bool(weights) and weighted_by != "num-examples")
+    _check_extent(metrics)
     reasons = messages.values_of(message.content, messages.UNDEFINED)
     undefined = {
         name: str(reasons.get(name, f"it is {value}"))[:_LONGEST]
@@ -273,6 +279,16 @@ def _metrics_of(message: Message) -> MetricRecord:
     if len(records) != 1:
         raise Refused(f"expected one record of metrics, got {len(records)}")
     return records[0]
+
+
+def _check_extent(metrics: Mapping[str, Any]) -> None:
+    """Refuses metrics of long names or of many values, which a history would keep."""
+    figures = sum(len(value) if isinstance(value, list) else 1 for value in metrics.values())
+    if figures > _MOST_FIGURES or any(len(name) > _LONGEST_METRIC for name in metrics):
+        raise Refused(
+            f"metrics have names of at most {_LONGEST_METRIC} characters, and {_MOST_FIGURES} "
+            "values in all"
+        )
 
 
 def _check_weight(
@@ -295,6 +311,7 @@ def check_figures(
         Refused: Naming the first that is not.
     """
     _check_weight(metrics, weighted_by, max_weight)
+    _check_extent(metrics)
     for key, value in metrics.items():
         if not is_defined(value):
             raise NotFinite(f"metric {key!r} is not finite")

@@ -27,6 +27,7 @@ from starlette.routing import Route
 from . import http, labels, records, runs, status
 from .errors import FedError
 from .fleet import address
+from .fleet.connections import MOST_OF_PAGE, BoundedConnection, Server
 from .page import page, policy
 
 _PAUSE = 1.0
@@ -74,6 +75,7 @@ def serving(
     listening = _listening(host, port, insecure)
     config = uvicorn.Config(
         app(folder),
+        http=BoundedConnection,
         lifespan="off",
         log_level="error",
         access_log=False,
@@ -83,7 +85,7 @@ def serving(
         server_header=False,
     )
     failed = DashboardError("The dashboard's thread ended at its start.")
-    with http.running(config, listening, failed):
+    with http.running(Server(config, MOST_OF_PAGE), listening, failed):
         yield f"http://{address.join(host, listening.getsockname()[1])}/"
 
 

@@ -29,15 +29,14 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def running(config: uvicorn.Config, listening: socket.socket, failed: Exception) -> Iterator[None]:
+def running(server: uvicorn.Server, listening: socket.socket, failed: Exception) -> Iterator[None]:
     """Serves from a thread; the context begins when the server has started.
 
     Args:
-        config (uvicorn.Config): What is served, and how.
+        server (uvicorn.Server): What is served, and how.
         listening (socket.socket): Where.
         failed (Exception): Raised if the server ends before it has started.
     """
-    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     try:

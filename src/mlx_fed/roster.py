@@ -20,12 +20,21 @@ from .errors import FedError, RunError
 from .exchange import pause, push
 from .weights import Spec
 
+LONGEST_NAME = 64
+"""Characters of a node's name."""
+_LARGEST_PARTITION = 2**31
+_MOST_REASONS = 1000
 _LONGEST = 200
 """Characters of a fingerprint that are shown."""
 _LONGEST_REASON = 500
 """Characters of a reason that quotes what a stranger sent."""
 _PATIENCE = 60.0
 """Seconds without an answer to the roll call after which a run no longer waits for more."""
+
+
+def is_name(name: str) -> bool:
+    """Whether a node may be called so: it stands in tables, files and terminals."""
+    return name.isprintable() and 0 < len(name) <= LONGEST_NAME
 
 
 class Node(NamedTuple):
@@ -69,6 +78,7 @@ class Roster:
     Attributes:
         nodes (dict): The nodes that take part and are online, by id, in order.
         reasons (dict): Why nodes were left out, by the names that they gave.
+        unread (set): Messages whose answers are dropped: of nodes that were sent away or have gone.
         stays (bool): No node stays for certain.
     """
 
@@ -93,6 +103,7 @@ class Roster:
         self.asked: dict[str, int] = {}
         self.heard = 0.0
         self.left_out: set[int] = set()
+        self.unread: set[str] = set()
         self.reasons: dict[str, str] = {}
 
     def update(self) -> None:
@@ -105,6 +116,9 @@ class Roster:
         if self.asked:
             for answer in self.grid.pull_messages(list(self.asked)):
                 self._take_in(answer)
+        if self.unread:  # a grid keeps an answer until it is pulled
+            answers = self.grid.pull_messages(list(self.unread))
+            self.unread -= {answer.metadata.reply_to_message_id for answer in answers}
 
     def wait_for(self, needed: int, seconds: float) -> None:
         """Waits until that many nodes take part, and longer while others answer the roll call.
@@ -154,9 +168,10 @@ class Roster:
 
     def _ask(self, node_ids: set[int]) -> None:
         """Asks those not asked yet; who could not be sent the question is asked next time."""
-        self.asked = {
-            message_id: node_id for message_id, node_id in self.asked.items() if node_id in node_ids
-        }
+        gone = {message_id for message_id, asked in self.asked.items() if asked not in node_ids}
+        self.unread |= gone
+        for message_id in gone:
+            del self.asked[message_id]
         newcomers = sorted(node_ids - set(self.asked.values()))
         asked = {**self.config, "fingerprint": json.dumps(dict(self.fingerprint))}
         content = RecordDict({"config": ConfigRecord(asked)})
@@ -172,9 +187,10 @@ class Roster:
         try:
             checks.check_answer(answer)
             _, record = messages.config_of(answer.content)
-            node = Node(node_id, str(record["name"]), int(str(record["partition-id"])))
+            node = _node(node_id, record)
             name = node.name
             self._check_name(node)
+            self._check_number(node)
             self._check_fingerprint(record)
             self._check_model(record)
             rounding = self._check_frozen(record)
@@ -198,6 +214,15 @@ class Roster:
         known = getattr(self.grid, "name_of", lambda node_id: None)(node.id)
         if known not in (None, node.name):
             raise checks.Refused(f"its key is that of {known}, whose name it has to have")
+
+    def _check_number(self, node: Node) -> None:
+        """A node that a grid knows by number holds no other part of the data."""
+        number = getattr(self.grid, "number_of", lambda node_id: None)(node.id)
+        if number not in (None, node.partition):
+            raise checks.Refused(
+                f"its key is that of node id {number}, and it says {node.partition}: join without "
+                f"--node-id by a token, or with --node-id {number} by a key"
+            )
 
     def _check_fingerprint(self, record: ConfigRecord) -> None:
         theirs = json.loads(str(record.get("fingerprint", "{}")))
@@ -242,11 +267,31 @@ class Roster:
     def _leave_out(self, node_id: int, name: str, why: str) -> None:
         """A node that cannot take part is told so and not asked again."""
         self.left_out.add(node_id)
+        self.reasons.pop(name, None)
         self.reasons[name] = why
+        for oldest in list(self.reasons)[:-_MOST_REASONS]:
+            del self.reasons[oldest]
         self.notify("refused", node=name, reason=why)
         content = RecordDict({"config": ConfigRecord({"reason": why})})
         if node_id in set(self.grid.get_node_ids()):
-            push(self.grid, [Message(content, node_id, messages.LEAVE)])
+            self.unread |= push(self.grid, [Message(content, node_id, messages.LEAVE)]).keys()
+
+
+def _node(node_id: int, record: ConfigRecord) -> Node:
+    """Whom a node says it is.
+
+    Raises:
+        Refused: If a node cannot be called so, or cannot have that number.
+    """
+    name, partition = str(record["name"]), str(record["partition-id"])
+    if not is_name(name):
+        raise checks.Refused(
+            f"a node's name has 1 to {LONGEST_NAME} printable characters, not {len(name)}: "
+            f"{name!r:.90}"
+        )
+    if not partition.isdecimal() or len(partition) > 10 or int(partition) >= _LARGEST_PARTITION:
+        raise checks.Refused(f"its node id is no number below {_LARGEST_PARTITION}")
+    return Node(node_id, name, int(partition))
 
 
 class RosterGrid(Grid):

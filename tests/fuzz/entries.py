@@ -40,11 +40,13 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
+    get_object_children_ids_from_object_content,
     get_object_tree,
     iterate_object_tree,
 )
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+from google.protobuf.message import DecodeError
 
 from mlx_fed import checkpoint, checks, history, messages, weights
 from mlx_fed.arguments import parse_settings
@@ -132,7 +134,7 @@ class World:
         state = self.link.state
         assert state.nodes[self.honest.node_id].status == NodeStatus.ONLINE
         assert self.waiting in state.message_ins_store
-        assert self.waiting not in state.message_ins_id_to_message_res_id
+        assert self.waiting not in self.link.replies
         assert self.theirs <= set(state.object_store.store)  # type: ignore[attr-defined]
 
 
@@ -240,8 +242,7 @@ def reply_object(data: bytes) -> bool:
     root = next(reversed(contents))
     reply.metadata.__dict__["_message_id"] = root
     envelope = message_to_proto(remove_content_from_message(reply))
-    tree = ObjectTree(object_id=root)
-    tree.children.extend(ObjectTree(object_id=each) for each in contents if each != root)
+    tree = _tree_of(root, contents)
     announced = fleet_pb2.PushMessagesRequest(
         node=here.node._node, messages_list=[envelope], message_object_trees=[tree]
     )
@@ -266,6 +267,40 @@ def reply_object(data: bytes) -> bool:
     return any(counts)
 
 
+def object_tree(data: bytes) -> bool:
+    """The tree of a reply, as protobuf: whether the reply is waited for."""
+    here = world()
+    question = here.question()
+    message_id = question.metadata.message_id
+    tree = ObjectTree()
+    with suppress(DecodeError):
+        tree.ParseFromString(data)
+    reply = Message(RecordDict(), reply_to=question)
+    reply.metadata.__dict__["_message_id"] = tree.object_id
+    announced = fleet_pb2.PushMessagesRequest(
+        node=here.node._node,
+        messages_list=[message_to_proto(remove_content_from_message(reply))],
+        message_object_trees=[tree],
+    )
+    here.post(here.node, "/v1/fleet/push-messages", announced.SerializeToString())
+    incoming = here.link.replies.get(message_id)
+    if incoming is not None:
+        assert not incoming.is_complete
+        assert incoming.missing == set(incoming.children) == _within(incoming.children, tree, 8)
+    here.grid.withdraw([message_id])
+    assert message_id not in here.link.replies
+    here.check()
+    return incoming is not None
+
+
+def _within(children: Any, tree: ObjectTree, levels: int) -> set[str]:
+    """The ids in a tree of so many levels, each of which has these children."""
+    assert levels > 0
+    assert {child.object_id for child in tree.children} == children[tree.object_id]
+    below = [_within(children, child, levels - 1) for child in tree.children]
+    return {tree.object_id}.union(*below)
+
+
 def _reply_content() -> RecordDict:
     return RecordDict(
         {
@@ -274,6 +309,15 @@ def _reply_content() -> RecordDict:
             "config": ConfigRecord({"name": "a", "partition-id": 0}),
         }
     )
+
+
+def _tree_of(object_id: str, contents: dict[str, bytes]) -> ObjectTree:
+    """The tree that the objects' own heads give, where they are such."""
+    children: list[str] = []
+    with suppress(ValueError):
+        children = get_object_children_ids_from_object_content(contents[object_id])
+    below = [_tree_of(child, contents) for child in children if child in contents]
+    return ObjectTree(object_id=object_id, children=below)
 
 
 def _with_object(reply: Message, which: int, data: bytes) -> dict[str, bytes]:
@@ -509,6 +553,14 @@ def _objects() -> list[bytes]:
     return [bytes([place]) + item.deflate() for place, item in enumerate(objects)]
 
 
+def _trees() -> list[bytes]:
+    """A reply's tree, and one in which an object has itself as a child."""
+    reply = Message(_reply_content(), reply_to=Message(RecordDict(), 7, MessageType.TRAIN))
+    tree = get_object_tree(reply)
+    within = ObjectTree(object_id="0" * 64, children=[ObjectTree(object_id="0" * 64)])
+    return [tree.SerializeToString(), within.SerializeToString()]
+
+
 def _in_order(message: Message) -> list[Any]:
     """A message's objects as a node pulls them."""
     objects = get_all_nested_objects(message)
@@ -548,6 +600,7 @@ ENTRIES: dict[str, Callable[[bytes], object]] = {
     "headers": request_headers,
     "wire": wire,
     "reply": reply_object,
+    "object tree": object_tree,
     "arrays": array_bytes,
     "roll call": roll_call,
     "invitation": invitation,
@@ -586,6 +639,7 @@ def seeds() -> dict[str, list[bytes]]:
             b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1;a=b\r\nx\r\n0\r\na: b\r\n\r\n",
         ],
         "reply": _objects(),
+        "object tree": _trees(),
         "arrays": [b"\xff" + shard.getvalue(), b"\x00" + plain.getvalue()],
         "roll call": [
             "\0".join(["node-0", "0", '{"base": "3f2a"}', json.dumps(SPEC), "{}"]).encode(),

@@ -126,6 +126,13 @@ class Members:
 
     def name_of(self, key: bytes) -> str:
         """The name of the node with this key; see :class:`~mlx_fed.flower.door.Door`."""
+        return self._enrolled(key).name
+
+    def number_of(self, key: bytes) -> int:
+        """The number of the node with this key; see :class:`~mlx_fed.flower.door.Door`."""
+        return self._enrolled(key).number
+
+    def _enrolled(self, key: bytes) -> Member:
         self._look()
         member = self._by_key.get(key)
         if member is None:
@@ -135,7 +142,7 @@ class Members:
             )
         if member.revoked:
             raise Denied(f"The key of {member.name} was revoked on the server.")
-        return member.name
+        return member
 
     def enrol(self, invitation: str, key: bytes) -> str:
         """Makes a key known by ``name:secret``; see :class:`~mlx_fed.flower.door.Door`."""

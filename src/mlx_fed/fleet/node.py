@@ -24,6 +24,7 @@ from ..flower import headers
 from ..flower.client import FleetClient, Refused, Unavailable, Unreachable, Untrusted
 from ..flower.replies import error_reply
 from ..progress import quiet_flower, told_or_terminal
+from ..roster import LONGEST_NAME, is_name
 from ..spool import Spool, records_in
 from ..task import Data, Task, TaskSource, make_task
 from ..task_config import KINDS, TracedConfig, check_config
@@ -35,7 +36,6 @@ _BEAT = 2.0
 _MAX_PAUSE = 1.0
 _TAKEN = 30.0
 """Seconds after which a server has noticed that a node before this one, with its key, is gone."""
-_LONGEST_NAME = 64
 
 
 class JoinError(FedError):
@@ -133,9 +133,9 @@ def join(
     if partition_id is None:
         partition_id = who.number or 0
     clientapp.check_partition(partition_id, num_partitions)
-    if name is not None and not (name.isprintable() and 0 < len(name) <= _LONGEST_NAME):
+    if name is not None and not is_name(name):
         raise JoinError(
-            f"A node's name has 1 to {_LONGEST_NAME} printable characters: {name!r:.90}."
+            f"A node's name has 1 to {LONGEST_NAME} printable characters: {name!r:.90}."
         )
     quiet_flower()
     memory.keep_what_is_freed()

@@ -26,7 +26,7 @@ from ..spool import Spool
 from ..task import TaskSource
 from ..training import Trainer
 from . import address
-from .connections import BoundedConnection, make_room
+from .connections import BoundedConnection, Server, make_room
 from .federation import DEFAULT_FOLDER, Federation, announcement
 
 _FAREWELL = 5.0
@@ -190,7 +190,7 @@ def _serving(
 
     With a federation's folder connections are encrypted, and only its nodes are answered.
     """
-    make_room()
+    most = make_room()
     link = Link(spool, federation.members if federation else None)
     secure: dict[str, Any] = {}
     if federation is not None:
@@ -212,7 +212,7 @@ def _serving(
     )
     failed = ServeError("The server's HTTP thread ended at its start.")
     try:
-        with http.running(config, listening, failed):
+        with http.running(Server(config, most), listening, failed):
             yield link
     finally:
         link.close()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException
-from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.proto.message_pb2 import PullObjectResponse
 
 from . import headers as ours
 
@@ -25,43 +25,74 @@ _SLOWEST = 16 * 2**10
 """Bytes a second, below which a body has not come in time."""
 _PATIENCE = 30.0
 """Seconds beyond that for any body."""
-_MOST_OBJECTS = 50_000
+_AT_ONCE = 64 * 2**20
+"""Bytes of bodies that one node may be sending at a time."""
+MOST_OBJECTS = 50_000
+"""Objects of a message."""
 _LONGEST_HEARTBEAT = 60.0
-_OBJECT_ID = re.compile(r"[0-9a-f]{64}")
+OBJECT_ID = re.compile(r"[0-9a-f]{64}")
 _BYTES = re.compile(r"([0-9]{1,18})-([0-9]{1,18})", re.ASCII)
 
 
-async def read(
-    receive: Callable[[], Awaitable[dict[str, Any]]], headers: dict[str, str], route: str
-) -> bytes:
-    """A request's body.
+class Bodies:
+    """Reads the bodies of requests, within bounds."""
 
-    Raises:
-        HTTPException: If it is too large, before it is read where it says so, or too slow.
-    """
-    largest = _LARGEST.get(route, _OTHERS)
-    if int(headers.get("content-length", 0)) > largest:
-        raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "Request body too large")
-    try:
-        async with asyncio.timeout(_PATIENCE + largest / _SLOWEST):
-            return await _read(receive, largest)
-    except TimeoutError:
-        raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, "Request body too slow") from None
+    def __init__(self) -> None:
+        self._arriving: Counter[bytes] = Counter()
+
+    async def read(
+        self,
+        receive: Callable[[], Awaitable[dict[str, Any]]],
+        headers: dict[str, str],
+        route: str,
+        key: bytes,
+    ) -> bytes:
+        """A request's body.
+
+        Args:
+            receive (callable): Gives its parts.
+            headers (dict): The request's headers.
+            route (str): What it is for.
+            key (bytes): Whose it is.
+
+        Raises:
+            HTTPException: If it is too large, before it is read where it says so, or too slow, or
+                its node is sending too much at a time.
+        """
+        largest = _LARGEST.get(route, _OTHERS)
+        if int(headers.get("content-length", 0)) > largest:
+            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "Request body too large")
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(_PATIENCE + largest / _SLOWEST):
+                async for part in _parts(receive):
+                    parts.append(part)
+                    size += len(part)
+                    self._arriving[key] += len(part)
+                    if size > largest:
+                        why = "Request body too large"
+                        raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, why)
+                    if self._arriving[key] > _AT_ONCE:
+                        why = "Too many requests at a time"
+                        raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, why)
+        except TimeoutError:
+            raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, "Request body too slow") from None
+        finally:
+            self._arriving[key] -= size
+            if not self._arriving[key]:
+                del self._arriving[key]
+        return b"".join(parts) if len(parts) > 1 else parts[0]
 
 
-async def _read(receive: Callable[[], Awaitable[dict[str, Any]]], largest: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
+async def _parts(receive: Callable[[], Awaitable[dict[str, Any]]]) -> AsyncIterator[bytes]:
     while True:
         event = await receive()
         if event["type"] == "http.disconnect":
             raise HTTPException(HTTPStatus.BAD_REQUEST, "Incomplete request")
-        parts.append(event.get("body", b""))
-        size += len(parts[-1])
-        if size > largest:
-            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "Request body too large")
+        yield event.get("body", b"")
         if not event.get("more_body"):
-            return b"".join(parts) if len(parts) > 1 else parts[0]
+            return
 
 
 def cut(response: PullObjectResponse, headers: dict[str, str]) -> None:
@@ -70,20 +101,6 @@ def cut(response: PullObjectResponse, headers: dict[str, str]) -> None:
         start, end = map(int, found.groups())
         if start > 0 or end < len(response.object_content):
             response.object_content = response.object_content[start:end]
-
-
-def check_tree(tree: ObjectTree) -> None:
-    """Refuses more objects than any message of ours has, and names that no object has.
-
-    Raises:
-        HTTPException: Saying which.
-    """
-    for count, each in enumerate(iterate_object_tree(tree), 1):
-        if count > _MOST_OBJECTS:
-            why = f"More than {_MOST_OBJECTS} objects in a message"
-            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, why)
-        if not _OBJECT_ID.fullmatch(each.object_id):
-            raise HTTPException(HTTPStatus.BAD_REQUEST, "Not the id of an object")
 
 
 def shorten_heartbeat(request: Any) -> None:

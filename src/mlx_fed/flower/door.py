@@ -6,6 +6,9 @@ from typing import Protocol
 
 from ..errors import FedError
 
+SIGNED = "mlx-fed.signed"
+"""The extension of an ASGI scope whose function ``by`` is called with the key of a known node."""
+
 
 class Denied(FedError):
     """Why a key is turned away, in words for whoever runs the node."""
@@ -16,6 +19,13 @@ class Door(Protocol):
 
     def name_of(self, key: bytes) -> str:
         """The name of the node with this public key (PEM).
+
+        Raises:
+            Denied: If there is none, or it was revoked.
+        """
+
+    def number_of(self, key: bytes) -> int:
+        """The number of the node with this public key (PEM): which part of the data it holds.
 
         Raises:
             Denied: If there is none, or it was revoked.

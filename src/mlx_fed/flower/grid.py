@@ -51,6 +51,10 @@ class LinkGrid(OneRunGrid):
         """The name that the server knows a node by, where it does."""
         return self._link.name_of(node_id)
 
+    def number_of(self, node_id: int) -> int | None:
+        """Which part of the data a node has to hold, where the server knows it."""
+        return self._link.number_of(node_id)
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Hands messages to the nodes they are for; every one gets an id, in order.
 
@@ -70,7 +74,7 @@ class LinkGrid(OneRunGrid):
                 objects.update(get_all_nested_objects(message))
                 missing.update(store.preregister(self._link.run_id, get_object_tree(message)))
             for object_id in missing:
-                store.put_own(object_id, *parts_in(objects[object_id]))
+                store.put_parts(object_id, *parts_in(objects[object_id]))
         for message in messages:
             self._receivers[message.metadata.message_id] = message.metadata.dst_node_id
             state.store_message_ins(remove_content_from_message(message))
@@ -84,7 +88,7 @@ class LinkGrid(OneRunGrid):
         state = self._link.state
         with state.lock:  # of a node that came back in here Flower would say nothing
             online = self._link.online()
-            complete = self._link.complete.intersection(message_ids)
+            complete = set(filter(self._link.is_complete, message_ids))
             lost = {i for i in message_ids if self._receivers.get(i) not in online} - complete
             # Flower would give a node's last reply away for an error once the node has left.
             errors = state.get_message_res(set(lost), self._link.run_id) if lost else []
@@ -95,21 +99,16 @@ class LinkGrid(OneRunGrid):
 
     def withdraw(self, message_ids: Iterable[str]) -> None:
         """Takes messages back: nodes are not given them any more, and replies are dropped."""
-        message_ids = set(message_ids)
-        state = self._link.state
-        with state.lock:
-            replies = [state.message_ins_id_to_message_res_id.get(i) for i in message_ids]
-            self._forget(message_ids)
-        for reply_id in filter(None, replies):
-            state.object_store.delete(reply_id)
+        self._forget(set(message_ids))
 
     def _forget(self, message_ids: set[str]) -> None:
         state = self._link.state
-        self._link.complete -= message_ids
-        state.delete_messages(message_ids)
-        for message_id in message_ids:
-            self._receivers.pop(message_id, None)
-            state.object_store.delete(message_id)  # where the node has not confirmed it
+        with state.lock:
+            state.delete_messages(message_ids)
+            for message_id in message_ids:
+                self._receivers.pop(message_id, None)
+                self._link.replies.pop(message_id, None)
+                state.object_store.delete(message_id)  # where the node has not confirmed it
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -131,19 +130,18 @@ class LinkGrid(OneRunGrid):
         self._link.wait_for_news(self._seen, timeout)
 
     def _reply_to(self, message_id: str) -> Message:
-        """The reply with its content or error, whose objects leave the store.
+        """The reply with its content or error.
 
         A node may send anything: what cannot be read counts as its error.
         """
-        state, store = self._link.state, self._link.store
-        reply_id = state.message_ins_id_to_message_res_id[message_id]
+        incoming = self._link.replies[message_id]
         try:
-            reply = cast(Message, store.inflate(reply_id))
-            number(reply, reply_id)
-            if reply.metadata.reply_to_message_id != message_id:
+            reply = cast(Message, incoming.inflate(self._link.reply_limit))
+            number(reply, incoming.object_id)
+            about = reply.metadata
+            if (about.reply_to_message_id, about.src_node_id) != (message_id, incoming.node_id):
                 raise ValueError("it is another message than was announced")
         except Exception as error:
-            problem = ValueError(f"the reply cannot be read: {error!r}")
-            reply = error_reply(state.message_ins_store[message_id], problem)
-        store.delete(reply_id)
+            problem = ValueError(f"the reply cannot be read: {error!r:.500}")
+            reply = error_reply(self._link.state.message_ins_store[message_id], problem)
         return reply

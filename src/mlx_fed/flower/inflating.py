@@ -7,6 +7,7 @@ chunks, in memory or on disk, and joins them when it is asked for its bytes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -29,12 +30,16 @@ _HEAD = 256
 """Bytes that are more than the head of an array's chunk."""
 
 
-def inflate(object_id: str, objects: Mapping[str, OnDisk | bytes]) -> Any:
+def inflate(object_id: str, objects: Mapping[str, OnDisk | bytes], limit: float = math.inf) -> Any:
     """An object with all that it is made of.
 
     Args:
         object_id (str): Its id.
         objects (dict): The bytes of each object that it is made of, by id.
+        limit (float): Bytes that its arrays may have in all: one may name a chunk many times.
+
+    Raises:
+        ValueError: If they have more.
     """
     inflated: dict[str, InflatableObject] = {}
     contents: dict[str, bytes] = {}
@@ -43,7 +48,8 @@ def inflate(object_id: str, objects: Mapping[str, OnDisk | bytes]) -> Any:
             continue
         contents[each] = content = held.read() if isinstance(held, OnDisk) else held
         if content.startswith(_ARRAY):
-            inflated[each] = _array(content, objects)
+            inflated[each] = array = _array(content, objects, limit)
+            limit -= sum(map(len, cast(_Parts, array.data).parts))
     found = inflate_object_from_contents(object_id, contents, objects=inflated)
     if isinstance(found, Message) and found.has_content():
         for record in records_in(found.content, ArrayRecord).values():
@@ -53,11 +59,14 @@ def inflate(object_id: str, objects: Mapping[str, OnDisk | bytes]) -> Any:
     return found
 
 
-def _array(content: bytes, objects: Mapping[str, OnDisk | bytes]) -> Array:
+def _array(content: bytes, objects: Mapping[str, OnDisk | bytes], limit: float) -> Array:
     """An array that has its chunks in place of their bytes."""
     ids = get_object_children_ids_from_object_content(content)
     about = json.loads(get_object_body(content, Array))
-    chunks = [_chunk(objects[ids[number]]) for number in about["arraychunk_ids"]]
+    by_id = {each: _chunk(objects[each]) for each in ids}
+    chunks = [by_id[ids[number]] for number in about["arraychunk_ids"]]
+    if sum(map(len, chunks)) > limit:
+        raise ValueError("its arrays have more bytes than a reply may have")
     return Array(about["dtype"], tuple(about["shape"]), about["stype"], _Parts(chunks))
 
 

@@ -7,10 +7,10 @@ import threading
 import time
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
+from itertools import islice
 from typing import cast
 
 from flwr.common.constant import HEARTBEAT_PATIENCE, NOOP_FLWR_AID, SubStatus
-from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import (
@@ -25,6 +25,7 @@ from ..spool import Spool
 from . import headers as ours
 from . import local
 from .door import Denied, Door
+from .incoming import IncomingReply
 from .store import Objects, StoreFactory
 
 _SUSPENDED = 5.0
@@ -48,11 +49,12 @@ class Link:
     Attributes:
         reply_limit (int): Bytes that a reply may have in all.
         state (InMemoryLinkState): Flower's own.
-        store (Objects): The objects that messages are made of.
+        store (Objects): The objects that the server's messages are made of.
+        replies (dict): Replies that arrive or have arrived, by the ids of the messages that they
+            answer.
         run_id (int): The run.
         outcome (str): The run's, once it is over: nodes that ask for work are told.
         loop (asyncio.AbstractEventLoop): Where the routes run, once they do.
-        complete (set): Ids of messages whose replies have all their objects.
         over (asyncio.Event): Set when the run or its server ends: no request is held any more.
     """
 
@@ -65,6 +67,7 @@ class Link:
         )
         self.state = cast(InMemoryLinkState, self.factory.state())
         self.store = cast(Objects, self.state.object_store)
+        self.replies: dict[str, IncomingReply] = {}
         self.run_id = self.state.create_run(
             fab_id=None,
             fab_version=None,
@@ -87,7 +90,6 @@ class Link:
 
         self.outcome = ""
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.complete: set[str] = set()
         self.over = asyncio.Event()
         self._work: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self._news = threading.Condition()
@@ -133,13 +135,39 @@ class Link:
         return online if self.door is None else {i for i in online if self._is_known(i)}
 
     def is_full(self) -> bool:
-        """Whether as many nodes have registered as may."""
-        return len(self.state.nodes) >= _MOST_NODES
+        """Whether as many nodes are online as may register: one that is not makes room."""
+        state = self.state
+        with state.lock:
+            if len(state.nodes) >= _MOST_NODES:
+                gone = (node for node in state.nodes.values() if node.status != NodeStatus.ONLINE)
+                for node in islice(gone, 1):
+                    self.forget_node(node.node_id)
+            return len(state.nodes) >= _MOST_NODES
+
+    def forget_node(self, node_id: int) -> None:
+        """Takes a node off the list for good, with all that is kept of it."""
+        state = self.state
+        with state.lock:
+            if (node := state.nodes.pop(node_id, None)) is None:
+                return
+            state.node_public_key_to_node_id.pop(node.public_key, None)
+            state.owner_to_node_ids[node.owner_aid].discard(node_id)
+        for kept in (self._work, self._held, self._heard):
+            kept.pop(node_id, None)
 
     def name_of(self, node_id: int) -> str | None:
         """The name that the door has for a node, where there is a door."""
         node = self.state.nodes.get(node_id)
         return node.name if node is not None and self.door is not None else None
+
+    def number_of(self, node_id: int) -> int | None:
+        """The number that the door has for a node, where there is a door.
+
+        Raises:
+            Denied: If the door does not know the node any more.
+        """
+        node = self.state.nodes.get(node_id)
+        return self.door.number_of(node.public_key) if node and self.door is not None else None
 
     def require_known(self, node_id: int) -> None:
         """Raises :class:`Denied` if the door does not know a node any more."""
@@ -170,6 +198,8 @@ class Link:
         A process that ends closes its connections, so that a node which was killed is noticed
         without waiting for heartbeats that do not come.
         """
+        if node_id not in self._held:
+            return  # it has been forgotten meanwhile
         self._held[node_id] -= 1
         if broken and self.loop is not None:
             heard = self._heard[node_id]
@@ -195,8 +225,7 @@ class Link:
             found = state.get_node_info(node_ids=[] if node_id is None else [node_id])
             for node in found:
                 if node.status == NodeStatus.OFFLINE:
-                    del state.nodes[node.node_id], state.node_public_key_to_node_id[key]
-                    state.owner_to_node_ids[node.owner_aid].discard(node.node_id)
+                    self.forget_node(node.node_id)
                     state.create_node(node.owner_aid, node.owner_name, key, 0, name=node.name)
 
     # Messages.
@@ -206,22 +235,23 @@ class Link:
         message = self.state.message_ins_store.get(message_id)
         return message is not None and message.metadata.dst_node_id == node_id
 
-    def forget_session(self, session_id: str) -> None:
-        """Drops what Flower would keep for minutes of a reply that it has not taken."""
-        self.state._cleanup_push_session(session_id, cleanup_messages=False)
+    def announce(self, message_id: str, reply: IncomingReply) -> IncomingReply | None:
+        """The reply to a message that counts: the first that its node announced.
 
-    def keep_session(self, session_id: str) -> None:
-        """Lets a reply take its time, until it is withdrawn: Flower drops one of whose objects
-        none comes for three minutes, and on a slow connection a large one takes longer."""
-        session = self.state._object_push_sessions.get(session_id)
-        if session is not None:
-            session.expires_at = datetime.max.replace(tzinfo=UTC)
+        One whose sending broke off is announced again, and goes on. ``None`` if another counts,
+        or the message is not waited for any more.
+        """
+        with self.state.lock:
+            if not self.is_for(message_id, reply.node_id):
+                return None
+            counts = self.replies.setdefault(message_id, reply)
+        same = (counts.object_id, counts.children) == (reply.object_id, reply.children)
+        return counts if same else None
 
-    def is_stored(self, reply: MessageProto) -> bool:
-        """Whether this is the reply to its message that counts."""
-        metadata = reply.metadata
-        stored = self.state.message_ins_id_to_message_res_id.get(metadata.reply_to_message_id)
-        return stored == metadata.message_id
+    def is_complete(self, message_id: str) -> bool:
+        """Whether a message's reply has arrived."""
+        reply = self.replies.get(message_id)
+        return reply is not None and reply.is_complete
 
     def deliver_again(self, node_id: int) -> None:
         """Offers a node what it was sent before and did not get: the connection broke.
@@ -233,7 +263,7 @@ class Link:
             for message_id, message in state.message_ins_store.items():
                 if (
                     message.metadata.dst_node_id == node_id
-                    and message_id not in state.message_ins_id_to_message_res_id
+                    and message_id not in self.replies
                     and message_id in state.object_store
                 ):
                     message.metadata.delivered_at = ""

@@ -1,9 +1,10 @@
 """The Fleet API of a federation's server, and nothing else: a small ASGI app.
 
-The handlers and the errors are Flower's own; what is left out is the web framework around them,
-which costs several milliseconds a request. Additions are opt-in by header and unknown to a stock
-SuperNode: a node may wait for work (long poll), is told when the run is over, and may show an
-invitation as it registers.
+The errors and most handlers are Flower's own; what is left out is the web framework around them,
+which costs several milliseconds a request. Replies are taken in by ``incoming``.
+
+Additions are opt-in by header and unknown to a stock SuperNode: a node may wait for work (long
+poll), is told when the run is over, and may show an invitation as it registers.
 
 Who is answered at all is settled in ``admission``, from a request's headers.
 """
@@ -14,15 +15,16 @@ import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import pairwise
 from logging import getLogger
 from typing import Any
 
 from fastapi import HTTPException
+from flwr.common.constant import Status
 from flwr.common.serde import message_from_proto
 from flwr.proto import fleet_pb2, message_pb2
+from flwr.server.superlink.utils import check_abort
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
@@ -33,7 +35,8 @@ from google.protobuf.message import DecodeError
 from . import bounds
 from . import headers as ours
 from .admission import Admission
-from .door import Denied
+from .door import SIGNED, Denied
+from .incoming import IncomingReply, children_in
 from .link import Link
 
 _PREFIX = "/v1/fleet/"
@@ -48,16 +51,6 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 log = getLogger("mlx_fed")
 
 
-@dataclass
-class _Announced:
-    """A reply whose objects are still to come."""
-
-    node_id: int
-    replied_to: str
-    missing: set[str]
-    bytes: int = 0
-
-
 class FleetRoutes:
     """The ASGI app: the Fleet API over a :class:`Link`.
 
@@ -70,7 +63,7 @@ class FleetRoutes:
         self.link = link
         self._handlers = _handlers(link)
         self._admission = Admission(link)
-        self._unsent: dict[str, _Announced] = {}
+        self._bodies = bounds.Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -123,21 +116,18 @@ class FleetRoutes:
             raise FlowerError(ApiErrorCode.UNSUPPORTED_CONTENT_TYPE, f"{media_type!r}")
         key = self._admission.signer(headers)
         self._admission.let_in(key, path, headers)
-        body = await bounds.read(receive, headers, path.removeprefix(_PREFIX))
+        body = await self._bodies.read(receive, headers, path.removeprefix(_PREFIX), key)
         request = PROTOBUF_REQUEST_TYPES["POST", path]()
         try:
             request.ParseFromString(body)
         except DecodeError as error:
             raise FlowerError(ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, str(error)) from error
         self._admission.check_identity(key, request)
+        if signed := scope.get("extensions", {}).get(SIGNED):
+            signed["by"](key)  # the connection is a node's, and no stranger's
         if getattr(request, "run_id", self.link.run_id) != self.link.run_id:
             raise HTTPException(HTTPStatus.FORBIDDEN, "Another run")
         bounds.shorten_heartbeat(request)
-        if isinstance(request, message_pb2.PushObjectRequest) and not self._expects(request):
-            return message_pb2.PushObjectResponse(stored=False)
-        if isinstance(request, fleet_pb2.PushMessagesRequest):
-            _check_reply(request, self.link.run_id)
-            bounds.check_tree(request.message_object_trees[0])
         if path.endswith("/pull-messages"):
             return await self._pull(request, handler, headers, receive)
         if path.endswith("/send-node-heartbeat"):
@@ -152,23 +142,7 @@ class FleetRoutes:
             response = handler(request)
         if isinstance(request, message_pb2.PullObjectRequest):
             bounds.cut(response, headers)
-        self._take_note(request, response)
         return response
-
-    def _expects(self, request: Any) -> bool:
-        """Whether an object is of the reply that its node announced last, and that reply not too
-        large."""
-        announced = self._unsent.get(request.session_id)
-        if announced is None or announced.node_id != request.node.node_id:
-            return False
-        announced.bytes += len(request.object_content)
-        if announced.bytes > self.link.reply_limit:
-            raise HTTPException(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"The reply has more than {self.link.reply_limit} bytes",
-            )
-        self.link.keep_session(request.session_id)
-        return True
 
     async def _pull(
         self, request: Any, handler: Callable, headers: dict[str, str], receive: Receive
@@ -205,39 +179,6 @@ class FleetRoutes:
         self.link.let_go(node_id, broken=left)
         return not left
 
-    def _take_note(self, request: Any, response: Any) -> None:
-        """Keeps track of which replies have all their objects, and tells the grid."""
-        if isinstance(request, fleet_pb2.PushMessagesRequest):
-            (reply,) = request.messages_list
-            if not self.link.is_stored(reply):  # it came too late, or it is a second one
-                self.link.forget_session(response.session_id)
-                return
-            replied_to = reply.metadata.reply_to_message_id
-            missing = set(response.objects_to_push)
-            # A node has one reply on its way; one that broke off is announced again.
-            for session, announced in list(self._unsent.items()):
-                if announced.node_id == request.node.node_id:
-                    del self._unsent[session]
-            if missing:
-                announced = _Announced(request.node.node_id, replied_to, missing)
-                self._unsent[response.session_id] = announced
-            else:
-                self._complete(replied_to)
-        elif isinstance(request, message_pb2.PushObjectRequest) and response.stored:
-            found = self._unsent.get(request.session_id)
-            if found is None:
-                return
-            found.missing.discard(request.object_id)
-            if not found.missing:
-                del self._unsent[request.session_id]
-                self._complete(found.replied_to)
-        elif isinstance(request, (fleet_pb2.ActivateNodeRequest, fleet_pb2.DeactivateNodeRequest)):
-            self.link.tell_grid()
-
-    def _complete(self, message_id: str) -> None:
-        self.link.complete.add(message_id)
-        self.link.tell_grid()
-
 
 def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
     """Flower's handlers by path, with the state that each one asks for."""
@@ -253,7 +194,7 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
         if link.door is not None:
             link.make_another_of(request.public_key)
         try:
-            return fleet_handlers.activate_node(request, state)
+            response = fleet_handlers.activate_node(request, state)
         except FlowerError as error:
             if error.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
                 raise
@@ -263,35 +204,79 @@ def _handlers(link: Link) -> dict[str, Callable[[Any], Any]]:
                 node_id = state.get_node_id_by_public_key(request.public_key)
                 if node_id is None or not state.deactivate_node(node_id):
                     raise
-                return fleet_handlers.activate_node(request, state)
-            raise HTTPException(
-                HTTPStatus.CONFLICT,
-                "A node with this key is online: one key is one node. End the other one first.",
-            ) from error
+                response = fleet_handlers.activate_node(request, state)
+            else:
+                raise HTTPException(
+                    HTTPStatus.CONFLICT,
+                    "A node with this key is online: one key is one node. End the other one first.",
+                ) from error
+        link.tell_grid()
+        return response
+
+    def deactivate(request: Any) -> Any:
+        response = fleet_handlers.deactivate_node(request, state)
+        link.tell_grid()
+        return response
 
     def confirm(request: Any) -> Any:
         if not link.is_for(request.message_object_id, request.node.node_id):
             return message_pb2.ConfirmMessageReceivedResponse()  # it deletes nothing of others
         return fleet_handlers.confirm_message_received(request, state, store)
 
+    def push_messages(request: Any) -> Any:
+        _require_running(link)
+        _check_reply(request, link.run_id)
+        tree, replied_to = request.message_object_trees[0], _replied_to(request)
+        announced = IncomingReply(request.node.node_id, tree.object_id, children_in(tree))
+        reply = link.announce(replied_to, announced)  # not one that comes too late, or a second one
+        return fleet_pb2.PushMessagesResponse(
+            reconnect=fleet_pb2.Reconnect(reconnect=5),
+            results={tree.object_id: 0},
+            objects_to_push=sorted(reply.missing) if reply else [],
+            session_id=replied_to,
+        )
+
+    def push_object(request: Any) -> Any:
+        _require_running(link)
+        reply = link.replies.get(request.session_id)
+        if reply is None or reply.node_id != request.node.node_id:
+            return message_pb2.PushObjectResponse(stored=False)
+        stored = reply.put(request.object_id, request.object_content, link.spool, link.reply_limit)
+        if reply.is_complete:
+            link.tell_grid()
+        return message_pb2.PushObjectResponse(stored=stored)
+
     def unregister(request: Any) -> Any:
-        auth = link.door is not None
-        return fleet_handlers.unregister_node(request, state, enable_supernode_auth=auth)
+        if link.door is not None:  # its key stays known
+            return fleet_handlers.unregister_node(request, state, enable_supernode_auth=True)
+        link.forget_node(request.node_id)
+        link.tell_grid()
+        return fleet_pb2.UnregisterNodeFleetResponse()
 
     return {
         _PREFIX + "register-node": register,
         _PREFIX + "activate-node": activate,
-        _PREFIX + "deactivate-node": lambda r: fleet_handlers.deactivate_node(r, state),
+        _PREFIX + "deactivate-node": deactivate,
         _PREFIX + "unregister-node": unregister,
         _PREFIX + "send-node-heartbeat": lambda r: fleet_handlers.send_node_heartbeat(r, state),
         _PREFIX + "pull-messages": lambda r: fleet_handlers.pull_messages(r, state, store),
-        _PREFIX + "push-messages": lambda r: fleet_handlers.push_messages(r, state),
+        _PREFIX + "push-messages": push_messages,
         _PREFIX + "get-run": lambda r: fleet_handlers.get_run(r, state),
         _PREFIX + "get-fab": lambda r: fleet_handlers.get_fab(r, state),
-        _PREFIX + "push-object": lambda r: fleet_handlers.push_object(r, state),
+        _PREFIX + "push-object": push_object,
         _PREFIX + "pull-object": lambda r: fleet_handlers.pull_object(r, state),
         _PREFIX + "confirm-message-received": confirm,
     }
+
+
+def _require_running(link: Link) -> None:
+    ended = [Status.PENDING, Status.STARTING, Status.FINISHED]
+    if why := check_abort(link.run_id, ended, link.state):
+        raise FlowerError(ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED, why)
+
+
+def _replied_to(request: fleet_pb2.PushMessagesRequest) -> str:
+    return str(request.messages_list[0].metadata.reply_to_message_id)
 
 
 def _check_reply(request: fleet_pb2.PushMessagesRequest, run_id: int) -> None:
