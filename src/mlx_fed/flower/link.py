@@ -50,6 +50,7 @@ class Link:
         state (InMemoryLinkState): Flower's own.
         store (Objects): The objects that messages are made of.
         run_id (int): The run.
+        bytes_sent (int): Bytes of objects that nodes have pulled.
         outcome (str): The run's, once it is over: nodes that ask for work are told.
         loop (asyncio.AbstractEventLoop): Where the routes run, once they do.
         complete (set): Ids of messages whose replies have all their objects.
@@ -86,6 +87,7 @@ class Link:
         local.begin_run(self.run_id, self._task_id)
 
         self.outcome = ""
+        self.bytes_sent = 0
         self.loop: asyncio.AbstractEventLoop | None = None
         self.complete: set[str] = set()
         self.over = asyncio.Event()
