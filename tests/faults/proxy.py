@@ -136,7 +136,8 @@ class Proxy:
     async def _reach(self) -> socket.socket:
         """A connection to the other side, which has not sent what is on its way here if that is
         slow."""
-        reached = socket.socket()
+        # asyncio sets TCP_NODELAY where it sees the protocol.
+        reached = socket.socket(proto=socket.IPPROTO_TCP)
         reached.setblocking(False)
         if self.speed < inf:
             reached.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
