@@ -102,6 +102,18 @@ def test_a_run_ends_by_itself_and_leaves_its_folder(start, tmp_path):
     assert settings["strategy"]["name"] == "FedAvg"
 
 
+def test_bytes_are_those_that_went_over_the_wire(start, tmp_path):
+    """A node trains from what it has evaluated in the round before."""
+    server, address = serve(start, tmp_path, "--min-nodes", 1, "-c", "hidden=20000")
+    node = join(start, address, 0, "-c", "hidden=20000")
+    assert server.ends() == 0, server.text
+    assert node.ends() == 0
+    size = (tmp_path / "run" / "model.safetensors").stat().st_size
+    first, *others = [record["bytes"]["down"] / size for record in history(tmp_path / "run")]
+    assert 1.9 < first < 2.1, "to train from, and to evaluate"
+    assert all(0.9 < times < 1.1 for times in others), others
+
+
 def test_the_order_of_starting_does_not_change_a_bit(start, tmp_path):
     port = free_port()
     late = [join(start, f"127.0.0.1:{port}", number) for number in (2, 0)]

@@ -137,7 +137,7 @@ class Phase:
         The messages are taken out of the list as they are sent.
         """
         self.begin(outgoing)
-        self.count_bytes(sum(exchange.sizes(outgoing)), 0)
+        down = exchange.bytes_to_nodes(self.run.grid, outgoing)
         answers = exchange.exchange(
             self.run.grid,
             outgoing,
@@ -150,6 +150,7 @@ class Phase:
             with self.timed(self.name):
                 node, answer = next(answers, ("", None))
             if answer is None:
+                self.count_bytes(down(), 0)
                 return
             if isinstance(answer, str):
                 self.refuse(node, answer, missing=True)

@@ -33,6 +33,8 @@ class Proxy:
 
     Attributes:
         port (int): Where it listens.
+        asked (list): What each connection has asked it for, where it is an HTTP proxy: to be passed
+            on, which it is wherever that is to go.
         done (Counter): How often each kind of harm was done.
     """
 
@@ -48,6 +50,7 @@ class Proxy:
         self.seed, self.every, self.life, self.speed, self.most = seed, every, life, speed, most
         self.done: Counter[str] = Counter()
         self._to = port
+        self.asked: list[str] | None = None
         self._number = 0
         self._swallows: tuple[str, ...] = ()
         self._says: bytes | None = None
@@ -110,6 +113,9 @@ class Proxy:
             writer.write(self._says)
             writer.close()
             return
+        if self.asked is not None:
+            self.asked.append((await reader.readuntil(b"\r\n\r\n")).decode())
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
         self._number += 1
         number = f"{self.seed} {self._number}"
         try:
@@ -130,7 +136,8 @@ class Proxy:
     async def _reach(self) -> socket.socket:
         """A connection to the other side, which has not sent what is on its way here if that is
         slow."""
-        reached = socket.socket()
+        # asyncio sets TCP_NODELAY where it sees the protocol.
+        reached = socket.socket(proto=socket.IPPROTO_TCP)
         reached.setblocking(False)
         if self.speed < inf:
             reached.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import ssl
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ..errors import FedError
+from ..flower.proxies import Proxy, connection_to
 
 _YEARS = timedelta(days=3650)
 _MONTHS = timedelta(days=397)
@@ -143,7 +145,7 @@ def client_context(authorities: Path | None) -> ssl.SSLContext:
     return context
 
 
-def fetch_authority(host: str, port: int, expected: bytes) -> bytes:
+def fetch_authority(host: str, port: int, expected: bytes, proxy: Proxy | None = None) -> bytes:
     """The certificate (PEM) with this fingerprint, from the server that shows it.
 
     Nothing is sent: whoever answers only has to show the certificate. That it also has the key
@@ -157,9 +159,11 @@ def fetch_authority(host: str, port: int, expected: bytes) -> bytes:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    with socket.create_connection((host, port), timeout=_HANDSHAKE) as plain:
+    opening = connection_to(host, port, proxy, timeout=_HANDSHAKE)
+    with closing(opening):
+        opening.connect()
         try:
-            with context.wrap_socket(plain, server_hostname=host) as connection:
+            with context.wrap_socket(opening.sock, server_hostname=host) as connection:
                 shown = _shown_by(connection)
         except ssl.SSLError as error:
             if error.reason != "WRONG_VERSION_NUMBER":  # such as a forwarder without its server
@@ -172,10 +176,10 @@ def fetch_authority(host: str, port: int, expected: bytes) -> bytes:
     raise CertificateError("it has another certificate than the token was made for")
 
 
-def speaks_tls(host: str, port: int) -> bool:
+def speaks_tls(host: str, port: int, proxy: Proxy | None = None) -> bool:
     """Whether whoever answers there would encrypt."""
     try:
-        fetch_authority(host, port, b"")
+        fetch_authority(host, port, b"", proxy)
     except NoTLS:
         return False
     except CertificateError:

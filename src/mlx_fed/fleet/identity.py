@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FedError
-from ..flower import keys
+from ..flower import keys, proxies
 from . import address, certificates, private, tokens
 
 
@@ -56,9 +56,21 @@ class Identity:
         if self.authority is None:
             return None
         if self.fingerprint is not None and not self.authority.exists():
-            pem = certificates.fetch_authority(self.host, self.port, self.fingerprint)
+            pem = certificates.fetch_authority(self.host, self.port, self.fingerprint, self.proxy)
             private.publish(self.authority, pem)
         return certificates.client_context(self.authority)
+
+    @property
+    def proxy(self) -> proxies.Proxy | None:
+        """What the server is reached through, if it is on another machine.
+
+        Raises:
+            ProxyError: If it is no HTTP proxy.
+        """
+        if address.is_loopback(self.host):
+            return None
+        scheme = "http" if self.authority is None else "https"
+        return proxies.from_environment(self.host, self.port, scheme)
 
 
 def from_token(text: str, server: str | None, folder: Path | None) -> Identity:

@@ -160,7 +160,9 @@ def join(
         if private := privacy.name_of_private(mods or ()):
             tell("note", text=privacy.note(private, made))
         app = clientapp.client_app(_with_data(made, data), mods)
-        client = FleetClient(who.host, who.port, who.context, who.key, who.invitation)
+        if (proxy := who.proxy) is not None:
+            tell("note", text=f"through the proxy {address.join(proxy.host, proxy.port)}")
+        client = FleetClient(who.host, who.port, who.context, who.key, who.invitation, proxy)
         _Node(client, app, node_config, who, wait, tell).run()
 
 
@@ -291,7 +293,7 @@ class _Node:
                 return
 
     def _require_plaintext(self) -> None:
-        if certificates.speaks_tls(self.who.host, self.who.port):
+        if certificates.speaks_tls(self.who.host, self.who.port, self.who.proxy):
             raise JoinError(
                 f"The server at {self.server} encrypts: join with a token, which it prints and "
                 "`mlx-fed nodes add NAME` makes there, or with --root-certificates."

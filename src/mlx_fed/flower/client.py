@@ -46,6 +46,7 @@ from . import headers as ours
 from . import keys
 from .deflating import cut_arrays
 from .inflating import inflate
+from .proxies import Proxy, connection_to
 
 Context = ssl.SSLContext | Callable[[], ssl.SSLContext | None] | None
 _REGISTER, _PULL = "/v1/fleet/register-node", "/v1/fleet/pull-object"
@@ -141,8 +142,10 @@ class _Transport(FleetHttpClient):
     It has Flower's methods, one a route; only how a request is sent is ours.
     """
 
-    def __init__(self, host: str, port: int, context: Context, key: bytes | None):
-        self._place = (host, port)
+    def __init__(
+        self, host: str, port: int, context: Context, key: bytes | None, proxy: Proxy | None
+    ):
+        self._place = (host, port, proxy)
         self._context = context
         self._private_key = keys.load(key) if key else generate_key_pairs()[0]
         self.public_key = public_key_to_bytes(self._private_key.public_key())
@@ -227,11 +230,8 @@ class _Transport(FleetHttpClient):
         return response.status, content
 
     def _connect(self) -> http.client.HTTPConnection:
-        host, port = self._place
         context = self._context() if callable(self._context) else self._context
-        if context is None:
-            return http.client.HTTPConnection(host, port)
-        return http.client.HTTPSConnection(host, port, context=context)
+        return connection_to(*self._place, context)
 
     def _signed_headers(self) -> dict[str, str]:
         # The signature covers only the time, so one serves for a few seconds: by the clock on the
@@ -309,6 +309,7 @@ class FleetClient:
         key (bytes, optional): The node's private key (PEM), which the server knows; without one
             the node makes one for this time and registers it itself.
         invitation (str, optional): What lets the server know the key from now on.
+        proxy (Proxy, optional): What connections go through.
 
     Attributes:
         node_id (int): The id that the server gave.
@@ -323,8 +324,9 @@ class FleetClient:
         context: Context = None,
         key: bytes | None = None,
         invitation: str | None = None,
+        proxy: Proxy | None = None,
     ):
-        self._transport = _Transport(host, port, context, key)
+        self._transport = _Transport(host, port, context, key, proxy)
         self._transport.invitation = invitation
         self._registers = key is None or invitation is not None
         self._held: dict[str, bytes] = {}

@@ -39,6 +39,11 @@ class LinkGrid(OneRunGrid):
         (run,) = self._link.state.get_run_info(run_ids=[self._link.run_id])
         return run
 
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that nodes have pulled so far: what they hold already does not come again."""
+        return self._link.bytes_sent
+
     def get_node_ids(self) -> Iterable[int]:
         """The ids of the nodes that are online."""
         return self._link.online()

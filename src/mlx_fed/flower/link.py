@@ -53,6 +53,7 @@ class Link:
         replies (dict): Replies that arrive or have arrived, by the ids of the messages that they
             answer.
         run_id (int): The run.
+        bytes_sent (int): Bytes of objects that nodes have pulled.
         outcome (str): The run's, once it is over: nodes that ask for work are told.
         loop (asyncio.AbstractEventLoop): Where the routes run, once they do.
         over (asyncio.Event): Set when the run or its server ends: no request is held any more.
@@ -89,6 +90,7 @@ class Link:
         local.begin_run(self.run_id, self._task_id)
 
         self.outcome = ""
+        self.bytes_sent = 0
         self.loop: asyncio.AbstractEventLoop | None = None
         self.over = asyncio.Event()
         self._work: dict[int, asyncio.Event] = defaultdict(asyncio.Event)

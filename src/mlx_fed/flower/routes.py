@@ -142,6 +142,7 @@ class FleetRoutes:
             response = handler(request)
         if isinstance(request, message_pb2.PullObjectRequest):
             bounds.cut(response, headers)
+            self.link.bytes_sent += len(response.object_content)
         return response
 
     async def _pull(
