@@ -23,7 +23,7 @@ from . import records
 from .errors import FedError
 from .status import Status
 from .weights import Arrays
-from .whole_files import replacing, sync
+from .whole_files import read_plain, replacing, sync
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -131,7 +131,7 @@ class History:
         """
         path = self.folder / "history.jsonl"
         with errors_named(path):
-            lines = path.read_bytes().splitlines() if path.exists() else []
+            lines = read_plain(path).splitlines() if path.exists() else []
         rounds = {}
         for line in lines:
             with suppress(ValueError):  # half a line of a run that was killed
@@ -282,14 +282,14 @@ def _folder_to_resume(runs: Path | str, name: Path | str) -> Path:
 def recorded_rounds(folder: Path) -> int | None:
     """The rounds that the run in the folder was last asked for, if it was ever started."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return int(json.loads((folder / "settings.json").read_bytes())["num_rounds"])
+        return int(records.from_json(read_plain(folder / "settings.json"))["num_rounds"])
     return None
 
 
 def recorded_run_id(folder: Path) -> str | None:
     """The id that the run in the folder has for its nodes, if it was ever started."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((folder / "settings.json").read_bytes())["config"]["run-id"])
+        return str(records.from_json(read_plain(folder / "settings.json"))["config"]["run-id"])
     return None
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from . import records
 from .task import Data
-from .whole_files import replacing
+from .whole_files import read_plain, replacing
 
 MOST_CLIENTS = 1000
 """Clients that are counted: those that take part first."""
@@ -101,16 +102,16 @@ def read(folder: Path) -> dict[str, Any] | None:
     """What a simulation has counted, if it has: ``classes``, for each client that took part its
     number and counts, and how many clients there are (``of``)."""
     try:
-        found = json.loads((folder / _FILE).read_bytes())
+        found = records.from_json(read_plain(folder / _FILE))
         whole = all(len(counts) == len(found["classes"]) for _, counts in found["clients"])
     except (KeyError, OSError, TypeError, ValueError):
         return None
-    return found if whole and found["clients"] else None
+    return dict(found) if whole and found["clients"] else None
 
 
 def changed(folder: Path) -> str:
     """What tells one state of the file from another; empty where there is none."""
     try:
-        return str((folder / _FILE).stat().st_mtime_ns)
+        return str((folder / _FILE).lstat().st_mtime_ns)
     except OSError:
         return ""
