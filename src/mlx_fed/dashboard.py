@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import platform
 import socket
 import threading
@@ -29,12 +30,15 @@ from .errors import FedError
 from .fleet import address
 from .fleet.connections import MOST_OF_PAGE, BoundedConnection, Server
 from .page import page, policy
+from .whole_files import open_plain
 
 _PAUSE = 1.0
 """Seconds between two questions of a page."""
 _MOST_RUNS = 500
 _MOST_BYTES = 2**18
 """Of a history, in one answer: as much as a page takes in without a pause that one sees."""
+_LARGEST = 2**40
+"""Of a history, which is read in pieces."""
 _HEADERS = {
     "Content-Security-Policy": policy() + "; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -187,9 +191,9 @@ def _news(folder: Path, start: int, mark: str, labels_mark: str) -> dict[str, An
     lines: list[bytes] = []
     end, more = 0, False
     now = ""
-    if path.is_file():
-        with path.open("rb") as file:
-            now = f"{path.stat().st_ino}"
+    if path.exists():
+        with open_plain(path, _LARGEST) as file:
+            now = f"{os.fstat(file.fileno()).st_ino}"
             size = file.seek(0, 2)
             anew = mark != now or start > size
             end = 0 if anew else start

@@ -24,7 +24,7 @@ from . import records
 from .errors import FedError
 from .status import Status
 from .weights import Arrays
-from .whole_files import replacing, sync
+from .whole_files import read_plain, replacing, sync
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -145,7 +145,7 @@ class History:
         """
         path = self.folder / "history.jsonl"
         with errors_named(path):
-            lines = path.read_bytes().splitlines() if path.exists() else []
+            lines = read_plain(path).splitlines() if path.exists() else []
         rounds = {}
         for line in lines:
             with suppress(ValueError):  # half a line of a run that was killed
@@ -320,7 +320,7 @@ def previous_of(folder: Path) -> Previous:
     """What the run in the folder was started with; what cannot be read is as if it was not."""
     settings: Any = {}
     with suppress(OSError, ValueError):
-        settings = json.loads((folder / "settings.json").read_bytes())
+        settings = records.from_json(read_plain(folder / "settings.json"))
     if not isinstance(settings, dict):
         return Previous()
     stopped = settings.get("stopped")

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from . import records
 from .examples import leaves
 from .task import Data
-from .whole_files import replacing
+from .whole_files import read_plain, replacing
 
 MOST_CLIENTS = 1000
 """Clients that are counted: those that take part first."""
@@ -102,17 +103,17 @@ def read(folder: Path) -> dict[str, Any] | None:
     """What a simulation has counted, if it has: ``classes``, for each client that took part its
     number and counts, and how many clients there are (``of``)."""
     try:
-        found = json.loads((folder / _FILE).read_bytes())
+        found = records.from_json(read_plain(folder / _FILE))
         whole = all(len(counts) == len(found["classes"]) for _, counts in found["clients"])
     except (KeyError, OSError, TypeError, ValueError):
         return None
-    return found if whole and found["clients"] else None
+    return dict(found) if whole and found["clients"] else None
 
 
 def changed(folder: Path) -> str:
     """What tells one state of the file from another; empty where there is none."""
     try:
-        stat = (folder / _FILE).stat()
+        stat = (folder / _FILE).lstat()
     except OSError:
         return ""
     return f"{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_size}"  # each is a file of its own

@@ -19,13 +19,12 @@ from rich.text import Text
 from . import records, runs
 from .live import LiveLines
 from .loading import watched
+from .printable import printable
 from .tracebacks import is_exception
 
 if TYPE_CHECKING:
     from .history import Listener
 
-_LONGEST = 1000
-"""Characters of a line."""
 _MOST_FAILURES = 10
 """Lines about nodes that are left out of a phase; an exception is shown once."""
 _RUN = "run"
@@ -390,16 +389,6 @@ class NodeProgress(Lines):
 def quiet_flower() -> None:
     """Keeps Flower's log lines out of ours."""
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
-
-
-def printable(text: str) -> str:
-    """One line that is safe to show: what the other side sends may steer a terminal.
-
-    Line breaks become spaces, other control characters a mark, and what is very long is cut.
-    """
-    line = " ".join(text.replace("\t", " ").splitlines())
-    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
-    return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + "..."
 
 
 def _print(console: Console, line: str, style: str) -> None:

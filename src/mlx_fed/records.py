@@ -21,6 +21,11 @@ _SHARES = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
 _PHASES = ("train", "evaluate")
 _NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})", re.DOTALL)
 _NUMBERS = 10**9
+_MOST_NAMES = 10**6
+"""Nodes in one record."""
+_DEEPEST = 32
+_LONGEST_NUMBER = 20
+_LONGEST_PREFIX = 200
 
 
 def to_line(record: Mapping[str, Any]) -> str:
@@ -65,7 +70,7 @@ def from_line(line: str | bytes) -> dict[str, Any]:
     Raises:
         ValueError: If it is not one.
     """
-    record = json.loads(line)
+    record = from_json(line)
     try:
         record["round"] = int(record["round"])
         for phase in _PHASES:
@@ -73,9 +78,39 @@ def from_line(line: str | bytes) -> dict[str, Any]:
                 found["nodes"] = _unpack(found["nodes"])
         if "refused" in record:
             record["refused"] = [each for entry in record["refused"] for each in _apart(entry)]
-    except (AttributeError, KeyError, TypeError) as error:
+            if len(record["refused"]) > _MOST_NAMES:
+                raise ValueError("too many nodes")
+        figures(record)
+        for kind in ("seconds", "bytes"):
+            sum(record.get(kind, {}).values())
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"not a round's record: {error!r}") from error
     return record
+
+
+def from_json(text: str | bytes) -> Any:
+    """JSON that we wrote, which is neither deep nor has numbers that no computer counts with.
+
+    Raises:
+        ValueError: If it is not such.
+    """
+    try:
+        value = json.loads(text, parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError("it is too deep") from error
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(_DEEPEST):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for one in inner for each in one if isinstance(each, (dict, list))]
+        if not level:
+            return value
+    raise ValueError("it is too deep")
+
+
+def _integer(text: str) -> int:
+    if len(text) > _LONGEST_NUMBER:
+        raise ValueError("a number is too large")
+    return int(text)
 
 
 def spread(each: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -121,7 +156,8 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
         own = record.get("spread", {}).get(phase)
         if own is None:
             own = spread(record.get("each", {}).get(phase, {}).values())
-        found |= {f"{phase}/{name}/median": values[2] for name, values in own.items()}
+        medians = {f"{phase}/{name}/median": values[2] for name, values in own.items()}
+        found |= {name: value for name, value in medians.items() if isinstance(value, (int, float))}
     found["refused"] = len(record.get("refused", ()))
     return found
 
@@ -152,11 +188,14 @@ def _pack(nodes: Sequence[str]) -> Sequence[str] | dict[str, str]:
 def _unpack(nodes: Any) -> list[str]:
     if not isinstance(nodes, dict):
         return list(nodes)
-    names = []
+    names: list[str] = []
     for prefix, ranges in nodes.items():
         for run in ranges.split(","):
             first, _, last = run.partition("-")
-            names += [f"{prefix}{number}" for number in range(int(first), int(last or first) + 1)]
+            numbers = range(int(first), int(last or first) + 1)
+            if len(names) + len(numbers) > _MOST_NAMES or len(prefix) > _LONGEST_PREFIX:
+                raise ValueError("too many nodes")
+            names += [f"{prefix}{number}" for number in numbers]
     return names
 
 

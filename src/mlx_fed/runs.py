@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,8 @@ from typing import Any, NamedTuple
 
 from . import labels, records, status
 from .errors import FedError
+from .printable import printable
+from .whole_files import read_plain
 
 FILES = ("settings.json", "history.jsonl")
 _NOT_COMPARED = ("run-id", "pid", "host")
@@ -52,7 +53,11 @@ class Recorded(NamedTuple):
 
 def is_run(folder: Path) -> bool:
     """Whether the folder is a run's."""
-    return any((folder / name).is_file() for name in FILES)
+    return any(_is_plain(folder / name) for name in FILES)
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def folders(runs: Path) -> list[Path]:
@@ -134,15 +139,16 @@ def about(folder: Path) -> dict[str, Any]:
 
 def checkpoints(folder: Path) -> list[int]:
     """The rounds that have a checkpoint."""
-    found = (folder / "checkpoints").glob("*.safetensors")
-    return sorted(int(path.name[:5]) for path in found if path.name[:5].isdecimal())
+    place = folder / "checkpoints"
+    names = [] if place.is_symlink() else [path.name[:5] for path in place.glob("*.safetensors")]
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "settings.json"
     try:
-        found = json.loads(path.read_bytes()) if path.exists() else {}
-    except ValueError:
+        found = records.from_json(read_plain(path))
+    except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -151,7 +157,11 @@ def _rounds(folder: Path) -> tuple[list[dict[str, Any]], int]:
     path = folder / "history.jsonl"
     rounds: dict[int, dict[str, Any]] = {}
     damaged = 0
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    try:
+        lines = read_plain(path).splitlines()
+    except FileNotFoundError:
+        lines = []
+    for line in lines:
         try:
             record = records.from_line(line)
             rounds[record["round"]] = record  # of a repeated round, the last
@@ -193,15 +203,19 @@ def troubles(run: Recorded) -> Iterator[str]:
         yield from (f"{node} is not let in: {why}" for node, why in refused.items())
     if isinstance(failed, list) and run.state != "finished":
         for each in failed:
-            yield "{node} is left out of {phase}: {reason}".format(**each)
+            if isinstance(each, dict):
+                node, phase, reason = (each.get(name, "?") for name in ("node", "phase", "reason"))
+                yield f"{node} is left out of {phase}: {reason}"
 
 
 def to_csv(runs: Iterable[Recorded]) -> str:
     """A line for each round of each run, a column for each of its figures."""
     rows: list[dict[str, Any]] = []
     for run in runs:
+        name = printable(run.name)
         for record in run.rounds:
-            rows.append({"run": run.name, "round": record["round"], **records.figures(record)})
+            row = {"run": name, "round": record["round"], **records.figures(record)}
+            rows.append({printable(name): value for name, value in row.items()})
     columns = dict.fromkeys(name for row in rows for name in row) or {"run": None, "round": None}
     written = io.StringIO()
     writer = csv.DictWriter(written, list(columns), lineterminator="\n")

@@ -10,6 +10,7 @@ import typer
 
 from .arguments import errors_as_messages
 from .options import RunsFolder
+from .printable import printable
 
 if TYPE_CHECKING:
     from .runs import Recorded
@@ -32,11 +33,18 @@ def list_(runs: RunsFolder = Path("runs")) -> None:
     with errors_as_messages():
         from . import runs as recorded
 
-        found = [recorded.read(folder) for folder in recorded.folders(runs)]
-        if not found:
+        found, unreadable = [], []
+        for folder in recorded.folders(runs):
+            try:
+                found.append(recorded.read(folder))
+            except recorded.RunsError as error:
+                unreadable.append(printable(str(error)))
+        if not found and not unreadable:
             typer.echo(f"No runs in {runs}/ yet.")
             return
         _table([*_overview(found)])
+        for line in unreadable:
+            typer.echo(line)
 
 
 @runs_app.command()
@@ -44,10 +52,9 @@ def show(run: str, runs: RunsFolder = Path("runs")) -> None:
     """Show one run: its settings and its rounds."""
     with errors_as_messages():
         from . import runs as recorded
-        from .progress import printable
 
         found = recorded.read(recorded.find(runs, run))
-        typer.echo(f"{found.name}  {found.state}  {found.folder}")
+        typer.echo(printable(f"{found.name}  {found.state}  {found.folder}"))
         for line in recorded.troubles(found):
             typer.echo(printable(line))
         _table([("setting", "value"), *recorded.flat(found.settings).items()])
@@ -181,8 +188,6 @@ def _table(rows: list[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-
-    from .progress import printable
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for head in rows[0]:

@@ -15,12 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .whole_files import replacing
+from . import records
+from .whole_files import read_plain, replacing
 
 _PAUSE = 0.5
 """Seconds until what comes often, such as replies, is written again."""
 _GLANCE = 0.1
 """Seconds until another phase is written: to write costs as much as a short one takes."""
+_LARGEST = 2**24
+"""Bytes of the file."""
 _MOST_NOTICES = 100
 _MOST_REFUSED = 100
 _OFTEN = ("replies", "failed", "joined", "left")
@@ -109,13 +112,16 @@ def read(folder: Path) -> dict[str, Any]:
     A run whose process is gone without a word is ``"stopped"``.
     """
     try:
-        status = json.loads((folder / "status.json").read_bytes())
+        status = records.from_json(read_plain(folder / "status.json", _LARGEST))
+        for name, kind in (("refused", dict), ("failed", list), ("notices", list)):
+            if not isinstance(status.get(name, kind()), kind):
+                return {}
         is_here = status["host"] == platform.node()
         if status["state"] in ("waiting", "running") and is_here and not _lives(status["pid"]):
             status |= {"state": "stopped", "reason": "its process is gone"}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (AttributeError, OSError, ValueError, KeyError, TypeError):
         return {}
-    return status
+    return dict(status)
 
 
 def _lives(pid: int) -> bool:

@@ -5,12 +5,17 @@ Secrets are not written here: see :mod:`mlx_fed.fleet.private`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
+
+_LARGEST = 2**30
+"""Bytes of a file that is read whole."""
 
 
 @contextmanager
@@ -38,6 +43,34 @@ def replacing(path: Path, part: Path | None = None, on_disk: bool = True) -> Ite
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def open_plain(path: Path, largest: int = _LARGEST) -> BinaryIO:
+    """Opens a file for reading in which a run was written down.
+
+    Whoever can write into a run's folder may have put something else there: a link leads out of
+    it, and a pipe or a device has no end.
+
+    Args:
+        path (Path): The file.
+        largest (int): Bytes that it may have.
+
+    Raises:
+        OSError: If there is none, it is no plain file, or it is larger.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    about = os.fstat(file.fileno())
+    if not stat.S_ISREG(about.st_mode) or about.st_size > largest:
+        file.close()
+        why = "it is too large" if stat.S_ISREG(about.st_mode) else "it is no plain file"
+        raise OSError(errno.EINVAL, why, str(path))
+    return file
+
+
+def read_plain(path: Path, largest: int = _LARGEST) -> bytes:
+    """The bytes of a file that :func:`open_plain` opens."""
+    with open_plain(path, largest) as file:
+        return file.read(largest)
 
 
 def put(part: Path, path: Path) -> None:

@@ -45,7 +45,7 @@ class Running:
         self.federation = folder / "federation"
         where = ["--port", self.port, "--runs", folder / "runs", "--name", "run"]
         where += ["--secure", "--federation", self.federation] if secure else []
-        rounds = ["--rounds", 100_000, "--min-nodes", max(nodes, 1)]
+        rounds = ["--rounds", 100_000, *(["--min-nodes", nodes] if nodes else [])]
         self.server: Started = start(*command, "serve", TASK, *where, *rounds, *arguments)
         self.server.line("(?i)waiting for|joins with")
         self.honest = [self.join(number) for number in range(nodes)]

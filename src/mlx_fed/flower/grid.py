@@ -88,7 +88,6 @@ class LinkGrid(OneRunGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies to these messages that are complete, or that will never come."""
-        self._seen = self._link.news()
         message_ids = set(message_ids)
         state = self._link.state
         with state.lock:  # of a node that came back in here Flower would say nothing
@@ -131,8 +130,8 @@ class LinkGrid(OneRunGrid):
         return replies
 
     def wait(self, timeout: float) -> None:
-        """Waits for news since replies were last pulled, at most ``timeout`` seconds."""
-        self._link.wait_for_news(self._seen, timeout)
+        """Waits for news since it last returned, at most ``timeout`` seconds."""
+        self._seen = self._link.wait_for_news(self._seen, timeout)
 
     def _reply_to(self, message_id: str) -> Message:
         """The reply with its content or error.

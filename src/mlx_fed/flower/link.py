@@ -295,7 +295,12 @@ class Link:
         """A number that grows with every piece of news."""
         return self._count
 
-    def wait_for_news(self, since: int, timeout: float) -> None:
-        """Waits until there is news after ``since``, at most ``timeout`` seconds."""
+    def wait_for_news(self, since: int, timeout: float) -> int:
+        """Waits until there is news after ``since``, at most ``timeout`` seconds.
+
+        Returns:
+            int: The number of news then.
+        """
         with self._news:
             self._news.wait_for(lambda: self._count > since, timeout)
+            return self._count
