@@ -8,9 +8,11 @@ import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import pytest
 
-from mlx_fed.flower.client import FleetClient, Refused
+from mlx_fed.flower.client import FleetClient, Unavailable
 
 from .running import Running, roll_call_answer
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_node_cannot_take_anothers_number(start, tmp_path):
@@ -83,7 +85,7 @@ def test_nodes_that_leave_free_their_places(start, tmp_path, monkeypatch):
             node._registers = False  # it is deactivated only, as one that was killed
         node.leave()
     staying = [running.hostile() for _ in range(18)]
-    with pytest.raises(Refused, match="Too many nodes"):
+    with pytest.raises(Unavailable, match="Too many nodes"):
         running.hostile()
     for node in staying:
         node.leave()

@@ -16,6 +16,8 @@ from mlx_fed.dashboard import serving
 
 from ..conftest import python
 
+pytestmark = pytest.mark.slow
+
 ROUND = {
     "round": 1,
     "train": {"loss": 0.5, "nodes": ["a"]},

@@ -13,6 +13,8 @@ import pytest
 
 from .running import Running
 
+pytestmark = pytest.mark.slow
+
 FILES = 400
 """Files that the server may have open."""
 LIMITED = (

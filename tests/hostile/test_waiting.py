@@ -11,6 +11,8 @@ import pytest
 
 from .running import Running, roll_call_answer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("how", ["died", "left", "was refused"])
 def test_a_server_that_waits_for_nodes_sleeps(start, tmp_path, how):
