@@ -11,6 +11,7 @@ import numpy as np
 
 from . import examples, module_state, randomness
 from .examples import Examples
+from .index_checks import extreme_rows, indices_checked
 from .randomness import Keys, drawing_from
 from .steps import augmented, running
 from .weights import Slots, WeightsError
@@ -46,13 +47,15 @@ def check_effects(
 
     Raises:
         WeightsError: If an array was assigned another value.
+        ExamplesError: If a label is out of range.
     """
     with running(model, training=True), _keys() as keys:
         arrays = {n: module_state.reference(a) for n, a in module_state.arrays(model).items()}
         counters = module_state.counters(model)
         if augment:
             batch = augmented(augment, keys.next(), batch)
-        output = examples.call(loss, model, batch, config)
+        with indices_checked():
+            output = examples.call(loss, model, batch, config)
         after = module_state.arrays(model)
         changed = [
             name
@@ -123,8 +126,9 @@ def is_paddable(
 
 
 def sample(arrays: Examples) -> Examples:
-    """The first few examples."""
-    return _rows(arrays, list(range(min(_EXAMPLES, examples.count(arrays)))))
+    """The first few examples, and those with the least and the largest label."""
+    first = range(min(_EXAMPLES, examples.count(arrays)))
+    return _rows(arrays, [*first, *extreme_rows(arrays)])
 
 
 def _keys() -> Any:
