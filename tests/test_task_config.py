@@ -170,8 +170,19 @@ def later(config: dict) -> Any:
     return optim.SGD(0.1 if config["server-round"] == 1 else penalty(config))
 
 
-def test_what_the_optimizer_reads_in_later_rounds_is_a_setting():
-    check({"penalty": 0.9}, replace(TASK, optimizer=later))
+class Later:
+    def rate(self, config: dict) -> float:
+        return config.get("penalty", 0.0)
+
+    def make(self, config: dict) -> Any:
+        return optim.SGD(0.1 if config["server-round"] == 1 else self.rate(config))
+
+
+@pytest.mark.parametrize("optimizer", [later, Later().make], ids=["function", "method"])
+def test_what_the_optimizer_reads_in_later_rounds_is_a_setting(optimizer: Callable):
+    check({"penalty": 0.9}, replace(TASK, optimizer=optimizer))
+    with pytest.raises(fed.FedError, match="no setting penalti"):
+        check({"penalti": 0.9}, replace(TASK, optimizer=optimizer))
 
 
 @pytest.mark.parametrize("config", [3, "learning-rate=1", [("learning-rate", 1)]], ids=str)

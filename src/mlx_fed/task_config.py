@@ -364,7 +364,9 @@ def _texts_in(reader: Any, seen: set[CodeType] | None = None) -> Iterator[str]:
         yield from _constants(function.__code__)
         for called in _functions_in(function):
             yield from _texts_in(called, seen)
-        return
+        if function is reader:
+            return
+        reader = reader.__self__  # with its other methods
     for kind in reader.__mro__ if isinstance(reader, type) else type(reader).__mro__:
         if kind.__module__.startswith("flwr."):  # Flower's strategies write settings, no more
             continue
