@@ -66,8 +66,33 @@ def test_the_fraction_is_a_named_strategys(tmp_path: Path):
 
 def test_what_a_module_does_not_find_is_not_the_module(tmp_path: Path):
     (tmp_path / "my_task.py").write_text("import my\n")
-    with pytest.raises(ModuleNotFoundError, match="No module named 'my'"):
-        command("simulate", "my_task:task")
+    run = command("simulate", "my_task:task")
+    assert run.code == 1
+    assert "No module named 'my'" in run.text
+
+
+FROM_SETTINGS = """
+from tests.simulated import TASK
+
+def make(config):
+    config["hidden"]
+    return TASK
+"""
+
+
+def test_a_failure_of_the_task_shows_its_own_lines_alone(tmp_path: Path):
+    (tmp_path / "my_task.py").write_text(FROM_SETTINGS)
+    run = command("simulate", "my_task:make", "--clients", 4)
+    assert run.code == 1
+    assert "no setting hidden: give it a value" in run.text
+    assert 'my_task.py", line 5, in make' in run.text
+    assert "mlx_fed/cli.py" not in run.text
+
+
+def test_a_flower_strategy_that_waits_for_no_nodes_is_told_what_it_lacks():
+    run = simulate("--strategy", "DifferentialPrivacyServerSideFixedClipping")
+    assert run.code == 1
+    assert "required positional arguments: 'strategy'" in run.text
 
 
 def test_faults_of_the_command_line(tmp_path: Path):

@@ -13,6 +13,7 @@ from typing import Any
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
@@ -138,6 +139,28 @@ def test_the_settings_of_flwr_run_stand_over_those_of_the_app(tmp_path: Path):
 # -- what cannot be ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("value", [0, "3", 1.5])
+def test_a_number_of_rounds_is_checked_where_another_stands_over_it(value: Any, tmp_path: Path):
+    with pytest.raises(fed.FedError, match="config: num-rounds is a whole number, 1 or more"):
+        simulate(None, tmp_path, TASK, 2, num_rounds=1, config={"num-rounds": value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": TASK.model()}, "Task.model is a function that returns a new model, .* Sequenti"),
+        ({"optimizer": optim.SGD(0.1)}, "Task.optimizer is a function of the settings .* a SGD"),
+        ({"loss": "mse"}, "Task.loss is a function, and this is a str"),
+        ({"data": TEST}, "Task.data is a function, and this is a tuple"),
+        ({"metrics": [TASK.loss]}, "Task.metrics is a dictionary of functions .* this is a list"),
+    ],
+    ids=str,
+)
+def test_a_task_is_made_of_functions(fields: dict[str, Any], message: str):
+    with pytest.raises(fed.FedError, match=message):
+        replace(TASK, **fields)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -154,6 +177,9 @@ def test_the_settings_of_flwr_run_stand_over_those_of_the_app(tmp_path: Path):
         ({"test": np.zeros(3)}, "test is a tuple of arrays .*, not ndarray"),
         ({"test": (np.zeros(3), np.zeros(2))}, r"arrays of one length; these have \[3, 2\]"),
         ({"test": (1, 2)}, r"arrays of one length; these have \[None, None\]"),
+        ({"test": (np.zeros((0, 3)), np.zeros(0))}, "test has no examples"),
+        ({"stop": 5}, "stop is a function, not 5"),
+        ({"evaluate_fn": {"loss": 1}}, "evaluate_fn is a function, not"),
     ],
     ids=str,
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -71,10 +74,11 @@ def test_an_empty_stream_fails_and_the_round_goes_on(tmp_path: Path):
     assert refused(one) == {"node-3": "ValueError: The client has no training examples."}
 
 
-def test_clients_without_test_examples_are_left_out_of_evaluation(tmp_path: Path):
+@pytest.mark.parametrize("test", [None, (np.zeros((0, 5), np.float32), np.zeros(0, np.int32))])
+def test_clients_without_test_examples_are_left_out_of_evaluation(test: Any, tmp_path: Path):
     def untested(partition_id: int, num_partitions: int | None) -> fed.Data:
         data = load(partition_id, num_partitions)
-        return data if partition_id else fed.Data(data.train)
+        return data if partition_id else fed.Data(data.train, test)
 
     task = replace(TASK, data=untested)
     one = simulate(FedAvg(), tmp_path, task, num_clients=4)
@@ -98,10 +102,13 @@ def test_one_client_is_a_federation(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_clients": 0}, "num_clients is 1 or more, not 0"),
+        ({"num_clients": 0}, "num_clients is a whole number, 1 or more, not 0"),
+        ({"num_clients": "3"}, "num_clients is a whole number, 1 or more, not '3'"),
+        ({"num_clients": 2.5}, "num_clients is a whole number, 1 or more, not 2.5"),
         ({"num_rounds": 0}, "num_rounds is a whole number, 1 or more, not 0"),
-        ({"chunk_size": 0}, "chunk_size is 1 or more, not 0"),
-        ({"workers": -1}, "workers is 0 or more, not -1"),
+        ({"chunk_size": 0}, "chunk_size is a whole number, 1 or more, not 0"),
+        ({"workers": -1}, "workers is a whole number, 0 or more, not -1"),
+        ({"faults": 0.1}, "faults is an mlx_fed.Faults, not 0.1"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(options: dict[str, Any], message: str, tmp_path: Path):
@@ -176,6 +183,87 @@ def test_a_task_that_raises_on_all_ends_the_run(workers: int, tmp_path: Path):
         )
     assert told.count("OSError: the disk is not mounted") == CLIENTS  # nor repeated
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+# In another process, as each of these is a memory fault where it is not refused.
+LABELS = """
+from dataclasses import replace
+from pathlib import Path
+
+import mlx_fed as fed
+import mlx.nn as nn
+import numpy as np
+from tests.simulated import TASK, load, simulate
+
+
+def one_too_many(partition_id, num_partitions):
+    data = load(partition_id, num_partitions)
+    x, y = data.train
+    return data if partition_id < 3 else fed.Data((x, np.where(y == 2, {label}, y)), data.test)
+
+
+def shifted(model, x, y):
+    return nn.losses.cross_entropy(model(x), y - 1)
+
+
+task = replace(TASK, data=one_too_many, {fields})
+result = simulate(None, Path("runs"), task, 5, batched={batched})
+for refused in result.rounds[0]["refused"]:
+    if refused["phase"] == "train":
+        print(refused["node"], refused["reason"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("label", "fields", "wrong"),
+    [
+        (3, "", True),
+        (10**6, "", True),
+        (-4, "", True),
+        (-1, "", False),
+        (4, "loss=shifted", True),
+        (3, "loss=shifted", False),
+    ],
+)
+@pytest.mark.parametrize("batched", [True, False])
+def test_labels_without_an_output_are_refused(label, fields, wrong, batched, tmp_path: Path):
+    program = LABELS.format(label=label, fields=fields, batched=batched)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MLX_DISABLE_COMPILE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    nodes = {line.split(" ", 1)[0] for line in run.stdout.splitlines()}
+    assert nodes == ({"node-3", "node-4"} if wrong else set())
+    assert ("has a label that the model has no output for" in run.stdout) == wrong
+
+
+def takes_one(argument: Any) -> None:
+    raise AssertionError("it is called with another number of arguments")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"loss": takes_one}, r"TaskError: .* \(test_simulation_input.py, line \d+\): takes_one"),
+        ({"data": takes_one}, r"TaskError: Task.data \(test_simulation_input.py, line \d+\): ta"),
+        ({"optimizer": lambda: None}, r"TaskError: Task.optimizer \(test_simulation_input.py, li"),
+        ({"optimizer": lambda config: None}, "TaskError: Task.optimizer must return an mlx.optim"),
+        ({"augment": lambda key, x, y: None}, "TaskError: Task.augment returned None: it returns"),
+        ({"loss": lambda model, x, y: None}, "LossError: Task.loss returned a NoneType"),
+        ({"data": lambda partition, of: None}, "TaskError: Task.data must return mlx_fed.Data"),
+    ],
+)
+@pytest.mark.parametrize("batched", [True, False])
+def test_what_a_task_does_not_take_or_return_ends_the_run_at_once(
+    fields: dict[str, Any], reason: str, batched: bool, tmp_path: Path
+):
+    with pytest.raises(fed.FedError, match=f"^Round 1: all 4 nodes failed .* error: {reason}"):
+        simulate(None, tmp_path, replace(TASK, **fields), 4, batched=batched)
 
 
 def test_a_task_that_returns_no_data(tmp_path: Path):

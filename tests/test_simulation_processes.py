@@ -119,6 +119,20 @@ def test_clients_that_kill_every_worker_are_named(strategy, tmp_path: Path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_a_memory_fault_is_not_taken_for_want_of_memory(tmp_path: Path):
+    def load_or_die(partition_id: int, num_partitions: int | None) -> fed.Data:
+        if partition_id == 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return load(partition_id, num_partitions)
+
+    with pytest.raises(fed.FedError) as raised:
+        simulate(None, tmp_path, replace(TASK, data=load_or_die), 2, workers=1)
+    message = str(raised.value)
+    assert "SIGSEGV" in message
+    assert "are all labels of the data from 0 to one less than the model's outputs" in message
+    assert "memory enough" not in message
+
+
 # -- wherever a simulation is started from -------------------------------------------------
 
 UNGUARDED = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,13 @@ def test_nodes_are_told_that_a_run_has_ended_early(start, tmp_path: Path):
     assert node.ends(30) == 0, node.text
     assert "no loss was below" in server.text
     assert "The run is over." in node.text
+
+
+@pytest.mark.parametrize("target", ["bits>=0.6", "loss<=0.6"])
+def test_a_value_that_is_not_finite_reaches_no_target(target: str, tmp_path: Path):
+    name, value = ("bits", math.inf) if "bits" in target else ("loss", -math.inf)
+    values = (math.nan, value, 0.6, 0.6)
+    result = simulate(
+        tmp_path, target=target, evaluate_fn=lambda number, *_: {name: values[number - 1]}
+    )
+    assert len(result.rounds) == 3

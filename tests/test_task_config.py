@@ -132,6 +132,67 @@ def test_what_a_function_reads_is_a_setting(name: str, eager: bool):
             check({"hidden-sise": 3, "hidden-size": 3}, source=make, num_clients=2)
 
 
+def penalty(config: dict) -> float:
+    return config.get("penalty", 0.0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"loss": lambda model, x, y, config: config.get("penalty", 0.0) * model(x).sum()},
+        {"loss": lambda model, x, y, config: penalty(config) * model(x).sum()},
+        {"metrics": {"size": lambda model, x, y, config: penalty(config) * model(x)}},
+        {"metrics": {"size": fed.DatasetMetric(lambda model, x, y, config: penalty(config), sum)}},
+        {"train_step": lambda model, optimizer, batch, key, config: mx.array(penalty(config))},
+    ],
+    ids=["loss", "loss, elsewhere", "metric", "dataset metric", "train step"],
+)
+def test_what_a_function_of_the_settings_reads_is_a_setting(fields: dict):
+    task = replace(TASK, **fields)
+    check({"penalty": 0.9}, task)
+    with pytest.raises(fed.FedError, match="no setting penalti"):
+        check({"penalti": 0.9}, task)
+
+
+class Penalizing(FedAvg):
+    def configure_train(self, server_round, arrays, config, grid):
+        config["learning-rate"] = penalty(config)
+        return super().configure_train(server_round, arrays, config, grid)
+
+
+def test_what_a_function_that_the_strategy_calls_reads_is_a_setting():
+    check_config(TracedConfig({"penalty": 0.9}), TASK, [Penalizing()])
+    with pytest.raises(fed.FedError, match="no setting penalti"):
+        check_config(TracedConfig({"penalti": 0.9}), TASK, [Penalizing()])
+
+
+def later(config: dict) -> Any:
+    return optim.SGD(0.1 if config["server-round"] == 1 else penalty(config))
+
+
+class Later:
+    def rate(self, config: dict) -> float:
+        return config.get("penalty", 0.0)
+
+    def make(self, config: dict) -> Any:
+        return optim.SGD(0.1 if config["server-round"] == 1 else self.rate(config))
+
+
+@pytest.mark.parametrize("optimizer", [later, Later().make], ids=["function", "method"])
+def test_what_the_optimizer_reads_in_later_rounds_is_a_setting(optimizer: Callable):
+    check({"penalty": 0.9}, replace(TASK, optimizer=optimizer))
+    with pytest.raises(fed.FedError, match="no setting penalti"):
+        check({"penalti": 0.9}, replace(TASK, optimizer=optimizer))
+
+
+@pytest.mark.parametrize("config", [3, "learning-rate=1", [("learning-rate", 1)]], ids=str)
+def test_settings_are_a_dictionary(config: Any):
+    with pytest.raises(fed.FedError, match="config is a dictionary"):
+        fed.simulate(TASK, config=config)
+    with pytest.raises(fed.FedError, match=r"Task\.config is a dictionary"):
+        replace(TASK, config=config)
+
+
 def momentum(config: dict) -> Any:
     return optim.SGD(config["learning-rate"], momentum=config["momentum"])
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .errors import FedError
-from .task_config import TracedConfig, kebab_case
+from .task_config import TracedConfig
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Turns our errors into one message and their exit code, and Ctrl-C into exit code 130.
+    """Turns our errors into one message and their exit code, those of a task's own code into its
+    traceback, and Ctrl-C into exit code 130.
 
     To be ended by SIGTERM is to end as cleanly: nodes and workers are told, and the terminal is
     left as it was.
@@ -40,6 +41,11 @@ def errors_as_messages() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("Interrupted.", err=True)
         raise SystemExit(130) from None
+    except Exception as error:
+        from .tracebacks import user_traceback
+
+        typer.echo(user_traceback(error), err=True)
+        raise SystemExit(1) from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -70,16 +76,12 @@ def find_strategy(
     """
     from flwr.serverapp.strategy import Strategy
 
-    from . import named_strategies, strategies
+    from . import named_strategies
     from .progress import quiet_flower
 
     quiet_flower()
     if ":" not in name:
-        least = dict.fromkeys(strategies.LEAST_NODES, min_nodes)
-        maker = named_strategies.by_name(name)
-        return named_strategies.make(
-            maker, {**kebab_case(least), **kebab_case(options)}, source=source
-        )
+        return named_strategies.make_by_name(name, min_nodes, options, source)
     named = _find(name, "a strategy", "my_app:strategy")
     if not isinstance(named, Strategy):
         return named_strategies.make(named, options, name, source)

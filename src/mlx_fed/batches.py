@@ -11,9 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import examples, probe, randomness
-from .errors import FedError
+from . import calls, examples, probe, randomness
+from .errors import TaskError
 from .examples import Examples, as_arrays, as_batch
+from .index_checks import Ranges, ranges, union, within
 from .randomness import Moment
 from .task import Config, Data, Task
 from .task_config import KINDS, TracedConfig
@@ -56,15 +57,17 @@ def load(task: Task, partition_id: int, num_partitions: int | None) -> Data:
     """A partition's data, its arrays as MLX's: NumPy's are not kept beside them.
 
     Raises:
-        FedError: If ``task.data`` returns something else.
+        TaskError: If ``task.data`` returns something else.
     """
-    data = task.data(partition_id, num_partitions)
+    data = calls.call("Task.data", task.data, partition_id, num_partitions)
     if not isinstance(data, Data):
-        raise FedError(
+        raise TaskError(
             f"Task.data must return mlx_fed.Data, not a {type(data).__name__}: "
             "Data(train=(x, y), test=(x, y))"
         )
-    return Data(_converted(data.train, "train"), _converted(data.test, "test"))
+    test = _converted(data.test, "test")
+    has_none = test is not None and not callable(test) and examples.count(test) == 0
+    return Data(_converted(data.train, "train"), None if has_none else test)
 
 
 def _converted(split: Any, name: str) -> Any:
@@ -84,7 +87,7 @@ class Batches:
     def __init__(self, task: Task, model: nn.Module, slots: Slots, note: Callable[[str], None]):
         self.task, self.model, self.slots, self.note = task, model, slots, note
         self._paddable: dict[Any, bool] = {}
-        self._checked: set[Any] = set()
+        self._checked: dict[Any, Ranges] = {}
         self._arrays: dict[int, tuple[Any, Examples]] = {}
 
     def training(self, data: Data, config: Config, moment: Moment) -> Iterator[Batch]:
@@ -121,7 +124,7 @@ class Batches:
         length = lengths(self.task, config)
         total = examples.count(arrays)
         if total:
-            self.check_effects(probe.sample(arrays), config)
+            self.check_effects(arrays, config, probe.sample)
         padded = self.task.train_step is None and self._can_pad(
             arrays, self.task.augment, (self.task.loss,), True, config
         )
@@ -132,26 +135,41 @@ class Batches:
         )
         return islice(chain.from_iterable(epochs), length.steps)
 
-    def check_effects(self, batch: Examples, config: Config) -> None:
-        """Checks once for each kind of batch what a forward pass changes in the model.
+    def check_effects(
+        self,
+        batch: Examples,
+        config: Config,
+        sample: Callable[[Examples], Examples] | None = None,
+    ) -> None:
+        """Checks once for each kind of batch what a forward pass changes in the model, and whether
+        the loss has an output for each label.
+
+        Args:
+            batch: A batch, or all of a client's examples.
+            config (dict): The settings.
+            sample (callable, optional): Takes from all of a client's examples those that the model
+                is called with. Labels beyond those that were checked are checked again then.
 
         Raises:
             WeightsError: If it assigns an array that is no buffer.
+            ExamplesError: If a label is out of range.
         """
         kind = tuple((path, a.ndim, a.dtype) for path, a in examples.paths(batch))
-        if kind in self._checked or self.task.train_step is not None:
+        labels = ranges(batch) if sample else {}
+        checked = self._checked.get(kind)
+        if self.task.train_step is not None or (checked is not None and within(labels, checked)):
             return
         probe.check_effects(
             self.model,
             self.slots,
             self.task.loss,
-            batch,
+            sample(batch) if sample else batch,
             self.task.augment,
             _first_settings(config),
             self.note,
             has_weight=self.task.weight_unit is not None,
         )
-        self._checked.add(kind)
+        self._checked[kind] = union(labels, checked or {})
 
     def resident(self, split: Any) -> Examples:
         """The split as MLX arrays, converted once for as long as the same split comes back."""

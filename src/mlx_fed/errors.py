@@ -15,6 +15,10 @@ class SettingsError(FedError, ValueError):
     """Settings that a run cannot have."""
 
 
+class TaskError(FedError, TypeError):
+    """A task's function that takes or returns something else than it should."""
+
+
 class RunError(FedError):
     """A run that could not go on. What it has reached is kept in its folder."""
 

@@ -91,7 +91,7 @@ class Evaluator:
             config (dict): The settings, for functions that take them.
 
         Raises:
-            ValueError: If there are no examples.
+            ExamplesError: If there are no examples.
             Exception: What the loss raises.
         """
         outputs, errors, num_examples = self._run(
@@ -166,7 +166,7 @@ class Evaluator:
             results.append(outputs)
             num_examples += size
         if not results:
-            raise ValueError("The client has no examples to evaluate on.")
+            raise examples.ExamplesError("The client has no examples to evaluate on.")
         return results, errors, num_examples
 
     def _step(self, names: Sequence[str], config: Config, number: int, *arguments: Any) -> Outputs:

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from . import calls
 from .errors import FedError
 
 Examples = Any
@@ -75,9 +76,9 @@ def call(
     A function that has a parameter ``config`` gets the settings by that name.
     """
     arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
-    if config is not None and takes_config(function):
-        return function(model, *arguments, config=config)
-    return function(model, *arguments)
+    settings = {"config": config} if config is not None and takes_config(function) else {}
+    what = f"Task's {getattr(function, '__name__', 'function')} for a batch"
+    return calls.call(what, function, model, *arguments, **settings)
 
 
 def takes_config(function: Callable[..., Any]) -> bool:

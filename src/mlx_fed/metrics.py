@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import FedError
+from .examples import ExamplesError
 from .task import Task
 
 _PACKAGE = str(Path(__file__).parent)
@@ -111,8 +112,8 @@ def weighted_mean(values: Sequence[float], shares: Sequence[float]) -> float:
     """The mean of a client's steps, each with its share.
 
     Raises:
-        ValueError: If all shares are 0.
+        ExamplesError: If all shares are 0.
     """
     if not any(shares):
-        raise ValueError("The loss or a metric has weight 0 on all of the client's examples.")
+        raise ExamplesError("The loss or a metric has weight 0 on all of the client's examples.")
     return math.fsum(v * s for v, s in zip(values, shares, strict=True)) / math.fsum(shares)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from flwr.serverapp import strategy as flower
@@ -26,8 +27,7 @@ def find(strategy: Strategy | str | None = None, min_nodes: int = 2) -> Strategy
             are none.
     """
     if strategy is None or isinstance(strategy, str):
-        least = dict.fromkeys(strategies.LEAST_NODES, min_nodes)
-        return make(by_name(strategy or "FedAvg"), least)
+        return make_by_name(strategy or "FedAvg", min_nodes)
     if not isinstance(strategy, Strategy):
         hint = f": write {strategy.__name__}()" if isinstance(strategy, type) else ""
         raise SettingsError(
@@ -57,6 +57,20 @@ def by_name(name: str) -> type[Strategy]:
     meant = nearest(name, names)
     hint = f"Did you mean {meant}?" if meant else f"It has {', '.join(names)}."
     raise SettingsError(f"Flower has no strategy {name!r}. {hint}")
+
+
+def make_by_name(
+    name: str, min_nodes: int, options: Mapping[str, Any] = MappingProxyType({}), source: str = "-s"
+) -> Strategy:
+    """One of Flower's strategies, which waits for ``min_nodes`` unless its arguments say more.
+
+    Raises:
+        SettingsError: If there is none of that name, or it does not take the arguments.
+    """
+    maker = by_name(name)
+    arguments, _ = arguments_of(maker)
+    least = {each: min_nodes for each in strategies.LEAST_NODES if each in arguments}
+    return make(maker, {**kebab_case(least), **kebab_case(options, source)}, source=source)
 
 
 def make(

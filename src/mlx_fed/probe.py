@@ -13,6 +13,7 @@ import numpy as np
 
 from . import examples, module_state, randomness, weights
 from .examples import Examples
+from .index_checks import extreme_rows, indices_checked
 from .programs import find_difference
 from .randomness import Keys, drawing_from
 from .steps import augmented, running
@@ -48,6 +49,7 @@ def check_effects(
 
     Raises:
         WeightsError: If an array was assigned another value.
+        ExamplesError: If a label is out of range.
     """
 
     def call(batch: Examples) -> Any:
@@ -59,7 +61,8 @@ def check_effects(
         arrays = {n: module_state.reference(a) for n, a in module_state.arrays(model).items()}
         counters = module_state.counters(model)
         buffers = {n: module_state.reference(slot.get()) for n, slot in slots.statistics.items()}
-        output = call(batch)
+        with indices_checked():
+            output = call(batch)
         after = module_state.arrays(model)
         changed = [
             name
@@ -261,8 +264,9 @@ def random_parameters(parameters: Mapping[str, mx.array], number: int = 0) -> di
 
 
 def sample(arrays: Examples) -> Examples:
-    """The first few examples."""
-    return _rows(arrays, list(range(min(_EXAMPLES, examples.count(arrays)))))
+    """The first few examples, and those with the least and the largest label."""
+    first = range(min(_EXAMPLES, examples.count(arrays)))
+    return _rows(arrays, [*first, *extreme_rows(arrays)])
 
 
 def _keys() -> Any:

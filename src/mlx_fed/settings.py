@@ -112,6 +112,9 @@ class Settings:
             setattr(self, name, value)
         self.config = TracedConfig.of(self.config)
         parse_target(self.target)
+        for name in ("stop", "evaluate_fn"):
+            if (function := getattr(self, name)) is not None and not callable(function):
+                raise SettingsError(f"{name} is a function, not {function!r}.")
         if self.test is not None:
             _check_arrays(self.test)
 
@@ -225,8 +228,9 @@ def decide_rounds(
     for name, rounds in sources:
         if rounds is not None:
             KINDS[key].check("", name, rounds)
-            settings.num_rounds = rounds
-            break
+    settings.num_rounds = next(
+        (rounds for _, rounds in sources if rounds is not None), settings.num_rounds
+    )
     settings.config = {**settings.config, key: settings.num_rounds}
 
 
@@ -260,3 +264,5 @@ def _check_arrays(test: Any) -> None:
     sizes = [len(array) if getattr(array, "shape", ()) else None for array in test]
     if None in sizes or len(set(sizes)) != 1:
         raise SettingsError(f"test takes arrays of one length; these have {sizes}.")
+    if not sizes[0]:
+        raise SettingsError("test has no examples: leave it out, or give some.")

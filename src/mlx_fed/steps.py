@@ -19,7 +19,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from . import examples, linear, module_state, weights
-from .errors import FedError
+from .errors import FedError, TaskError
 from .randomness import Keys, drawing_from
 from .task import Config, Task
 from .task_config import TracedConfig
@@ -188,6 +188,8 @@ def augmented(augment: Callable[..., Any], key: mx.array, batch: Any) -> Any:
     """The batch that a task's ``augment`` makes of one."""
     arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
     result = augment(key, *arguments)
+    if result is None:
+        raise TaskError("Task.augment returned None: it returns the batch to train on.")
     return tuple(result) if isinstance(result, list) else result
 
 
@@ -227,7 +229,7 @@ def _optimizers(optimizer: Any, path: str = "") -> Iterator[tuple[str, optim.Opt
     """The optimizers that ``Task.optimizer`` returns, alone or in a dictionary or list, by path.
 
     Raises:
-        TypeError: If something else is among them.
+        TaskError: If something else is among them.
     """
     if isinstance(optimizer, optim.Optimizer):
         yield path, optimizer
@@ -236,7 +238,7 @@ def _optimizers(optimizer: Any, path: str = "") -> Iterator[tuple[str, optim.Opt
         for key, child in items:
             yield from _optimizers(child, f"{path}{key}.")
     else:
-        raise TypeError(
+        raise TaskError(
             "Task.optimizer must return an mlx.optimizers.Optimizer, not a "
             f"{type(optimizer).__name__}: lambda config: optim.SGD(config['learning-rate'])."
         )
@@ -304,6 +306,7 @@ def signature(optimizer: optim.Optimizer) -> Any:
     The learning rate is part of the state and may change from round to round without a new
     trace; momentum or another schedule may not.
     """
+    list(_optimizers(optimizer))  # it is one
     settings = {k: v for k, v in vars(optimizer).items() if k not in ("_state", "_initialized")}
     return (type(optimizer), _comparable(settings))
 

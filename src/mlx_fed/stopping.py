@@ -37,8 +37,10 @@ class Target(NamedTuple):
         return f"{self.name} {'<=' if self.is_upper else '>='} {self.value:g}"
 
     def is_reached(self, metrics: Mapping[str, float]) -> bool:
-        """Whether a round's metrics have it; not where they lack it or it is not a number."""
+        """Whether a round's metrics have it; not where they lack it or it is not finite."""
         metric = metrics.get(self.name, math.nan)
+        if not math.isfinite(metric):
+            return False
         return metric <= self.value if self.is_upper else metric >= self.value
 
 

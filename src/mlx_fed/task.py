@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from .errors import TaskError
 from .task_config import KINDS, TracedConfig, kebab_case, plain
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ class Data:
             arguments one by one, a dictionary is one argument; both may be nested. For what does
             not fit in memory or is ragged: a callable that takes a random key and returns an
             iterable of batches. If it has a length, that is the number of its examples.
-        test (tuple, dict or callable): The held-out examples, in the same form. ``None`` where a
-            client has nothing to evaluate on: it trains, and evaluations go on without it.
+        test (tuple, dict or callable): The held-out examples, in the same form. ``None``, or
+            arrays without examples, where a client has nothing to evaluate on: it trains, and
+            evaluations go on without it.
 
     Example:
         >>> Data(train=(images, labels), test=(held_out_images, held_out_labels))
@@ -119,6 +121,13 @@ _KINDS = {
     "local_steps": KINDS["local-steps"],
     "eval_batch_size": KINDS["batch-size"],
     "max_grad_norm": KINDS["max-grad-norm"],
+}
+
+
+_RETURNS = {
+    "model": " that returns a new model, such as model=lambda: nn.Linear(8, 1)",
+    "optimizer": " of the settings that returns a new optimizer, such as "
+    "optimizer=lambda config: optim.SGD(0.1)",
 }
 
 
@@ -233,6 +242,11 @@ class Task:
             if (value := plain(getattr(self, name))) is not None:
                 kind.check("", f"Task.{name}", value)
             object.__setattr__(self, name, value)
+        if not isinstance(self.metrics, Mapping):
+            raise TaskError(
+                'Task.metrics is a dictionary of functions by name, {"accuracy": accuracy}, and '
+                f"this is a {type(self.metrics).__name__}."
+            )
         for name in ("loss", "num-examples", "nodes"):
             if name in self.metrics:
                 raise ValueError(
@@ -249,6 +263,14 @@ class Task:
                 raise TypeError(
                     f"Task.metrics[{name!r}] is a {type(metric).__name__}: it is a function, "
                     "metric(model, *batch), or an mlx_fed.DatasetMetric."
+                )
+        for name in ("model", "loss", "optimizer", "data"):
+            function = getattr(self, name)
+            is_instance = hasattr(type(function), "trainable_parameters") and name == "model"
+            if is_instance or not (function is None or callable(function)):
+                raise TaskError(
+                    f"Task.{name} is a function{_RETURNS.get(name, '')}, and this is a "
+                    f"{type(function).__name__}."
                 )
         if self.statistics not in ("average", "local"):
             raise ValueError(

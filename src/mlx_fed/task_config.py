@@ -6,12 +6,13 @@ Imports nothing of ours but the exceptions: tasks are made with it.
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
-from types import CodeType, MappingProxyType
+from types import CodeType, FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .errors import SettingsError
@@ -117,8 +118,13 @@ def kebab_case(settings: Mapping[str, Any], source: str = "config") -> dict[str,
         source (str): Where they are set, for messages.
 
     Raises:
-        SettingsError: If both spellings of a name have values, and these differ.
+        SettingsError: If they are no dictionary, or both spellings of a name have values, and
+            these differ.
     """
+    if not isinstance(settings, Mapping):
+        raise SettingsError(
+            f'{source} is a dictionary, {{"learning-rate": 0.1}}, not {settings!r}.'
+        )
     renamed: dict[str, Any] = {}
     for key, value in settings.items():
         if not isinstance(key, str):
@@ -171,7 +177,11 @@ class TracedConfig(dict[str, Any]):
     @classmethod
     def of(cls, settings: Mapping[str, Any] | None, source: str = "config") -> TracedConfig:
         """The same settings, traced; those that are stay the ones they are."""
-        return settings if isinstance(settings, cls) else cls(settings or {}, source)
+        return (
+            settings
+            if isinstance(settings, cls)
+            else cls({} if settings is None else settings, source)
+        )
 
     def _look_up(self, key: Any) -> Any:
         if not isinstance(key, str):
@@ -243,8 +253,9 @@ def check_config(
 
     A setting is read if it is one of the library's, the task declares it in ``Task.config``, or it
     was looked up in ``config`` as the task was made of it. Of a name that is none of these the
-    code of the task and the strategy is searched; then the optimizer is made, and in a simulation
-    the first client's data, to see whether they look it up.
+    code of the task's functions and the strategy is searched, with the functions that they call;
+    then the optimizer is made, and in a simulation the first client's data, to see whether they
+    look it up.
 
     Args:
         config (TracedConfig): The settings, after the task was made of them.
@@ -258,7 +269,8 @@ def check_config(
     Raises:
         SettingsError: With the name, where it was set, and the name that was probably meant.
     """
-    readers = [*readers, task.optimizer, task.data]
+    metrics = (getattr(metric, "predict", metric) for metric in task.metrics.values())
+    readers = [*readers, task.optimizer, task.data, task.loss, task.train_step, *metrics]
     declared = TracedConfig(task.config, "Task.config")
     stored = kebab_case(stored or {}, "the run's settings")
     names = KINDS.keys() | config.looked_up | dict.keys(declared)
@@ -339,18 +351,47 @@ def _looked_up_late(
     return read
 
 
-def _texts_in(reader: Any) -> Iterator[str]:
-    """The texts in a function's code, or in that of a class's methods."""
-    reader = getattr(reader, "func", reader)  # of a partial function
-    if code := getattr(reader, "__code__", None):
-        yield from _constants(code)
-        return
+def _texts_in(reader: Any, seen: set[CodeType] | None = None) -> Iterator[str]:
+    """The texts in a function's code, or in that of a class's methods, and in the functions of the
+    same package that are called by name."""
+    seen = set() if seen is None else seen
+    reader = inspect.unwrap(getattr(reader, "func", reader))  # of a partial function
+    function = getattr(reader, "__func__", reader)  # of a method
+    if isinstance(function, FunctionType):
+        if function.__code__ in seen:
+            return
+        seen.add(function.__code__)
+        yield from _constants(function.__code__)
+        for called in _functions_in(function):
+            yield from _texts_in(called, seen)
+        if function is reader:
+            return
+        reader = reader.__self__  # with its other methods
     for kind in reader.__mro__ if isinstance(reader, type) else type(reader).__mro__:
         if kind.__module__.startswith("flwr."):  # Flower's strategies write settings, no more
             continue
         for method in vars(kind).values():
-            if code := getattr(method, "__code__", None):
-                yield from _constants(code)
+            if isinstance(method, FunctionType):
+                yield from _texts_in(method, seen)
+
+
+def _functions_in(function: FunctionType) -> Iterator[FunctionType]:
+    """The functions of its package that a function's code names."""
+    package = (function.__module__ or "").partition(".")[0]
+    values = [function.__globals__.get(name) for name in _names(function.__code__)]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it has no value yet
+            values.append(cell.cell_contents)
+    for value in values:
+        if isinstance(value, FunctionType) and value.__module__.partition(".")[0] == package:
+            yield value
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def _constants(code: CodeType) -> Iterator[str]:

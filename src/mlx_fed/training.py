@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import examples, frozen, randomness, weights
+from . import calls, examples, frozen, randomness, weights
 from .batches import Batches
 from .evaluation import Evaluator
 from .metrics import Evaluation, counted, weighted_mean
@@ -199,7 +199,7 @@ class Trainer:
         if first is None:
             raise ValueError("The client has no training examples.")
         mx.async_eval(first[0])  # the device is at it while the rest is made ready
-        optimizer = self.task.optimizer(TracedConfig(config))
+        optimizer = calls.call("Task.optimizer", self.task.optimizer, TracedConfig(config))
         programs = self.training_programs(optimizer, config)
         counters = _going_on(counters_of(optimizer), own)
         state = _kept(own, "state", programs.initial_state(counters, everything))

@@ -26,6 +26,11 @@ from .worker import Job, Outcome, Seat, Worker
 _AHEAD = 2
 """Spans that a process has at hand, so that it never waits for the next one."""
 _MOST_DEATHS = 3
+_MEMORY = "Is the memory enough? A smaller chunk_size or fewer workers need less;"
+_FAULT = (
+    "MLX does not check indices, and one out of range is such a fault: are all labels of the data "
+    "from 0 to one less than the model's outputs, and all tokens below the size of its vocabulary?"
+)
 _CONTAINERS_MEMORY = Path("/sys/fs/cgroup/memory.max")
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -209,11 +214,13 @@ def _blamed(lost: list[Span], error: Exception, deaths: Counter[int]) -> list[Sp
     first = seats[0].place
     deaths[first] += 1
     if deaths[first] == _MOST_DEATHS:
+        codes = _exit_codes(error)
+        is_fault = any(name in codes for name in ("SIGSEGV", "SIGABRT", "SIGBUS"))
+        advice = _FAULT if is_fault else _MEMORY
         clients = ", ".join(str(seat.client) for seat in seats)
         raise SimulationError(
             f"{_MOST_DEATHS} worker processes died one after another over clients {clients}: "
-            f"{_exit_codes(error)}. Is the memory enough? A smaller chunk_size or fewer workers "
-            "need less; workers=0 shows what happens in this process."
+            f"{codes}. {advice} workers=0 shows what happens in this process."
         )
     return [*(Span(request, block) for block in by_block(seats)), *lost[1:]]
 

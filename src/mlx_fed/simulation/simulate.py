@@ -11,12 +11,13 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 
 from .. import devices, named_strategies, rounds
-from ..errors import SimulationError
+from ..errors import SettingsError
 from ..history import History, Listener, Previous, previous_of, run_folder
 from ..labels import LabelsFile
 from ..progress import listeners_or_terminal, quiet_flower
 from ..settings import decide_rounds, make_checked_task, settings_of
 from ..task import TaskSource
+from ..task_config import whole_number
 from ..training import Trainer
 from .faults import Faults
 from .grid import SimulationGrid
@@ -95,8 +96,10 @@ def simulate(
         ("chunk_size", chunk_size, 1),
         ("workers", workers, 0),
     ):
-        if value is not None and value < least:
-            raise SimulationError(f"A simulation's {what} is {least} or more, not {value}.")
+        if value is not None:
+            whole_number(least).check("", what, value)
+    if faults is not None and not isinstance(faults, Faults):
+        raise SettingsError(f"faults is an mlx_fed.Faults, not {faults!r}.")
     quiet_flower()
     computing_on = devices.use(device)
     leading = settings_of(simulate, settings)

@@ -383,7 +383,7 @@ def _failed(place: int, error: Exception) -> Failed:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in a line."""
-    if isinstance(error, FedError):
+    """What went wrong, in a line; what no repeat mends, a fault of the task, as an exception."""
+    if isinstance(error, FedError) and not isinstance(error, (TypeError, ValueError)):
         return str(error)
     return f"{type(error).__name__}: {error}"
