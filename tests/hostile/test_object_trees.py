@@ -191,7 +191,7 @@ def test_what_a_node_left_behind_goes_with_it(running, to):
         if to == "the farewell":
             node.send(roll_call_answer(question, "-", 0), 0.0)
             question = node.asked()
-        push_a_heap(node, question, made([], body=b"never sent")[0], 160)
+        push_a_heap(node, question, made([], body=b"never sent %d" % number)[0], 160)
         node.leave()
         running.goes_on(1)
     assert running.memory - before < ROOM
