@@ -15,7 +15,7 @@ from .running import Running
 SAYS = "the disk of this node is full"
 
 
-@pytest.mark.parametrize("share", [(), ("--share-errors",)])
+@pytest.mark.parametrize("share", [(), pytest.param(("--share-errors",), marks=pytest.mark.slow)])
 def test_a_nodes_owner_decides_whether_the_server_reads_its_exceptions(start, tmp_path, share):
     running = Running(start, tmp_path, secure=bool(share), nodes=0, arguments=("--min-nodes", 2))
     running.join(0), running.join(1, "-c", "raise-in=2", *share)
