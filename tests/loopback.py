@@ -48,7 +48,11 @@ class LoopbackGrid(local.OneRunGrid):
             node_id: Context(
                 run_id=1,
                 node_id=node_id,
-                node_config={"partition-id": partition, "num-partitions": len(apps)},
+                node_config={
+                    "partition-id": partition,
+                    "num-partitions": len(apps),
+                    "share-errors": True,
+                },
                 state=RecordDict(),
                 run_config=run_config or {},
             )

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 RunConfig = tuple[tuple[str, Any], ...]
 """A run's settings, as a cache takes them."""
+SHARE_ERRORS = "share-errors"
+"""In a node's configuration: the server is told what exceptions say, not only where they were."""
 
 
 class ClientError(FedError):
@@ -49,9 +51,23 @@ def client_app(task: TaskSource, mods: Sequence[Mod] | None = None) -> ClientApp
     Returns:
         flwr.clientapp.ClientApp: Answers ``train``, ``evaluate`` and the server's roll call.
         The node's configuration needs ``partition-id``, and ``num-partitions`` where the data
-        is partitioned.
+        is partitioned. With ``share-errors`` the server is told what exceptions say, which may
+        hold data, and not only their type and the line of the task that raised them.
     """
-    app = ClientApp(mods=[_errors_as_replies])
+    return raising_app(task, mods, [_errors_as_replies])
+
+
+def raising_app(
+    task: TaskSource, mods: Sequence[Mod] | None = None, around: Sequence[Mod] = ()
+) -> ClientApp:
+    """The same without the replies for exceptions, which are raised.
+
+    Args:
+        task (Task or callable): What is trained.
+        mods (list, optional): Flower mods around training.
+        around (list, optional): Flower mods around everything.
+    """
+    app = ClientApp(mods=[*around])
     client = _Client(task, private=privacy.name_of_private(mods or ()))
 
     @app.query("roll_call")
@@ -262,10 +278,11 @@ def check_partition(partition: int, num_partitions: Any) -> None:
 
 
 def _errors_as_replies(message: Message, context: Context, call_next: Any) -> Message:
-    """The node's log has the traceback; the server is told in a line what went wrong."""
+    """The node's log has the traceback; the server is told in a line what went wrong, and what the
+    exception says only where the node's owner shares that."""
     try:
         return call_next(message, context)
     except Exception as error:
-        reply = error_reply(message, error)
+        reply = error_reply(message, error, bool(context.node_config.get(SHARE_ERRORS)))
         logging.getLogger("flwr").error("%s", reply.error.reason, exc_info=error)
         return reply

@@ -25,7 +25,11 @@ Rounds = Annotated[
 ]
 Token = Annotated[
     str | None,
-    typer.Argument(metavar="[TOKEN]", help="What the server printed for this node, if it did."),
+    typer.Argument(
+        metavar="[TOKEN]",
+        help="What the server printed for this node, if it did; or @FILE, which has it.",
+        envvar="MLX_FED_TOKEN",
+    ),
 ]
 StrategyName = Annotated[
     str, typer.Option(help="A Flower strategy's name, or MODULE:STRATEGY of your own.")
@@ -209,6 +213,14 @@ class Joining(Options):
             rich_help_panel=_SECURITY,
         ),
     ] = None
+    share_errors: Annotated[
+        bool,
+        typer.Option(
+            "--share-errors",
+            help="Tell the server what exceptions say, which may hold data, and not only where.",
+            rich_help_panel=_SECURITY,
+        ),
+    ] = False
     wait: Wait = 600.0
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 _LIBRARIES = tuple(
     str(Path(module).resolve().parent) + os.sep for module in (__file__, str(mx.__file__))
 )
-_EXCEPTION = re.compile(r"\w*(Error|Exception): ")
+_EXCEPTION = re.compile(r"\w*(Error|Exception)(:| in) ")
 _VARIABLE = "MLX_FED_TRACEBACK"
 
 

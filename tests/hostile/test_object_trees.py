@@ -30,10 +30,8 @@ from .running import (
     roll_call_answer,
 )
 
-pytestmark = pytest.mark.slow
 
-
-@pytest.fixture(scope="module", params=["TLS", "plaintext"])
+@pytest.fixture(scope="module", params=["TLS", pytest.param("plaintext", marks=pytest.mark.slow)])
 def running(request, start_once, tmp_path_factory) -> Iterator[Running]:
     running = Running(start_once, tmp_path_factory.mktemp("run"), request.param == "TLS")
     running.goes_on()
@@ -143,7 +141,14 @@ def the_question(question: Message, node: HostileNode) -> list[ObjectTree]:
     return [ObjectTree(object_id=question.metadata.message_id)]
 
 
-@pytest.mark.parametrize("children", [without_children, the_whole_model, the_question])
+@pytest.mark.parametrize(
+    "children",
+    [
+        without_children,
+        pytest.param(the_whole_model, marks=pytest.mark.slow),
+        pytest.param(the_question, marks=pytest.mark.slow),
+    ],
+)
 def test_a_node_cannot_change_what_others_are_sent(running, children):
     """What it evaluates is what all train from in the next round."""
     name = f"taker-{children.__name__}".replace("_", "-")
@@ -182,6 +187,7 @@ def test_a_reply_that_is_announced_again_and_again_is_one(running, node):
     running.goes_on()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["the roll call", "the farewell"])
 def test_what_a_node_left_behind_goes_with_it(running, to):
     """It sends nearly all of a reply, leaves, and comes again as another node."""
@@ -193,7 +199,7 @@ def test_what_a_node_left_behind_goes_with_it(running, to):
         if to == "the farewell":
             node.send(roll_call_answer(question, "-", 0), 0.0)
             question = node.asked()
-        push_a_heap(node, question, made([], body=b"never sent")[0], 160)
+        push_a_heap(node, question, made([], body=b"never sent %d" % number)[0], 160)
         node.leave()
         running.goes_on(1)
     assert running.memory - before < ROOM

@@ -16,8 +16,6 @@ from mlx_fed.dashboard import serving
 
 from ..conftest import python
 
-pytestmark = pytest.mark.slow
-
 ROUND = {
     "round": 1,
     "train": {"loss": 0.5, "nodes": ["a"]},
@@ -65,7 +63,14 @@ LISTED = ("list {runs}", "show run {runs}", "export run {runs}", "export run --j
 
 
 @pytest.mark.parametrize("name", ["settings.json", "status.json", "history.jsonl", "labels.json"])
-@pytest.mark.parametrize("kind", ["link", "pipe", "device"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "link",
+        pytest.param("pipe", marks=pytest.mark.slow),
+        pytest.param("device", marks=pytest.mark.slow),
+    ],
+)
 def test_only_plain_files_are_read(run, tmp_path, name, kind):
     letter = tmp_path / "letter"
     letter.write_text(json.dumps({"state": SECRET, "round": 1, SECRET: [SECRET]}))

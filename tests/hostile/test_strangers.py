@@ -13,8 +13,6 @@ import pytest
 
 from .running import Running
 
-pytestmark = pytest.mark.slow
-
 FILES = 400
 """Files that the server may have open."""
 LIMITED = (
@@ -24,7 +22,7 @@ LIMITED = (
 )
 
 
-@pytest.fixture(scope="module", params=["TLS", "plaintext"])
+@pytest.fixture(scope="module", params=["TLS", pytest.param("plaintext", marks=pytest.mark.slow)])
 def running(request, start_once, tmp_path_factory) -> Iterator[Running]:
     running = Running(
         start_once, tmp_path_factory.mktemp("run"), request.param == "TLS", command=LIMITED
@@ -52,7 +50,15 @@ def flood(running: Running, count: int, first: bytes = b"") -> list[socket.socke
     return opened
 
 
-@pytest.mark.parametrize("first", [b"", b"\x16\x03\x01", b"POST /v1/fleet/"], ids=repr)
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"",
+        pytest.param(b"\x16\x03\x01", marks=pytest.mark.slow),
+        pytest.param(b"POST /v1/fleet/", marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
 def test_idle_connections_neither_end_a_run_nor_keep_nodes_out(running, first):
     connections = flood(running, 300, first) + flood(running, 300)
     running.goes_on()

@@ -11,10 +11,15 @@ import pytest
 
 from .running import Running, roll_call_answer
 
-pytestmark = pytest.mark.slow
 
-
-@pytest.mark.parametrize("how", ["died", "left", "was refused"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "left",
+        pytest.param("died", marks=pytest.mark.slow),
+        pytest.param("was refused", marks=pytest.mark.slow),
+    ],
+)
 def test_a_server_that_waits_for_nodes_sleeps(start, tmp_path, how):
     running = Running(start, tmp_path, secure=False, nodes=0, arguments=("--min-nodes", 2))
     if how == "died":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import ssl
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -195,14 +195,22 @@ def local_addresses(host: str) -> list[str]:
     return [name for name in found if name and name.isascii() and name not in ("0.0.0.0", "::")]
 
 
-def outward_address() -> str:
-    """This machine's address on the network it would use; nothing is sent to find out."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
+def outward_address() -> str | None:
+    """This machine's address on the network it would use, or else that of its name; nothing is sent
+    to find out. ``None`` where it has none that others reach."""
+    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, 9))
             return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
+    with suppress(OSError):  # a network of its own, with no way out of it
+        for family, kind, _, _, found in socket.getaddrinfo(
+            socket.gethostname(), None, type=socket.SOCK_DGRAM
+        ):
+            with suppress(OSError), socket.socket(family, kind) as probe:
+                probe.bind(found)
+                if not ipaddress.ip_address(str(found[0]).partition("%")[0]).is_loopback:
+                    return str(found[0])
+    return None
 
 
 def ipaddress_or_none(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -148,13 +148,22 @@ def announcement(given: str | None, host: str, port: int) -> str:
 
     Args:
         given (str, optional): What was asked for; a host alone gets the port.
+
+    Raises:
+        FederationError: If none was asked for, and this machine has no address on a network.
     """
     if given is not None:
         named, default = address.parse(given)
         return address.join(named, default if _has_port(given) else port)
     written = certificates.ipaddress_or_none(host)
     if written is not None and written.is_unspecified:
-        host = certificates.outward_address()
+        outward = certificates.outward_address()
+        if outward is None:
+            raise FederationError(
+                "This machine has no default route, so that the address by which nodes reach it is "
+                "not known: say it with --announce HOST:PORT, or with --host."
+            )
+        host = outward
     return address.join(host, port)
 
 

@@ -77,14 +77,15 @@ def from_token(text: str, server: str | None, folder: Path | None) -> Identity:
     """The identity that a token leads to; a key is made the first time.
 
     Args:
-        text (str): The token.
+        text (str): The token, or ``@FILE`` of the file that has it: what a process is started
+            with, others on its machine can read.
         server (str, optional): ``HOST:PORT`` in place of the token's.
         folder (Path, optional): Where the identity is kept.
 
     Raises:
-        FedError: If the token is not whole, or the key cannot be kept.
+        FedError: If the token is not whole, others can read its file, or the key cannot be kept.
     """
-    token = tokens.decode(text)
+    token = tokens.read(text)
     host, port = address.parse(server or token.address)
     folder = folder or home() / "nodes" / f"{token.authority.hex()[:16]}-{token.name}"
     private.make_folder(folder)

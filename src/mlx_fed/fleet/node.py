@@ -71,6 +71,7 @@ def join(
     root_certificates: Path | str | None = None,
     key: Path | str | None = None,
     wait: float = 600.0,
+    share_errors: bool = False,
     notify: Callable[..., None] | None = None,
 ) -> None:
     """Takes part in a run with this machine's data, and returns when the run is over.
@@ -101,6 +102,8 @@ def join(
         key (Path, optional): Without a token: this node's private key (PEM), which the server
             knows already.
         wait (float): Seconds to keep trying to reach the server. Default: ``600``.
+        share_errors (bool): Tell the server what an exception of the task says, which may hold
+            data. Default: only its type, and the line of the task that raised it.
         notify (callable, optional): Told what happens, in place of the lines on the terminal.
 
     Raises:
@@ -140,7 +143,10 @@ def join(
     quiet_flower()
     memory.keep_what_is_freed()
     where = devices.use(device)
-    node_config: dict[str, Any] = {"partition-id": partition_id}
+    node_config: dict[str, Any] = {
+        "partition-id": partition_id,
+        clientapp.SHARE_ERRORS: share_errors,
+    }
     if num_partitions is not None:
         node_config["num-partitions"] = num_partitions
     if name is not None:
@@ -159,7 +165,7 @@ def join(
         tell("ready", device=where, partition=partition_id)
         if private := privacy.name_of_private(mods or ()):
             tell("note", text=privacy.note(private, made))
-        app = clientapp.client_app(_with_data(made, data), mods)
+        app = clientapp.raising_app(_with_data(made, data), mods)
         if (proxy := who.proxy) is not None:
             tell("note", text=f"through the proxy {address.join(proxy.host, proxy.port)}")
         client = FleetClient(who.host, who.port, who.context, who.key, who.invitation, proxy)
@@ -230,15 +236,17 @@ class _Node:
         what = {"kind": kind, "round": number if isinstance(number, int) else None}
         self.notify("working", **what)
         started = time.monotonic()
+        # The node stays when it fails: it may be the data of one round, or one bad message. Here
+        # it is told what the exception says, whatever the server is told.
         try:
             reply = self.app(message, context)
+            if reply.has_error():
+                self.notify("failed", **what, reason=reply.error.reason)
         except Exception as error:
-            reply = error_reply(message, error)
+            self.notify("failed", **what, reason=f"{type(error).__name__}: {error}")
+            shared = bool(self.node_config.get(clientapp.SHARE_ERRORS))
+            reply = error_reply(message, error, shared)
         self.spool.hold(kept)
-        if reply.has_error():
-            # The node stays: it may be the data of one round, or one bad message.
-            reason = reply.error.reason
-            self.notify("failed", **what, reason=reason)
         seconds = time.monotonic() - started
         self._persist(lambda: self.client.send(reply, seconds))
         records = records_in(reply.content, MetricRecord) if reply.has_content() else {}

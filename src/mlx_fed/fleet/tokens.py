@@ -11,10 +11,11 @@ import re
 import secrets
 import zlib
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import FedError
-from . import address
+from . import address, private
 
 _PREFIX = "mlxfed-"
 _VERSION = 1
@@ -75,6 +76,17 @@ def encode(token: Token) -> str:
     body = bytes([_VERSION]) + token.authority + token.secret + words
     body += zlib.crc32(body).to_bytes(_CHECKSUM, "big")
     return _PREFIX + urlsafe_b64encode(body).decode().rstrip("=")
+
+
+def read(text: str) -> Token:
+    """What a token says that is written out, or as ``@FILE`` in a file which is its owner's alone.
+
+    Raises:
+        FedError: If it is not whole, or others can read the file.
+    """
+    if text.startswith("@"):
+        text = private.read(Path(text[1:]).expanduser()).decode("ascii", "replace")
+    return decode(text)
 
 
 def decode(text: str) -> Token:

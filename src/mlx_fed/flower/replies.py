@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
+from pathlib import Path
+
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+
+from ..errors import FedError
+
+_PACKAGE = Path(__file__).parents[1]
+_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 _GONE = (
     ErrorCode.NODE_UNAVAILABLE,
@@ -12,9 +21,37 @@ _GONE = (
 )
 
 
-def error_reply(message: Message, error: Exception) -> Message:
-    """A reply that says in a line why there is no result."""
-    return failed_reply(message, f"{type(error).__name__}: {error}")
+def error_reply(message: Message, error: Exception, with_text: bool = True) -> Message:
+    """A reply that says in a line why there is no result.
+
+    Args:
+        message (Message): What there is no result of.
+        error (Exception): Why.
+        with_text (bool): Whether to send what the exception says, which may hold data. Otherwise
+            its type and the line of the user's code that raised it are sent, and in full what
+            this package says itself.
+    """
+    if with_text or _is_ours(error):
+        return failed_reply(message, f"{type(error).__name__}: {error}")
+    where = f"{type(error).__name__} in {_place(error)}"
+    return failed_reply(message, f"{where}; what it says stays on the node (--share-errors)")
+
+
+def _is_ours(error: Exception) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = not frames or _PACKAGE in Path(frames[-1].filename).parents
+    return isinstance(error, FedError) and ours and error.__cause__ is None
+
+
+def _place(error: Exception) -> str:
+    """The line that raised, of the user's code if that was at work, without the user's folders."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        path = Path(frame.filename)
+        installed = "site-packages" in path.parts or _LIBRARY in path.parents
+        if not installed and _PACKAGE not in path.parents and path.is_file():
+            return f"{path.name}:{frame.lineno}"
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
 
 
 def failed_reply(message: Message, reason: str, missing: bool = False) -> Message:

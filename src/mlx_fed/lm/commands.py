@@ -153,7 +153,7 @@ def join(
     if num_partitions is not None and node_id is None:
         raise ConfigError("--num-partitions needs --node-id, which of the parts is this node's.")
     if name is None and token is not None:
-        name = tokens.decode(token).name
+        name = tokens.read(token).name
     if name is None and node_id is None:
         name = f"{socket.gethostname().split('.')[0]}-{Path(config.data).resolve().name}"[:64]
     if node_id is None:
