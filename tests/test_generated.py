@@ -24,15 +24,16 @@ def test_a_generated_task(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("first", range(FEW, MANY, 100))
-def test_more_generated_tasks(first):
-    failed = {
-        seed: report.faults[0]
-        for seed in range(first, first + 100)
-        if (report := check(draw(seed), **extras(seed))).faults
-    }
-    assert not failed
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("first", range(FEW, MANY, 1000))
+def test_more_generated_tasks(first, start):
+    """In two processes, for two cores."""
+    halves = [
+        start("-m", "tests.generated", "--first", seed, "--tasks", 500)
+        for seed in (first, first + 500)
+    ]
+    codes = [half.ends(1700) for half in halves]
+    assert codes == [0, 0], "\n".join(half.text[-3000:] for half in halves)
 
 
 @pytest.mark.slow

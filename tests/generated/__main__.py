@@ -45,6 +45,7 @@ def main() -> None:
     for name, count in sorted(counts.items()):
         print(f"  {name}: {count}")
     print(f"{len(failed)} failed: {failed}")
+    raise SystemExit(bool(failed))
 
 
 def show(seed: int, report: Report) -> None:
