@@ -72,6 +72,7 @@ class Running:
         if self.secure:
             who = from_token(self.token(name), None, self.folder / name)
             node = HostileNode(who.host, who.port, who.context, who.key, who.invitation)
+            node.number = who.number
         else:
             node = HostileNode("127.0.0.1", self.port)
         node.register()
@@ -103,7 +104,13 @@ class Running:
 
 
 class HostileNode(FleetClient):
-    """A node's end of the Fleet API that announces and pushes whatever it is told to."""
+    """A node's end of the Fleet API that announces and pushes whatever it is told to.
+
+    Attributes:
+        number (int): The node id that it may have.
+    """
+
+    number = 900
 
     def announce(self, reply: Message, tree: ObjectTree) -> fleet_pb2.PushMessagesResponse:
         """Announces a reply that is made of these objects, whatever they are."""

@@ -153,7 +153,7 @@ def test_a_node_cannot_change_what_others_are_sent(running, children):
     """What it evaluates is what all train from in the next round."""
     name = f"taker-{children.__name__}".replace("_", "-")
     node = running.hostile(name)
-    node.send(roll_call_answer(node.asked(), name, 900), 0.0)
+    node.send(roll_call_answer(node.asked(), name, node.number), 0.0)
     while not (question := node.asked()).metadata.message_type.startswith("evaluate"):
         node.send(as_it_came(question), 0.0)
     root, content = made([tree.object_id for tree in children(question, node)], "Message")
@@ -232,7 +232,7 @@ def test_what_a_node_sends_at_a_time_is_bounded(running, node):
 def test_an_array_has_the_bytes_that_came(running):
     """Its chunk comes once, and its body names it 2,000 times."""
     node = running.hostile("repeater")
-    node.send(roll_call_answer(node.asked(), "repeater", 901), 0.0)
+    node.send(roll_call_answer(node.asked(), "repeater", node.number), 0.0)
     question = node.asked()
     reply = as_it_came(question)
     data = os.urandom(200_000)
