@@ -149,8 +149,8 @@ _world: list[World] = []
 def world() -> World:
     """The world, made anew now and then, and when the node has put itself out of it."""
     if _world:
-        node = _world[0].link.state.nodes[_world[0].node.node_id]
-        if node.status != NodeStatus.ONLINE or _world[0].inputs > _RENEW:
+        node = _world[0].link.state.nodes.get(_world[0].node.node_id)
+        if not node or node.status != NodeStatus.ONLINE or _world[0].inputs > _RENEW:
             _world.clear()
     if not _world:
         _world.append(World())

@@ -104,7 +104,13 @@ class Running:
 
 
 class HostileNode(FleetClient):
-    """A node's end of the Fleet API that announces and pushes whatever it is told to."""
+    """A node's end of the Fleet API that announces and pushes whatever it is told to.
+
+    Attributes:
+        number (int): The node id that it may have.
+    """
+
+    number = 900
 
     number = 900
 
