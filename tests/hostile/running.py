@@ -112,8 +112,6 @@ class HostileNode(FleetClient):
 
     number = 900
 
-    number = 900
-
     def announce(self, reply: Message, tree: ObjectTree) -> fleet_pb2.PushMessagesResponse:
         """Announces a reply that is made of these objects, whatever they are."""
         reply.metadata.__dict__["_message_id"] = tree.object_id
