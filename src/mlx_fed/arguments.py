@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import typer
 
 from .errors import FedError
@@ -41,6 +42,8 @@ def errors_as_messages() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("Interrupted.", err=True)
         raise SystemExit(130) from None
+    except (click.ClickException, click.Abort, click.exceptions.Exit):
+        raise  # typer's own, which it shows itself
     except Exception as error:
         from .tracebacks import user_traceback
 
