@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 
 import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import pytest
+
+from mlx_fed.dashboard import serving
+from mlx_fed.fleet.connections import MOST_OF_PAGE
 
 from .running import Running
 
@@ -70,3 +74,17 @@ def test_idle_connections_neither_end_a_run_nor_keep_nodes_out(running, first):
         connection.close()
     assert "Too many open files" not in running.server.text
     assert "Traceback" not in running.server.text
+
+
+def test_connections_to_a_page_take_only_so_many_files(tmp_path):
+    """It is served by the process that leads the run."""
+    with serving(tmp_path, port=0) as page:
+        port = int(page.rstrip("/").rpartition(":")[2])
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(MOST_OF_PAGE + 10)]
+        with urllib.request.urlopen(page, timeout=10) as answer:
+            assert answer.status == 200
+        idle[0].settimeout(10)
+        with suppress(ConnectionError):
+            assert idle[0].recv(1) == b""  # it has made room
+        for connection in idle:
+            connection.close()
