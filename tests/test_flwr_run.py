@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -241,7 +242,7 @@ def test_a_simulated_client_without_data_is_named_and_the_run_goes_on(start, tmp
     missing = "    if partition_id == 1:\n        raise OSError('the disk is not mounted')\n"
     changed = ("    rng = np", f"{missing}    rng = np")
     shown = simulation.run(changed_app(start, tmp_path, changed, settings="min-nodes = 1\n"))
-    assert " refused: OSError: the disk is not mounted\n" in shown
+    assert re.search(r" refused: OSError in \w+\.py:\d+; what it says stays on the node", shown)
     (run,) = (simulation.folder / "runs").iterdir()
     assert [record["train"]["nodes"] for record in history(run)] == 3 * [["node-0"]]
 
@@ -259,8 +260,9 @@ def test_when_every_client_fails_the_reason_is_shown_and_what_was_reached_is_kep
         )
     )
     for number in range(2):
-        assert f"node-{number} left out of train: RuntimeError: no loss today\n" in shown
-    assert "Round 2: none of 2 nodes gave a train reply that counts" in shown
+        where = r"RuntimeError in \w+\.py:\d+; what it says"
+        assert re.search(rf"node-{number} left out of train: {where}", shown)
+    assert "Round 2: all 2 nodes failed with the same error" in shown
     (run,) = (simulation.folder / "runs").iterdir()
     assert [record["round"] for record in history(run)] == [1]
     assert model(run)
