@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import FedError
 from .examples import ExamplesError
 from .task import Task
-
-_PACKAGE = str(Path(__file__).parent)
+from .tracebacks import location
 
 
 class Evaluation(NamedTuple):
@@ -40,12 +37,8 @@ def reason_of(error: Exception) -> str:
     """An exception of the user's code in a line, with the file and line that raised it."""
     if isinstance(error, FedError):
         return str(error)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(_PACKAGE) and "site-packages" not in frame.filename
-    ]
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    place = location(error)
+    where = f" ({place[0]}, line {place[1]})" if place else ""
     return f"{type(error).__name__}: {error}{where}"
 
 

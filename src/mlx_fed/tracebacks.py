@@ -7,11 +7,8 @@ import re
 import traceback
 from pathlib import Path
 
-import mlx.core as mx
-
-_LIBRARIES = tuple(
-    str(Path(module).resolve().parent) + os.sep for module in (__file__, str(mx.__file__))
-)
+_PACKAGE = Path(__file__).resolve().parent
+_STANDARD_LIBRARY = Path(os.__file__).resolve().parent
 _EXCEPTION = re.compile(r"\w*(Error|Exception)(:| in) ")
 _VARIABLE = "MLX_FED_TRACEBACK"
 
@@ -22,7 +19,7 @@ def is_exception(reason: str) -> bool:
 
 
 def user_traceback(error: BaseException) -> str:
-    """The traceback of an exception without the frames of this library and of MLX.
+    """The traceback of an exception without the frames of this library and of installed ones.
 
     All frames are shown where the environment has ``MLX_FED_TRACEBACK=1``, and where none would be
     left.
@@ -36,5 +33,18 @@ def user_traceback(error: BaseException) -> str:
     return "".join(shown.format()).rstrip()
 
 
-def _is_library(path: str) -> bool:
-    return str(Path(path).resolve()).startswith(_LIBRARIES) or path.startswith("<frozen")
+def location(error: BaseException) -> tuple[str, int] | None:
+    """The name of the file and the line of a task's own code in which an exception arose."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not _is_library(frame.filename):
+            return Path(frame.filename).name, frame.lineno or 0
+    return None
+
+
+def _is_library(filename: str) -> bool:
+    """Whether a frame is of this package, of an installed one or of Python itself."""
+    if filename.startswith("<frozen"):
+        return True
+    path = Path(filename).resolve()  # "<ipython-input-1>" and the like are the user's
+    installed = "site-packages" in path.parts or _STANDARD_LIBRARY in path.parents
+    return installed or _PACKAGE in path.parents

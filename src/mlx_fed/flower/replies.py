@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sysconfig
 import traceback
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
 from ..errors import FedError
+from ..tracebacks import location
 
 _PACKAGE = Path(__file__).parents[1]
-_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 _GONE = (
     ErrorCode.NODE_UNAVAILABLE,
@@ -45,12 +44,9 @@ def _is_ours(error: Exception) -> bool:
 
 def _place(error: Exception) -> str:
     """The line that raised, of the user's code if that was at work, without the user's folders."""
+    if place := location(error):
+        return f"{place[0]}:{place[1]}"
     frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        path = Path(frame.filename)
-        installed = "site-packages" in path.parts or _LIBRARY in path.parents
-        if not installed and _PACKAGE not in path.parents and path.is_file():
-            return f"{path.name}:{frame.lineno}"
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
 
 
