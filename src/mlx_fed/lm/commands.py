@@ -134,7 +134,9 @@ def join(
     ] = None,
     node_id: Annotated[
         int | None,
-        typer.Option(min=0, help="A number of its own.", show_default="follows from the name"),
+        typer.Option(
+            min=0, help="A number of its own.", show_default="the token's, or from the name"
+        ),
     ] = None,
     num_partitions: Annotated[
         int | None, typer.Option(min=1, help="Of how many parts it holds that one, if shared.")
@@ -152,8 +154,10 @@ def join(
 
     if num_partitions is not None and node_id is None:
         raise ConfigError("--num-partitions needs --node-id, which of the parts is this node's.")
-    if name is None and token is not None:
-        name = tokens.read(token).name
+    if token is not None:
+        invitation = tokens.read(token)
+        name = invitation.name if name is None else name
+        node_id = invitation.number if node_id is None else node_id
     if name is None and node_id is None:
         name = f"{socket.gethostname().split('.')[0]}-{Path(config.data).resolve().name}"[:64]
     if node_id is None:
