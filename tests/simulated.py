@@ -94,7 +94,8 @@ def values(array: mx.array) -> np.ndarray:
 def without_time(record: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in record.items() if key not in ("seconds", "time")}
     refused = sorted((each["phase"], each["node"]) for each in record["refused"])
-    return {**kept, "refused": refused}
+    # A fleet counts the bytes that its nodes were really sent, and not what they had already.
+    return {**kept, "refused": refused, "bytes": record["bytes"]["up"]}
 
 
 def slow(config: dict[str, Any]) -> fed.Task:
