@@ -43,13 +43,13 @@ def evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
     for node in phase.refuse_odd_names(names):
         del replies[node], evaluations[node]
     weighed = dict.fromkeys(name for each in evaluations.values() for name in each.weights)
-    for name in (run.weighted_by, *(f"the weight of {name}" for name in weighed)):
-        metric = name.removeprefix("the weight of ")
+    for metric in (run.weighted_by, *weighed):
         shares = {
             node: each.weights.get(metric, float(str(each.metrics[run.weighted_by])))
             for node, each in evaluations.items()
         }
-        for node in phase.refuse_heavy(shares, name):
+        what = f"the weight of {metric}" if metric in weighed else metric
+        for node in phase.refuse_heavy(shares, what):
             del replies[node], evaluations[node]
     metrics: dict[str, Any] = {}
     undefined: dict[str, dict[str, str]] = {}

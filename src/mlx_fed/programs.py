@@ -36,8 +36,8 @@ class Program:
     """A step of arrays to arrays, compiled where that gives the same result.
 
     The results of the 1st, 2nd, 4th, 8th ... call are compared with the step's own. If they differ,
-    if the step draws random
-    numbers without a key, or if it cannot be compiled, it runs uncompiled from then on.
+    if the step draws random numbers without a key, or if it cannot be compiled, it runs uncompiled
+    from then on.
 
     Args:
         step (callable): What is run.
