@@ -95,7 +95,7 @@ def without_time(record: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in record.items() if key not in ("seconds", "time")}
     refused = sorted((each["phase"], each["node"]) for each in record["refused"])
     # A fleet counts the bytes that its nodes were really sent, and not what they had already.
-    return {**kept, "refused": refused, "bytes": record["bytes"]["up"]}
+    return {**kept, "refused": refused, "bytes": record["bytes"].get("up")}
 
 
 def slow(config: dict[str, Any]) -> fed.Task:
