@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from mlx_fed.arguments import errors_as_messages
-from mlx_fed.options import Joining, Showing, Token, with_options
+from mlx_fed.cli.arguments import errors_as_messages
+from mlx_fed.cli.options import Joining, Showing, Token, with_options
 
 
 @with_options
@@ -29,7 +29,7 @@ def main(
     with errors_as_messages():
         from examples.mnist import task
         from mlx_fed import join
-        from mlx_fed.watching import told
+        from mlx_fed.monitoring.listeners import told
 
         join(
             task,

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from mlx_fed.devices import load_fast_blas
-from mlx_fed.options import Leading, Watching, as_flags, with_options
+from mlx_fed.cli.options import Leading, Watching, as_flags, with_options
+from mlx_fed.system.devices import load_fast_blas
 
 HERE = Path(__file__).parent
 FAREWELL = 10.0

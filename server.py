@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from mlx_fed.arguments import errors_as_messages, find_strategy
-from mlx_fed.options import Leading, Listening, Watching, with_options
+from mlx_fed.cli.arguments import errors_as_messages, find_strategy
+from mlx_fed.cli.options import Leading, Listening, Watching, with_options
 
 
 @with_options
@@ -27,7 +27,7 @@ def main(
         from examples.mnist import task
         from examples.mnist.mnist import settings
         from mlx_fed import serve
-        from mlx_fed.watching import watching
+        from mlx_fed.monitoring.listeners import watching
 
         chosen = settings(dataset) | ({"num-rounds": rounds} if rounds else {})
         if not (shown.quiet or shown.json):

@@ -139,7 +139,7 @@ def crowd(port: int, megabytes: int, size: int) -> None:
     """Many nodes in one process, which work one after another."""
     from flwr.app import Context
     from mlx_fed import clientapp
-    from mlx_fed.flower.client import FleetClient, Unreachable
+    from mlx_fed.flower.fleet_client import FleetClient, Unreachable
 
     clientapp.Trainer = Still
     app = clientapp.client_app(lambda config: task({"megabytes": megabytes}))
@@ -206,7 +206,9 @@ def our_average(megabytes: int, replies: int) -> dict[str, float]:
 
     They are looked at as they come, then checked, and summed from the disk on which they wait.
     """
-    from mlx_fed import checks, memory, messages, spool, sums, weights
+    from mlx_fed.rounds import checks, messages
+    from mlx_fed.system import memory
+    from mlx_fed.arrays import spool, weighted_mean, weights
 
     memory.keep_what_is_freed()
     seconds = dict.fromkeys(("looked at", "checked", "summed"), 0.0)
@@ -236,10 +238,10 @@ def our_average(megabytes: int, replies: int) -> dict[str, float]:
             seconds["checked"] = time.perf_counter() - began
             began = time.perf_counter()
             updates = (
-                (sums.Counted(number, number + 1.0, {}), arrays, {})
+                (weighted_mean.Counted(number, number + 1.0, {}), arrays, {})
                 for number, arrays in enumerate(fit)
             )
-            total = sums.in_order(sums.blocks(updates, replies))
+            total = weighted_mean.in_order(weighted_mean.blocks(updates, replies))
             for _ in total.mean().parameters.values():
                 pass
             seconds["summed"] = time.perf_counter() - began

@@ -173,7 +173,7 @@ def their_loop(model: Path, data: Path, length: Length, turns: Turns) -> dict:
 def our_server(model: Path, data: Path, length: Length, turns: Turns, port: int) -> dict:
     from flwr.serverapp.strategy import FedAvg
 
-    from mlx_fed.lm.task import lora_task
+    from mlx_fed.lm.lora_task import lora_task
 
     def pass_the_turn(number: int, parameters: dict, statistics: dict) -> None:
         turns.theirs.release()
@@ -192,7 +192,7 @@ def our_server(model: Path, data: Path, length: Length, turns: Turns, port: int)
 
 
 def our_node(model: Path, data: Path, length: Length, port: int) -> dict:
-    from mlx_fed.lm.task import lora_task
+    from mlx_fed.lm.lora_task import lora_task
 
     rates: list[float] = []
     steps_alone: list[float] = []
@@ -214,7 +214,7 @@ def our_node(model: Path, data: Path, length: Length, port: int) -> dict:
 
 
 def simulated(model: Path, data: Path, clients: int) -> float:
-    from mlx_fed.lm.task import lora_task
+    from mlx_fed.lm.lora_task import lora_task
 
     task = lora_task(configure(model, data, Length(4, 2)), note=lambda text: None)
     with tempfile.TemporaryDirectory() as runs:

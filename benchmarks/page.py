@@ -22,9 +22,9 @@ from pathlib import Path
 import typer
 from flwr.serverapp.strategy import FedAvg
 
-from mlx_fed import records
-from mlx_fed.dashboard import serving
-from mlx_fed.history import History
+from mlx_fed.runs import round_record
+from mlx_fed.monitoring.dashboard import serving
+from mlx_fed.runs.history import History
 
 CLIENTS = 1000
 
@@ -59,7 +59,7 @@ def writing(rounds: int = 1000) -> None:
             for phase in ("train", "evaluate"):
                 now = {"phase": phase, "round": number, "of": rounds, "nodes": CLIENTS}
                 history.notify("phase", **now, answered=0, **history.so_far(rounds - number + 1))
-            kept["spread"] = {"train": records.spread(own)}
+            kept["spread"] = {"train": round_record.spread(own)}
             history.add_round(kept)
             took.append(1000 * (time.perf_counter() - began))
         size = (Path(folder) / "history.jsonl").stat().st_size
@@ -87,7 +87,10 @@ def stuttering(rounds: int = 1000) -> None:
 
         def add(number: int) -> None:
             kept, own = record(number)
-            kept["spread"] = {"train": records.spread(own), "evaluate": records.spread(own[::3])}
+            kept["spread"] = {
+                "train": round_record.spread(own),
+                "evaluate": round_record.spread(own[::3]),
+            }
             now = {"phase": "train", "round": number, "of": rounds + 5, "nodes": CLIENTS}
             history.notify("phase", **now, answered=0)
             history.add_round(kept)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from environments import NotInstalled, python_of
 from federation import end_with_children
-from mlx_fed.blas import load_fast_blas
+from mlx_fed.system.blas import load_fast_blas
 from simulation_peers.workload import Workload
 
 
@@ -113,7 +113,7 @@ def run(peer: Peer, workload: Workload, limit: float = 3600) -> Run:
 
 
 def _fast_blas() -> str:
-    """The path of the library that ``mlx_fed.blas`` loads."""
+    """The path of the library that ``mlx_fed.system.blas`` loads."""
     blas = load_fast_blas()
     path = blas.name.removeprefix("OpenBLAS (").removesuffix(")")
     if not Path(path).is_file():

@@ -26,7 +26,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from flower_app.app import MLP, loss
-from mlx_fed.training import Trainer
+from mlx_fed.training.trainer import Trainer
 
 LEARNING_RATE = 0.1
 

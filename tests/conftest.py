@@ -119,7 +119,7 @@ def command(*arguments: object, columns: int = 100) -> Ended:
     """Runs ``mlx-fed`` in this process, which spares seconds of imports."""
     from typer.testing import CliRunner
 
-    from mlx_fed.cli import app
+    from mlx_fed.cli.main import app
 
     result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": str(columns)})
     if not isinstance(result.exception, (SystemExit, type(None))):

@@ -10,13 +10,13 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-from mlx_fed.flower import local
+from mlx_fed.flower import one_run_grid
 
 App = Callable[[Message, Context], Message]
 """A ClientApp, or a function around one."""
 
 
-class LoopbackGrid(local.OneRunGrid):
+class LoopbackGrid(one_run_grid.OneRunGrid):
     """A grid whose nodes are ClientApps in this process.
 
     Messages and replies are copied on their way, so that neither side holds what the other may
@@ -41,7 +41,7 @@ class LoopbackGrid(local.OneRunGrid):
         backwards: bool = False,
         run_config: dict[str, Any] | None = None,
     ):
-        local.begin_run()
+        one_run_grid.begin_run()
         node_ids = node_ids or range(1, len(apps) + 1)
         self.apps = dict(zip(node_ids, apps, strict=True))
         self.contexts = {
@@ -81,7 +81,7 @@ class LoopbackGrid(local.OneRunGrid):
 
     def _push(self, message: Message) -> str:
         message_id = f"message-{next(self._numbers)}"
-        local.number(message, message_id)
+        one_run_grid.number(message, message_id)
         self._replies[message_id] = copy.deepcopy(self._answer(copy.deepcopy(message)))
         return message_id
 

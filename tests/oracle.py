@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_fed import randomness
+from mlx_fed.arrays import randomness
 
 from . import oracle_parts as parts
 from .oracle_parts import arrays, evaluate, flat, length, put, to_float

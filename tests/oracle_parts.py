@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_fed import randomness
+from mlx_fed.arrays import randomness
 
 
 def flat(tree):

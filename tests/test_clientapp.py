@@ -10,15 +10,15 @@ import mlx_fed as fed
 import mlx.core as mx
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
-from mlx_fed import messages
-from mlx_fed.flower import deflating, local
+from mlx_fed.rounds import messages
+from mlx_fed.flower import serialize, one_run_grid
 
 from .tasks import moons
 
 
 def test_what_is_answered_goes_at_once():
     """Not when garbage is collected, which may be rounds later: it may be large."""
-    local.begin_run()
+    one_run_grid.begin_run()
     task = moons({})
     app, context = fed.client_app(task), Context(1, 7, {"partition-id": 0}, RecordDict(), {})
     config = ConfigRecord({**task.config, "server-round": 1})
@@ -36,7 +36,7 @@ def test_what_is_answered_goes_at_once():
             if kind == MessageType.TRAIN:
                 gone = [weakref.ref(array) for array in reply.content["arrays"].values()]
                 messages.count_bytes(reply.content)
-                deflating.cut_arrays(reply)
+                serialize.cut_arrays(reply)
                 del reply
                 assert [each() for each in gone] == [None]
         finally:
@@ -44,7 +44,7 @@ def test_what_is_answered_goes_at_once():
 
 
 def test_parameters_do_not_stay_in_a_message_that_is_trained_from():
-    local.begin_run()
+    one_run_grid.begin_run()
     task = moons({})
     arrays = fed.training.Trainer(task).parameters()
     config = ConfigRecord({**task.config, "server-round": 1})

@@ -68,7 +68,7 @@ def test_run_sh(clone, bare):
 def test_test_sh(clone, bare):
     """In a folder with a space in its name, and from another than the repository's."""
     spaced = clone.rename(clone.parent / "a new folder")
-    out = run(spaced.parent, bare, str(spaced / "test.sh"), "tests/test_randomness.py")
+    out = run(spaced.parent, bare, str(spaced / "test.sh"), "tests/arrays/test_randomness.py")
     assert "Making .venv" in out
     assert " passed" in out
 

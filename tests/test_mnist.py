@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from examples.mnist.mnist import task
-from mlx_fed.training import Trainer
+from mlx_fed.training.trainer import Trainer
 
 from .conftest import free_port
 

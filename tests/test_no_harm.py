@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 
-from mlx_fed import checkpoint, checks, history
-from mlx_fed.flower import local
-from mlx_fed.strategy_state import State
+from mlx_fed.rounds import checkpoint, checks
+from mlx_fed.runs import history
+from mlx_fed.flower import one_run_grid
+from mlx_fed.rounds.strategy_state import State
 
 from .conftest import ROOT
 
@@ -64,7 +65,7 @@ def objects(harm: Harm) -> bytes:
 
 @pytest.mark.parametrize("stype", ["numpy.ndarray", "safetensors", "pickle", "torch.tensor", ""])
 def test_a_reply_that_would_run_is_refused(tmp_path, stype):
-    local.begin_run()
+    one_run_grid.begin_run()
     harm = Harm(tmp_path / "harm")
     for data in (objects(harm), pickle.dumps(harm)):
         record = ArrayRecord({"w": Array("float32", (1,), stype, data)})

@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
-from mlx_fed.training import Trainer
+from mlx_fed.training.trainer import Trainer
 
 
 class MLP(nn.Module):

@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
-from mlx_fed.training import Trainer, Update
+from mlx_fed.training.trainer import Trainer, Update
 
 ARRAYS = 20
 

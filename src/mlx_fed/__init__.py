@@ -9,15 +9,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import blas, devices
 from .errors import FedError
+from .system import blas, devices
 from .task import Data, DatasetMetric, Task
 
 if TYPE_CHECKING:
     from .clientapp import client_app
     from .fleet.node import join
     from .fleet.server import serve
-    from .history import Result
+    from .runs.history import Result
     from .serverapp import server_app
     from .simulation.faults import Faults
     from .simulation.simulate import simulate
@@ -40,7 +40,7 @@ __all__ = [
 
 _LATE = {
     "Faults": "simulation.faults",
-    "Result": "history",
+    "Result": "runs.history",
     "client_app": "clientapp",
     "join": "fleet.node",
     "serve": "fleet.server",

@@ -1,5 +1,5 @@
 """``python -m mlx_fed``: the ``mlx-fed`` command."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -16,14 +16,16 @@ from uuid import uuid4
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from . import aggregate, batches, client_state, messages, privacy
+from .arrays import master_weights
+from .arrays.spool import records_in
+from .arrays.weights import Arrays
 from .errors import FedError
-from .flower.replies import error_reply
-from .spool import records_in
+from .flower.error_replies import error_reply
+from .rounds import client_state, messages, privacy
 from .task import Config, Data, Task, TaskSource, fingerprint_of, make_task
-from .task_config import kebab_case
-from .training import Trainer
-from .weights import Arrays
+from .task_settings import kebab_case
+from .training import batches
+from .training.trainer import Trainer
 
 if TYPE_CHECKING:
     from flwr.clientapp.typing import Mod
@@ -154,8 +156,8 @@ class _Client:
         """
         trainer, _ = self.setting_out(message, context)
         name, record = messages.parameters_of(message.content)
-        arrays = aggregate.cast(messages.unpack(record), trainer.spec)
-        message.content[name] = aggregate.to_masters(arrays)
+        arrays = master_weights.cast(messages.unpack(record), trainer.spec)
+        message.content[name] = master_weights.to_masters(arrays)
         statistics = message.content.pop(messages.STATISTICS, None)
         if statistics is not None:
             context.state[messages.STATISTICS] = statistics
@@ -180,7 +182,7 @@ class _Client:
         update = trainer.train(parameters, statistics, data, config, client=partition, own=own)
         _log_notes(trainer)
         metrics: dict[str, Any] = dict(update.metrics)
-        arrays = messages.pack if packed else aggregate.to_masters
+        arrays = messages.pack if packed else master_weights.to_masters
         content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})
         client_state.save(context.state, number, update.own)
         if update.statistics:
@@ -225,7 +227,7 @@ def _take_parameters(message: Message, trainer: Trainer) -> tuple[str, bool, Arr
     trainer.let_go()
     content = message.content
     name, record = messages.parameters_of(content)
-    parameters = aggregate.cast(messages.unpack(record), trainer.spec)
+    parameters = master_weights.cast(messages.unpack(record), trainer.spec)
     packed = messages.is_packed(record)
     if packed:  # several messages may share their content
         message.content = RecordDict({key: content[key] for key in content if key != name})

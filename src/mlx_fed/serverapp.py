@@ -12,13 +12,14 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
-from . import devices, named_strategies, rounds, strategies
-from .history import History, new_run_folder
-from .progress import server_line
-from .settings import VALUES, decide_rounds, settings_of
+from .monitoring.terminal import server_line
+from .rounds import loop, named_strategies, strategies
+from .rounds.settings import VALUES, decide_rounds, settings_of
+from .runs.history import History, new_run_folder
+from .system import devices
 from .task import Config, TaskSource, make_task
-from .task_config import TracedConfig, check_config, kebab_case
-from .training import Trainer
+from .task_settings import TracedConfig, check_config, kebab_case
+from .training.trainer import Trainer
 
 _SOURCE = "The run's config"
 """What ``flwr run --run-config`` and the app's pyproject.toml set, for messages."""
@@ -56,7 +57,7 @@ def server_app(
         runs (Path, optional): Where runs are kept. Default: the setting ``runs``, or ``runs``;
             below the folder that the SuperLink was started in, unless it is a whole path.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
-        settings: As :class:`~mlx_fed.settings.Settings` has them. In the run's settings
+        settings: As :class:`~mlx_fed.rounds.settings.Settings` has them. In the run's settings
             ``num-rounds`` (unless it is 0), ``seed``, ``min-nodes``, ``wait``,
             ``round-timeout``, ``min-replies``, ``max-repeats``, ``max-examples``,
             ``max-update-norm``, ``patience`` and ``target`` stand over these, and ``name`` names
@@ -100,7 +101,7 @@ def server_app(
         history = History(new_run_folder(place, _name(values)), (_log,))
         _FLOWER.info("The run's folder: %s", history.folder)
         with _own_lines_only():
-            rounds.run(grid, chosen, Trainer(made, leading.seed), leading, history)
+            loop.run(grid, chosen, Trainer(made, leading.seed), leading, history)
 
     return app
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import TaskError
-from .task_config import KINDS, TracedConfig, kebab_case, plain
+from .task_settings import KINDS, TracedConfig, kebab_case, plain
 
 if TYPE_CHECKING:
     import mlx.nn as nn

@@ -15,7 +15,7 @@ import mlx_fed as fed  # before mlx.core
 
 from flwr.serverapp.strategy import FedAdam
 
-from tests.tasks import moons
+from ..tasks import moons
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Started
-from tests.faults.proxy import HARMS, Proxy
-from tests.test_fleet import assert_same_bits, history, join, serve
+from ..conftest import Started
+from .proxy import HARMS, Proxy
+from ..fleet.test_fleet import assert_same_bits, history, join, serve
 
 SLEEP = float(os.environ.get("MLX_FED_SLEEP", "0"))
 """Seconds that a node goes on sleeping after it has been given up."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Started
-from tests.faults.test_server_killed import FED, assert_same_end
-from tests.test_fleet import join, serve
-from tests.test_resume import checkpoints, read_history
+from ..conftest import Started
+from .test_server_killed import FED, assert_same_end
+from ..fleet.test_fleet import join, serve
+from ..rounds.test_resume import checkpoints, read_history
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 SIZE = ("-c", "hidden=200000", "-c", "local-steps=1")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Started, free_port
-from tests.test_resume import checkpoints, figures, read_history
+from ..conftest import Started, free_port
+from ..rounds.test_resume import checkpoints, figures, read_history
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("MLX_FED_KILLS", "20"))

@@ -48,19 +48,22 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from google.protobuf.message import DecodeError
 
-from mlx_fed import checkpoint, checks, history, messages, weights
-from mlx_fed.arguments import parse_settings
-from mlx_fed.fleet import address, certificates, tokens
+from mlx_fed.rounds import checkpoint, checks, messages
+from mlx_fed.runs import history
+from mlx_fed.arrays import weights
+from mlx_fed.cli.arguments import parse_settings
+from mlx_fed.system import address
+from mlx_fed.fleet import certificates, tokens
 from mlx_fed.fleet.members import Members
 from mlx_fed.fleet.server import _serving, _socket
-from mlx_fed.flower import keys, local
-from mlx_fed.flower.client import FleetClient, Refused, Unreachable
-from mlx_fed.flower.door import Denied
-from mlx_fed.flower.grid import LinkGrid
-from mlx_fed.flower.link import Link
-from mlx_fed.flower.routes import FleetRoutes
-from mlx_fed.roster import Roster
-from mlx_fed.strategy_state import State
+from mlx_fed.flower import keys, one_run_grid
+from mlx_fed.flower.fleet_client import FleetClient, Refused, Unreachable
+from mlx_fed.flower.access import Denied
+from mlx_fed.flower.link_grid import LinkGrid
+from mlx_fed.flower.link_state import Link
+from mlx_fed.flower.fleet_routes import FleetRoutes
+from mlx_fed.rounds.roster import Roster
+from mlx_fed.rounds.strategy_state import State
 
 ARRAYS = {"w": mx.array([[1.0, -2.0], [0.5, 3.0]]), "b": mx.array([0.5, 1.0], dtype=mx.bfloat16)}
 SPEC = weights.spec(ARRAYS)
@@ -155,7 +158,7 @@ def world() -> World:
     if not _world:
         _world.append(World())
     _world[0].inputs += 1
-    local.begin_run(_world[0].link.run_id, _world[0].link._task_id)  # others make runs, too
+    one_run_grid.begin_run(_world[0].link.run_id, _world[0].link._task_id)  # others make runs, too
     return _world[0]
 
 
@@ -621,7 +624,7 @@ ENTRIES: dict[str, Callable[[bytes], object]] = {
 @cache
 def seeds() -> dict[str, list[bytes]]:
     """For each entry bytes that go all the way."""
-    local.begin_run()
+    one_run_grid.begin_run()
     shard, plain = BytesIO(), BytesIO()
     mx.save_safetensors(shard, ARRAYS)
     np.save(plain, np.ones((2, 2), np.float32))

@@ -15,10 +15,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_fed import rounds
-from mlx_fed.history import History
-from mlx_fed.settings import Settings
-from mlx_fed.training import Trainer
+from mlx_fed.rounds import loop
+from mlx_fed.runs.history import History
+from mlx_fed.rounds.settings import Settings
+from mlx_fed.training.trainer import Trainer
 
 from .. import oracle
 from ..loopback import LoopbackGrid
@@ -96,7 +96,7 @@ def nodes(drawn: Drawn, runs: Path) -> Run:
 
     folder = runs / "nodes"
     folder.mkdir()
-    result = rounds.run(
+    result = loop.run(
         LoopbackGrid([fed.client_app(drawn.task)] * drawn.num_clients, backwards=True),
         drawn.strategy(),
         Trainer(drawn.task, drawn.seed),

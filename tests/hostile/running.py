@@ -18,7 +18,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 
 from mlx_fed.fleet.federation import Federation
 from mlx_fed.fleet.identity import from_token
-from mlx_fed.flower.client import FleetClient
+from mlx_fed.flower.fleet_client import FleetClient
 
 from ..conftest import Started, free_port
 

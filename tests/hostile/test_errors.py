@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from mlx_fed.clientapp import client_app
-from mlx_fed.flower import local
+from mlx_fed.flower import one_run_grid
 
 from .running import Running
 
@@ -32,7 +32,7 @@ def test_the_same_holds_on_a_stock_node(kind, share):
     def data(partition_id, num_partitions):
         raise kind("patient 7 has no date of birth")
 
-    local.begin_run()
+    one_run_grid.begin_run()
     asked = Message(RecordDict(), 7, MessageType.EVALUATE)
     config = {"partition-id": 0, "share-errors": share}
     reply = client_app(lambda config: data(0, 1))(asked, Context(1, 7, config, RecordDict(), {}))

@@ -8,7 +8,7 @@ import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import pytest
 
-from mlx_fed.flower.client import FleetClient, Unavailable
+from mlx_fed.flower.fleet_client import FleetClient, Unavailable
 
 from .running import Running, roll_call_answer
 
@@ -74,7 +74,7 @@ def test_nodes_that_leave_free_their_places(start, tmp_path, monkeypatch):
     """As many register and unregister as may be there at once, and one more."""
     code = (
         "from mlx_fed.flower import link; link._MOST_NODES = 20; "
-        "from mlx_fed.cli import main; main()"
+        "from mlx_fed.cli.main import main; main()"
     )
     running = Running(start, tmp_path, secure=False, command=("-c", code))
     running.goes_on()

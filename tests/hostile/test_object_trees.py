@@ -19,7 +19,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_tree,
 )
 
-from mlx_fed.flower.client import Refused
+from mlx_fed.flower.fleet_client import Refused
 
 from .running import (
     HostileNode,

@@ -12,7 +12,7 @@ import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import pytest
 
-from mlx_fed.dashboard import serving
+from mlx_fed.monitoring.dashboard import serving
 
 from ..conftest import python
 
@@ -47,7 +47,7 @@ def commands(run: Path, *lines: str) -> str:
     """What ``mlx-fed runs`` prints, in a process that has ten seconds and a gigabyte."""
     code = """
 import contextlib, resource, signal, sys
-from mlx_fed.cli import app
+from mlx_fed.cli.main import app
 signal.alarm(20)
 resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30,) * 2)
 for line in sys.argv[1:]:

@@ -12,8 +12,8 @@ import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import pytest
 
-from mlx_fed.dashboard import serving
-from mlx_fed.fleet.connections import MOST_OF_PAGE
+from mlx_fed.monitoring.dashboard import serving
+from mlx_fed.flower.connections import MOST_OF_PAGE
 
 from .running import Running
 
@@ -22,7 +22,7 @@ FILES = 400
 LIMITED = (
     "-c",
     f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, ({FILES}, {FILES})); "
-    "from mlx_fed.cli import main; main()",
+    "from mlx_fed.cli.main import main; main()",
 )
 
 

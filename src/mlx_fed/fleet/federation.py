@@ -20,7 +20,8 @@ from itertools import count, islice
 from pathlib import Path
 
 from ..errors import FedError
-from . import address, certificates, private, tokens
+from ..system import address
+from . import certificates, private_files, tokens
 from .members import INVITED, Member, Members
 
 DEFAULT_FOLDER = Path("federation")
@@ -41,8 +42,8 @@ class Federation:
 
     def __init__(self, folder: Path | str, announced: str | None = None):
         self.folder = Path(folder).expanduser()
-        private.make_folder(self.folder)
-        private.make_folder(self.folder / "secret")
+        private_files.make_folder(self.folder)
+        private_files.make_folder(self.folder / "secret")
         self.authority = self.folder / "ca.crt"
         self.certificate = self.folder / "server.crt"
         self.authority_key = self.folder / "secret" / "ca.key"
@@ -50,7 +51,7 @@ class Federation:
         self.members = Members(self.folder / "nodes.json")
         if announced is not None:
             address.parse(announced)
-            private.publish(self.folder / "address", announced.encode() + b"\n")
+            private_files.publish(self.folder / "address", announced.encode() + b"\n")
         if not self.authority.exists():
             self._found()
 
@@ -83,11 +84,11 @@ class Federation:
             hosts = [address.parse(self.address)[0], *certificates.local_addresses(host)]
             key = certificates.new_key()
             issued = certificates.issue(
-                self.authority.read_bytes(), private.read(self.authority_key), key, hosts
+                self.authority.read_bytes(), private_files.read(self.authority_key), key, hosts
             )
-            private.write(self.key, certificates.key_to_pem(key))
-            private.publish(self.certificate, issued)
-        private.read(self.key)  # not if others can
+            private_files.write(self.key, certificates.key_to_pem(key))
+            private_files.publish(self.certificate, issued)
+        private_files.read(self.key)  # not if others can
         return certificates.server_context(self.certificate, self.key)
 
     def bring(self, certificate: Path, key: Path, authority: Path) -> None:
@@ -108,10 +109,10 @@ class Federation:
         certificates.server_context(certificate, key)
         certificates.client_context(authority)
         certificates.fingerprint(trusted)
-        private.write(self.key, secret)
+        private_files.write(self.key, secret)
         # A node that has a token knows only the fingerprint of the authority's.
-        private.publish(self.certificate, chain.rstrip() + b"\n" + trusted)
-        private.publish(self.authority, trusted)
+        private_files.publish(self.certificate, chain.rstrip() + b"\n" + trusted)
+        private_files.publish(self.authority, trusted)
         with suppress(FileNotFoundError):
             self.authority_key.unlink()
 
@@ -139,8 +140,8 @@ class Federation:
 
     def _found(self) -> None:
         key = certificates.new_key()
-        private.write(self.authority_key, certificates.key_to_pem(key))
-        private.publish(self.authority, certificates.make_authority(key))
+        private_files.write(self.authority_key, certificates.key_to_pem(key))
+        private_files.publish(self.authority, certificates.make_authority(key))
 
 
 def announcement(given: str | None, host: str, port: int) -> str:

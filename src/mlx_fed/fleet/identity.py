@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..errors import FedError
 from ..flower import keys, proxies
-from . import address, certificates, private, tokens
+from ..system import address
+from . import certificates, private_files, tokens
 
 
 class IdentityError(FedError):
@@ -57,7 +58,7 @@ class Identity:
             return None
         if self.fingerprint is not None and not self.authority.exists():
             pem = certificates.fetch_authority(self.host, self.port, self.fingerprint, self.proxy)
-            private.publish(self.authority, pem)
+            private_files.publish(self.authority, pem)
         return certificates.client_context(self.authority)
 
     @property
@@ -88,7 +89,7 @@ def from_token(text: str, server: str | None, folder: Path | None) -> Identity:
     token = tokens.read(text)
     host, port = address.parse(server or token.address)
     folder = folder or home() / "nodes" / f"{token.authority.hex()[:16]}-{token.name}"
-    private.make_folder(folder)
+    private_files.make_folder(folder)
     authority = folder / "ca.crt"
     if authority.exists() and (certificates.fingerprint(authority.read_bytes()) != token.authority):
         raise IdentityError(
@@ -115,18 +116,18 @@ def from_files(server: str, authority: Path | None, key: Path | None) -> Identit
     host, port = address.parse(server)
     if authority is not None:
         certificates.client_context(authority)
-    return Identity(host, port, authority, private.read(key) if key else None)
+    return Identity(host, port, authority, private_files.read(key) if key else None)
 
 
 def make_key(path: Path) -> bytes:
     """A node's private key (PEM), made where there is none, with the public one beside it."""
     if path.exists():
-        pem = private.read(path)
+        pem = private_files.read(path)
         keys.check(pem, path)
         return pem
     pem, public = keys.make()
-    private.write(path, pem)
-    private.publish(path.with_suffix(".pub"), public)
+    private_files.write(path, pem)
+    private_files.publish(path.with_suffix(".pub"), public)
     return pem
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FedError
-from ..flower.door import Denied
-from . import private, tokens
+from ..flower.access import Denied
+from . import private_files, tokens
 
 INVITED = 7 * 24 * 3600.0
 """Seconds that an invitation is good for."""
@@ -125,11 +125,11 @@ class Members:
     # What the routes ask.
 
     def name_of(self, key: bytes) -> str:
-        """The name of the node with this key; see :class:`~mlx_fed.flower.door.Door`."""
+        """The name of the node with this key; see :class:`~mlx_fed.flower.access.Door`."""
         return self._enrolled(key).name
 
     def number_of(self, key: bytes) -> int:
-        """The number of the node with this key; see :class:`~mlx_fed.flower.door.Door`."""
+        """The number of the node with this key; see :class:`~mlx_fed.flower.access.Door`."""
         return self._enrolled(key).number
 
     def _enrolled(self, key: bytes) -> Member:
@@ -145,7 +145,7 @@ class Members:
         return member
 
     def enrol(self, invitation: str, key: bytes) -> str:
-        """Makes a key known by ``name:secret``; see :class:`~mlx_fed.flower.door.Door`."""
+        """Makes a key known by ``name:secret``; see :class:`~mlx_fed.flower.access.Door`."""
         name, _, secret = invitation.partition(":")
         self._look()
         known = self._by_key.get(key)
@@ -219,7 +219,7 @@ class Members:
             yield members
             if members != before:
                 text = json.dumps({"nodes": [asdict(member) for member in members]}, indent=1)
-                private.write(self.path, text.encode() + b"\n")
+                private_files.write(self.path, text.encode() + b"\n")
         finally:
             os.close(held)
 

@@ -18,17 +18,20 @@ from typing import Any
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
-from .. import batches, clientapp, devices, memory, messages, privacy
+from .. import clientapp
+from ..arrays.spool import Spool, records_in
 from ..errors import FedError
 from ..flower import headers
-from ..flower.client import FleetClient, Refused, Unavailable, Unreachable, Untrusted
-from ..flower.replies import error_reply
-from ..progress import quiet_flower, told_or_terminal
-from ..roster import LONGEST_NAME, is_name
-from ..spool import Spool, records_in
+from ..flower.error_replies import error_reply
+from ..flower.fleet_client import FleetClient, Refused, Unavailable, Unreachable, Untrusted
+from ..monitoring.terminal import quiet_flower, told_or_terminal
+from ..rounds import messages, privacy
+from ..rounds.roster import LONGEST_NAME, is_name
+from ..system import address, devices, memory
 from ..task import Data, Task, TaskSource, make_task
-from ..task_config import KINDS, TracedConfig, check_config
-from . import address, certificates
+from ..task_settings import KINDS, TracedConfig, check_config
+from ..training import batches
+from . import certificates
 from .identity import Identity, from_files, from_token
 
 _BEAT = 2.0

@@ -13,20 +13,21 @@ from typing import Any
 import uvicorn
 from flwr.serverapp.strategy import Strategy
 
-from .. import devices, http, memory, named_strategies, rounds, strategies, weights
+from ..arrays import weights
+from ..arrays.spool import Spool
 from ..errors import FedError, RunError
 from ..flower import headers as ours
-from ..flower.grid import LinkGrid
-from ..flower.link import Link
-from ..flower.routes import FleetRoutes
-from ..history import History, Listener, Previous, Result, previous_of, run_folder
-from ..progress import listeners_or_terminal, quiet_flower
-from ..settings import Settings, decide_rounds, make_checked_task, settings_of
-from ..spool import Spool
+from ..flower.connections import BoundedConnection, Server, make_room
+from ..flower.fleet_routes import FleetRoutes
+from ..flower.link_grid import LinkGrid
+from ..flower.link_state import Link
+from ..monitoring.terminal import listeners_or_terminal, quiet_flower
+from ..rounds import loop, named_strategies, strategies
+from ..rounds.settings import Settings, decide_rounds, make_checked_task, settings_of
+from ..runs.history import History, Listener, Previous, Result, previous_of, run_folder
+from ..system import address, devices, http, memory
 from ..task import TaskSource
-from ..training import Trainer
-from . import address
-from .connections import BoundedConnection, Server, make_room
+from ..training.trainer import Trainer
 from .federation import DEFAULT_FOLDER, Federation, announcement
 
 _FAREWELL = 5.0
@@ -98,11 +99,11 @@ def serve(
             started with.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
         listeners (tuple, optional): Who is told what happens (see
-            :class:`~mlx_fed.history.History`), in place of the progress display.
+            :class:`~mlx_fed.runs.history.History`), in place of the progress display.
         settings: ``config``, ``seed``, ``min_nodes``, ``wait``, ``round_timeout``, ``keep``,
             ``min_replies``, ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test``,
             ``evaluate_fn``, ``patience``, ``target`` and ``stop``, as
-            :class:`~mlx_fed.settings.Settings` has them.
+            :class:`~mlx_fed.rounds.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.
@@ -143,7 +144,7 @@ def serve(
             if devices.is_slow(computing_on):
                 history.notify("note", text=f"computing on {computing_on}")
             with _telling_the_outcome(link):
-                return rounds.run(
+                return loop.run(
                     LinkGrid(link),
                     strategy,
                     trainer,

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import FedError
-from . import address, private
+from ..system import address
+from . import private_files
 
 _PREFIX = "mlxfed-"
 _VERSION = 1
@@ -85,7 +86,7 @@ def read(text: str) -> Token:
         FedError: If it is not whole, or others can read the file.
     """
     if text.startswith("@"):
-        text = private.read(Path(text[1:]).expanduser()).decode("ascii", "replace")
+        text = private_files.read(Path(text[1:]).expanduser()).decode("ascii", "replace")
     return decode(text)
 
 

@@ -27,8 +27,8 @@ from flwr.supercore.date import now
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
 
 from . import headers as ours
-from .door import Denied
-from .link import Link
+from .access import Denied
+from .link_state import Link
 
 _SIGNED = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
 _MOST_SIGNATURES = 100_000

@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..arrays.randomness import Keys, drawing_from, drawn_from
 from ..errors import FedError
-from ..randomness import Keys, drawing_from, drawn_from
-from ..whole_files import replacing
+from ..system.atomic_files import replacing
 from .config import LoraConfig, nearest
 
 FOLDER = "adapters"

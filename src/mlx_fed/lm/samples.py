@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from .. import weights
-from ..settings import EvaluateFn
+from ..arrays import weights
+from ..arrays.weights import Arrays
+from ..rounds.settings import EvaluateFn
 from ..task import Task
-from ..weights import Arrays
 from .config import LoraConfig
-from .task import load_tokenizer
+from .lora_task import load_tokenizer
 
 
 def sampler(config: LoraConfig, task: Task) -> EvaluateFn | None:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FedError
-from ..loading import loading
+from ..system.loading import loading
 from .config import LoraConfig
 
 _PAD_TO = 32

@@ -1,6 +1,6 @@
 """Many clients' training at once: their parameters stacked, one program for all of them.
 
-The step is the one that a node runs (:mod:`mlx_fed.steps`), mapped over a leading axis of
+The step is the one that a node runs (:mod:`mlx_fed.training.steps`), mapped over a leading axis of
 clients. Each client takes the batches that it would take alone, in batches of the same size, so
 that what it ends with is what it would end with alone.
 """
@@ -15,14 +15,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from .. import module_state, randomness
-from ..batches import Rows
+from ..arrays import module_state, randomness
+from ..arrays.examples import Examples, count, leaves, replace_leaves
+from ..arrays.weights import Arrays, StackedRow
 from ..errors import FedError
-from ..examples import Examples, count, leaves, replace_leaves
-from ..metrics import counted, weighted_mean
-from ..probe import random_like, random_parameters
-from ..programs import compiled, find_difference, pure
-from ..steps import (
+from ..task import Config, Data, Task
+from ..task_settings import TracedConfig
+from ..training.batches import Rows
+from ..training.metrics import counted, weighted_mean
+from ..training.probe import random_like, random_parameters
+from ..training.programs import compiled, find_difference, pure
+from ..training.steps import (
     Client,
     Gradient,
     Shared,
@@ -33,11 +36,8 @@ from ..steps import (
     is_elementwise,
     update_step,
 )
-from ..task import Config, Data, Task
-from ..task_config import TracedConfig
-from ..training import Trainer, TrainingPrograms, Update
-from ..weights import Arrays, StackedRow
-from .feeding import Feed, HostStacks, device_feed, host_can_read
+from ..training.trainer import Trainer, TrainingPrograms, Update
+from .stacking import Feed, HostStacks, device_feed, host_can_read
 
 
 class BatchedError(FedError):
@@ -60,7 +60,7 @@ class _Group(NamedTuple):
 
 
 class BatchedTrainer:
-    """Trains chunks of clients as :class:`~mlx_fed.training.Trainer` trains one.
+    """Trains chunks of clients as :class:`~mlx_fed.training.trainer.Trainer` trains one.
 
     Args:
         trainer (Trainer): The task's model.

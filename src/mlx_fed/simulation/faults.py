@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import randomness
+from ..arrays import randomness
+from ..arrays.examples import Examples, leaves, replace_leaves
+from ..arrays.weights import Arrays
 from ..errors import FedError
-from ..examples import Examples, leaves, replace_leaves
 from ..task import Data
-from ..training import Update
-from ..weights import Arrays
+from ..training.trainer import Update
 
 
 class FaultsError(FedError, ValueError):

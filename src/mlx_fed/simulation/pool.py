@@ -19,7 +19,7 @@ import mlx.core as mx
 from loky import ProcessPoolExecutor
 
 from ..errors import SimulationError
-from ..training import Trainer
+from ..training.trainer import Trainer
 from . import pickling, process
 from .worker import Job, Outcome, Seat, Worker
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import cloudpickle
 
-from .. import (
-    devices,  # first of all: it brings the fast BLAS
+from ..errors import SimulationError
+from ..system import (
+    devices,
     loading,
 )
-from ..errors import SimulationError
-from . import news
+from . import worker_progress
 from .worker import Job, Outcome, Request, Seat, Worker, reason
 
 _worker: Worker | None = None
@@ -29,7 +29,7 @@ def start(job: bytes, device: str | None, parent: int, folder: Path) -> None:
     """Sets the process up, once. What goes wrong is told when it is given work."""
     global _worker, _failure
     threading.Thread(target=_end_after, args=(parent, folder), daemon=True).start()
-    loading.watch([news.sender(folder)])
+    loading.watch([worker_progress.sender(folder)])
     try:
         devices.use(device)
         made: Job = cloudpickle.loads(job)

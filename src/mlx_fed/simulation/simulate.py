@@ -10,22 +10,23 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from .. import devices, named_strategies, rounds
 from ..errors import SettingsError
-from ..history import History, Listener, Previous, previous_of, run_folder
-from ..labels import LabelsFile
-from ..progress import listeners_or_terminal, quiet_flower
-from ..settings import decide_rounds, make_checked_task, settings_of
+from ..monitoring.terminal import listeners_or_terminal, quiet_flower
+from ..rounds import loop, named_strategies
+from ..rounds.settings import decide_rounds, make_checked_task, settings_of
+from ..runs.history import History, Listener, Previous, previous_of, run_folder
+from ..runs.labels import LabelsFile
+from ..system import devices
 from ..task import TaskSource
-from ..task_config import whole_number
-from ..training import Trainer
+from ..task_settings import whole_number
+from ..training.trainer import Trainer
+from .all_clients import SimulatedRoster
+from .client_states import Kept
 from .faults import Faults
-from .grid import SimulationGrid
-from .kept import Kept
-from .news import received
 from .pool import InProcess, Pool, data_bytes, default_workers
-from .roster import SimulatedRoster
+from .simulated_grid import SimulationGrid
 from .worker import Job
+from .worker_progress import received
 
 
 @devices.put_back()
@@ -45,7 +46,7 @@ def simulate(
     device: str | None = None,
     listeners: tuple[Listener, ...] | None = None,
     **settings: Any,
-) -> rounds.Result:
+) -> loop.Result:
     """Runs a federation of clients on this machine, and returns when it is over.
 
     It ends with the weights that a federation of machines would end with, for the same task,
@@ -76,10 +77,11 @@ def simulate(
             started with.
         device (str, optional): ``"cpu"`` or ``"gpu"``. Default: MLX's own choice.
         listeners (tuple, optional): Who is told what happens (see
-            :class:`~mlx_fed.history.History`), in place of the progress display.
+            :class:`~mlx_fed.runs.history.History`), in place of the progress display.
         settings: ``config``, ``seed``, ``round_timeout``, ``keep``, ``min_replies``,
             ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test``, ``evaluate_fn``,
-            ``patience``, ``target`` and ``stop``, as :class:`~mlx_fed.settings.Settings` has them.
+            ``patience``, ``target`` and ``stop``, as
+            :class:`~mlx_fed.rounds.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.
@@ -147,7 +149,7 @@ def simulate(
                 num_clients, pool, Path(folder), leading.round_timeout, history.notify
             )
             roster = SimulatedRoster(num_clients)
-            return rounds.run(
+            return loop.run(
                 grid, strategy, trainer, leading, history, roster, resume=resume is not None
             )
 

@@ -10,22 +10,23 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from flwr.app import MessageType, MetricRecord, RecordDict
 
-from .. import aggregate, checks, frozen, messages, sums
-from ..batches import lengths
+from ..arrays import frozen, master_weights, weighted_mean
+from ..arrays.examples import Examples, count, kind, leaves
+from ..arrays.randomness import moment_of
+from ..arrays.weighted_mean import Block, Counted
+from ..arrays.weights import Arrays, is_finite
 from ..errors import FedError, SimulationError
-from ..examples import Examples, count, kind, leaves
-from ..exchange import Failed
-from ..randomness import moment_of
-from ..sums import Block, Counted
+from ..rounds import checks, messages
+from ..rounds.exchange import Failed
 from ..task import Config, Data, TaskSource, make_task
-from ..task_config import kebab_case
+from ..task_settings import kebab_case
 from ..tracebacks import user_traceback
-from ..training import Trainer, Update
-from ..weights import Arrays, is_finite
+from ..training.batches import lengths
+from ..training.trainer import Trainer, Update
 from .batched import BatchedTrainer, Member
+from .client_states import Kept
 from .faults import Faults
-from .kept import Kept
-from .partitions import Partitions, size_of
+from .partition_cache import Partitions, size_of
 
 # A step's examples and the clients' parameters should stay in a core's cache; a GPU has to be
 # given enough to do.
@@ -146,7 +147,7 @@ class Worker:
             for number, group in groupby(updates, lambda pair: block[pair[0]])
         }
         numbers = dict.fromkeys(block.values())
-        blocks = [summed.get(number) or sums.sum_block(number, ()) for number in numbers]
+        blocks = [summed.get(number) or weighted_mean.sum_block(number, ()) for number in numbers]
         return self._outcome(blocks, [], failed)
 
     def _outcome(
@@ -169,7 +170,7 @@ class Worker:
         statistics = self.trainer.statistics()
         if messages.STATISTICS in request.content:
             statistics = messages.unpack(request.content.array_records[messages.STATISTICS])
-        parameters = aggregate.cast(messages.unpack(record), self.trainer.spec)
+        parameters = master_weights.cast(messages.unpack(record), self.trainer.spec)
         return Phase(request, name, parameters, statistics, config)
 
     # -- evaluation ------------------------------------------------------------------------
@@ -363,9 +364,13 @@ def _sum(
             fit.append((Counted(place, float(update.metrics[weighted_by]), update.metrics), update))
         except checks.Refused as refused:
             failed.append(_failed(place, refused))
-    block = sums.sum_block(number, ((c, u.parameters, u.statistics) for c, u in fit))
+    block = weighted_mean.sum_block(number, ((c, u.parameters, u.statistics) for c, u in fit))
     every = (*block.parameters.values(), *block.statistics.values())
-    if all(is_finite(piece) for part in every for piece in sums.pieces(part, sums.cuts(part))):
+    if all(
+        is_finite(piece)
+        for part in every
+        for piece in weighted_mean.pieces(part, weighted_mean.cuts(part))
+    ):
         return block
     # A sum of finite values may overflow as well: then all of them are fit, and the mean says so.
     good = []
@@ -375,7 +380,7 @@ def _sum(
             good.append((client, update))
         except checks.Refused as refused:
             failed.append(_failed(client.place, refused))
-    return sums.sum_block(number, ((c, u.parameters, u.statistics) for c, u in good))
+    return weighted_mean.sum_block(number, ((c, u.parameters, u.statistics) for c, u in good))
 
 
 def _failed(place: int, error: Exception) -> Failed:

@@ -1,0 +1,1 @@
+"""Listeners of a run: the terminal, the dashboard and its page, reports and trackers."""

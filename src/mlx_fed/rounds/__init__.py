@@ -1,0 +1,1 @@
+"""Federated rounds: the loop, its phases and checks, strategies, settings and resuming."""

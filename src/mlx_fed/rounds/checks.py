@@ -1,0 +1,372 @@
+"""Is this reply fit to count? A reply that is not is refused, with the reason."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+
+from ..arrays import master_weights, weighted_mean, weights
+from ..arrays.spool import records_in
+from ..arrays.weights import Spec, Unread
+from ..errors import FedError
+from ..training.metrics import Evaluation, is_defined
+from . import messages
+
+_LONGEST = 500
+_LONGEST_METRIC = 200
+_MOST_FIGURES = 10_000
+"""Characters of a reason that quotes what a stranger sent."""
+
+
+_SPARE = 2**20
+"""Bytes that a reply may have beside its arrays' values."""
+_VARIANCE = "running_var"
+_LARGEST_WEIGHT = 1e12
+"""Of a metric of an evaluation."""
+_ZERO = np.zeros((), np.float32)
+
+
+class Refused(FedError):
+    """Why a reply does not count, cut where it quotes more than anyone reads."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason[:_LONGEST])
+
+
+class NotFinite(Refused):
+    """A reply with values or metrics that are not finite, or too large to be averaged.
+
+    The model that was sent may be the reason, and not the node.
+    """
+
+
+class Reply(NamedTuple):
+    """A reply that counts; its arrays are read again when they are asked for.
+
+    ``statistics`` is empty where the model has none or they stay with the clients.
+    """
+
+    name: str
+    parameters: Mapping[str, mx.array]
+    statistics: Mapping[str, mx.array]
+    metrics: MetricRecord
+    weight: float
+    norm: float | None
+
+    def for_strategy(self) -> RecordDict:
+        """The reply as strategies get it: one record of float32 masters, as they sent it."""
+        masters = master_weights.to_masters(self.parameters)
+        return RecordDict({self.name: masters, "metrics": self.metrics})
+
+
+def check_answer(message: Message) -> None:
+    """Raises :class:`Refused` if the node reports an error instead of a result."""
+    if message.has_error():
+        reason = message.error.reason or f"error code {message.error.code}"
+        raise Refused(reason[:_LONGEST])
+    if not message.has_content():
+        raise Refused("the reply is empty")
+
+
+def check_origin(message: Message, round: int, run_id: int) -> None:
+    """Raises :class:`Refused` if a reply is one of another round or run."""
+    about = message.metadata
+    if about.group_id and about.group_id != str(round):
+        raise Refused(f"it is a reply of round {about.group_id[:20]}, expected round {round}")
+    if about.run_id and run_id and about.run_id != run_id:
+        raise Refused(f"it is a reply of run {about.run_id}, expected run {run_id}")
+
+
+def check_size(content: RecordDict, *expected: Spec) -> None:
+    """Raises :class:`Refused`, before anything is read, if the arrays take far more bytes than the
+    model in float32."""
+    values = sum(math.prod(shape) for spec in expected for shape, _ in spec.values())
+    most = 2 * 4 * values + _SPARE
+    if (size := messages.count_bytes(content)) > most:
+        raise Refused(f"its arrays take {size} bytes, and no reply of this model more than {most}")
+
+
+def check_update(
+    message: Message,
+    parameters: Spec,
+    statistics: Spec,
+    weighted_by: str,
+    max_weight: float = math.inf,
+    before: Mapping[str, mx.array] | None = None,
+) -> Reply:
+    """Checks a reply to a training message.
+
+    Args:
+        message (Message): The reply.
+        parameters (dict): The shape and dtype that each parameter must have, by name.
+        statistics (dict): The same of the running statistics that are averaged; those of a
+            task that leaves them with its clients are not looked at.
+        weighted_by (str): The metric that weighs the reply, ``"num-examples"``.
+        max_weight (float): The most that this metric may be.
+        before (dict, optional): The parameters that were sent, if the norm of the update, its
+            difference from them, is wanted.
+
+    Raises:
+        Refused: If a name, shape or dtype differs, an array is missing, a value is not finite or
+            would not be in a sum, a variance is negative, the arrays are too large, or
+            the number of examples is not a positive and believable number.
+    """
+    check_answer(message)
+    metrics = check_metrics(message, weighted_by, max_weight)
+    weight = float(str(metrics[weighted_by]))
+    check_size(message.content, parameters, statistics)
+    try:
+        name, record = messages.parameters_of(message.content)
+        arrays = check_arrays(record, parameters, messages.is_packed(record), weight)
+        running: Mapping[str, mx.array] = {}
+        if statistics:
+            records = records_in(message.content, ArrayRecord)
+            if messages.STATISTICS not in records:
+                raise Refused("it has no running statistics, which this task averages")
+            record = records[messages.STATISTICS]
+            running = check_arrays(record, statistics, True, weight, are_statistics=True)
+    except Refused:
+        raise
+    except FedError as error:
+        raise Refused(str(error)[:_LONGEST]) from error
+    except Exception as error:  # whatever else a stranger's bytes can bring about
+        raise Refused(f"unreadable reply: {type(error).__name__}: {error}"[:_LONGEST]) from error
+    norm = None if before is None else distance(arrays, before)
+    return Reply(name, arrays, running, metrics, weight, norm)
+
+
+def norm_of(arrays: Mapping[str, mx.array]) -> float:
+    """The Euclidean norm of all values."""
+    return distance(arrays, {})
+
+
+def distance(arrays: Mapping[str, mx.array], others: Mapping[str, mx.array]) -> float:
+    """The Euclidean norm of a difference, a piece at a time; what ``others`` lack is 0 there."""
+    squares = 0.0
+    for name in arrays:
+        cuts = weights.cuts(arrays, name)
+        pieces = weights.pieces(arrays, name, cuts)
+        of_others = weights.pieces(others, name, cuts) if name in others else repeat(_ZERO)
+        with np.errstate(all="ignore"):
+            for piece, other in zip(pieces, of_others, strict=False):
+                difference = np.subtract(piece, other, dtype=np.float32)
+                squares += float(np.dot(difference, difference))
+    return math.sqrt(squares)
+
+
+def check_arrays(
+    record: ArrayRecord, expected: Spec, packed: bool, weight: float, are_statistics: bool = False
+) -> Unread:
+    """Checks the arrays in a record, a part at a time, and gives them in the expected order.
+
+    Those that are not packed come from mods, which have worked on float32 masters: they are
+    checked as they would be in the model's dtypes, and stay as they are.
+    """
+    places: dict[str, str] = {}
+    given: Spec = {}
+    for place, part in messages.parts(record):
+        for name, stored in part.items():
+            master_weights.check_one(name, (stored.shape, stored.dtype), expected)
+            places[name] = place
+            given[name] = stored.shape, expected[name][1] if packed else stored.dtype
+            dtype = given[name][1]
+            if is_variance := are_statistics and name.endswith(_VARIANCE):
+                pieces = stored.pieces(stored.cuts(), dtype)
+            else:
+                pieces = stored.unseen(dtype)
+            _check_pieces(name, pieces, weight, is_variance)
+    weights.check(expected, {name: expected[name] for name in places})
+    return messages.unread(record, {name: given[name] for name in expected}, places)
+
+
+def check_values(
+    parameters: Mapping[str, mx.array], statistics: Mapping[str, mx.array], weight: float
+) -> None:
+    """Checks that all values are finite, and would be in a sum in which they have a weight, and
+    that variances are not negative.
+
+    Raises:
+        Refused: Naming the first array of which that is not so.
+    """
+    mx.eval(dict(parameters), dict(statistics))
+    for arrays, are_statistics in ((parameters, False), (statistics, True)):
+        for name in arrays:
+            pieces = weights.pieces(arrays, name, weights.cuts(arrays, name))
+            _check_pieces(name, pieces, weight, are_statistics and name.endswith(_VARIANCE))
+
+
+def _check_pieces(
+    name: str, pieces: Iterable[np.ndarray], weight: float, is_variance: bool
+) -> None:
+    for values in pieces:
+        # NumPy takes a tenth of the time that MLX takes on a CPU; float32 holds every value.
+        if not weights.is_finite(values, weight * weighted_mean.LARGEST_BLOCK):
+            what = "not finite" if not weights.is_finite(values) else "too large to be averaged"
+            raise NotFinite(f"parameter {name!r} has values that are {what}")
+        if is_variance and (values < 0).any():
+            raise Refused(f"parameter {name!r} has negative values, which no variance has")
+
+
+def check_metrics(message: Message, weighted_by: str, max_weight: float = math.inf) -> MetricRecord:
+    """Checks the metrics of a reply.
+
+    Args:
+        message (Message): The reply, to a message of training or of evaluation.
+        weighted_by (str): The metric that weighs the reply, ``"num-examples"``.
+        max_weight (float): The most that this metric may be.
+
+    Raises:
+        Refused: If there is not one record of metrics, a value is not finite, or the weight is
+            not a positive and believable number.
+    """
+    metrics = _metrics_of(message)
+    check_figures(metrics, weighted_by, max_weight)
+    return metrics
+
+
+def check_evaluation(
+    message: Message, weighted_by: str, max_weight: float, must_be_defined: bool
+) -> Evaluation:
+    """Checks a reply to a message of evaluation.
+
+    Args:
+        message (Message): The reply.
+        weighted_by (str): The metric that weighs those without a weight of their own.
+        max_weight (float): The most that it, and the number of examples, may be.
+        must_be_defined (bool): Refuse a reply that has a metric which is not finite.
+
+    Returns:
+        Evaluation: Its reasons are those that the client gives.
+
+    Raises:
+        Refused: If there is not one record of metrics, the number of examples is not a positive
+            and believable number, a weight is none, or a metric has to be defined and is not.
+    """
+    metrics = _metrics_of(message)
+    record = messages.values_of(message.content, messages.WEIGHTS)
+    # They may count tokens or pixels, of which an example has many.
+    most = max(max_weight, _LARGEST_WEIGHT)
+    weights: dict[str, Any] = {name: record[name] for name in metrics if name in record}
+    for name, weight in weights.items():
+        if not isinstance(weight, (int, float)) or not 0 <= weight <= most:
+            shown = f"{weight!r}"[:_LONGEST]
+            raise Refused(f"the weight of metric {name!r} must be from 0 to {most:g}, not {shown}")
+    if weights and weighted_by != "num-examples":
+        _check_weight(metrics, "num-examples", max_weight)
+    # With weights of their own all but counts do without num-tokens, which may be 0.
+    _check_weight(metrics, weighted_by, max_weight, bool(weights) and weighted_by != "num-examples")
+    _check_extent(metrics)
+    reasons = messages.values_of(message.content, messages.UNDEFINED)
+    undefined = {
+        name: str(reasons.get(name, f"it is {value}"))[:_LONGEST]
+        for name, value in metrics.items()
+        if not is_defined(value) or weights.get(name) == 0
+    }
+    for name, why in undefined.items() if must_be_defined else ():
+        raise Refused(f"metric {name!r} is not finite: {why}"[:_LONGEST])
+    return Evaluation(dict(metrics), weights, undefined)
+
+
+def _metrics_of(message: Message) -> MetricRecord:
+    check_answer(message)
+    records = list(records_in(message.content, MetricRecord).values())
+    if len(records) != 1:
+        raise Refused(f"expected one record of metrics, got {len(records)}")
+    return records[0]
+
+
+def _check_extent(metrics: Mapping[str, Any]) -> None:
+    """Refuses metrics of long names or of many values, which a history would keep."""
+    figures = sum(len(value) if isinstance(value, list) else 1 for value in metrics.values())
+    if figures > _MOST_FIGURES or any(len(name) > _LONGEST_METRIC for name in metrics):
+        raise Refused(
+            f"metrics have names of at most {_LONGEST_METRIC} characters, and {_MOST_FIGURES} "
+            "values in all"
+        )
+
+
+def _check_weight(
+    metrics: Mapping[str, Any], name: str, max_weight: float, may_be_zero: bool = False
+) -> None:
+    weight: Any = metrics.get(name)
+    is_number = isinstance(weight, (int, float)) and math.isfinite(weight)
+    if not is_number or weight < 0 or (weight == 0 and not may_be_zero):
+        raise Refused(f"{name} must be a positive number, not {weight!r}"[:_LONGEST])
+    if weight > max_weight:
+        raise Refused(f"{name} is {weight:g}, and more than {max_weight:g} is not believed")
+
+
+def check_figures(
+    metrics: Mapping[str, Any], weighted_by: str, max_weight: float = math.inf
+) -> None:
+    """Checks that metrics are finite and the weight among them is positive.
+
+    Raises:
+        Refused: Naming the first that is not.
+    """
+    _check_weight(metrics, weighted_by, max_weight)
+    _check_extent(metrics)
+    for key, value in metrics.items():
+        if not is_defined(value):
+            raise NotFinite(f"metric {key!r} is not finite")
+
+
+Names = frozenset[tuple[str, str]]
+"""What is in a reply: each name, and of what kind it is."""
+
+
+def odd_names(names: Mapping[str, Names], expected: Names) -> dict[str, str]:
+    """Why replies do not count whose records or metrics are called otherwise than in most, or are
+    of another kind.
+
+    Args:
+        names (dict): Of each node, by its name, what :func:`names_in` gives.
+        expected (frozenset): What the task's own replies have: of two ways that as many nodes
+            have, the one that is nearer to it is right.
+
+    Returns:
+        dict: A reason for each such node, by name.
+    """
+    odd: dict[str, str] = {}
+    counts = Counter(names.values())
+    most = max(counts, key=lambda ways: (counts[ways], -len(ways ^ expected)), default=expected)
+    for node, own in names.items():
+        for name in sorted(name for name, _ in most ^ own)[:1]:
+            odd[node] = _why_odd(name, dict(own), dict(most))
+    return odd
+
+
+def _why_odd(name: str, own: Mapping[str, str], usual: Mapping[str, str]) -> str:
+    if name not in own:
+        return f"{name} is missing"
+    if name not in usual:
+        return f"{name} is not in the other replies"
+    return f"{name} is {own[name]}, and {usual[name]} in the other replies"
+
+
+def names_in(content: RecordDict) -> Names:
+    """What a reply's records and metrics are called, and whether a metric is a number or a list of
+    how many; statistics are not a strategy's matter."""
+    own = records_in(content, MetricRecord)
+    records = (*records_in(content, ArrayRecord), *own)
+    metrics = {name: value for record in own.values() for name, value in record.items()}
+    return names_of((n for n in records if n != messages.STATISTICS), metrics)
+
+
+def names_of(records: Iterable[str], metrics: Mapping[str, Any]) -> Names:
+    """What records and metrics of these names and values are in a reply."""
+    return frozenset(
+        {(f"record {n!r}", "a record") for n in records}
+        | {(f"metric {n!r}", _kind(value)) for n, value in metrics.items()}
+    )
+
+
+def _kind(value: Any) -> str:
+    return f"a list of {len(value)}" if isinstance(value, list) else "a number"

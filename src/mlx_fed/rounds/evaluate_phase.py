@@ -1,0 +1,127 @@
+"""A round's evaluation phase: the metrics of the global model, on its nodes and on the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+from flwr.app import Message
+
+from ..training.metrics import Evaluation, derived, is_defined
+from . import checks, messages, strategies
+from .phase import Model, Phase, Run
+
+
+def evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
+    """Federated evaluation on the nodes that the strategy's ``configure_evaluate`` selects.
+
+    Each metric is the mean over the nodes for which it is defined, by its own weight, unless the
+    strategy has an aggregation of its own: that one gets the replies in which all are defined.
+
+    Args:
+        run (Run): What the run is led with.
+        model (Model): The global model.
+        record (dict): The round's, which the phase is written to.
+
+    Raises:
+        RunError: If the strategy fails.
+    """
+    phase = Phase(run, "evaluate", record)
+    must_be_defined = not strategies.leaves_evaluation_to_mean(run.strategy)
+    replies: dict[str, Message] = {}
+    evaluations: dict[str, Evaluation] = {}
+    for node, reply in phase.exchange(phase.configure(model)):
+        if messages.has_nothing_to_evaluate(reply):
+            continue
+        with phase.refusing(node):
+            evaluations[node] = checks.check_evaluation(
+                reply, run.weighted_by, phase.max_examples, must_be_defined
+            )
+            replies[node] = reply
+    names = {node: checks.names_in(reply.content) for node, reply in replies.items()}
+    for node in phase.refuse_odd_names(names):
+        del replies[node], evaluations[node]
+    weighed = dict.fromkeys(name for each in evaluations.values() for name in each.weights)
+    for metric in (run.weighted_by, *weighed):
+        shares = {
+            node: each.weights.get(metric, float(str(each.metrics[run.weighted_by])))
+            for node, each in evaluations.items()
+        }
+        what = f"the weight of {metric}" if metric in weighed else metric
+        for node in phase.refuse_heavy(shares, what):
+            del replies[node], evaluations[node]
+    metrics: dict[str, Any] = {}
+    undefined: dict[str, dict[str, str]] = {}
+    for node, each in evaluations.items():
+        for name, why in each.undefined.items():
+            undefined.setdefault(name, {})[node] = why
+    if replies:
+        with phase.hook("aggregate_evaluate"), strategies.pooling(run.strategy):
+            result = run.strategy.aggregate_evaluate(phase.number, list(replies.values()))
+        metrics = {**(result or {})}
+    if metrics:
+        further, reasons = derived(run.trainer.task, metrics)
+        metrics |= further
+        for name, why in reasons.items():
+            undefined.setdefault(name, {"their mean": why})
+    record["evaluate"] = {**metrics, "nodes": list(replies)}
+    _record_undefined(phase, undefined, len(replies))
+    phase.record_each(
+        {
+            node: {name: value for name, value in each.metrics.items() if is_defined(value)}
+            for node, each in evaluations.items()
+        }
+    )
+
+
+def evaluate_centrally(run: Run, model: Model, record: dict[str, Any]) -> None:
+    """The server's own evaluation: on its test examples, and by the user's ``evaluate_fn``."""
+    test, evaluate_fn = run.settings.test, run.settings.evaluate_fn
+    if test is None and evaluate_fn is None:
+        return
+    phase = Phase(run, "central", record)
+    phase.begin([])
+    with phase.timed("central"):
+        parameters = model.parameters(run.trainer.spec)
+        metrics: dict[str, Any] = {}
+        if test is not None:
+            config = {**run.config, "server-round": phase.number}
+            arrays = parameters, model.statistics
+            evaluation = run.trainer.evaluation(*arrays, test, config=config)
+            reasons = {name: {"server": why} for name, why in evaluation.undefined.items()}
+            _record_undefined(phase, reasons)
+            metrics |= evaluation.metrics
+            del metrics["num-examples"]
+        if evaluate_fn is not None:
+            result = evaluate_fn(record["round"], parameters, model.statistics) or {}
+            metrics |= {k: v.item() if isinstance(v, mx.array) else v for k, v in result.items()}
+    record["central"] = metrics
+
+
+def _record_undefined(
+    phase: Phase, reasons: Mapping[str, Mapping[str, str]], num_nodes: int | None = None
+) -> None:
+    """Counts where each metric is undefined, and says why when it first is in a run.
+
+    Args:
+        phase (Phase): The phase.
+        reasons (dict): By metric and node, why it is undefined there.
+        num_nodes (int, optional): The nodes that evaluated. Default: the server did.
+    """
+    if not reasons:
+        return
+    history = phase.run.history
+    counts = {name: len(by_node) for name, by_node in reasons.items()}
+    before = [each.get("undefined", {}).get(phase.name, {}) for each in history.rounds]
+    for name, by_node in reasons.items():
+        if any(name in earlier for earlier in before):
+            continue
+        node, why = next(iter(by_node.items()))
+        what = "the loss" if name == "loss" else f"metric {name!r}"
+        where = "the server's examples"
+        if num_nodes is not None:
+            where = f"{counts[name]} of {num_nodes} nodes, which do not count in it: {node}"
+        text = f"round {phase.number}: {what} is undefined on {where}: {why}"
+        history.notify("note", text=text)
+    phase.record.setdefault("undefined", {})[phase.name] = counts

@@ -1,0 +1,178 @@
+"""One phase's messages to nodes and their replies back, over any Flower grid."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from ..arrays import master_weights
+from ..arrays.spool import Spool
+from ..arrays.weighted_mean import Block
+from ..arrays.weights import Arrays, Spec
+from ..task import Config
+from . import messages
+
+
+class Failed(NamedTuple):
+    """Why there is nothing of the message at a place; ``missing`` where its node sent nothing."""
+
+    place: int
+    reason: str
+    missing: bool = False
+
+
+class Summed(Protocol):
+    """What comes of some of the messages: sums by block, and where there is no update."""
+
+    blocks: list[Block]
+    failed: list[Failed]
+
+
+SumUpdates = Callable[[list[Message], str], Iterator[Summed]]
+
+
+def exchange(
+    grid: Grid,
+    outgoing: list[Message],
+    names: Mapping[int, str],
+    timeout: float,
+    arrived: Callable[[str], None],
+    spool: Spool | None = None,
+) -> Iterator[tuple[str, Message | str]]:
+    """Sends messages and gives each node's name with its reply, in the order of the names.
+
+    In place of a reply there is the reason why a node has none. A reply that comes before those
+    that it stands behind waits on disk; what was given is not kept.
+
+    Args:
+        grid (Grid): Takes the messages and brings the replies.
+        outgoing (list): Messages for nodes of the roster. They are taken out of the list: large
+            ones must not be in memory while the replies come.
+        names (dict): The nodes' names by id, in the order of the replies.
+        timeout (float): Seconds to wait; a reply that comes later is dropped.
+        arrived (callable): Told the name of each node as its reply comes.
+        spool (Spool, optional): Where early replies wait. Default: in memory.
+    """
+    spool = spool or Spool()
+    came: dict[int, Message | str] = dict.fromkeys(
+        (message.metadata.dst_node_id for message in outgoing),
+        "the message to it could not be sent",
+    )
+    pending = push(grid, outgoing)
+    outgoing.clear()
+    for node_id in pending.values():
+        del came[node_id]
+    order = deque(names)
+    deadline = math.inf if getattr(grid, "virtual_time", False) else time.monotonic() + timeout
+    while order:
+        if order[0] in came:
+            node_id = order.popleft()
+            yield names[node_id], came.pop(node_id)
+            continue
+        pulled = list(grid.pull_messages(list(pending)))
+        for reply in pulled:
+            node_id = pending.pop(reply.metadata.reply_to_message_id)
+            if reply.has_content():
+                spool.hold(reply.content)
+            came[node_id] = reply
+            arrived(names[node_id])
+        if pulled:
+            continue
+        if time.monotonic() < deadline:
+            pause(grid)
+            continue
+        if withdraw := getattr(grid, "withdraw", None):
+            withdraw(pending)  # or nodes that are late would work through rounds that are over
+        late = f"no reply within {timeout:.0f} seconds: one that comes later is dropped"
+        came |= dict.fromkeys(pending.values(), late)
+        pending.clear()
+
+
+def summing(grid: Grid, outgoing: list[Message]) -> SumUpdates | None:
+    """The grid's way to sum updates where they are made, if it has one.
+
+    It is called with training messages, whose order gives nodes their places, and the metric that
+    weighs an update. All nodes have to be sent the same.
+    """
+    same = len({id(message.content) for message in outgoing}) == 1
+    return getattr(grid, "sum_updates", None) if same else None
+
+
+def pack(outgoing: list[Message], spec: Spec, statistics: Arrays, config: Config) -> None:
+    """Puts arrays and settings of a strategy's messages into the form in which they travel.
+
+    Strategies put one content into all messages: each record is converted once, and none is
+    changed in place.
+
+    Args:
+        outgoing (list): Messages with float32 masters, which are cast to the model's dtypes.
+        spec (dict): The shape and dtype of each parameter.
+        statistics (dict): Running statistics to send along, if any.
+        config (dict): Settings for all, which a message's own stand over.
+    """
+    packed: dict[int, ArrayRecord] = {}
+    contents: dict[int, tuple[RecordDict, RecordDict]] = {}
+    beside = {messages.STATISTICS: messages.pack(statistics)} if statistics else {}
+    for message in outgoing:
+        message.metadata.group_id = str(config["server-round"])
+        given = message.content
+        if id(given) not in contents:
+            name, record = messages.parameters_of(given)
+            if id(record) not in packed:
+                packed[id(record)] = messages.pack(master_weights.unread_masters(record, spec))
+            settings_name, own = messages.config_of(given)
+            travels: dict[str, Any] = {
+                **beside,
+                name: packed[id(record)],
+                settings_name: ConfigRecord({**config, **own}),
+            }
+            # Held together with what it was made from, whose id would else be free for another.
+            contents[id(given)] = (given, RecordDict({**given, **travels}))
+        message.content = contents[id(given)][1]
+
+
+def sizes(outgoing: list[Message]) -> list[int]:
+    """The bytes of each message's arrays; messages mostly share their content."""
+    of_content = {id(message.content): message.content for message in outgoing}
+    bytes_of = {key: messages.count_bytes(content) for key, content in of_content.items()}
+    return [bytes_of[id(message.content)] for message in outgoing]
+
+
+def bytes_to_nodes(grid: Grid, outgoing: list[Message]) -> Callable[[], int]:
+    """Tells how many bytes went to nodes, from now until it is called.
+
+    Where the grid does not count them, they are those of the messages' arrays.
+    """
+    before = getattr(grid, "bytes_sent", None)
+    if before is None:
+        size = sum(sizes(outgoing))
+        return lambda: size
+    return lambda: grid.bytes_sent - before  # type: ignore[attr-defined]
+
+
+def push(grid: Grid, outgoing: list[Message]) -> dict[str, int]:
+    """Sends messages; the ids of those that were sent, and the node each went to."""
+    if not outgoing:
+        return {}
+    receivers = [message.metadata.dst_node_id for message in outgoing]
+    ids = list(grid.push_messages(outgoing))
+    if len(ids) != len(receivers):  # Flower's in-memory grid passes over nodes that have left
+        to = {message.metadata.message_id: message.metadata.dst_node_id for message in outgoing}
+        receivers = [to[message_id] for message_id in ids]
+    # Flower's HTTP grid gives "" for a message that it could not store.
+    return {id: to for id, to in zip(ids, receivers, strict=True) if id}
+
+
+def pause(grid: Grid) -> None:
+    """Waits for something to happen: until the grid says so, or a moment if it cannot."""
+    wait = getattr(grid, "wait", None)
+    if wait is None:
+        time.sleep(0.1)
+    else:
+        wait(0.5)

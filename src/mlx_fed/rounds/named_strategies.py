@@ -1,0 +1,138 @@
+"""Strategies by name, made with arguments that are checked first."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import Strategy
+
+from ..errors import SettingsError
+from ..task_settings import FINITE, SHARE, WHOLE, Kind, kebab_case, nearest, whole_number
+from . import strategies
+
+
+def find(strategy: Strategy | str | None = None, min_nodes: int = 2) -> Strategy:
+    """The strategy of a run: one, or one of Flower's by its name.
+
+    Args:
+        strategy (Strategy or str, optional): Default: ``"FedAvg"``.
+        min_nodes (int): Nodes that one which is made here waits for. Default: ``2``.
+
+    Raises:
+        SettingsError: If there is none of that name, it is no strategy, or its shares of nodes
+            are none.
+    """
+    if strategy is None or isinstance(strategy, str):
+        return make_by_name(strategy or "FedAvg", min_nodes)
+    if not isinstance(strategy, Strategy):
+        hint = f": write {strategy.__name__}()" if isinstance(strategy, type) else ""
+        raise SettingsError(
+            f"strategy is one of flwr.serverapp.strategy, or its name, not {strategy!r}{hint}."
+        )
+    for layer in strategies.layers(strategy):
+        for name in strategies.FRACTIONS:
+            if (share := getattr(layer, name, None)) is not None:
+                SHARE.check(type(layer).__name__, name, share)
+    return strategy
+
+
+def by_name(name: str) -> type[Strategy]:
+    """The class of one of Flower's strategies.
+
+    Raises:
+        SettingsError: If there is none of that name.
+    """
+    kind = getattr(flower, name, None)
+    if isinstance(kind, type) and issubclass(kind, Strategy):
+        return kind
+    names = [
+        each
+        for each in flower.__all__
+        if each.startswith(("Bulyan", "Fed", "Krum", "Multi", "QFed")) and "Xgb" not in each
+    ]
+    meant = nearest(name, names)
+    hint = f"Did you mean {meant}?" if meant else f"It has {', '.join(names)}."
+    raise SettingsError(f"Flower has no strategy {name!r}. {hint}")
+
+
+def make_by_name(
+    name: str, min_nodes: int, options: Mapping[str, Any] = MappingProxyType({}), source: str = "-s"
+) -> Strategy:
+    """One of Flower's strategies, which waits for ``min_nodes`` unless its arguments say more.
+
+    Raises:
+        SettingsError: If there is none of that name, or it does not take the arguments.
+    """
+    maker = by_name(name)
+    arguments, _ = arguments_of(maker)
+    least = {each: min_nodes for each in strategies.LEAST_NODES if each in arguments}
+    return make(maker, {**kebab_case(least), **kebab_case(options, source)}, source=source)
+
+
+def make(
+    maker: Callable[..., Any], options: Mapping[str, Any], name: str = "", source: str = "-s"
+) -> Strategy:
+    """A strategy, made with arguments in kebab-case or snake_case.
+
+    Args:
+        maker (callable): A strategy's class, or a function that makes one.
+        options (dict): Its arguments.
+        name (str, optional): What it is called in messages. Default: its own name.
+        source (str): Where the arguments are set, for messages.
+
+    Raises:
+        SettingsError: If it has no such argument, or does not take the value.
+    """
+    name = name or getattr(maker, "__name__", repr(maker))
+    annotations, takes_any = arguments_of(maker)
+    arguments = {}
+    for key, value in kebab_case(options, source).items():
+        argument = key.replace("-", "_")
+        if argument not in annotations and not takes_any:
+            names = sorted(each.replace("_", "-") for each in annotations)
+            meant = nearest(key, names)
+            hint = f"Did you mean {meant}?" if meant else f"It has {', '.join(names) or 'none'}."
+            raise SettingsError(f"{source}: {name} has no argument {key}. {hint}")
+        if kind := _kind_of(argument, annotations.get(argument)):
+            kind.check(source, key, value)
+        arguments[argument] = value
+    try:
+        strategy = maker(**arguments)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"Cannot make the strategy {name!r}: {error}") from error
+    if not isinstance(strategy, Strategy):
+        raise SettingsError(f"{name!r} gave a {type(strategy).__name__}, not a Flower strategy.")
+    return find(strategy, 1)
+
+
+def arguments_of(maker: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
+    """What a strategy is made with, each argument's annotation, and whether any other is taken.
+
+    Arguments that a class hands on with ``**kwargs`` are its parents'.
+    """
+    makers: list[Any] = [maker]
+    if isinstance(maker, type):
+        makers = [vars(kind).get("__init__") for kind in maker.__mro__[:-1]]
+    annotations: dict[str, Any] = {}
+    for each in filter(None, makers):
+        parameters = list(inspect.signature(each).parameters.values())[isinstance(maker, type) :]
+        kinds = {parameter.kind for parameter in parameters}
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                annotations.setdefault(parameter.name, parameter.annotation)
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            return annotations, False
+    return annotations, True
+
+
+def _kind_of(argument: str, annotation: Any) -> Kind | None:
+    """The values that an argument takes, where that is said."""
+    if argument in strategies.FRACTIONS:
+        return SHARE
+    if argument in strategies.LEAST_NODES:
+        return whole_number(0)
+    return {"int": WHOLE, "float": FINITE}.get(getattr(annotation, "__name__", annotation))

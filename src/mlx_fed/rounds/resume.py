@@ -1,0 +1,168 @@
+"""How a stopped run goes on: from its last whole checkpoint, if it is still the same run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from flwr.serverapp.strategy import Strategy
+
+from ..arrays import frozen, weights
+from ..arrays.spool import copy_of
+from ..task_settings import kebab_case
+from . import strategies, strategy_state
+from .checkpoint import Best, Checkpoint, CheckpointError, Checkpoints
+from .phase import Model, Run
+
+_FROZEN = "frozen"
+_SHOWN = 5
+"""Differences that are named."""
+
+
+class Position(NamedTuple):
+    """Where a run is: the round that is done, the model after it, and the best round so far."""
+
+    round: int
+    model: Model
+    best: Best | None
+
+    def after(self, record: dict[str, Any], model: Model) -> Position:
+        """Where the run is once a round is done."""
+        number, best = record["round"], self.best
+        central, evaluated = record.get("central", {}), record["evaluate"]
+        loss, undefined = central.get("loss"), 0.0
+        if "loss" not in central:
+            loss = evaluated.get("loss")
+            without = record.get("undefined", {}).get("evaluate", {}).get("loss", 0)
+            undefined = without / max(1, len(evaluated.get("nodes", ())))
+        if isinstance(loss, (int, float)) and math.isfinite(loss):
+            new = Best(number, float(loss), undefined)
+            if best is None or (undefined, new.loss) < (best.undefined, best.loss):
+                best = new
+        return Position(number, model, best)
+
+    def checkpoint(self, strategy: Strategy, identity: dict[str, Any]) -> Checkpoint:
+        """The run as it is now, in arrays that nothing changes any more."""
+        mx.eval(self.model.statistics)  # it is written by another thread
+        return Checkpoint(
+            self.round,
+            copy_of(self.model.masters),
+            {**self.model.statistics},
+            strategy_state.snapshot(strategy),
+            self.best,
+            identity,
+        )
+
+
+def resume(run: Run, checkpoints: Checkpoints, identity: dict[str, Any]) -> Position | None:
+    """Takes a run up where its last whole checkpoint has it; the strategy gets its state back.
+
+    Args:
+        run (Run): The run, set up as it was.
+        checkpoints (Checkpoints): The run's.
+        identity (dict): From :func:`identity_of`.
+
+    Returns:
+        Position: None where no round was over.
+
+    Raises:
+        CheckpointError: If the run is not the same, or no checkpoint is whole.
+        StateError: If the strategy cannot take up its state.
+        HistoryError: If the run's folder cannot be written.
+    """
+
+    def damaged(path: Path, why: str) -> None:
+        run.history.notify("note", text=f"checkpoint {path} is damaged, {why}: trying another")
+
+    checkpoint = checkpoints.last(damaged, run.spool)
+    if checkpoint is None:
+        if paths := checkpoints.paths():
+            raise CheckpointError(
+                f"None of the {len(paths)} checkpoints in {checkpoints.folder} is whole: bring "
+                "one back from a copy, or start a new run."
+            )
+        run.history.go_on_after(0)
+        return None
+    # Older versions kept no such things.
+    before = {**_simulated(run), _FROZEN: identity[_FROZEN], **checkpoint.identity}
+    if isinstance(before.get("setting"), dict):  # older versions kept how they were spelled
+        before["setting"] = kebab_case(before["setting"])
+    _require_same(before, identity, run.history.folder)
+    strategy_state.restore(run.strategy, checkpoint.strategy)
+    run.history.go_on_after(checkpoint.round)
+    model = Model(checkpoint.masters, checkpoint.statistics)
+    return Position(checkpoint.round, model, checkpoint.best)
+
+
+def identity_of(run: Run) -> dict[str, Any]:
+    """What a run trains and how: all that must not change when it goes on, in JSON's types."""
+    task = run.trainer.task
+    fields = (
+        *("batch_size", "local_epochs", "local_steps", "eval_batch_size", "max_grad_norm"),
+        *("statistics", "keep_optimizer", "weight_unit"),
+    )
+    personal = run.trainer.slots.parameters.keys() - run.trainer.spec.keys()
+    free = ("num-rounds", "seed", "run-id")
+    identity = {
+        "seed": run.settings.seed,
+        "strategy": _without_least_nodes(strategies.describe(run.strategy)),
+        "setting": {key: value for key, value in run.config.items() if key not in free},
+        "task": {name: getattr(task, name) for name in fields},
+        "fingerprint": run.trainer.fingerprint,
+        "model": {
+            kind: {
+                name: f"{dtype} {shape}{', personal' if name in personal else ''}"
+                for name, (shape, dtype) in weights.spec(weights.get(slots)).items()
+            }
+            for kind, slots in run.trainer.slots._asdict().items()
+        },
+        _FROZEN: run.trainer.frozen,
+        **_simulated(run),
+    }
+    return json.loads(json.dumps(identity, default=str))
+
+
+def _simulated(run: Run) -> dict[str, Any]:
+    """How many clients a simulation has, and what goes wrong with them; empty of a federation,
+    whose nodes come and go."""
+    about = run.history.about
+    return {key: about[key] for key in ("clients", "faults") if key in about}
+
+
+def _without_least_nodes(described: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in described.items() if k not in strategies.LEAST_NODES}
+    if "strategy" in kept:
+        kept["strategy"] = _without_least_nodes(kept["strategy"])
+    return kept
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    before, now = dict(before), dict(now)
+    changed = frozen.difference(before.pop(_FROZEN), now.pop(_FROZEN))
+    differences = list(_differences("", before, now))
+    if changed is not None and not changed.is_rounding:
+        differences.append(str(changed))
+    if differences:
+        shown = "; ".join(differences[:_SHOWN])
+        more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+        raise CheckpointError(
+            f"The run in {folder} cannot go on, it is not the same any more: {shown}{more}. "
+            "Resume it with what it was started with, or start a new run."
+        )
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
+    """Each value that changed, by its name."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            yield from _differences(f"{name} {key}".strip(), before.get(key), now.get(key))
+    elif before != now:
+        yield f"{name} was {_shown(before)} and is {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is None else str(value)

@@ -1,0 +1,327 @@
+"""Who takes part: node ids, their names and partitions, and who is left out.
+
+Flower knows nodes by random ids. The roll call asks each one for its name, its partition and
+its model, and strategies then see the nodes in one order, whatever order they came in.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from ..arrays import frozen, weights
+from ..arrays.weights import Spec
+from ..errors import FedError, RunError
+from . import checks, messages
+from .exchange import pause, push
+
+LONGEST_NAME = 64
+"""Characters of a node's name."""
+_LARGEST_PARTITION = 2**31
+_MOST_REASONS = 1000
+_LONGEST = 200
+"""Characters of a fingerprint that are shown."""
+_LONGEST_REASON = 500
+"""Characters of a reason that quotes what a stranger sent."""
+_PATIENCE = 60.0
+"""Seconds without an answer to the roll call after which a run no longer waits for more."""
+
+
+def is_name(name: str) -> bool:
+    """Whether a node may be called so: it stands in tables, files and terminals."""
+    return name.isprintable() and 0 < len(name) <= LONGEST_NAME
+
+
+class Node(NamedTuple):
+    """A node that takes part."""
+
+    id: int
+    name: str
+    partition: int
+
+
+class Members(Protocol):
+    """Who takes part in a run."""
+
+    @property
+    def nodes(self) -> Mapping[int, Node]:
+        """The nodes by id, in order."""
+
+    def wait_for(self, needed: int, seconds: float) -> None:
+        """Waits until that many take part, or raises RunError."""
+
+    @property
+    def stays(self) -> bool:
+        """Whether every node takes part to the end, whatever it replies."""
+
+    def leave_out(self, name: str, why: str) -> bool:
+        """Leaves a node out of later rounds; whether it was there."""
+
+
+class Roster:
+    """The nodes of a federation: those that answer the roll call.
+
+    Args:
+        grid (Grid): Where the nodes are.
+        parameters (dict): The shape and dtype of each parameter of the server's model.
+        statistics (dict): The same of its running statistics.
+        config (dict): Sent with the roll call.
+        notify (callable): Told what happens: ``notify("joined", node="node-0")``.
+        fingerprint (dict, optional): What else has to be the same on a node as on the server.
+        identities (dict, optional): What the frozen arrays are known by, which have to be the same.
+
+    Attributes:
+        nodes (dict): The nodes that take part and are online, by id, in order.
+        reasons (dict): Why nodes were left out, by the names that they gave.
+        unread (set): Messages whose answers are dropped: of nodes that were sent away or have gone.
+        stays (bool): No node stays for certain.
+    """
+
+    stays = False
+
+    def __init__(
+        self,
+        grid: Grid,
+        parameters: Spec,
+        statistics: Spec,
+        config: dict[str, Any],
+        notify: Callable[..., None],
+        fingerprint: Mapping[str, str] | None = None,
+        identities: Mapping[str, frozen.Identity] | None = None,
+    ):
+        self.grid = grid
+        self.fingerprint, self.identities = fingerprint or {}, identities or {}
+        self.specs = {"parameters": parameters, "statistics": statistics}
+        self.config = config
+        self.notify = notify
+        self.nodes: dict[int, Node] = {}
+        self.asked: dict[str, int] = {}
+        self.heard = 0.0
+        self.left_out: set[int] = set()
+        self.unread: set[str] = set()
+        self.reasons: dict[str, str] = {}
+
+    def update(self) -> None:
+        """Asks newcomers for their names, takes in answers, drops who has gone."""
+        online = set(self.grid.get_node_ids())
+        for node_id in self.nodes.keys() - online:
+            self.notify("left", node=self.nodes.pop(node_id).name)
+        self.left_out &= online
+        self._ask(online - self.nodes.keys() - self.left_out)
+        if self.asked:
+            for answer in self.grid.pull_messages(list(self.asked)):
+                self._take_in(answer)
+        if self.unread:  # a grid keeps an answer until it is pulled
+            answers = self.grid.pull_messages(list(self.unread))
+            self.unread -= {answer.metadata.reply_to_message_id for answer in answers}
+
+    def wait_for(self, needed: int, seconds: float) -> None:
+        """Waits until that many nodes take part, and longer while others answer the roll call.
+
+        Raises:
+            RunError: If they have not come in time.
+        """
+        deadline = time.monotonic() + seconds
+        told = None
+        while True:
+            self.update()
+            present = len(self.nodes)
+            late = time.monotonic() > deadline
+            if present >= needed:
+                if told is None or late or not self._is_waiting():
+                    return
+            elif late:
+                raise RunError(
+                    f"{present} of {needed} nodes came within {seconds:.0f} seconds"
+                    f"{self._why_others_do_not()}. "
+                    "Start more nodes, raise --wait, or ask for fewer."
+                )
+            if present != told:
+                told = present
+                self.notify("waiting", nodes=present, needed=needed)
+            pause(self.grid)
+
+    def leave_out(self, name: str, why: str) -> bool:
+        """Sends a node away. It may come back as another: when it has been started again."""
+        for node in list(self.nodes.values()):
+            if node.name == name:
+                del self.nodes[node.id]
+                self._leave_out(node.id, name, why)
+                return True
+        return False
+
+    def _why_others_do_not(self) -> str:
+        """The first reasons why nodes were left out, as the end of a sentence."""
+        shown = [f"{name}: {why}"[:240] for name, why in islice(self.reasons.items(), 3)]
+        if len(self.reasons) > len(shown):
+            shown.append(f"and {len(self.reasons) - len(shown)} more")
+        return f"; left out: {'; '.join(shown)}" if shown else ""
+
+    def _is_waiting(self) -> bool:
+        """Whether a node that came lately has still to answer the roll call."""
+        return bool(self.asked) and time.monotonic() - self.heard < _PATIENCE
+
+    def _ask(self, node_ids: set[int]) -> None:
+        """Asks those not asked yet; who could not be sent the question is asked next time."""
+        gone = {message_id for message_id, asked in self.asked.items() if asked not in node_ids}
+        self.unread |= gone
+        for message_id in gone:
+            del self.asked[message_id]
+        newcomers = sorted(node_ids - set(self.asked.values()))
+        asked = {**self.config, "fingerprint": json.dumps(dict(self.fingerprint))}
+        content = RecordDict({"config": ConfigRecord(asked)})
+        questions = [Message(content, node_id, messages.ROLL_CALL) for node_id in newcomers]
+        if sent := push(self.grid, questions):
+            self.asked |= sent
+            self.heard = time.monotonic()
+
+    def _take_in(self, answer: Message) -> None:
+        node_id = self.asked.pop(answer.metadata.reply_to_message_id)
+        self.heard = time.monotonic()
+        name = f"node {node_id}"
+        try:
+            checks.check_answer(answer)
+            _, record = messages.config_of(answer.content)
+            node = _node(node_id, record)
+            name = node.name
+            self._check_name(node)
+            self._check_number(node)
+            self._check_fingerprint(record)
+            self._check_model(record)
+            rounding = self._check_frozen(record)
+            self._check_free(node)
+        except Exception as error:  # whatever a stranger's bytes can bring about
+            why = str(error) if isinstance(error, FedError) else f"unreadable answer: {error!r}"
+            # JSON has halves of characters, which no message can carry back.
+            shown = why[:_LONGEST_REASON].encode(errors="replace").decode()
+            self._leave_out(node_id, name, shown)
+            return
+        self.reasons.pop(name, None)
+        self.nodes[node_id] = node
+        by_place = sorted(self.nodes.values(), key=lambda node: (node.partition, node.name))
+        self.nodes = {node.id: node for node in by_place}
+        self.notify("joined", node=node.name, nodes=len(self.nodes))
+        if rounding is not None:
+            self.notify("note", text=f"{node.name}: its {rounding}, as devices differ")
+
+    def _check_name(self, node: Node) -> None:
+        """A node that a grid knows by name has no other one."""
+        known = getattr(self.grid, "name_of", lambda node_id: None)(node.id)
+        if known not in (None, node.name):
+            raise checks.Refused(f"its key is that of {known}, whose name it has to have")
+
+    def _check_number(self, node: Node) -> None:
+        """A node that a grid knows by number holds no other part of the data."""
+        number = getattr(self.grid, "number_of", lambda node_id: None)(node.id)
+        if number not in (None, node.partition):
+            raise checks.Refused(
+                f"its key is that of node id {number}, and it says {node.partition}: join without "
+                f"--node-id by a token, or with --node-id {number} by a key"
+            )
+
+    def _check_fingerprint(self, record: ConfigRecord) -> None:
+        theirs = json.loads(str(record.get("fingerprint", "{}")))
+        for what, ours in self.fingerprint.items():
+            if (other := theirs.get(what)) != ours:
+                raise checks.Refused(
+                    f"its {what} is not the server's: {str(other)[:_LONGEST]}, expected {ours}"
+                )
+
+    def _check_model(self, record: ConfigRecord) -> None:
+        for kind, ours in self.specs.items():
+            theirs = {
+                name: (tuple(shape), dtype)
+                for name, (shape, dtype) in json.loads(str(record[kind])).items()
+            }
+            try:
+                weights.check(ours, theirs)
+            except weights.WeightsError as error:
+                raise checks.Refused(f"its model is not the server's: {error}") from error
+
+    def _check_frozen(self, record: ConfigRecord) -> frozen.Difference | None:
+        """What differs by rounding alone, if anything does."""
+        theirs = json.loads(str(record.get("frozen", "{}")))
+        found = frozen.difference(self.identities, theirs)
+        if found is not None and not found.is_rounding:
+            raise checks.Refused(f"its model is not the server's: {found}")
+        return found
+
+    def _check_free(self, node: Node) -> None:
+        for other in self.nodes.values():
+            if node.partition == other.partition:
+                raise checks.Refused(
+                    f"node id {node.partition} is taken by a node that is online: "
+                    "give each node its own --node-id"
+                )
+            if node.name == other.name:
+                raise checks.Refused(
+                    f"its name is taken by the node with id {other.partition}, which is online: "
+                    "give each node its own --name"
+                )
+
+    def _leave_out(self, node_id: int, name: str, why: str) -> None:
+        """A node that cannot take part is told so and not asked again."""
+        self.left_out.add(node_id)
+        self.reasons.pop(name, None)
+        self.reasons[name] = why
+        for oldest in list(self.reasons)[:-_MOST_REASONS]:
+            del self.reasons[oldest]
+        self.notify("refused", node=name, reason=why)
+        content = RecordDict({"config": ConfigRecord({"reason": why})})
+        if node_id in set(self.grid.get_node_ids()):
+            self.unread |= push(self.grid, [Message(content, node_id, messages.LEAVE)]).keys()
+
+
+def _node(node_id: int, record: ConfigRecord) -> Node:
+    """Whom a node says it is.
+
+    Raises:
+        Refused: If a node cannot be called so, or cannot have that number.
+    """
+    name, partition = str(record["name"]), str(record["partition-id"])
+    if not is_name(name):
+        raise checks.Refused(
+            f"a node's name has 1 to {LONGEST_NAME} printable characters, not {len(name)}: "
+            f"{name!r:.90}"
+        )
+    if not partition.isdecimal() or len(partition) > 10 or int(partition) >= _LARGEST_PARTITION:
+        raise checks.Refused(f"its node id is no number below {_LARGEST_PARTITION}")
+    return Node(node_id, name, int(partition))
+
+
+class RosterGrid(Grid):
+    """The grid as strategies see it: only nodes that take part, in the roster's order."""
+
+    def __init__(self, grid: Grid, roster: Members):
+        self._grid = grid
+        self._roster = roster
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._roster.nodes)
+
+    def set_run(self, run: Any) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self._grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        return self._grid.create_message(*args, **kwargs)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        return self._grid.send_and_receive(messages, timeout=timeout)

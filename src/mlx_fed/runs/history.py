@@ -1,0 +1,347 @@
+"""A run's folder: its settings, one line of history a round, and the models it ends with.
+
+The record is append-only JSON lines, readable while the run goes on. Whoever wants to watch (a
+progress display, a tracker) listens here and keeps no books of its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from . import round_record
+from ..errors import FedError
+from .status import Status
+from ..arrays.weights import Arrays
+from ..system.atomic_files import read_plain, replacing, sync
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+_LATELY = 5
+"""Rounds by which the time of those to come is told."""
+
+
+class HistoryError(FedError):
+    """A run's folder that cannot be made or written."""
+
+
+class History:
+    """The record of one run.
+
+    Args:
+        folder (Path): Where the run is kept, from :func:`new_run_folder`.
+        listeners (tuple): Each is called ``listener(event, fields)`` for what happens, with
+            the events ``started``, ``serving``, ``invited``, ``joined``, ``left``, ``refused``,
+            ``waiting``, ``resumed``, ``phase``, ``replies`` (how many have answered, as they do),
+            ``labels`` (of simulated clients), ``failed``, ``note``, ``round``, ``finished`` and
+            ``stopped``. Only rounds are written down, and in ``status.json`` what the run is
+            doing now: a listener that wants what was told before reads it there.
+        about (dict, optional): What is known of the run beside its settings, for the record.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        listeners: tuple[Listener, ...] = (),
+        about: dict[str, Any] | None = None,
+    ):
+        self.folder = folder
+        self.listeners: tuple[Listener, ...] = (Status(folder), *listeners)
+        self.about = about or {}
+        self.settings: dict[str, Any] = {}
+        self.rounds: list[dict[str, Any]] = []
+        self.moved = 0
+
+    def notify(self, event: str, **fields: Any) -> None:
+        """Tells the listeners."""
+        for listener in self.listeners:
+            listener(event, fields)
+
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """Writes ``settings.json``.
+
+        Raises:
+            HistoryError: If it cannot be written.
+        """
+        self.settings = {**settings, **self.about}
+        self._write_settings()
+        self.notify("started", folder=self.folder, settings=self.settings)
+
+    def write_end(self, reason: str) -> None:
+        """Adds to ``settings.json`` why the run ended after this round, before its last.
+
+        Raises:
+            HistoryError: If it cannot be written.
+        """
+        self.settings["stopped"] = {"round": self.rounds[-1]["round"], "reason": reason}
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        text = json.dumps(self.settings, indent=2, default=str) + "\n"
+        path = self.folder / "settings.json"
+        with errors_named(path), replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
+
+    def add_round(self, record: dict[str, Any]) -> None:
+        """Appends a round to ``history.jsonl``.
+
+        Raises:
+            HistoryError: If it cannot be written. The rounds before it stay as they are.
+        """
+        record["time"] = round(time.time(), 3)
+        line = round_record.to_line(record) + "\n"
+        path = self.folder / "history.jsonl"
+        with errors_named(path):
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError:
+                with suppress(OSError):  # half a line would make the rest unreadable
+                    os.truncate(path, size)
+                raise
+        self.rounds.append(record)
+        self.moved += _bytes(record)
+        self.notify("round", **record)
+
+    def so_far(self, left: int) -> dict[str, Any]:
+        """The bytes that the rounds so far moved, and about how many seconds those to come take,
+        or None while there is none to go by.
+
+        Args:
+            left (int): How many rounds are to come.
+        """
+        lately = self.rounds[1:][-_LATELY:] or self.rounds  # the first may compile and load
+        took = [sum(record.get("seconds", {}).values()) for record in lately]
+        seconds = left * sum(took) / len(took) if took else None
+        return {"bytes": self.moved, "seconds_left": seconds}
+
+    def sync(self) -> None:
+        """Brings the rounds so far to disk, past the system's memory.
+
+        Raises:
+            HistoryError: If they cannot be written.
+        """
+        path = self.folder / "history.jsonl"
+        with errors_named(path), path.open("rb") as file:
+            sync(file)
+
+    def go_on_after(self, number: int) -> None:
+        """Takes up the rounds up to that one, and drops what was written after it.
+
+        Raises:
+            HistoryError: If ``history.jsonl`` cannot be read or written.
+        """
+        path = self.folder / "history.jsonl"
+        with errors_named(path):
+            lines = read_plain(path).splitlines() if path.exists() else []
+        rounds = {}
+        for line in lines:
+            with suppress(ValueError):  # half a line of a run that was killed
+                record = round_record.from_line(line)
+                rounds[record["round"]] = record
+        self.rounds = [rounds[n] for n in sorted(rounds) if n <= number]
+        self.moved = sum(map(_bytes, self.rounds))
+        text = "".join(round_record.to_line(record) + "\n" for record in self.rounds)
+        with errors_named(path), replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
+        self.notify("resumed", round=number)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes from leading the same run meanwhile.
+
+        Raises:
+            HistoryError: If one does.
+        """
+        with errors_named(self.folder):
+            folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise HistoryError(
+                    f"The run in {self.folder} is being led by another process: end it first."
+                ) from error
+            except OSError:  # some network drives hold nothing for anyone
+                pass
+            try:
+                yield
+            except BaseException as error:
+                self.notify("stopped", reason=str(error) or type(error).__name__)
+                raise
+        finally:
+            os.close(folder)
+
+    def save_model(self, arrays: Arrays, name: str = "model.safetensors") -> Path:
+        """Writes the whole model, in a file which ``load_weights`` reads.
+
+        Raises:
+            HistoryError: If it cannot be written. A model saved before stays as it is.
+        """
+        path = self.folder / name
+        # Through a file of Python's, whose errors say what was wrong.
+        with errors_named(path), replacing(path) as part, part.open("wb") as file:
+            mx.save_safetensors(file, arrays, {"format": "mlx"})
+        return path
+
+    def save_with(self, save: Callable[[Path], Path], name: str = "model") -> Path:
+        """Lets ``save(folder)`` write the model in a form of its own, in the run's folder or, what
+        is not the last one, in a folder NAME below it.
+
+        Raises:
+            HistoryError: If it cannot be written.
+        """
+        folder = self.folder if name == "model" else self.folder / name
+        with errors_named(folder):
+            folder.mkdir(exist_ok=True)
+            return save(folder)
+
+
+def _bytes(record: dict[str, Any]) -> int:
+    return sum(record.get("bytes", {}).values())
+
+
+@dataclass
+class Result:
+    """What a run ends with.
+
+    Attributes:
+        parameters (dict): The global model's parameters, by name.
+        statistics (dict): Its running statistics.
+        rounds (list): One record a round, as in ``history.jsonl``.
+        folder (Path): The run's folder.
+        model (Path): The whole model as safetensors.
+        best (Path, optional): The same of the round with the lowest loss, as the server itself
+            or else its nodes measured it.
+        stopped (str, optional): Why the run ended before its last round, if it did: for lack of
+            progress (``patience``), at its ``target``, by ``stop`` or by its strategy.
+    """
+
+    parameters: Arrays
+    statistics: Arrays
+    rounds: list[dict[str, Any]]
+    folder: Path
+    model: Path
+    best: Path | None = None
+    stopped: str | None = None
+
+
+def run_folder(
+    runs: Path | str = "runs", name: str | None = None, resume: Path | str | None = None
+) -> Path:
+    """The folder of a new run, or of the one that is resumed.
+
+    Raises:
+        HistoryError: If there is no such folder, or it cannot be made.
+    """
+    if resume is None:
+        return new_run_folder(runs, name)
+    if name is not None:
+        raise HistoryError(f"Run {str(resume)!r} has its name: leave out --name to resume it.")
+    return _folder_to_resume(runs, resume)
+
+
+def new_run_folder(runs: Path | str = "runs", name: str | None = None) -> Path:
+    """Makes a new folder for a run, named by the time unless it has a name.
+
+    Raises:
+        HistoryError: If the name is not a plain one, is in use, or the folder cannot be made.
+    """
+    if name is not None and not re.fullmatch(r"[\w][\w.-]*", name):
+        raise HistoryError(f"A run's name has letters, digits, '.', '_' and '-': not {name!r}.")
+    base = name or time.strftime("%Y-%m-%d-%H%M%S")
+    candidates = [base] if name else [base, *(f"{base}-{number}" for number in range(2, 100))]
+    for candidate in candidates:
+        folder = Path(runs) / candidate
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise HistoryError(
+                f"Cannot make the run's folder {folder}: {error.strerror or error}. "
+                "Choose another place with --runs."
+            ) from error
+        return folder
+    raise HistoryError(f"There is a run named {base!r} in {runs}/ already: choose another name.")
+
+
+def _folder_to_resume(runs: Path | str, name: Path | str) -> Path:
+    """The folder of a run that goes on: by its name below ``runs``, or by its path.
+
+    Raises:
+        HistoryError: If there is no such run.
+    """
+    for folder in (Path(runs) / name, Path(name)):
+        if (folder / "settings.json").exists():
+            return folder
+        # It may have been killed before anything was written.
+        if folder.is_dir() and not any(p for p in folder.iterdir() if ".part" not in p.name):
+            return folder
+    raise HistoryError(
+        f"There is no run {str(name)!r} to resume, neither in {runs}/ nor as a path: a run's "
+        "folder has a settings.json."
+    )
+
+
+class Previous(NamedTuple):
+    """What the run that is resumed was last started with, as its ``settings.json`` says.
+
+    Attributes:
+        num_rounds (int): Its rounds; 0 if it was never started.
+        config (dict): The settings that its nodes were sent.
+        patience (int, optional): As :class:`~mlx_fed.rounds.settings.Settings` has it.
+        target (str or dict, optional): The same.
+        stopped (str, optional): Why it ended before its last round, if it did.
+        went_on_after (int): The round after which it had ended early before.
+    """
+
+    num_rounds: int = 0
+    config: Mapping[str, Any] = MappingProxyType({})
+    patience: int | None = None
+    target: str | dict[str, float] | None = None
+    stopped: str | None = None
+    went_on_after: int = 0
+
+
+def previous_of(folder: Path) -> Previous:
+    """What the run in the folder was started with; what cannot be read is as if it was not."""
+    settings: Any = {}
+    with suppress(OSError, ValueError):
+        settings = round_record.from_json(read_plain(folder / "settings.json"))
+    if not isinstance(settings, dict):
+        return Previous()
+    stopped = settings.get("stopped")
+    settings["stopped"] = stopped.get("reason") if isinstance(stopped, dict) else None
+    kinds: dict[str, Any] = {"config": dict, "target": (str, dict), "stopped": str}
+    return Previous(
+        **{
+            name: settings[name]
+            for name in Previous._fields
+            if isinstance(settings.get(name), kinds.get(name, int))
+        }
+    )
+
+
+@contextmanager
+def errors_named(path: Path) -> Iterator[None]:
+    """Says of what the system refuses which file it was, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise HistoryError(
+            f"Cannot write {path}: {error.strerror or error}. Make room or choose another place "
+            "with --runs; what was written before is kept."
+        ) from error

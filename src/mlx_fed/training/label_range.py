@@ -1,0 +1,94 @@
+"""Labels that a loss cannot index its outputs with.
+
+MLX checks no index: with a label outside of a classifier's outputs, ``mx.take_along_axis``, and so
+``nn.losses.cross_entropy``, reads other memory, and its gradient writes there. So a loss is tried
+with those examples that have the least and the largest label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..arrays import examples
+from ..arrays.examples import Examples, ExamplesError
+
+Ranges = dict[str, tuple[int, int]]
+"""The least and the largest value of arrays of integers, by their paths."""
+
+
+def ranges(batch: Examples) -> Ranges:
+    """The least and the largest value of each array of integers, by its path."""
+    return {
+        path: (int(values.min()), int(values.max()))
+        for path, values in _integers(batch)
+        if values.size
+    }
+
+
+def within(inner: Ranges, outer: Ranges) -> bool:
+    """Whether no value is beyond those of other ranges."""
+    return union(inner, outer) == outer
+
+
+def union(one: Ranges, other: Ranges) -> Ranges:
+    """The ranges of all values."""
+    common = {
+        path: (min(low, other[path][0]), max(high, other[path][1]))
+        for path, (low, high) in one.items()
+        if path in other
+    }
+    return {**other, **one, **common}
+
+
+def extreme_rows(batch: Examples) -> list[int]:
+    """The examples with the least and the largest value of each array of integers."""
+    rows: list[int] = []
+    for _, values in _integers(batch):
+        size = values[0].size if len(values) else 0
+        rows += [int(place) // size for place in (values.argmin(), values.argmax()) if size]
+    return rows
+
+
+def _integers(batch: Examples) -> Iterator[tuple[str, np.ndarray]]:
+    for path, array in examples.paths(batch):
+        is_label = array.ndim == 1 or (array.ndim == 2 and array.dtype.size > 1)  # no images
+        if mx.issubdtype(array.dtype, mx.integer) and is_label:
+            yield path, np.asarray(array)
+
+
+@contextmanager
+def indices_checked() -> Iterator[None]:
+    """Lets ``mx.take_along_axis`` refuse indices that are out of range; not while it is traced.
+
+    Not for two threads at once.
+    """
+    before = mx.take_along_axis
+    mx.take_along_axis = _checked(before)
+    try:
+        yield
+    finally:
+        mx.take_along_axis = before
+
+
+def _checked(take: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def take_checked(a: Any, indices: Any, axis: int | None = None, **options: Any) -> mx.array:
+        result = take(a, indices, axis, **options)
+        size = a.size if axis is None else a.shape[axis]
+        try:
+            low, high = indices.min().item(), indices.max().item()
+        except Exception:  # while it is traced there are no values
+            return result
+        if not -size <= low <= high < size:
+            raise ExamplesError(
+                f"Task.loss takes entry {high if high >= size else low} of {size}, where they are "
+                f"0 to {size - 1}: the data has a label that the model has no output for. Labels "
+                "count from 0."
+            )
+        return result
+
+    return take_checked

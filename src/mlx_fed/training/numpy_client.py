@@ -1,0 +1,120 @@
+"""For programs on Flower's old API: an MLX task as a NumPyClient.
+
+``start_client(client=MLXClient(task, data).to_client())`` runs as it did with one's own
+NumPyClient. New programs use :func:`mlx_fed.join` or :func:`mlx_fed.client_app`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from flwr.client import NumPyClient
+
+from ..arrays import master_weights, weights
+from ..task import Data, Task
+from ..task_settings import kebab_case
+from .trainer import Trainer
+
+
+class MLXClient(NumPyClient):
+    """A client of Flower's ``start_server``.
+
+    Parameters travel as a list in the model's order, without their names, and as float32 where
+    NumPy has no such dtype (bfloat16). Running statistics follow them, so that a strategy
+    averages them too; one with an optimizer of its own, such as FedAdam, should not be given a
+    model that has any. What the task leaves with its clients, personal parameters and local
+    statistics, does not travel.
+
+    Args:
+        task (Task): What is trained.
+        data (Data): This client's examples.
+        client (int): The client's number, for its random keys. Default: ``0``.
+        seed (int): The run's seed, for initial weights and random keys. Default: ``0``.
+
+    Example:
+        >>> client = MLXClient(task, task.data(0, 3))
+        >>> start_client(server_address="127.0.0.1:8080", client=client.to_client())
+    """
+
+    def __init__(self, task: Task, data: Data, *, client: int = 0, seed: int = 0):
+        super().__init__()
+        self.trainer = Trainer(task, seed)
+        self.data = data
+        self.client = client
+        self.seed = seed
+        self.round = 0
+        self.own: Mapping[str, mx.array] = {}
+
+    def get_parameters(self, config: Mapping[str, Any]) -> list[np.ndarray]:
+        """The parameters and running statistics that travel, in the model's order."""
+        return [_to_numpy(array) for array in weights.get(self._traveling()).values()]
+
+    def set_parameters(self, parameters: list[np.ndarray]) -> None:
+        """Puts the arrays that travel into the model.
+
+        Raises:
+            WeightsError: If their number or a shape differs; the message names the parameter.
+        """
+        slots = self._traveling()
+        expected = weights.spec(weights.get(slots))
+        if len(parameters) != len(expected):
+            raise weights.WeightsError(
+                f"got {len(parameters)} arrays for the model's {len(expected)} "
+                f"({', '.join(expected)})"
+            )
+        named = {name: mx.array(a) for name, a in zip(expected, parameters, strict=True)}
+        weights.load(slots, master_weights.cast(named, expected))
+
+    def _traveling(self) -> dict[str, weights.Slot]:
+        """Where those arrays are held that are trained together."""
+        slots = self.trainer.slots
+        shared = {name: slots.parameters[name] for name in self.trainer.spec}
+        return shared | {n: slots.statistics[n] for n in self.trainer.statistics_spec}
+
+    def fit(
+        self, parameters: list[np.ndarray], config: Mapping[str, Any]
+    ) -> tuple[list[np.ndarray], int, dict[str, Any]]:
+        """Trains from the given parameters; settings may be in snake_case, as the old API has."""
+        self.set_parameters(parameters)
+        self.round += 1
+        settings = {
+            **self.trainer.task.config,
+            "server-round": self.round,
+            "seed": self.seed,
+            **kebab_case(config),
+        }
+        update = self.trainer.train(
+            self.trainer.parameters(),
+            self.trainer.statistics(),
+            self.data,
+            settings,
+            client=self.client,
+            own=self.own,
+        )
+        self.own = update.own or self.own
+        weights.put(self.trainer.slots.parameters, update.parameters)
+        weights.put(self.trainer.slots.statistics, update.statistics)
+        metrics = dict(update.metrics)
+        return self.get_parameters({}), int(metrics.pop("num-examples")), metrics
+
+    def evaluate(
+        self, parameters: list[np.ndarray], config: Mapping[str, Any]
+    ) -> tuple[float, int, dict[str, Any]]:
+        """Loss, number of examples and metrics on the held-out examples."""
+        self.set_parameters(parameters)
+        if self.data.test is None:
+            raise ValueError("This client has no test examples: Data.test is None.")
+        evaluation = self.trainer.evaluation(
+            self.trainer.parameters(), self.trainer.statistics(), self.data.test, self.own
+        )
+        metrics = evaluation.metrics
+        if "loss" in evaluation.undefined:  # Flower's mean would be NaN for all clients
+            raise ValueError(f"The loss is undefined: {evaluation.undefined['loss']}.")
+        return float(metrics.pop("loss")), int(metrics.pop("num-examples")), metrics
+
+
+def _to_numpy(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)

@@ -1,0 +1,326 @@
+"""What a task's functions do with a model, found out by calling them on a few examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..arrays import examples, module_state, randomness, weights
+from ..arrays.examples import Examples
+from ..arrays.randomness import Keys, drawing_from
+from ..arrays.weights import Slots, WeightsError
+from .label_range import extreme_rows, indices_checked
+from .programs import find_difference
+from .steps import augmented, running
+
+_ROWS = 8
+"""Examples whose values must not change with the padding after them, and rows of padding."""
+_EXAMPLES = 8
+"""Examples that the effects of a forward pass are looked for with."""
+
+
+def check_effects(
+    model: nn.Module,
+    slots: Slots,
+    loss: Callable[..., Any],
+    batch: Examples,
+    augment: Callable[..., Any] | None,
+    config: Mapping[str, Any] | None,
+    note: Callable[[str], None],
+    has_weight: bool,
+) -> None:
+    """Checks that a forward pass in training mode changes no array but the declared buffers.
+
+    Args:
+        model (nn.Module): The model, which is as before afterwards.
+        slots (Slots): Its arrays by kind.
+        loss (callable): The task's.
+        batch: A batch.
+        augment (callable, optional): The task's.
+        config (dict, optional): The settings, for a loss that takes them.
+        note (callable): Told what is not carried from step to step, or not used.
+        has_weight (bool): Whether the loss returns (mean, weight).
+
+    Raises:
+        WeightsError: If an array was assigned another value.
+        ExamplesError: If a label is out of range.
+    """
+
+    def call(batch: Examples) -> Any:
+        with randomness.generators_seeded(0, "probe"), _keys() as keys:
+            rows = augmented(augment, keys.next(), batch) if augment else batch
+            return examples.call(loss, model, rows, config)
+
+    with running(model, training=True):
+        arrays = {n: module_state.reference(a) for n, a in module_state.arrays(model).items()}
+        counters = module_state.counters(model)
+        buffers = {n: module_state.reference(slot.get()) for n, slot in slots.statistics.items()}
+        with indices_checked():
+            output = call(batch)
+        after = module_state.arrays(model)
+        changed = [
+            name
+            for name, array in arrays.items()
+            if name not in slots.statistics
+            and name in after
+            and not _is_same(after[name], array)
+            and not _equal(after[name], array)
+        ]
+        moved = [n for n, v in module_state.counters(model).items() if counters.get(n, v) != v]
+        new = [name for name in after if name not in arrays]
+        remembers = not changed and _remembers(slots, buffers, call, batch, output)
+    if changed:
+        raise WeightsError(
+            f"The model's forward pass assigns another value to {_listed(changed)}. What it is to "
+            "keep from step to step has to be named: Task(buffers=lambda name: 'average' if name "
+            f"== {changed[0]!r} else None) averages it over clients as running statistics are; "
+            "'local' leaves each client its own. What is to be trained must not be assigned there: "
+            "compute what the layer uses in a variable, or change parameters in Task.train_step."
+        )
+    if remembers and new:
+        raise WeightsError(
+            f"The model's forward pass creates {_listed(new)} and uses it in the next one. Create "
+            "it in the module's __init__ instead, and name it in Task.buffers, so that it is kept "
+            "from step to step."
+        )
+    if moved:
+        note(
+            f"the model's forward pass changes {_listed(moved)}, a number of Python's, which is "
+            "not kept from step to step: make it an mx.array and name it in Task.buffers"
+        )
+    elif remembers:
+        note(
+            "Task.loss gives another value when it is called with the same examples again: it "
+            "depends on something that is neither an array of the model nor drawn by mx.random, "
+            "numpy.random or random, and that clients and processes do not have alike"
+        )
+    if isinstance(output, (tuple, list)) and not has_weight:
+        note(
+            "Task.loss returns a tuple: its first value is the loss, the rest is not used. If the "
+            'second is the weight of a mean, name what it counts: Task(weight_unit="tokens")'
+        )
+
+
+def _remembers(
+    slots: Slots,
+    buffers: Mapping[str, mx.array],
+    call: Callable[[Examples], Any],
+    batch: Examples,
+    output: Any,
+) -> bool:
+    """Whether a loss depends on the forward passes before it other than through buffers.
+
+    ``output`` is what the first call gave, from these values of the buffers.
+    """
+    weights.put(slots.statistics, buffers)
+    with suppress(Exception):  # of a loss that needs different examples
+        call(examples.take(batch, mx.zeros(examples.count(batch), mx.uint32)))
+    weights.put(slots.statistics, buffers)
+    return not _equal(_value(call(batch)), _value(output), 1e-4)
+
+
+def _value(output: Any) -> mx.array:
+    """What a loss returned, without what it returned beside it."""
+    value = output[0] if isinstance(output, (tuple, list)) and output else output
+    return value if isinstance(value, mx.array) else mx.array(0.0)
+
+
+def is_paddable(
+    model: nn.Module,
+    slots: Slots,
+    functions: Sequence[Callable[..., Any]],
+    arrays: Examples,
+    augment: Callable[..., Any] | None,
+    training: bool,
+    config: Mapping[str, Any] | None,
+) -> bool:
+    """Whether each function gives a value an example, whatever other examples are in the batch.
+
+    Then a batch can be padded and the padding masked out. The functions are called on the same
+    examples with different padding, with the same random keys, and for training the gradients of
+    the first are compared as well. Examples and parameters are random ones: the answer is the same
+    in each process and round, whatever data a client has.
+
+    Args:
+        model (nn.Module): The model, which is as before afterwards.
+        slots (Slots): Its arrays by kind.
+        functions (list): The loss, or the loss and metrics.
+        arrays: Examples, of which only shapes and dtypes are looked at.
+        augment (callable, optional): The task's.
+        training (bool): The model's mode.
+        config (dict, optional): The settings, for functions that take them.
+    """
+    arguments = model, slots, functions, augment, training, config
+    try:
+        return _depends_on_others(*arguments, arrays, 1.0, False) is False and not any(
+            _depends_on_others(*arguments, arrays, scale, True) for scale in (4.0, 0.1)
+        )
+    except Exception:  # a function that wants whole batches; what is wrong shows in training
+        return False
+
+
+def _depends_on_others(
+    model: nn.Module,
+    slots: Slots,
+    functions: Sequence[Callable[..., Any]],
+    augment: Callable[..., Any] | None,
+    training: bool,
+    config: Mapping[str, Any] | None,
+    arrays: Examples,
+    scale: float,
+    wide: bool,
+) -> bool | None:
+    """Whether the values or gradients of examples change with the others of a batch, or a function
+    gives no value for each; ``None`` where values are not finite.
+
+    Args:
+        scale (float): Of the random parameters: larger ones give larger losses.
+        wide (bool): Examples of large and of negative numbers.
+    """
+    real, *paddings = (random_like(arrays, _ROWS, number, wide) for number in range(3))
+    zeros = examples.replace_leaves(real, [mx.zeros_like(a) for a in examples.leaves(real)])
+    longer = random_like(arrays, _ROWS + 1, 3, wide)  # is the length that of the batch?
+    batches = [_joined(real, rows) for rows in (*paddings, zeros, longer)]
+    parameters = {
+        name: (scale * array).astype(array.dtype)
+        for name, array in random_parameters(weights.get(slots.parameters)).items()
+    }
+    with module_state.restored(model):
+        weights.put(slots.parameters, parameters)
+        values = [_values(model, functions, b, augment, training, config) for b in batches]
+    for outputs, batch in zip(values, batches, strict=True):
+        shape = (examples.count(batch),)
+        if any(not isinstance(out, mx.array) or out.shape != shape for out in outputs):
+            return True
+    plain, *others = [
+        [np.asarray(out[:_ROWS].astype(mx.float32)) for out in outputs] for outputs in values[:3]
+    ]
+    if not all(np.isfinite(out).all() for out in plain):
+        return None
+    if not all(
+        np.array_equal(out, expected)
+        for outputs in others
+        for out, expected in zip(outputs, plain, strict=True)
+    ):
+        return True
+
+    def gradient(batch: Examples) -> dict[str, mx.array]:
+        def total(parameters: dict[str, mx.array]) -> mx.array:
+            weights.put(slots.parameters, parameters)
+            (values,) = _values(model, functions[:1], batch, augment, training, config)
+            return values[:_ROWS].sum()
+
+        with running(model, training):
+            return mx.grad(total)(parameters)
+
+    if not training:
+        return False
+    return find_difference(gradient(batches[2]), gradient(batches[0])) is not None
+
+
+def random_like(arrays: Examples, size: int, number: int, wide: bool = False) -> Examples:
+    """Random examples with the shapes and dtypes of others: positive numbers, integers of 0 and 1.
+
+    Args:
+        arrays: Examples, or a batch.
+        size (int): How many.
+        number (int): Another for other examples.
+        wide (bool): Large and negative numbers as well.
+    """
+    keys = Keys(randomness.key(0, "random examples", number))
+
+    def draw(array: mx.array) -> mx.array:
+        shape = (size, *array.shape[1:])
+        if mx.issubdtype(array.dtype, mx.inexact):
+            if wide:
+                return (2 * mx.random.normal(shape, key=keys.next())).astype(array.dtype)
+            return mx.random.uniform(0.05, 1.0, shape, key=keys.next()).astype(array.dtype)
+        return mx.random.bernoulli(0.5, shape, key=keys.next()).astype(array.dtype)
+
+    return examples.replace_leaves(arrays, [draw(array) for array in examples.leaves(arrays)])
+
+
+def random_parameters(parameters: Mapping[str, mx.array], number: int = 0) -> dict[str, mx.array]:
+    """Random parameters with the shapes and dtypes of others; weights scaled by their inputs.
+
+    Args:
+        parameters (dict): Parameters by name.
+        number (int): Another for other parameters.
+    """
+    keys = Keys(randomness.key(0, "random parameters", number))
+
+    def draw(array: mx.array) -> mx.array:
+        inputs = math.prod(array.shape[1:]) if array.ndim > 1 else 10
+        values = mx.random.normal(array.shape, key=keys.next()) / math.sqrt(max(1, inputs))
+        return values.astype(array.dtype)
+
+    return {name: draw(array) for name, array in parameters.items()}
+
+
+def sample(arrays: Examples) -> Examples:
+    """The first few examples, and those with the least and the largest label."""
+    first = range(min(_EXAMPLES, examples.count(arrays)))
+    return _rows(arrays, [*first, *extreme_rows(arrays)])
+
+
+def _keys() -> Any:
+    return drawing_from(Keys(randomness.key(0, "probe")))
+
+
+def _values(
+    model: nn.Module,
+    functions: Sequence[Callable[..., Any]],
+    batch: Examples,
+    augment: Callable[..., Any] | None,
+    training: bool,
+    config: Mapping[str, Any] | None,
+) -> list[Any]:
+    values = []
+    for function in functions:
+        with running(model, training), _keys() as keys:
+            rows = augmented(augment, keys.next(), batch) if augment else batch
+            values.append(examples.call(function, model, rows, config))
+    return values
+
+
+def _rows(arrays: Examples, rows: list[int]) -> Examples:
+    return examples.take(arrays, mx.array(rows, mx.uint32))
+
+
+def _joined(arrays: Examples, others: Examples) -> Examples:
+    pairs = zip(examples.leaves(arrays), examples.leaves(others), strict=True)
+    return examples.replace_leaves(arrays, [mx.concatenate(list(pair)) for pair in pairs])
+
+
+def _is_same(array: mx.array, other: mx.array) -> bool:
+    """Whether two arrays have their values at one address, so that they need not be compared."""
+    if array.shape != other.shape or array.dtype != other.dtype:
+        return False
+    return len({_address(array), _address(other)}) == 1
+
+
+def _address(array: mx.array) -> int:
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return np.asarray(array).ctypes.data
+
+
+def _equal(array: mx.array, other: mx.array, tolerance: float = 0.0) -> bool:
+    if array.shape != other.shape or array.dtype != other.dtype:
+        return False
+    if mx.issubdtype(array.dtype, mx.inexact) and array.dtype != mx.complex64:
+        values, expected = (np.asarray(a.astype(mx.float32)) for a in (array, other))
+        size = float(np.abs(expected[np.isfinite(expected)]).max(initial=0))
+        return np.allclose(values, expected, rtol=0, atol=tolerance * size, equal_nan=True)
+    return bool(mx.array_equal(array, other).item())
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

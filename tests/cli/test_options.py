@@ -1,0 +1,123 @@
+"""The options that commands share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+from mlx_fed.cli.main import app
+from mlx_fed.cli.options import (
+    Joining,
+    Leading,
+    Listening,
+    Options,
+    Watching,
+    as_flags,
+    with_options,
+)
+from typer.testing import CliRunner
+
+import client
+import run
+import server
+
+from ..conftest import free_port
+
+
+def command(of: Any) -> click.Command:
+    if isinstance(of, str):
+        found: Any = typer.main.get_command(app)
+        for name in of.split():
+            found = found.commands[name]
+        return found
+    alone = typer.Typer()
+    alone.command()(of)
+    return typer.main.get_command(alone)
+
+
+@pytest.mark.parametrize(
+    ("of", "groups"),
+    [
+        ("serve", (Listening, Leading, Watching)),
+        ("lora serve", (Listening, Leading, Watching)),
+        (server.main, (Listening, Leading, Watching)),
+        ("simulate", (Leading, Watching)),
+        ("lora simulate", (Leading, Watching)),
+        (run.main, (Leading, Watching)),
+        ("join", (Joining,)),
+        ("lora join", (Joining,)),
+        (client.main, (Joining,)),
+    ],
+    ids=str,
+)
+def test_commands_of_a_kind_have_the_same_options(of: Any, groups: tuple[type[Options], ...]):
+    has = {parameter.name: parameter for parameter in command(of).params}
+    for group in groups:
+        for field in fields(group):  # type: ignore[arg-type]
+            assert field.name in has
+            assert has[field.name].default == field.default or field.default is None
+
+
+def test_a_command_gets_options_of_a_kind_as_one():
+    got: list[Any] = []
+
+    @with_options
+    def lead(*, what: str = "x", leading: Leading, shown: Watching) -> None:
+        got.extend([what, leading, shown])
+
+    alone = typer.Typer()
+    alone.command()(lead)
+    given = [
+        "--keep",
+        "7",
+        "--resume",
+        "a",
+        "--track",
+        "one",
+        "--track",
+        "two",
+        "-q",
+        "--what",
+        "y",
+    ]
+    assert CliRunner().invoke(alone, given).exit_code == 0
+    assert got == [
+        "y",
+        Leading(keep=7, resume="a"),
+        Watching(track=["one", "two"], quiet=True),
+    ]
+
+
+def test_options_are_handed_on_as_flags():
+    assert as_flags(Leading()) == []
+    leading = Leading(keep=0, runs=Path("elsewhere"), max_update_norm=2.5)
+    assert as_flags(leading) == ["--max-update-norm=2.5", "--runs=elsewhere", "--keep=0"]
+    watching = Watching(dashboard=True, track=["a", "b"])
+    assert as_flags(watching) == ["--dashboard", "--track=a", "--track=b"]
+
+
+@pytest.mark.slow
+def test_run_hands_its_options_on_to_the_server(start, tmp_path: Path):
+    options = (
+        "--name",
+        "first",
+        "--min-replies",
+        2,
+        "--json",
+        "--dashboard",
+        "--dashboard-port",
+        0,
+    )
+    started = start(
+        *("run.py", "--port", free_port(), "--rounds", 1, "--runs", tmp_path / "runs", *options)
+    )
+    assert started.ends(100) == 0, started.text
+    told = [json.loads(line) for line in started.text.splitlines()]
+    assert {"serving", "dashboard", "round", "finished"} <= {each["event"] for each in told}
+    settings = json.loads((tmp_path / "runs" / "first" / "settings.json").read_text())
+    assert settings["min_replies"] == 2

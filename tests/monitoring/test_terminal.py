@@ -1,0 +1,232 @@
+"""What a run looks like, in a terminal and in a file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx_fed as fed  # before mlx.core
+
+import mlx.core as mx
+import pytest
+from rich.console import Console
+
+from mlx_fed.runs.history import History, Listener
+from mlx_fed.monitoring.terminal import (
+    JsonLines,
+    ServerProgress,
+    seconds_text,
+    server_line,
+    size_text,
+)
+
+from ..conftest import ROOT
+from ..tasks import moons
+
+FAILED = "The output failed and nothing more is shown; all else goes on: "
+
+
+def record(number: int, loss: float, accuracy: float) -> dict:
+    return {
+        "round": number,
+        "train": {"loss": 2 * loss, "nodes": ["node-0"]},
+        "evaluate": {"loss": loss, "accuracy": accuracy},
+        "seconds": {"train": 0.25, "evaluate": 0.25},
+        "bytes": {"down": 3_000_000, "up": 1_000_000},
+    }
+
+
+def test_the_median_stands_beside_a_mean_that_is_far_from_it():
+    """One node alone can make a mean what it likes."""
+    losses, accuracies = (0.25, 0.5, 0.75, -1e30), (0.5, 0.6, 0.7, 1.0)
+    each = {
+        f"node-{node}": {"loss": loss, "accuracy": accuracy}
+        for node, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True))
+    }
+    shown = record(1, -2.5e29, 0.7) | {"each": {"evaluate": each}}
+    line = server_line("round", shown)
+    assert "   loss -250000000000000" in line
+    assert " (median 0.3750)   accuracy 0.7000   0.50 s" in line
+    assert "median" not in server_line("round", record(1, 0.5, 0.7))
+
+
+def show(folder: Path, progress: Listener, rounds: int) -> None:
+    """A run of one node, in a folder that need not be there."""
+    folder.mkdir(exist_ok=True)
+    history = History(folder, (progress,))
+    history.notify("serving", address="127.0.0.1:8080", secure=False)
+    history.write_settings({"num_rounds": rounds})
+    history.notify("waiting", nodes=0, needed=1)
+    history.notify("joined", node="[red]node-0", nodes=1)
+    for number in range(len(history.rounds) + 1, rounds + 1):
+        begin(history, "train", number, rounds, answered=1)
+        begin(history, "evaluate", number, rounds, answered=1)
+        history.add_round(record(number, 1 / number, 1 - 0.5 / number))
+    history.notify("finished", seconds=12.34, model="runs/one/model.safetensors")
+
+
+def begin(
+    history: History, phase: str, number: int, of: int, nodes: int = 1, answered: int = 0
+) -> None:
+    now = {"phase": phase, "round": number, "of": of, "nodes": nodes}
+    now |= history.so_far(of - number + 1)
+    history.notify("phase", **now, answered=0)
+    history.notify("replies", **now, answered=answered)
+
+
+def test_a_file_gets_plain_lines_and_a_summary(tmp_path: Path):
+    written = io.StringIO()
+    console = Console(file=written, highlight=False, width=60)
+    show(tmp_path, ServerProgress(console), rounds=10)
+    lines = written.getvalue().splitlines()
+    assert lines[:4] == [
+        "Server ready on 127.0.0.1:8080",
+        "Waiting for nodes: 0 of 1",
+        "[red]node-0 joined (1 in all)",
+        "round 1    train loss 2.0000   loss 1.0000   accuracy 0.5000   0.50 s",
+    ]
+    assert lines[-3:] == [
+        "round 10   train loss 0.2000   loss 0.1000   accuracy 0.9500   0.50 s",
+        "In 10 rounds: train loss 2.0000 -> 0.2000, loss 1.0000 -> 0.1000, "
+        "accuracy 0.5000 -> 0.9500",
+        "Finished in 12.3 s. The model: runs/one/model.safetensors",
+    ]
+    assert len(lines) == 15
+
+
+def test_the_summary_is_of_the_whole_run_that_was_resumed(tmp_path: Path):
+    show(tmp_path, ServerProgress(Console(file=io.StringIO())), rounds=4)
+    written = io.StringIO()
+    history = History(tmp_path, (ServerProgress(Console(file=written, highlight=False)),))
+    history.write_settings({"num_rounds": 5})
+    history.go_on_after(4)
+    assert history.so_far(2) == {"bytes": 16_000_000, "seconds_left": 1.0}
+    history.add_round(record(5, 0.25, 0.75))
+    history.notify("finished", seconds=1.0, model="model.safetensors")
+    assert "In 5 rounds: train loss 2.0000 -> 0.5000, loss 1.0000 -> 0.2500" in written.getvalue()
+
+
+def test_of_many_that_are_left_out_a_few_are_named_and_the_others_counted(tmp_path: Path):
+    written = io.StringIO()
+    history = History(tmp_path, (ServerProgress(Console(file=written, highlight=False)),))
+    refused = []
+    for phase, failures in (("train", 12), ("evaluate", 10)):
+        begin(history, phase, 1, 1, nodes=100)
+        for number in range(failures):
+            refused.append({"node": f"node-{number}", "phase": phase, "reason": "no answer"})
+            history.notify("failed", **refused[-1])
+    history.add_round({**record(1, 1, 1), "refused": refused})
+    lines = written.getvalue().splitlines()
+    assert lines[:10] == [f"node-{k} left out of train: no answer" for k in range(10)]
+    assert lines[10:20] == [f"node-{k} left out of evaluate: no answer" for k in range(10)]
+    assert lines[20] == "2 more left out of train: history.jsonl says why"
+    assert lines[21].startswith("round 1 ")
+
+
+def test_one_round_has_nothing_to_compare(tmp_path: Path):
+    written = io.StringIO()
+    show(tmp_path, ServerProgress(Console(file=written, highlight=False)), rounds=1)
+    assert "In 1 rounds" not in written.getvalue()
+
+
+def test_a_terminal_has_a_live_line_which_is_gone_in_the_end(tmp_path: Path):
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=100)
+    show(tmp_path, ServerProgress(console), rounds=2)
+    shown = written.getvalue()
+    assert "Waiting for nodes: 0 of 1" in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is back
+    assert "The model: runs/one/model.safetensors" in shown.split("\x1b[?25h")[1]
+
+
+def test_the_live_line_has_bytes_and_the_time_left(tmp_path: Path):
+    progress = ServerProgress(Console(file=io.StringIO(), force_terminal=True, width=120))
+    history = History(tmp_path, (progress,))
+    for number in (1, 2, 3):
+        begin(history, "train", number, 4, nodes=8, answered=3)
+        shown = progress.live.progress.tasks[0].description
+        history.add_round(record(number, 1, 1))
+    progress.close()
+    assert shown == "round 3/4  train  3 of 8 nodes  8 MB  about 1 s left"
+
+
+def test_programs_get_an_object_a_line(tmp_path: Path):
+    written = io.StringIO()
+    show(tmp_path, JsonLines(written), rounds=2)
+    told = [json.loads(line) for line in written.getvalue().splitlines()]
+    assert [each["event"] for each in told] == [
+        *("serving", "started", "waiting", "joined"),
+        *("phase", "phase", "round", "phase", "phase", "round", "finished"),
+    ]
+    assert told[6]["train"]["loss"] == 2.0
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("-c slow=0.2 | head -1", "BrokenPipeError: "),
+        ("-c slow=0.2 --json | head -1", "BrokenPipeError: "),
+        ("-c slow=0.2 2>&1 | head -1", ""),
+        ("> /dev/full", "OSError: "),
+        ("--json > /dev/full", "OSError: "),
+    ],
+)
+def test_a_run_whose_output_fails_goes_on(output: str, said: str, tmp_path: Path):
+    if "/dev/full" in output and not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    simulate = [sys.executable, "-m", "mlx_fed", "simulate", "tests.tasks:moons"]
+    options = ["--clients", "2", "--workers", "0", "--runs", str(tmp_path), "--name", "run"]
+    run = f"set -o pipefail; {shlex.join([*simulate, *options])} {output}"
+    done = subprocess.run(
+        ["bash", "-c", run], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == ("head" in output)
+    assert done.stderr.startswith(FAILED + said if said else "")
+    assert len(done.stderr.splitlines()) == bool(said)
+    assert mx.load(str(tmp_path / "run" / "model.safetensors"))
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("option", [(), ("--json",)], ids=["lines", "JSON"])
+def test_a_node_whose_output_fails_goes_on(option: tuple[str, ...], tmp_path: Path):
+    nodes: list[subprocess.Popen[str]] = []
+
+    def join(event: str, fields: dict) -> None:
+        if event == "serving":
+            unread, output = os.pipe()
+            os.close(unread)
+            command = [sys.executable, "-m", "mlx_fed", "join", "tests.tasks:moons", *option]
+            command += ["--server", fields["address"]]
+            streams = {"stdout": output, "stderr": subprocess.PIPE, "text": True}
+            nodes.append(subprocess.Popen(command, cwd=ROOT, **streams))
+            os.close(output)
+
+    try:
+        options = {"min_nodes": 1, "wait": 60, "port": 0, "runs": tmp_path, "listeners": (join,)}
+        result = fed.serve(moons, num_rounds=2, **options)
+        assert [record["train"]["nodes"] for record in result.rounds] == [["node-0"]] * 2
+        _, said = nodes[0].communicate(timeout=60)
+        assert nodes[0].returncode == 0
+        assert said.startswith(FAILED + "BrokenPipeError: ")
+        assert len(said.splitlines()) == 1
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+
+
+def test_sizes_and_times_are_written_as_people_do():
+    assert [size_text(size) for size in (0, 999, 1234, 56_700_000, 1e12)] == [
+        *("0 B", "999 B", "1.23 kB", "56.7 MB", "1 TB"),
+    ]
+    assert [seconds_text(seconds) for seconds in (0.4, 59.6, 125, 7260)] == [
+        *("0 s", "1 min 0 s", "2 min 5 s", "2 h 1 min"),
+    ]

@@ -1,0 +1,266 @@
+"""Run folders as they are read afterwards: list, compare, export, remove."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mlx_fed.runs import folders, status
+from mlx_fed.cli.main import app
+from mlx_fed.runs.history import History
+
+OLD = (
+    '{"round": 1, "train": {"loss": 2.0, "nodes": ["a"]}, "evaluate": {"loss": 1.5, "nodes": '
+    '["a"]}, "seconds": {"train": 1.0}, "bytes": {"down": 1, "up": 2}, "refused": []}\n'
+)
+"""A line of the first version."""
+
+
+def make_run(folder: Path, rounds: int = 2, **settings: object) -> Path:
+    folder.mkdir(parents=True)
+    history = History(folder)
+    history.write_settings({"num_rounds": rounds, "strategy": {"name": "FedAvg"}, **settings})
+    for number in range(1, rounds + 1):
+        train = {"loss": 1 / number, "nodes": ["a", "b"]}
+        history.add_round(
+            {"round": number, "train": train, "seconds": {"train": 0.5}, "refused": []}
+        )
+    history.notify("finished", model=folder, seconds=1.0)
+    return folder
+
+
+def command(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_runs_are_listed_the_newest_first(tmp_path: Path):
+    for name in ("one", "two"):
+        make_run(tmp_path / name)
+    os.utime(tmp_path / "one" / "history.jsonl", (1, 1))
+    os.utime(tmp_path / "one" / "settings.json", (1, 1))
+    (tmp_path / "no-run").mkdir()
+    lines = command("runs", "list", "--runs", tmp_path).splitlines()
+    assert [line.split()[:4] for line in lines[1:]] == [
+        ["two", "finished", "2", "of"],
+        ["one", "finished", "2", "of"],
+    ]
+    assert "train/loss 0.5" in lines[1]
+
+
+def test_no_runs(tmp_path: Path):
+    assert "No runs in" in command("runs", "list", "--runs", tmp_path)
+    message = command("runs", "list", "--runs", tmp_path / "none", code=1)
+    assert "There is no folder" in message
+    assert "--runs" in message
+
+
+@pytest.mark.parametrize("what", ["show", "compare", "export", "remove"])
+def test_no_such_run(tmp_path: Path, what: str):
+    make_run(tmp_path / "one")
+    message = command("runs", what, "two", "--runs", tmp_path, code=1)
+    assert "There is no run 'two'" in message
+    assert "The newest there: one." in message
+
+
+def test_one_run_is_shown(tmp_path: Path):
+    make_run(tmp_path / "one", seed=7)
+    shown = command("runs", "show", "one", "--runs", tmp_path)
+    assert "strategy.name" in shown
+    assert "seed" in shown
+    assert "train/loss" in shown
+
+
+def test_why_a_run_stopped_and_who_was_kept_out_is_shown(tmp_path: Path):
+    history = History(make_run(tmp_path / "one"))
+    history.write_settings({"num_rounds": 5})
+    history.notify("refused", node="\x1b[2Jnode-3", reason="its model is another")
+    left_out = [
+        {"node": f"node-{k}", "phase": "train", "reason": f"no water in {k}"} for k in (1, 2)
+    ]
+    history.notify("failed", **left_out[0])
+    history.add_round({"round": 3, "refused": left_out[:1]})
+    history.notify("failed", **left_out[1])
+    with pytest.raises(RuntimeError), history.held():
+        raise RuntimeError("Round 4: none of 2 nodes")
+    shown = command("runs", "show", "one", "--runs", tmp_path).splitlines()
+    assert shown[1:4] == [
+        "Stopped: Round 4: none of 2 nodes",
+        "\N{REPLACEMENT CHARACTER}[2Jnode-3 is not let in: its model is another",
+        "node-2 is left out of train: no water in 2",
+    ]
+
+
+def test_what_settings_differ_in_is_compared(tmp_path: Path):
+    config = {"lr": 0.1, "run-id": "x"}
+    make_run(tmp_path / "one", config=config, seed=1)
+    make_run(tmp_path / "two", config={"lr": 0.2, "run-id": "y"}, seed=1)
+    found = folders.read_all([tmp_path / "one", tmp_path / "two"])
+    assert folders.differences(found) == {"config.lr": [0.1, 0.2]}
+    shown = command("runs", "compare", "one", "two", "--runs", tmp_path)
+    assert "config.lr" in shown
+    assert "seed" not in shown
+
+
+def test_two_runs_of_one_name_are_told_apart(tmp_path: Path):
+    make_run(tmp_path / "a" / "run")
+    make_run(tmp_path / "b" / "run")
+    found = folders.read_all([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "a" / "run"])
+    assert [run.name for run in found] == ["a/run", "b/run"]
+
+
+def test_a_name_that_could_be_two_runs_is_asked_about(tmp_path: Path, monkeypatch):
+    make_run(tmp_path / "runs" / "x")
+    make_run(tmp_path / "x")
+    monkeypatch.chdir(tmp_path)
+    message = command("runs", "show", "x", code=1)
+    assert "'x' is a run in runs/ and another one here: write" in message
+    assert command("runs", "show", tmp_path / "x")
+
+
+def test_a_half_written_line_is_passed_over_and_said(tmp_path: Path):
+    folder = make_run(tmp_path / "one")
+    with (folder / "history.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\x00\n[1]\n{"round": 3, "train": {"lo')
+    found = folders.read(folder)
+    assert [record["round"] for record in found.rounds] == [1, 2]
+    assert found.damaged == 3
+    assert "3 damaged lines" in command("runs", "show", "one", "--runs", tmp_path)
+
+
+def test_a_run_of_an_older_version_is_read(tmp_path: Path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "history.jsonl").write_text(OLD)
+    (folder / "settings.json").write_text("{half")
+    found = folders.read(folder)
+    assert (found.state, found.settings, found.damaged) == ("", {}, 0)
+    assert found.rounds[0]["evaluate"]["loss"] == 1.5
+    assert "old" in command("runs", "list", "--runs", tmp_path)
+
+
+def test_figures_are_exported(tmp_path: Path):
+    make_run(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "history.jsonl").write_text(OLD)
+    rows = list(
+        csv.DictReader(io.StringIO(command("runs", "export", "one", "two", "--runs", tmp_path)))
+    )
+    assert [(row["run"], row["round"]) for row in rows] == [
+        ("one", "1"),
+        ("one", "2"),
+        ("two", "1"),
+    ]
+    assert [row["train/loss"] for row in rows] == ["1.0", "0.5", "2.0"]
+    assert [row["evaluate/loss"] for row in rows] == ["", "", "1.5"]
+    output = tmp_path / "all.json"
+    command("runs", "export", "one", "--json", "-o", output, "--runs", tmp_path)
+    (exported,) = json.loads(output.read_text())
+    assert exported["rounds"][1]["train"]["loss"] == 0.5
+
+
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path):
+    make_run(tmp_path / "one")
+    output = tmp_path / "no" / "where.csv"
+    message = command("runs", "export", "one", "-o", output, "--runs", tmp_path, code=1)
+    assert "Cannot write" in message
+    assert "-o" in message
+
+
+@pytest.mark.parametrize("what", ["simulate", "serve"])
+def test_a_place_for_runs_that_takes_no_folder_is_an_error(tmp_path: Path, what: str):
+    (tmp_path / "file").write_text("")
+    port = ("--port", 0) if what == "serve" else ()
+    task = ("tests.simulated:TASK", "--runs", tmp_path / "file", *port)
+    message = command(what, *task, code=1)
+    assert "Cannot make the run's folder" in message
+    assert "Choose another place with --runs." in message
+
+
+def test_a_name_that_is_taken_is_an_error(tmp_path: Path):
+    folder = make_run(tmp_path / "one")
+    before = (folder / "settings.json").read_bytes()
+    task = ("simulate", "tests.simulated:TASK", "--runs", tmp_path, "--name", "one")
+    assert "There is a run named 'one' in" in command(*task, code=1)
+    assert (folder / "settings.json").read_bytes() == before
+
+
+def test_a_run_is_removed_if_it_is_one_and_is_over(tmp_path: Path):
+    folder = make_run(tmp_path / "one")
+    assert "Aborted" in command("runs", "remove", "one", "--runs", tmp_path, code=1)
+    with History(folder).held():
+        message = command("runs", "remove", "one", "-y", "--runs", tmp_path, code=1)
+    assert "is going on: end it first" in message
+    assert folder.is_dir()
+    command("runs", "remove", "one", "-y", "--runs", tmp_path)
+    assert not folder.exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(folders.RunsError, match="no run's folder"):
+        folders.remove(tmp_path / "mine")
+
+
+# -- what a run is doing now ---------------------------------------------------------------
+
+
+def test_a_run_says_what_it_is_doing(tmp_path: Path):
+    history = History(tmp_path)
+    history.notify("invited", node="a", token="secret", command="join")
+    history.notify("joined", node="a", nodes=1)
+    history.notify("phase", phase="train", round=1, of=3, nodes=2, answered=0)
+    history.write_settings({})
+    now = status.read(tmp_path)
+    assert (now["state"], now["round"], now["of"], now["answered"]) == ("running", 1, 3, 0)
+    assert [(notice["event"], notice["node"]) for notice in now["notices"]] == [("joined", "a")]
+    assert "secret" not in (tmp_path / "status.json").read_text()
+    with pytest.raises(RuntimeError), history.held():
+        raise RuntimeError("none came")
+    assert status.read(tmp_path)["state"] == "stopped"
+    assert status.read(tmp_path)["reason"] == "none came"
+
+
+@pytest.mark.parametrize(("glance", "seen"), [(3600.0, (1, "train")), (0.0, (9, "evaluate"))])
+def test_phases_that_nobody_sees_are_not_written(
+    tmp_path: Path, monkeypatch, glance: float, seen: tuple[int, str]
+):
+    monkeypatch.setattr(status, "_GLANCE", glance)
+    history = History(tmp_path)
+    history.write_settings({})
+    for number in range(1, 10):
+        for phase in ("train", "evaluate"):
+            history.notify("phase", phase=phase, round=number, of=9, nodes=1)
+    now = status.read(tmp_path)
+    assert (now["round"], now["phase"]) == seen
+    history.notify("finished", model=tmp_path, seconds=1.0)
+    now = status.read(tmp_path)
+    assert (now["state"], now["round"], now["phase"]) == ("finished", 9, "evaluate")
+
+
+def test_who_is_not_let_in_is_remembered_until_it_is(tmp_path: Path):
+    history = History(tmp_path)
+    history.write_settings({})
+    for number in range(150):
+        history.notify("refused", node=f"node-{number}", reason="its model is another")
+    assert len(status.read(tmp_path)["refused"]) == 100
+    history.notify("refused", node="node-1", reason="its name is taken")
+    history.notify("joined", node="node-0", nodes=1)
+    history.notify("note", text="written at once")
+    refused = status.read(tmp_path)["refused"]
+    assert "node-0" not in refused
+    assert refused["node-1"] == "its name is taken"
+
+
+def test_a_run_whose_process_is_gone_has_stopped(tmp_path: Path):
+    History(tmp_path).write_settings({})
+    path = tmp_path / "status.json"
+    assert status.read(tmp_path)["state"] == "waiting"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pid": 2**30}))
+    assert status.read(tmp_path)["state"] == "stopped"
+    path.write_text("[")
+    assert status.read(tmp_path) == {}

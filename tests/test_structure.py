@@ -1,0 +1,64 @@
+"""The package's folders, from the lowest: a module imports from its own folder and those before."""
+
+import ast
+from pathlib import Path
+
+import mlx_fed
+
+ROOT = Path(mlx_fed.__file__).parent
+LAYERS = [
+    {"errors", "tracebacks", "task_settings", "task"},
+    {"system"},
+    {"arrays"},
+    {"training", "data", "flower"},
+    {"runs"},
+    {"rounds"},
+    {"monitoring", "clientapp"},
+    {"fleet", "simulation", "lm", "serverapp"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+"""From the lowest. Folders of one layer do not import each other."""
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    """The files and folders directly in the package that a module imports from, late imports
+    included; those for types alone (``if TYPE_CHECKING``) are not."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    package = ("mlx_fed", *path.relative_to(ROOT).parts[:-1])
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = tuple((node.module or "").split(".")) if node.module else ()
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            whole = (*above, *module)
+            for alias in node.names:
+                if alias.name == "__version__":
+                    continue
+                if whole[:1] == ("mlx_fed",) and (rest := (*whole, alias.name)[1:]):
+                    names.add(rest[0] if rest[0] in LAYER_OF else "__init__")
+    return names
+
+
+def test_modules_import_from_their_own_layer_or_lower_ones():
+    upward = []
+    for path in sorted(ROOT.rglob("*.py")):
+        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for name in imports(path) - {own}:
+            is_lower = LAYER_OF[name] < LAYER_OF[own]
+            if not is_lower and not (own in LAYERS[0] and name in LAYERS[0]):
+                upward.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not upward
+
+
+def test_flower_uses_arrays_and_errors_only():
+    for path in (ROOT / "flower").glob("*.py"):
+        assert imports(path) <= {"flower", "arrays", "errors", "tracebacks"}, path
+
+
+def test_at_most_twelve_files_lie_directly_in_the_package():
+    assert len([*ROOT.glob("*.py")]) <= 12
