@@ -29,7 +29,7 @@ def main(
     with errors_as_messages():
         from examples.mnist import task
         from mlx_fed import join
-        from mlx_fed.monitoring.listeners import told
+        from mlx_fed.monitoring.listeners import node_listener
 
         join(
             task,
@@ -38,7 +38,7 @@ def main(
             num_partitions=num_partitions,
             device="gpu" if gpu else "cpu",
             config={"dataset": dataset, "partitioner": partitioner},
-            notify=told(**vars(shown)),
+            notify=node_listener(**vars(shown)),
             **vars(joining),
         )
 

@@ -27,13 +27,13 @@ def main(
         from examples.mnist import task
         from examples.mnist.mnist import settings
         from mlx_fed import serve
-        from mlx_fed.monitoring.listeners import watching
+        from mlx_fed.monitoring.listeners import run_listeners
 
         chosen = settings(dataset) | ({"num-rounds": rounds} if rounds else {})
         if not (shown.quiet or shown.json):
             about = ", ".join(f"{key} {value}" for key, value in chosen.items())
             typer.echo(f"{dataset}: {about}")
-        with watching(leading.runs, **vars(shown)) as listeners:
+        with run_listeners(leading.runs, **vars(shown)) as listeners:
             serve(
                 task,
                 find_strategy(strategy, min_clients, {}),

@@ -12,7 +12,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
-from .monitoring.terminal import server_line
+from .monitoring.server_terminal import server_line
 from .rounds import loop, named_strategies, strategies
 from .rounds.settings import VALUES, decide_rounds, settings_of
 from .runs.history import History, new_run_folder

@@ -26,7 +26,8 @@ from mlx_fed.fleet.node import JoinError, _Node
 from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower import fleet_client
 from mlx_fed.flower.link_grid import LinkGrid
-from mlx_fed.monitoring.terminal import printable, server_line
+from mlx_fed.monitoring.server_terminal import server_line
+from mlx_fed.system.printable import printable
 from mlx_fed.training.trainer import Trainer
 
 from ..conftest import ROOT, command, free_port

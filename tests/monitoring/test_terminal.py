@@ -17,18 +17,14 @@ import pytest
 from rich.console import Console
 
 from mlx_fed.runs.history import History, Listener
-from mlx_fed.monitoring.terminal import (
-    JsonLines,
-    ServerProgress,
-    seconds_text,
-    server_line,
-    size_text,
-)
+from mlx_fed.monitoring.json_lines import JsonLines
+from mlx_fed.monitoring.server_terminal import ServerTerminal, server_line
+from mlx_fed.monitoring.units import format_bytes, format_seconds
 
 from ..conftest import ROOT
 from ..tasks import moons
 
-FAILED = "The output failed and nothing more is shown; all else goes on: "
+FAILED = "The output failed and nothing more is shown; the run continues: "
 
 
 def record(number: int, loss: float, accuracy: float) -> dict:
@@ -82,7 +78,7 @@ def begin(
 def test_a_file_gets_plain_lines_and_a_summary(tmp_path: Path):
     written = io.StringIO()
     console = Console(file=written, highlight=False, width=60)
-    show(tmp_path, ServerProgress(console), rounds=10)
+    show(tmp_path, ServerTerminal(console), rounds=10)
     lines = written.getvalue().splitlines()
     assert lines[:4] == [
         "Server ready on 127.0.0.1:8080",
@@ -100,9 +96,9 @@ def test_a_file_gets_plain_lines_and_a_summary(tmp_path: Path):
 
 
 def test_the_summary_is_of_the_whole_run_that_was_resumed(tmp_path: Path):
-    show(tmp_path, ServerProgress(Console(file=io.StringIO())), rounds=4)
+    show(tmp_path, ServerTerminal(Console(file=io.StringIO())), rounds=4)
     written = io.StringIO()
-    history = History(tmp_path, (ServerProgress(Console(file=written, highlight=False)),))
+    history = History(tmp_path, (ServerTerminal(Console(file=written, highlight=False)),))
     history.write_settings({"num_rounds": 5})
     history.go_on_after(4)
     assert history.so_far(2) == {"bytes": 16_000_000, "seconds_left": 1.0}
@@ -113,7 +109,7 @@ def test_the_summary_is_of_the_whole_run_that_was_resumed(tmp_path: Path):
 
 def test_of_many_that_are_left_out_a_few_are_named_and_the_others_counted(tmp_path: Path):
     written = io.StringIO()
-    history = History(tmp_path, (ServerProgress(Console(file=written, highlight=False)),))
+    history = History(tmp_path, (ServerTerminal(Console(file=written, highlight=False)),))
     refused = []
     for phase, failures in (("train", 12), ("evaluate", 10)):
         begin(history, phase, 1, 1, nodes=100)
@@ -124,20 +120,20 @@ def test_of_many_that_are_left_out_a_few_are_named_and_the_others_counted(tmp_pa
     lines = written.getvalue().splitlines()
     assert lines[:10] == [f"node-{k} left out of train: no answer" for k in range(10)]
     assert lines[10:20] == [f"node-{k} left out of evaluate: no answer" for k in range(10)]
-    assert lines[20] == "2 more left out of train: history.jsonl says why"
+    assert lines[20] == "2 more left out of train: the reasons are in history.jsonl"
     assert lines[21].startswith("round 1 ")
 
 
 def test_one_round_has_nothing_to_compare(tmp_path: Path):
     written = io.StringIO()
-    show(tmp_path, ServerProgress(Console(file=written, highlight=False)), rounds=1)
+    show(tmp_path, ServerTerminal(Console(file=written, highlight=False)), rounds=1)
     assert "In 1 rounds" not in written.getvalue()
 
 
 def test_a_terminal_has_a_live_line_which_is_gone_in_the_end(tmp_path: Path):
     written = io.StringIO()
     console = Console(file=written, force_terminal=True, width=100)
-    show(tmp_path, ServerProgress(console), rounds=2)
+    show(tmp_path, ServerTerminal(console), rounds=2)
     shown = written.getvalue()
     assert "Waiting for nodes: 0 of 1" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is back
@@ -145,11 +141,11 @@ def test_a_terminal_has_a_live_line_which_is_gone_in_the_end(tmp_path: Path):
 
 
 def test_the_live_line_has_bytes_and_the_time_left(tmp_path: Path):
-    progress = ServerProgress(Console(file=io.StringIO(), force_terminal=True, width=120))
+    progress = ServerTerminal(Console(file=io.StringIO(), force_terminal=True, width=120))
     history = History(tmp_path, (progress,))
     for number in (1, 2, 3):
         begin(history, "train", number, 4, nodes=8, answered=3)
-        shown = progress.live.progress.tasks[0].description
+        shown = progress.bars.progress.tasks[0].description
         history.add_round(record(number, 1, 1))
     progress.close()
     assert shown == "round 3/4  train  3 of 8 nodes  8 MB  about 1 s left"
@@ -224,9 +220,9 @@ def test_a_node_whose_output_fails_goes_on(option: tuple[str, ...], tmp_path: Pa
 
 
 def test_sizes_and_times_are_written_as_people_do():
-    assert [size_text(size) for size in (0, 999, 1234, 56_700_000, 1e12)] == [
+    assert [format_bytes(size) for size in (0, 999, 1234, 56_700_000, 1e12)] == [
         *("0 B", "999 B", "1.23 kB", "56.7 MB", "1 TB"),
     ]
-    assert [seconds_text(seconds) for seconds in (0.4, 59.6, 125, 7260)] == [
+    assert [format_seconds(seconds) for seconds in (0.4, 59.6, 125, 7260)] == [
         *("0 s", "1 min 0 s", "2 min 5 s", "2 h 1 min"),
     ]

@@ -531,5 +531,5 @@ def test_a_command_goes_on_with_its_run(tmp_path: Path):
     assert checkpoints(tmp_path / "run").keys() == {2}
     second = command(*simulate, "--resume", tmp_path / "run", "--rounds", 3)
     assert second.code == 0, second.text
-    assert "Going on after round 2" in second.text
+    assert "Resuming after round 2" in second.text
     assert [record["round"] for record in read_history(tmp_path / "run")] == [1, 2, 3]

@@ -21,13 +21,10 @@ from mlx_fed import data
 from mlx_fed.data import sources
 from mlx_fed.system import loading
 from mlx_fed.system.hub_progress import loading_with_bars
-from mlx_fed.monitoring.terminal import (
-    JsonLines,
-    NodeProgress,
-    ServerProgress,
-    loading_on,
-    told_or_terminal,
-)
+from mlx_fed.monitoring.json_lines import JsonLines
+from mlx_fed.monitoring.loading_bars import show_loading
+from mlx_fed.monitoring.node_terminal import NodeTerminal, node_listener_or_terminal
+from mlx_fed.monitoring.server_terminal import ServerTerminal
 from mlx_fed.simulation import worker_progress
 from rich.console import Console
 
@@ -57,14 +54,14 @@ def read_files() -> None:
 
 def test_what_is_over_in_a_moment_is_not_told():
     console, written = plain()
-    with loading_on(console):
+    with show_loading(console):
         read_files()
     assert written.getvalue() == ""
 
 
 def test_a_file_gets_a_line_at_the_beginning_and_one_at_the_end(at_once):
     console, written = plain()
-    with loading_on(console):
+    with show_loading(console):
         read_files()
         read_files()
     assert written.getvalue().splitlines() == 2 * [
@@ -85,34 +82,34 @@ def test_what_says_nothing_is_told_all_the_same(monkeypatch):
 
 def test_a_terminal_has_a_bar_beside_that_of_the_run(at_once):
     written = io.StringIO()
-    shown = ServerProgress(Console(file=written, force_terminal=True, width=120))
+    shown = ServerTerminal(Console(file=written, force_terminal=True, width=120))
     now = {"phase": "train", "round": 1, "of": 3, "nodes": 4, "answered": 0}
     shown("phase", now)
     with loading.watched(shown), loading.loading("Downloading", unit="B") as progress:
         progress.reached(1_500_000, 3_000_000, "B")
-        lines = [(task.description, task.total) for task in shown.live.progress.tasks]
+        lines = [(task.description, task.total) for task in shown.bars.progress.tasks]
         assert lines == [
             ("round 1/3  train  0 of 4 nodes", 3),
             ("Downloading  1.5 MB of 3 MB", 3_000_000),
         ]
-    assert len(shown.live.progress.tasks) == 1
+    assert len(shown.bars.progress.tasks) == 1
     shown.close()
     assert written.getvalue().count("\x1b[?25l") == written.getvalue().count("\x1b[?25h")
 
 
 def test_a_node_shows_what_it_is_at():
-    shown = NodeProgress(Console(file=io.StringIO(), force_terminal=True, width=120))
+    shown = NodeTerminal(Console(file=io.StringIO(), force_terminal=True, width=120))
     shown("joined", server="127.0.0.1:8080")
     shown("working", kind="train", round=3)
-    assert shown.live.progress.tasks[0].description == "round 3 train"
+    assert shown.bars.progress.tasks[0].description == "round 3 train"
     shown("answered", kind="train", round=3, seconds=1.0, metrics={})
-    assert shown.live.progress.tasks[0].description == "waiting for the server"
+    assert shown.bars.progress.tasks[0].description == "waiting for the server"
     shown.close()
 
 
 def test_whom_a_node_was_told_to_tell_is_told_of_loading_too(at_once):
     told: Told = []
-    with told_or_terminal(lambda event, **fields: told.append((event, fields))):
+    with node_listener_or_terminal(lambda event, **fields: told.append((event, fields))):
         read_files()
     assert {event for event, _ in told} == {"loading", "loaded"}
 
@@ -202,7 +199,7 @@ def test_the_first_worker_speaks_for_all(tmp_path: Path):
     with worker_progress.received(tmp_path, [lambda event, fields: told.append((event, fields))]):
         worker_progress.sender(tmp_path)("loading", fields)
         other = (
-            "import sys; from pathlib import Path; from mlx_fed.simulation import news;"
+            "import sys; from pathlib import Path; from mlx_fed.simulation import worker_progress;"
             f"worker_progress.sender(Path({str(tmp_path)!r}))('loading', {fields!r})"
         )
         subprocess.run([sys.executable, "-c", other], check=True)

@@ -34,7 +34,7 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except FedError as error:
-        from ..monitoring.terminal import printable
+        from ..system.printable import printable
 
         shown = "\n".join(printable(line) for line in str(error).splitlines())
         typer.secho(f"Error: {shown}", fg="red", err=True)
@@ -79,10 +79,10 @@ def find_strategy(
     """
     from flwr.serverapp.strategy import Strategy
 
-    from ..monitoring.terminal import quiet_flower
+    from ..flower.log import silence_flower
     from ..rounds import named_strategies
 
-    quiet_flower()
+    silence_flower()
     if ":" not in name:
         return named_strategies.make_by_name(name, min_nodes, options, source)
     named = _find(name, "a strategy", "my_app:strategy")

@@ -99,11 +99,11 @@ def serve(
     from ..fleet.server import serve
     from ..lm.lora_task import lora_task
     from ..lm.samples import sampler
-    from ..monitoring.listeners import watching
+    from ..monitoring.listeners import run_listeners
 
     nodes = config.federation.nodes or 2
     task = lora_task(config)
-    with watching(leading.runs, **vars(shown)) as listeners:
+    with run_listeners(leading.runs, **vars(shown)) as listeners:
         serve(
             task,
             make_strategy(config, nodes),
@@ -149,8 +149,8 @@ def join(
     from ..fleet import tokens
     from ..fleet.node import join
     from ..lm.lora_task import lora_task
-    from ..monitoring.listeners import told
-    from ..monitoring.terminal import told_or_terminal
+    from ..monitoring.listeners import node_listener
+    from ..monitoring.node_terminal import node_listener_or_terminal
 
     if num_partitions is not None and node_id is None:
         raise ConfigError("--num-partitions needs --node-id, which of the parts is this node's.")
@@ -162,7 +162,7 @@ def join(
         name = f"{socket.gethostname().split('.')[0]}-{Path(config.data).resolve().name}"[:64]
     if node_id is None:
         node_id = randomness.derive(0, str(name)) % 2**31
-    with told_or_terminal(told(**vars(shown))) as tell:
+    with node_listener_or_terminal(node_listener(**vars(shown))) as tell:
         # Adapters to start from are the server's, which sends them.
         own = replace(config, resume_adapter_file=None)
         task = lora_task(own, note=lambda text: tell("note", text=text))
@@ -198,12 +198,12 @@ def simulate(
     from ..lm.lora_task import lora_task
     from ..lm.samples import sampler
     from ..lm.texts import folders_of_texts
-    from ..monitoring.listeners import watching
+    from ..monitoring.listeners import run_listeners
     from ..simulation.simulate import simulate
 
     folders = folders_of_texts(Path(config.data).expanduser())
     clients = config.federation.nodes or len(folders) or 2
-    with watching(leading.runs, **vars(shown)) as listeners:
+    with run_listeners(leading.runs, **vars(shown)) as listeners:
 
         def note(text: str) -> None:
             for listener in listeners:

@@ -70,11 +70,11 @@ def serve(
     with errors_as_messages():
         settings = parse_settings(config)
         from ..fleet.server import serve
-        from ..monitoring.listeners import watching
+        from ..monitoring.listeners import run_listeners
 
         found = find_task(task)
         chosen = find_strategy(strategy, min_nodes, parse_settings(strategy_option, "-s"))
-        with watching(leading.runs, **vars(shown)) as listeners:
+        with run_listeners(leading.runs, **vars(shown)) as listeners:
             held_out = find_test(test, settings) if test else None
             serve(
                 found,
@@ -116,7 +116,7 @@ def join(
     """Join a federation with this machine's data, until the run is over."""
     with errors_as_messages():
         from ..fleet.node import join
-        from ..monitoring.listeners import told
+        from ..monitoring.listeners import node_listener
 
         join(
             find_task(task),
@@ -126,7 +126,7 @@ def join(
             name=name,
             device="gpu" if gpu else "cpu",
             config=parse_settings(config),
-            notify=told(**vars(shown)),
+            notify=node_listener(**vars(shown)),
             **vars(joining),
         )
 
@@ -146,7 +146,7 @@ def partitions(
         from rich.console import Console
 
         from ..monitoring.label_counts import check_picture, count_labels, draw, show
-        from ..monitoring.terminal import loading_on
+        from ..monitoring.loading_bars import show_loading
         from ..task import make_task
         from ..task_settings import check_config
 
@@ -155,7 +155,7 @@ def partitions(
         settings = parse_settings(config)
         found = find_task(task)
         made = make_task(found, settings)
-        with loading_on(Console(stderr=True)):
+        with show_loading(Console(stderr=True)):
             labels = count_labels(made, num_partitions)
         check_config(settings, made, [found])
         console = Console()
@@ -235,7 +235,7 @@ def simulate(
     """Simulate a whole federation on this machine."""
     with errors_as_messages():
         settings = parse_settings(config)
-        from ..monitoring.listeners import watching
+        from ..monitoring.listeners import run_listeners
         from ..simulation.faults import Faults
         from ..simulation.simulate import simulate
 
@@ -244,7 +244,7 @@ def simulate(
         options |= parse_settings(strategy_option, "-s")
         found = find_task(task)
         chosen = find_strategy(strategy, 1, options)
-        with watching(leading.runs, **vars(shown)) as listeners:
+        with run_listeners(leading.runs, **vars(shown)) as listeners:
             held_out = find_test(test, settings) if test else None
             simulate(
                 found,

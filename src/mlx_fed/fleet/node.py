@@ -24,7 +24,8 @@ from ..errors import FedError
 from ..flower import headers
 from ..flower.error_replies import error_reply
 from ..flower.fleet_client import FleetClient, Refused, Unavailable, Unreachable, Untrusted
-from ..monitoring.terminal import quiet_flower, told_or_terminal
+from ..flower.log import silence_flower
+from ..monitoring.node_terminal import node_listener_or_terminal
 from ..rounds import messages, privacy
 from ..rounds.roster import LONGEST_NAME, is_name
 from ..system import address, devices, memory
@@ -143,7 +144,7 @@ def join(
         raise JoinError(
             f"A node's name has 1 to {LONGEST_NAME} printable characters: {name!r:.90}."
         )
-    quiet_flower()
+    silence_flower()
     memory.keep_what_is_freed()
     where = devices.use(device)
     node_config: dict[str, Any] = {
@@ -154,7 +155,7 @@ def join(
         node_config["num-partitions"] = num_partitions
     if name is not None:
         node_config["name"] = name
-    with told_or_terminal(notify) as tell:
+    with node_listener_or_terminal(notify) as tell:
         if is_open:
             tell("note", text=f"not encrypted: {who.host} and all between may read and change it")
         settings = TracedConfig.of(config)

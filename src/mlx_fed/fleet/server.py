@@ -21,7 +21,8 @@ from ..flower.connections import BoundedConnection, Server, make_room
 from ..flower.fleet_routes import FleetRoutes
 from ..flower.link_grid import LinkGrid
 from ..flower.link_state import Link
-from ..monitoring.terminal import listeners_or_terminal, quiet_flower
+from ..flower.log import silence_flower
+from ..monitoring.server_terminal import listeners_or_terminal
 from ..rounds import loop, named_strategies, strategies
 from ..rounds.settings import Settings, decide_rounds, make_checked_task, settings_of
 from ..runs.history import History, Listener, Previous, Result, previous_of, run_folder
@@ -123,7 +124,7 @@ def serve(
     previous = previous_of(run_folder(runs, name, resume)) if resume is not None else Previous()
     made = make_checked_task(task, leading, strategy, previous.config)
     decide_rounds(leading, made.config, num_rounds, previous.num_rounds or None)
-    quiet_flower()
+    silence_flower()
     memory.keep_what_is_freed()
     with _socket(host, port) as listening, listeners_or_terminal(listeners) as watching:
         port = listening.getsockname()[1]

@@ -1,6 +1,6 @@
-"""Who watches a run as it goes: the terminal, the dashboard, trackers. The run knows of none.
+"""Listeners that a command's options name: the terminal, JSON Lines, the dashboard, trackers.
 
-They are listeners of its history, or read its folder. What a node does is told to one alone.
+A run knows none of them. They get the events of its history, or read its folder. A node has one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..system.loading import watched
 
 
 @contextmanager
-def watching(
+def run_listeners(
     runs: Path,
     *,
     dashboard: bool = False,
@@ -24,58 +24,59 @@ def watching(
     quiet: bool = False,
     json: bool = False,
 ) -> Iterator[tuple[Listener, ...]]:
-    """The listeners that a command's options ask for; they end with the context.
+    """Listeners of a run, by the options of a command. They are closed with the context.
 
     Args:
-        runs (Path): Where runs are kept.
-        dashboard (bool): Serve the page of the runs on this machine.
-        dashboard_port (int): Its port; 0 takes a free one.
+        runs (Path): The folder of runs.
+        dashboard (bool): Serve the dashboard on this machine.
+        dashboard_port (int): Its port; 0 is any free port.
         track (list, optional): Names of trackers.
-        quiet (bool): Show nothing but errors.
-        json (bool): Show JSON, an object a line.
+        quiet (bool): Print errors only.
+        json (bool): Print JSON Lines.
 
     Raises:
-        FedError: If the options do not go together, or one cannot be had.
+        FedError: If options exclude each other, or a listener cannot start.
     """
     _require_one(quiet, json)
-    from .terminal import JsonLines, ServerProgress
+    from .json_lines import JsonLines
+    from .server_terminal import ServerTerminal
 
     listeners: list[Listener] = []
-    with ExitStack() as until_the_end:
+    with ExitStack() as stack:
         if json:
             listeners.append(JsonLines())
         elif not quiet:
-            shown = ServerProgress()
-            until_the_end.callback(shown.close)
-            listeners.append(shown)
+            terminal = ServerTerminal()
+            stack.callback(terminal.close)
+            listeners.append(terminal)
         if track:
             from .trackers import Tracking, find_tracker
 
             for name in track:
                 tracking = Tracking(name, find_tracker(name))
-                until_the_end.callback(tracking.close)
+                stack.callback(tracking.close)
                 listeners.append(tracking)
         if dashboard:
             from .dashboard import serving
 
-            address = until_the_end.enter_context(serving(runs, port=dashboard_port))
+            address = stack.enter_context(serving(runs, port=dashboard_port))
             for listener in listeners:
                 listener("dashboard", {"address": address})
-        until_the_end.enter_context(watched(*listeners))
+        stack.enter_context(watched(*listeners))
         yield tuple(listeners)
 
 
-def told(quiet: bool = False, json: bool = False) -> Callable[..., None] | None:
-    """Whom a node tells what happens, by its command's options; ``None`` is the terminal.
+def node_listener(quiet: bool = False, json: bool = False) -> Callable[..., None] | None:
+    """The listener of a node, by the options of a command; ``None`` is the terminal.
 
     Raises:
-        FedError: If the options do not go together.
+        FedError: If the options exclude each other.
     """
     _require_one(quiet, json)
     if quiet:
         return lambda event, **fields: None
     if json:
-        from .terminal import JsonLines
+        from .json_lines import JsonLines
 
         lines = JsonLines()
         return lambda event, **fields: lines(event, fields)
@@ -84,4 +85,4 @@ def told(quiet: bool = False, json: bool = False) -> Callable[..., None] | None:
 
 def _require_one(quiet: bool, json: bool) -> None:
     if quiet and json:
-        raise FedError("Choose --quiet or --json: the one shows nothing, the other all.")
+        raise FedError("Choose one of --quiet and --json.")

@@ -138,6 +138,6 @@ class Tracking:
             what(self.tracker)
         except Exception as error:
             self.tracker = None
-            from .terminal import tell_of_failure
+            from .output import print_failure
 
-            tell_of_failure(f"The tracker {self.name!r} failed and is asked no more", error)
+            print_failure(f"The tracker {self.name!r} failed and is asked no more", error)

@@ -11,7 +11,8 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 
 from ..errors import SettingsError
-from ..monitoring.terminal import listeners_or_terminal, quiet_flower
+from ..flower.log import silence_flower
+from ..monitoring.server_terminal import listeners_or_terminal
 from ..rounds import loop, named_strategies
 from ..rounds.settings import decide_rounds, make_checked_task, settings_of
 from ..runs.history import History, Listener, Previous, previous_of, run_folder
@@ -102,7 +103,7 @@ def simulate(
             whole_number(least).check("", what, value)
     if faults is not None and not isinstance(faults, Faults):
         raise SettingsError(f"faults is an mlx_fed.Faults, not {faults!r}.")
-    quiet_flower()
+    silence_flower()
     computing_on = devices.use(device)
     leading = settings_of(simulate, settings)
     strategy = named_strategies.find(strategy, 1)

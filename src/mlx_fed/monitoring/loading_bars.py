@@ -1,0 +1,56 @@
+"""Progress of downloads, decoding and tokenizing, from :mod:`mlx_fed.system.loading`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from ..system.loading import watched
+from ..system.printable import printable
+from .output import print_line
+from .progress_bars import ProgressBars
+from .units import format_bytes, format_seconds
+
+
+class LoadingBars:
+    """Listener for loading events: a bar on a terminal; in a file a line at start and at end."""
+
+    def __init__(self, console: Console, bars: ProgressBars):
+        self.console, self.bars = console, bars
+        self.started: set[str] = set()
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        name = printable(fields["what"])
+        if self.bars.is_shown:
+            if event == "loading":
+                self.bars.update(name, f"{name}{_amount(**fields)}", fields["done"], fields["of"])
+            else:
+                self.bars.remove(name)
+        elif event == "loaded":
+            self.started.discard(name)
+            print_line(self.console, f"{name}: done in {format_seconds(fields['seconds'])}")
+        elif name not in self.started:
+            self.started.add(name)
+            print_line(self.console, f"{name} ...")
+
+
+@contextmanager
+def show_loading(console: Console) -> Iterator[None]:
+    """Shows loading events on a console until the context ends."""
+    bars = ProgressBars(console)
+    try:
+        with watched(LoadingBars(console, bars)):
+            yield
+    finally:
+        bars.close()
+
+
+def _amount(what: str, done: int, of: int | None, unit: str) -> str:
+    if not done and not of:
+        return ""
+    if unit == "B":
+        return f"  {format_bytes(done)}" + (f" of {format_bytes(of)}" if of else "")
+    return f"  {done:,}" + (f" of {of:,}" if of else "") + (f" {unit}" if unit else "")

@@ -1,0 +1,198 @@
+"""A run's events as lines on the server's terminal, and a live line with the current round."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ..runs import folders, round_record
+from ..system.loading import watched
+from ..tracebacks import is_exception
+from .loading_bars import LoadingBars
+from .output import RUN_BAR, STYLES, TerminalOutput, print_line, stops_at_failure
+from .units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from ..runs.history import Listener
+
+_MAX_FAILURES = 10
+"""Lines about nodes that are left out of a phase; an exception is shown once."""
+
+
+def server_line(event: str, fields: dict[str, Any]) -> str:
+    """A run's event as a line of text; empty for events without one."""
+    match event:
+        case "serving":
+            security = "  (encrypted; nodes are known by their keys)" if fields["secure"] else ""
+            return f"Server ready on {fields['address']}{security}"
+        case "dashboard":
+            return f"Dashboard on {fields['address']}"
+        case "invited":
+            return f"{fields['node']} joins with:  {fields['command']} {fields['token']}"
+        case "waiting":
+            return f"Waiting for nodes: {fields['nodes']} of {fields['needed']}"
+        case "joined":
+            return f"{fields['node']} joined ({fields['nodes']} in all)"
+        case "left":
+            return f"{fields['node']} left"
+        case "refused":
+            return f"{fields['node']} refused: {fields['reason']}"
+        case "resumed":
+            number = fields["round"]
+            return f"Resuming after round {number}" if number else "Starting again from round 1"
+        case "note":
+            return f"Note: {fields['text']}"
+        case "failed":
+            return f"{fields['node']} left out of {fields['phase']}: {fields['reason']}"
+        case "round":
+            return _round_line(fields)
+        case "finished":
+            reason = f" ({fields['stopped']})" if fields.get("stopped") else ""
+            return f"Finished in {fields['seconds']:.1f} s{reason}. The model: {fields['model']}"
+    return ""
+
+
+def _round_line(record: dict[str, Any]) -> str:
+    # As wide as the last round's, so that the figures of all rounds are in columns.
+    number = f"round {record['round']}".ljust(len(f"round {record.get('of', 0)}"))
+    figures = round_record.figures(record)
+    metrics = [
+        f"{name} {value:.4f}{_median(figures, name, value)}"
+        for name, value in _metrics(record).items()
+    ]
+    return "   ".join([number, *metrics, f"{sum(record['seconds'].values()):.2f} s"])
+
+
+def _median(figures: dict[str, float], name: str, mean: float) -> str:
+    """The nodes' median of a metric if their mean is far from it: one node may be the cause."""
+    key = "train/loss" if name == "train loss" else f"evaluate/{name}"
+    median = figures.get(f"{key}/median", mean)
+    return f" (median {median:.4f})" if abs(mean - median) > abs(median) / 2 else ""
+
+
+def _metrics(record: dict[str, Any]) -> dict[str, float]:
+    """A round's losses and metrics, by the names that lines show."""
+    metrics = {"train loss": record["train"].get("loss")} | record["evaluate"]
+    metrics |= {f"central {name}": value for name, value in record.get("central", {}).items()}
+    return {
+        name: value
+        for name, value in metrics.items()
+        if isinstance(value, float) and not name.startswith("num-")
+    }
+
+
+class ServerTerminal(TerminalOutput):
+    """Listener of a :class:`~mlx_fed.runs.history.History` that prints the run's events."""
+
+    def __init__(self, console: Console | None = None):
+        super().__init__(console)
+        self.loading = LoadingBars(self.console, self.bars)
+        self.folder: Path | None = None
+        self.num_rounds = 0
+        self.failures: dict[str, list[str]] = defaultdict(list)
+
+    @stops_at_failure
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        match event:
+            case "loading" | "loaded":
+                self.loading(event, fields)
+            case "phase" | "replies":
+                self._show_phase(**fields)
+            case "waiting" if self.bars.is_shown:
+                self.bars.update(RUN_BAR, server_line(event, fields))
+            case "failed":
+                phase, reason = fields["phase"], fields["reason"]
+                reasons = self.failures[phase]
+                is_repeated = reason in reasons and is_exception(reason)
+                if len(reasons) < _MAX_FAILURES and not is_repeated:
+                    reasons.append(reason)
+                    self._print(event, fields)
+            case "traceback":
+                for line in fields["text"].splitlines():
+                    print_line(self.console, line, STYLES["failed"])
+            case "started":
+                self.folder = fields["folder"]
+                self.num_rounds = fields["settings"].get("num_rounds", 0)
+            case "round":
+                self._print_num_failures(fields)
+                self._print(event, {**fields, "of": self.num_rounds})
+            case "finished":
+                self.close()
+                if line := self._summary():
+                    print_line(self.console, line, "bold")
+                self._print(event, fields)
+            case _:
+                self._print(event, fields)
+
+    def _print(self, event: str, fields: dict[str, Any]) -> None:
+        if line := server_line(event, fields):
+            print_line(self.console, line, STYLES.get(event, ""))
+        for name, text in fields.get("central", {}).items():
+            if isinstance(text, str):  # such as a sample of a model's text
+                print_line(self.console, f"{name}: {text}", "dim")
+
+    def _show_phase(
+        self,
+        phase: str,
+        round: int,
+        of: int,
+        nodes: int,
+        answered: int,
+        bytes: int = 0,
+        seconds_left: float | None = None,
+    ) -> None:
+        texts = [f"round {round}/{of}", phase]
+        if nodes:
+            texts.append(f"{answered} of {nodes} nodes")
+        if seconds_left is not None:
+            texts += [format_bytes(bytes), f"about {format_seconds(seconds_left)} left"]
+        # Training counts as the first half of a round, evaluation as the second.
+        half = 0.0 if phase == "train" else 1.0
+        share = min(1.0, answered / nodes) if nodes else 1.0
+        self.bars.update(RUN_BAR, "  ".join(texts), round - 1 + (half + share) / 2, of)
+
+    def _print_num_failures(self, record: dict[str, Any]) -> None:
+        """Prints how many nodes were left out of a round beyond those with a line."""
+        num_lines = {phase: len(reasons) for phase, reasons in self.failures.items()}
+        self.failures.clear()
+        phases = Counter(failure["phase"] for failure in record.get("refused", ()))
+        for phase, count in phases.items():
+            if rest := count - num_lines.get(phase, 0):
+                line = f"{rest} more left out of {phase}: the reasons are in history.jsonl"
+                print_line(self.console, line, STYLES["failed"])
+
+    def _summary(self) -> str:
+        """The change of each metric over the run; empty where there is one round only."""
+        rounds = folders.read(self.folder).rounds if self.folder else []
+        if len(rounds) < 2:
+            return ""
+        first, last = _metrics(rounds[0]), _metrics(rounds[-1])
+        changes = [
+            f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in last if name in first
+        ]
+        return f"In {len(rounds)} rounds: {', '.join(changes)}" if changes else ""
+
+
+@contextmanager
+def listeners_or_terminal(
+    listeners: tuple[Listener, ...] | None,
+) -> Iterator[tuple[Listener, ...]]:
+    """A run's listeners, or the terminal where there are none, until the context ends.
+
+    They get loading events, too.
+    """
+    if listeners is not None:
+        with watched(*listeners):
+            yield tuple(listeners)
+        return
+    terminal = ServerTerminal()
+    try:
+        with watched(terminal):
+            yield (terminal,)
+    finally:
+        terminal.close()
