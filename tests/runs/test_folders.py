@@ -112,7 +112,9 @@ def test_what_settings_differ_in_is_compared(tmp_path: Path):
 def test_two_runs_of_one_name_are_told_apart(tmp_path: Path):
     make_run(tmp_path / "a" / "run")
     make_run(tmp_path / "b" / "run")
-    found = folders.read_all([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "a" / "run"])
+    found = folders.read_all(
+        [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "a" / "run"]
+    )
     assert [run.name for run in found] == ["a/run", "b/run"]
 
 

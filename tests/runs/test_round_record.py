@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fed.runs import folders, round_record
+from mlx_fed.runs import round_record
 
 NAMES = st.one_of(
     st.lists(st.text(max_size=4), max_size=60),

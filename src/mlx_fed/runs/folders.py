@@ -15,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import labels, round_record, status
 from ..errors import FedError
-from ..system.printable import printable
 from ..system.atomic_files import read_plain
+from ..system.printable import printable
+from . import labels, round_record, status
 
 FILES = ("settings.json", "history.jsonl")
 _NOT_COMPARED = ("run-id", "pid", "host")

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import round_record
-from ..errors import FedError
-from .status import Status
 from ..arrays.weights import Arrays
+from ..errors import FedError
 from ..system.atomic_files import read_plain, replacing, sync
+from . import round_record
+from .status import Status
 
 Listener = Callable[[str, dict[str, Any]], None]
 

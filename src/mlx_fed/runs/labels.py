@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from . import round_record
 from ..arrays.examples import leaves
-from ..task import Data
 from ..system.atomic_files import read_plain, replacing
+from ..task import Data
+from . import round_record
 
 MOST_CLIENTS = 1000
 """Clients that are counted: those that take part first."""

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import round_record
 from ..system.atomic_files import read_plain, replacing
+from . import round_record
 
 _PAUSE = 0.5
 """Seconds until what comes often, such as replies, is written again."""
