@@ -107,7 +107,7 @@ def test_whoever_sums_a_block_the_mean_has_the_same_bits(
 def on_disk(update: tuple[Counted, dict, dict], place: Spool) -> tuple:
     """The same update, read from disk as it is summed."""
 
-    def waiting(arrays: dict[str, mx.array]) -> weights.Unread:
+    def waiting(arrays: dict[str, mx.array]) -> weights.LazyArrays:
         record = place.record(messages.pack(arrays).items())
         found = {name: part for part, held in messages.parts(record) for name in held}
         return messages.unread(record, weights.spec(arrays), found)

@@ -17,9 +17,8 @@ from flwr.app import Array, ArrayRecord
 from .spool import Spool, WaitingArray, values_of
 from .weights import (
     Arrays,
-    Cuts,
+    LazyArrays,
     Spec,
-    Unread,
     WeightsError,
     check,
     cut,
@@ -109,7 +108,7 @@ def _but_for_float32(
     return (shape, expected[1]) if expected and dtype == "float32" else got
 
 
-def unread_masters(record: ArrayRecord, expected: Spec) -> Unread:
+def unread_masters(record: ArrayRecord, expected: Spec) -> LazyArrays:
     """A strategy's masters as MLX arrays of the model's dtypes, made as they are asked for.
 
     Raises:
@@ -121,11 +120,11 @@ def unread_masters(record: ArrayRecord, expected: Spec) -> Unread:
     def read(name: str) -> mx.array:
         return mx.array(values_of(record[name])).astype(getattr(mx, expected[name][1]))
 
-    def pieces(name: str, cuts: Cuts) -> Iterator[np.ndarray]:
-        as_they_are = expected[name][1] == "float32"
-        return cut(values_of(record[name]) if as_they_are else to_float32(read(name)), cuts)
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        is_float32 = expected[name][1] == "float32"
+        return cut(values_of(record[name]) if is_float32 else to_float32(read(name)))
 
-    return Unread(expected, read, pieces)
+    return LazyArrays(expected, read, pieces)
 
 
 def masters_to_arrays(record: ArrayRecord, expected: Spec) -> Arrays:

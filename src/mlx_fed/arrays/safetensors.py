@@ -11,7 +11,6 @@ import json
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -19,7 +18,7 @@ import numpy as np
 from flwr.app import Array
 
 from .spool import Part, values_of
-from .weights import PIECE, Cuts, dtype_name, to_float32
+from .weights import PIECE, dtype_name, to_float32
 
 Values = mx.array | np.ndarray | Array
 
@@ -78,44 +77,12 @@ class Stored(NamedTuple):
         """The array, in its own dtype or another."""
         return self._array(self._between(0, self._size).reshape(self.shape), dtype)
 
-    def pieces(self, cuts: Cuts, dtype: str | None = None) -> Iterator[np.ndarray]:
+    def pieces(self, dtype: str | None = None) -> Iterator[np.ndarray]:
         """The values that :meth:`read` gives, as :func:`.weights.pieces` has them."""
-        as_it_is = self.dtype == "float32" == (dtype or self.dtype)
-        for start, end in pairwise(cuts):
-            values = self._between(start, end)
-            yield values if as_it_is else to_float32(self._array(values, dtype))
-
-    def unseen(self, dtype: str | None = None) -> Iterator[np.ndarray]:
-        """Those pieces that may have values which are not finite: nobody has looked at them yet."""
-        wider = dtype in (None, self.dtype)
-        for start, end, known in self._stretches():
-            if not (known and wider):
-                yield from self.pieces([*range(start, end, PIECE), end], dtype)
-
-    def cuts(self) -> Cuts:
-        """Cuts between which the values are in one part of the file, where they can be."""
-        within = (range(start, end, PIECE) for start, end, _ in self._stretches())
-        return [*chain.from_iterable(within), self._size]
-
-    def _stretches(self) -> Iterator[tuple[int, int, bool]]:
-        """From which number to which the values stand together in one part, and whether they are
-        known to be finite."""
-        width, start, end = self._kept.itemsize, 0, -self.start
-        known = is_float32 = self.dtype == "float32"
-        for size, finite in chain.from_iterable(part.stretches() for part in self.parts):
-            known = known and (finite or not size) and end % width == 0
-            end += size
-            if end >= self._size * width:
-                break
-            if end <= 0:
-                known = is_float32
-            elif end % width:  # a number lies in this part and in the next
-                known = False
-            else:
-                if end // width > start:
-                    yield start, end // width, known
-                start, known = end // width, is_float32
-        yield start, self._size, known
+        is_float32 = self.dtype == "float32" == (dtype or self.dtype)
+        for start in range(0, self._size, PIECE):
+            values = self._between(start, min(start + PIECE, self._size))
+            yield values if is_float32 else to_float32(self._array(values, dtype))
 
     def _between(self, start: int, end: int) -> np.ndarray:
         """The values from one number to another, flat, where they lie if that is in one part."""

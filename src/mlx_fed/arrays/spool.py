@@ -24,16 +24,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from .weights import has_finite_squares
-
-_SMALL = 2**20
+_SMALL = 2**18
 """Bytes that are not worth a file."""
 _MOST_SPARE = 4 * 2**30
 """Bytes of files that are kept to be written over."""
-_TEXT = 4096
-"""Bytes at the beginning of a file of arrays that may be a text, which says where they are."""
 _ALIGNMENT = 64
-"""Bytes at whose multiples numbers lie well."""
+"""Bytes at whose multiples numbers begin."""
 
 _numbers = count(1)
 _Record = TypeVar("_Record", ArrayRecord, ConfigRecord, MetricRecord)
@@ -48,13 +44,7 @@ class OnDisk:
         start (int): Where the bytes begin in it.
         size (int): How many they are.
         spool (Spool): What gets the file in the end.
-
-    Attributes:
-        finite_from (int, optional): From this byte on they are float32 numbers, if they are
-            numbers, all of which were found finite, and their squares' sum as well.
     """
-
-    finite_from: int | None = None
 
     def __init__(self, path: Path, start: int, size: int, spool: Spool):
         self._path, self._start, self._size, self._spool = path, start, size, spool
@@ -101,14 +91,6 @@ class Part(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.held) - self.start
-
-    def stretches(self) -> Iterator[tuple[int, bool]]:
-        """Stretches of the bytes: how long each is, and whether it is known to be float32 numbers
-        none of which is infinite or not a number."""
-        known = self.held.finite_from if isinstance(self.held, OnDisk) else None
-        before = len(self) if known is None or known < self.start else known - self.start
-        yield before, False
-        yield len(self) - before, True
 
     def read(self) -> bytes | memoryview:
         """The bytes; those in memory are not copied."""
@@ -168,34 +150,21 @@ class Spool:
         self._warned = False
         self._lock = threading.RLock()  # a collection of garbage may let go of a file at any time
 
-    def put(self, *parts: bytes | memoryview) -> OnDisk | bytes:
-        """Bytes on disk, or in memory where they are few or the disk does not take them."""
-        if held := self._write(*parts):
+    def put(self, *parts: bytes | memoryview, head: int = 0) -> OnDisk | bytes:
+        """Bytes on disk, or in memory where they are few or the disk does not take them.
+
+        Args:
+            parts (bytes): The bytes, one part after another.
+            head (int): How many bytes come before numbers, which are aligned for NumPy and BLAS.
+        """
+        if held := self._write(*parts, head=head):
             return held
         return parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
 
-    def put_numbers(self, data: bytes, head: int) -> OnDisk | bytes:
-        """Bytes that may be numbers after a head, which on disk lie as NumPy and BLAS want them.
-
-        They are looked at as they come, while they are in a core's cache: to get them again from
-        where they wait takes several times as long.
-        """
-        held = self._write(data, head=head, least=_SMALL // 4)
-        if held is None:
-            return data
-        for start in (head, head + _TEXT):
-            numbers = np.frombuffer(data, np.uint8)[start:]
-            if has_finite_squares(numbers[: numbers.size // 4 * 4].view(np.float32)):
-                held.finite_from = min(start, len(data))
-                break
-        return held
-
-    def _write(
-        self, *parts: bytes | memoryview, head: int = 0, least: int | None = None
-    ) -> OnDisk | None:
+    def _write(self, *parts: bytes | memoryview, head: int = 0) -> OnDisk | None:
         """The parts in one file, or nothing where they are few or the disk does not take them."""
         size = sum(map(len, parts))
-        if self.folder is None or size < (_SMALL if least is None else least):
+        if self.folder is None or size < _SMALL:
             return None
         start = -head % _ALIGNMENT
         while True:

@@ -18,7 +18,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from . import weights
 from .spool import Spool
-from .weights import Arrays, Cuts, Spec, StackedRow, Unread, to_float32
+from .weights import Arrays, LazyArrays, Spec, StackedRow, to_float32
 
 LARGEST_BLOCK = 16
 """Places of a block, at most: so many updates are summed in float32."""
@@ -118,17 +118,12 @@ class ArraySum(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         first = self.arrays[0]
-        return first.spec[self.name][0] if isinstance(first, Unread) else first[self.name].shape
+        return first.spec[self.name][0] if isinstance(first, LazyArrays) else first[self.name].shape
 
-    @property
-    def cuts(self) -> Cuts:
-        """Cuts that suit the updates, which mostly came in parts of one size."""
-        return weights.cuts(self.arrays[0], self.name)
-
-    def pieces(self, cuts: Cuts) -> Iterator[np.ndarray]:
+    def pieces(self) -> Iterator[np.ndarray]:
         """The sum, flat and a piece at a time, each in the memory of the one before."""
         (first, weight), *others = (
-            (weights.pieces(arrays, self.name, cuts), np.float32(client.weight))
+            (weights.pieces(arrays, self.name), np.float32(client.weight))
             for client, arrays in zip(self.clients, self.arrays, strict=True)
         )
         totals, products = np.empty((2, weights.PIECE), np.float32)
@@ -140,14 +135,9 @@ class ArraySum(NamedTuple):
             yield total
 
 
-def cuts(part: np.ndarray | ArraySum) -> Cuts:
-    """Where to cut a block's sum of one array."""
-    return part.cuts if isinstance(part, ArraySum) else weights.even_cuts(part.size)
-
-
-def pieces(part: np.ndarray | ArraySum, cuts: Cuts) -> Iterator[np.ndarray]:
+def pieces(part: np.ndarray | ArraySum) -> Iterator[np.ndarray]:
     """A block's sum of one array, flat and a piece at a time."""
-    return part.pieces(cuts) if isinstance(part, ArraySum) else weights.cut(part, cuts)
+    return part.pieces() if isinstance(part, ArraySum) else weights.cut(part)
 
 
 def sum_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
@@ -228,8 +218,8 @@ class _Sum:
         for name, like in self.like.items():
             if name not in self._sums:
                 self._sums[name] = np.full(like.shape, _NOTHING)
-            where, parts = self._parts(name)
-            for total in weights.cut(self._sums[name], where):
+            parts = self._parts(name)
+            for total in weights.cut(self._sums[name]):
                 _add_next(total, parts)
         self._waiting, self._updates = [], 0
 
@@ -241,21 +231,19 @@ class _Sum:
     def mean(self, name: str, weight: float) -> np.ndarray:
         """The sum of one array, divided by a weight."""
         mean = np.empty(self.like[name].shape, np.float32)
-        where, parts = self._parts(name)
-        known = weights.cut(self._sums[name], where) if name in self._sums else None
+        parts = self._parts(name)
+        known = weights.cut(self._sums[name]) if name in self._sums else None
         totals = np.empty(weights.PIECE)
-        for piece in weights.cut(mean, where):
+        for piece in weights.cut(mean):
             total = totals[: piece.size]
             total[:] = next(known) if known else _NOTHING
             _add_next(total, parts)
             np.divide(total, weight, out=piece, casting="same_kind")
         return mean
 
-    def _parts(self, name: str) -> tuple[Cuts, list[Iterator[np.ndarray]]]:
-        """Where to cut an array, and what has to be added to each piece of it."""
-        parts = [part[name] for part in self._waiting]
-        where = cuts(parts[0] if parts else self._sums[name])
-        return where, [pieces(part, where) for part in parts]
+    def _parts(self, name: str) -> list[Iterator[np.ndarray]]:
+        """What has to be added to each piece of an array."""
+        return [pieces(part[name]) for part in self._waiting]
 
 
 def _add_next(total: np.ndarray, parts: Iterable[Iterator[np.ndarray]]) -> None:

@@ -10,8 +10,7 @@ Everything else is *frozen*
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -24,9 +23,6 @@ from . import module_state, randomness
 
 Arrays = dict[str, mx.array]
 Spec = dict[str, tuple[tuple[int, ...], str]]
-
-Cuts = Sequence[int]
-"""Where an array is cut: ``[0, 5, 8]`` cuts 8 numbers into 5 and 3."""
 
 PIECE = 2**18
 """Numbers of an array that are worked on at a time, at most."""
@@ -245,27 +241,24 @@ class StackedRow(Mapping[str, mx.array]):
         return self._host[name][self._index]
 
 
-class Unread(Mapping[str, mx.array]):
-    """Arrays that are read one at a time, each when it is asked for.
+class LazyArrays(Mapping[str, mx.array]):
+    """Named arrays that are read one at a time, each when it is asked for.
 
     Args:
         spec (dict): The shape and dtype that each has, by name and in order.
         read (callable): Gives the array of a name.
         pieces (callable, optional): Gives what :func:`pieces` does, without the whole array in
             memory.
-        cuts (callable, optional): Gives the cuts that pieces of a name are had at without a copy.
     """
 
     def __init__(
         self,
         spec: Spec,
         read: Callable[[str], mx.array],
-        pieces: Callable[[str, Cuts], Iterator[np.ndarray]] | None = None,
-        cuts: Callable[[str], Cuts] | None = None,
+        pieces: Callable[[str], Iterator[np.ndarray]] | None = None,
     ):
         self.spec, self._read = spec, read
-        self.pieces = pieces or (lambda name, cuts: cut(to_float32(read(name)), cuts))
-        self.cuts = cuts or (lambda name: even_cuts(math.prod(spec[name][0])))
+        self.pieces = pieces or (lambda name: cut(to_float32(read(name))))
 
     def __getitem__(self, name: str) -> mx.array:
         if name not in self.spec:
@@ -279,30 +272,21 @@ class Unread(Mapping[str, mx.array]):
         return len(self.spec)
 
 
-def cuts(arrays: Mapping[str, mx.array], name: str) -> Cuts:
-    """Where to cut an array into pieces that a core's cache holds.
+def pieces(arrays: Mapping[str, mx.array], name: str) -> Iterator[np.ndarray]:
+    """The values of an array as float32, flat and :data:`PIECE` at a time.
 
-    What is done with a piece then costs little beside reading it from memory or from disk.
+    A core's cache holds a piece: what is done with it costs little beside reading it from memory
+    or from disk.
     """
-    return arrays.cuts(name) if isinstance(arrays, Unread) else even_cuts(arrays[name].size)
+    if isinstance(arrays, LazyArrays):
+        return arrays.pieces(name)
+    return cut(to_float32(arrays[name]))
 
 
-def pieces(arrays: Mapping[str, mx.array], name: str, cuts: Cuts) -> Iterator[np.ndarray]:
-    """An array's values as float32, flat and a piece at a time."""
-    if isinstance(arrays, Unread):
-        return arrays.pieces(name, cuts)
-    return cut(to_float32(arrays[name]), cuts)
-
-
-def even_cuts(size: int) -> Cuts:
-    """The cuts of so many numbers that stand together."""
-    return [*range(0, size, PIECE), size] if size else [0]
-
-
-def cut(values: np.ndarray, cuts: Cuts) -> Iterator[np.ndarray]:
-    """The values of an array that is in memory, flat and a piece at a time."""
+def cut(values: np.ndarray) -> Iterator[np.ndarray]:
+    """The values of an array in memory, flat and :data:`PIECE` at a time."""
     flat = values.reshape(-1)
-    return (flat[start:end] for start, end in pairwise(cuts))
+    return (flat[start : start + PIECE] for start in range(0, flat.size, PIECE))
 
 
 def to_float32(array: mx.array) -> np.ndarray:
@@ -318,15 +302,10 @@ def are_finite(arrays: Iterable[mx.array]) -> bool:
 
 def is_finite(values: np.ndarray, times: float = 1.0) -> bool:
     """Whether no value is infinite or not a number, nor would be ``times`` as large."""
-    if has_finite_squares(values):
-        return True
-    with np.errstate(all="ignore"):
-        return bool(np.isfinite(values * np.float32(times)).all())
-
-
-def has_finite_squares(values: np.ndarray) -> bool:
-    """Whether the sum of squares is finite: then so is each value, times whatever is believed to be
-    a number of examples. It is one pass at the speed of memory."""
     flat = np.ravel(values)
     with np.errstate(all="ignore"):
-        return bool(np.isfinite(np.dot(flat, flat)))
+        # One pass at the speed of memory. Where the sum of squares is finite, so is each value,
+        # times whatever is believed to be a number of examples.
+        if np.isfinite(np.dot(flat, flat)):
+            return True
+        return bool(np.isfinite(flat * np.float32(times)).all())

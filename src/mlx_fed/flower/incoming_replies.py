@@ -110,7 +110,7 @@ class IncomingReply:
             if object_id not in self.missing:
                 return False
             head = content.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER)
-            self._contents[object_id] = spool.put_numbers(content, head)
+            self._contents[object_id] = spool.put(content, head=head)
             self._bytes += len(content)
             self.missing.remove(object_id)
         return True

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from ..arrays import master_weights, weighted_mean, weights
 from ..arrays.spool import records_in
-from ..arrays.weights import Spec, Unread
+from ..arrays.weights import LazyArrays, Spec
 from ..errors import FedError
 from ..training.metrics import Evaluation, is_defined
 from . import messages
@@ -151,9 +151,8 @@ def distance(arrays: Mapping[str, mx.array], others: Mapping[str, mx.array]) -> 
     """The Euclidean norm of a difference, a piece at a time; what ``others`` lack is 0 there."""
     squares = 0.0
     for name in arrays:
-        cuts = weights.cuts(arrays, name)
-        pieces = weights.pieces(arrays, name, cuts)
-        of_others = weights.pieces(others, name, cuts) if name in others else repeat(_ZERO)
+        pieces = weights.pieces(arrays, name)
+        of_others = weights.pieces(others, name) if name in others else repeat(_ZERO)
         with np.errstate(all="ignore"):
             for piece, other in zip(pieces, of_others, strict=False):
                 difference = np.subtract(piece, other, dtype=np.float32)
@@ -163,7 +162,7 @@ def distance(arrays: Mapping[str, mx.array], others: Mapping[str, mx.array]) -> 
 
 def check_arrays(
     record: ArrayRecord, expected: Spec, packed: bool, weight: float, are_statistics: bool = False
-) -> Unread:
+) -> LazyArrays:
     """Checks the arrays in a record, a part at a time, and gives them in the expected order.
 
     Those that are not packed come from mods, which have worked on float32 masters: they are
@@ -176,12 +175,8 @@ def check_arrays(
             master_weights.check_one(name, (stored.shape, stored.dtype), expected)
             places[name] = place
             given[name] = stored.shape, expected[name][1] if packed else stored.dtype
-            dtype = given[name][1]
-            if is_variance := are_statistics and name.endswith(_VARIANCE):
-                pieces = stored.pieces(stored.cuts(), dtype)
-            else:
-                pieces = stored.unseen(dtype)
-            _check_pieces(name, pieces, weight, is_variance)
+            is_variance = are_statistics and name.endswith(_VARIANCE)
+            _check_pieces(name, stored.pieces(given[name][1]), weight, is_variance)
     weights.check(expected, {name: expected[name] for name in places})
     return messages.unread(record, {name: given[name] for name in expected}, places)
 
@@ -198,8 +193,8 @@ def check_values(
     mx.eval(dict(parameters), dict(statistics))
     for arrays, are_statistics in ((parameters, False), (statistics, True)):
         for name in arrays:
-            pieces = weights.pieces(arrays, name, weights.cuts(arrays, name))
-            _check_pieces(name, pieces, weight, are_statistics and name.endswith(_VARIANCE))
+            is_variance = are_statistics and name.endswith(_VARIANCE)
+            _check_pieces(name, weights.pieces(arrays, name), weight, is_variance)
 
 
 def _check_pieces(

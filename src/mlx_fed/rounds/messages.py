@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from ..arrays import safetensors
 from ..arrays.safetensors import Stored
 from ..arrays.spool import Part, WaitingArray, num_bytes, parts_of, records_in
-from ..arrays.weights import Arrays, Spec, Unread, dtype_name
+from ..arrays.weights import Arrays, LazyArrays, Spec, dtype_name
 from ..errors import FedError
 from ..training.metrics import Evaluation
 
@@ -85,7 +85,7 @@ def parts(record: ArrayRecord) -> Iterator[tuple[str, dict[str, Stored]]]:
         yield name, part
 
 
-def unread(record: ArrayRecord, spec: Spec, places: Mapping[str, str]) -> Unread:
+def unread(record: ArrayRecord, spec: Spec, places: Mapping[str, str]) -> LazyArrays:
     """The arrays in a record, read when they are asked for; the part looked at last is kept.
 
     Args:
@@ -102,11 +102,10 @@ def unread(record: ArrayRecord, spec: Spec, places: Mapping[str, str]) -> Unread
             last[place] = _find(place, record[place])
         return last[place][name]
 
-    return Unread(
+    return LazyArrays(
         spec,
         lambda name: find(name).read(spec[name][1]),
-        lambda name, cuts: find(name).pieces(cuts, spec[name][1]),
-        lambda name: find(name).cuts(),
+        lambda name: find(name).pieces(spec[name][1]),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from flwr.app import ArrayRecord, Message
 
 from ..arrays import master_weights, weighted_mean
-from ..arrays.weights import Unread
+from ..arrays.weights import LazyArrays
 from ..errors import RunError, TooFewReplies
 from . import checks, exchange, proportion, strategies
 from .phase import Model, Phase, Run
@@ -211,7 +211,7 @@ def _updates(phase: Phase, outgoing: list[Message], model: Model) -> Iterator[Up
     yield from (update for update in waiting if update.node not in {*large, *heavy})
 
 
-def _fit(phase: Phase, outgoing: list[Message], before: Unread | None) -> Iterator[Update]:
+def _fit(phase: Phase, outgoing: list[Message], before: LazyArrays | None) -> Iterator[Update]:
     """Each update that is fit to count by itself."""
     run = phase.run
     for node, message in phase.exchange(outgoing):

@@ -366,11 +366,7 @@ def _sum(
             failed.append(_failed(place, refused))
     block = weighted_mean.sum_block(number, ((c, u.parameters, u.statistics) for c, u in fit))
     every = (*block.parameters.values(), *block.statistics.values())
-    if all(
-        is_finite(piece)
-        for part in every
-        for piece in weighted_mean.pieces(part, weighted_mean.cuts(part))
-    ):
+    if all(is_finite(piece) for part in every for piece in weighted_mean.pieces(part)):
         return block
     # A sum of finite values may overflow as well: then all of them are fit, and the mean says so.
     good = []
