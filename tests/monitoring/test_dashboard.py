@@ -54,8 +54,8 @@ def test_a_history_is_told_from_where_it_was_left(ask, runs: Path):
     history = History(make_run(runs / "one"))
     first = ask("/api/runs/one").json()
     assert [json.loads(line)["round"] for line in first["lines"]] == [1, 2]
-    assert (first["anew"], first["more"]) == (True, False)
-    path = f"/api/runs/one?start={first['end']}&mark={first['mark']}"
+    assert (first["reset"], first["more"]) == (True, False)
+    path = f"/api/runs/one?start={first['end']}&file_id={first['file_id']}"
     assert ask(path).json()["lines"] == []
     history.add_round({"round": 3})
     history.notify("phase", phase="train", round=4, of=4, nodes=1)
@@ -63,11 +63,11 @@ def test_a_history_is_told_from_where_it_was_left(ask, runs: Path):
         file.write('{"round": 4, "tr')
     news = ask(path).json()
     assert [json.loads(line)["round"] for line in news["lines"]] == [3]
-    assert news["anew"] is False
+    assert news["reset"] is False
     history.go_on_after(1)
-    again = ask(f"/api/runs/one?start={news['end']}&mark={news['mark']}").json()
+    again = ask(f"/api/runs/one?start={news['end']}&file_id={news['file_id']}").json()
     assert [json.loads(line)["round"] for line in again["lines"]] == [1]
-    assert again["anew"] is True
+    assert again["reset"] is True
 
 
 def test_labels_are_told_when_they_have_changed(ask, runs: Path):
@@ -77,9 +77,9 @@ def test_labels_are_told_when_they_have_changed(ask, runs: Path):
     (folder / "labels.json").write_text(json.dumps(found))
     first = ask("/api/runs/one").json()
     assert first["labels"] == found
-    again = ask(f"/api/runs/one?labels={first['labels_mark']}").json()
+    again = ask(f"/api/runs/one?labels={first['labels_version']}").json()
     assert "labels" not in again
-    assert again["labels_mark"] == first["labels_mark"]
+    assert again["labels_version"] == first["labels_version"]
 
 
 def test_a_long_history_comes_in_parts(ask, runs: Path):
@@ -88,9 +88,9 @@ def test_a_long_history_comes_in_parts(ask, runs: Path):
         history.add_round({"round": number, "central": {"sample": "x" * 700_000}})
     told, start, mark, parts = [], 0, "", 0
     while True:
-        news = ask(f"/api/runs/one?start={start}&mark={mark}").json()
+        news = ask(f"/api/runs/one?start={start}&file_id={mark}").json()
         told += [json.loads(line)["round"] for line in news["lines"]]
-        start, mark, parts = news["end"], news["mark"], parts + 1
+        start, mark, parts = news["end"], news["file_id"], parts + 1
         if not news["more"]:
             break
     assert told == [1, 2, 3, 4]
@@ -111,7 +111,7 @@ def test_a_start_is_a_number(ask, runs: Path):
     make_run(runs / "one")
     for start in ("-1", "x", "", "1e3", "9" * 30, "²"):
         assert ask(f"/api/runs/one?start={start}").status_code == 400, start
-    assert ask("/api/runs/one?start=999999").json()["anew"] is True
+    assert ask("/api/runs/one?start=999999").json()["reset"] is True
 
 
 def test_another_name_for_this_machine_is_refused(ask):

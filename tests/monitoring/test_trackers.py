@@ -58,7 +58,10 @@ def test_a_tracker_that_fails_ends_no_run_and_says_so_once(tmp_path: Path, capsy
     assert len(result.rounds) == 3
     assert told == [("start", "run", 3)]
     said = capsys.readouterr().err
-    assert said.count("The tracker 'failing' failed and is asked no more: RuntimeError: no") == 1
+    assert (
+        said.count("The tracker 'failing' failed; the run continues without it: RuntimeError: no")
+        == 1
+    )
     assert "\x1b" not in said
 
 
@@ -87,9 +90,9 @@ def test_wandb_works_offline(tmp_path: Path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("mlflow", "There is no tracker 'mlflow': there are tensorboard, wandb"),
+        ("mlflow", "There is no tracker 'mlflow': choose tensorboard, wandb"),
         ("no_such_module:Own", "cannot be imported"),
-        ("tests.monitoring.test_trackers:No", "Cannot make the tracker"),
+        ("tests.monitoring.test_trackers:No", "Cannot create the tracker"),
     ],
 )
 def test_a_tracker_that_is_not_there(name: str, what: str):

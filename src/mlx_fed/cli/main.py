@@ -145,13 +145,14 @@ def partitions(
     with errors_as_messages():
         from rich.console import Console
 
-        from ..monitoring.label_counts import check_picture, count_labels, draw, show
+        from ..monitoring.label_chart import check_chart_path, draw_chart
+        from ..monitoring.label_counts import count_labels, label_table
         from ..monitoring.loading_bars import show_loading
         from ..task import make_task
         from ..task_settings import check_config
 
         if output:
-            check_picture(output)
+            check_chart_path(output)
         settings = parse_settings(config)
         found = find_task(task)
         made = make_task(found, settings)
@@ -159,10 +160,10 @@ def partitions(
             labels = count_labels(made, num_partitions)
         check_config(settings, made, [found])
         console = Console()
-        console.print(show(labels, console.width))
+        console.print(label_table(labels, console.width))
         if output:
             given = ", ".join(f"{key}={value}" for key, value in settings.items())
-            draw(
+            draw_chart(
                 labels,
                 output,
                 f"{task}, {num_partitions} clients" + (f"\n{given}" if given else ""),

@@ -1,9 +1,8 @@
-"""The page of a folder of runs, served while they go on.
+"""Dashboard: a web page of a folder of runs, served while they run.
 
-It reads run folders and nothing else: the runs do not know of it. It answers on the loopback
-unless told otherwise, only for folders right below the one it was given, and only to browsers
-that asked for this machine by its address or name (DNS rebinding would make another site's page a
-reader of the runs).
+It reads run folders and nothing else. It listens on the loopback address by default, serves only
+folders directly below the given one, and answers only requests whose Host header names this
+machine (against DNS rebinding, by which another site's page would read the runs).
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from ..system.atomic_files import open_plain
 from .page import page, policy
 
 _PAUSE = 1.0
-"""Seconds between two questions of a page."""
-_MOST_RUNS = 500
-_MOST_BYTES = 2**18
-"""Of a history, in one answer: as much as a page takes in without a pause that one sees."""
-_LARGEST = 2**40
-"""Of a history, which is read in pieces."""
+"""Seconds between two requests of a page."""
+_MAX_RUNS = 500
+_MAX_CHUNK = 2**18
+"""Bytes of a history in one response: a page draws them without a visible pause."""
+_MAX_HISTORY = 2**40
+"""Bytes of a history, which is read in chunks."""
 _HEADERS = {
     "Content-Security-Policy": policy() + "; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -55,28 +54,29 @@ _App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
 
 class DashboardError(FedError):
-    """A dashboard that cannot start."""
+    """The dashboard cannot start."""
 
 
 @contextmanager
 def serving(
     folder: Path, host: str = "127.0.0.1", port: int = 8000, insecure: bool = False
 ) -> Iterator[str]:
-    """Serves the page of the runs in a folder from a thread, for as long as the context lasts.
+    """Dashboard of a folder of runs, served from a thread until the context ends.
 
     Args:
-        folder (Path): Where runs are kept; it need not be there yet.
+        folder (Path): The folder of runs; it need not exist yet.
         host (str): The address to listen on.
-        port (int): The port; 0 takes a free one.
-        insecure (bool): Allow addresses beyond this machine: whoever reaches them sees the runs.
+        port (int): The port; 0 is any free port.
+        insecure (bool): Allow other addresses than the loopback: everyone who reaches them can
+            read the runs.
 
     Yields:
-        str: The page's address.
+        str: The page's URL.
 
     Raises:
-        DashboardError: If the port is in use, or the address is not to be had.
+        DashboardError: If the port is in use, or the machine does not have the address.
     """
-    listening = _listening(host, port, insecure)
+    listener = _listen(host, port, insecure)
     config = uvicorn.Config(
         app(folder),
         http=BoundedConnection,
@@ -88,173 +88,173 @@ def serving(
         proxy_headers=False,
         server_header=False,
     )
-    failed = DashboardError("The dashboard's thread ended at its start.")
-    with http.running(Server(config, MOST_OF_PAGE), listening, failed):
-        yield f"http://{address.join(host, listening.getsockname()[1])}/"
+    error = DashboardError("The dashboard's thread ended at its start.")
+    with http.running(Server(config, MOST_OF_PAGE), listener, error):
+        yield f"http://{address.join(host, listener.getsockname()[1])}/"
 
 
 def serve_until_interrupted(folder: Path, host: str, port: int, insecure: bool) -> None:
-    """Serves the page in the foreground, until Ctrl-C.
+    """Serves the dashboard in the foreground, until Ctrl-C.
 
     Raises:
-        FedError: If there is no such folder, or it cannot be served.
+        FedError: If the folder does not exist, or the dashboard cannot start.
     """
-    found = folders.folders(folder)
-    with serving(folder, host, port, insecure) as shown, suppress(KeyboardInterrupt):
-        print(f"Dashboard on {shown} ({len(found)} runs). Ctrl-C ends it.", flush=True)
+    num_runs = len(folders.folders(folder))
+    with serving(folder, host, port, insecure) as url, suppress(KeyboardInterrupt):
+        print(f"Dashboard on {url} ({num_runs} runs). Ctrl-C ends it.", flush=True)
         threading.Event().wait()
 
 
-def _listening(host: str, port: int, insecure: bool) -> socket.socket:
+def _listen(host: str, port: int, insecure: bool) -> socket.socket:
     if not insecure and not address.is_loopback(host):
         raise DashboardError(
-            f"{host} is not this machine only: whoever reaches it could watch the runs. On a "
-            "network that you trust, say --insecure; or forward the port through SSH."
+            f"{host} is not this machine only: everyone who reaches it could read the runs. On a "
+            "network that you trust, add --insecure; or forward the port through SSH."
         )
     try:
         return http.listening(host, port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise DashboardError(
-                f"Port {port} is in use on {host}: end what listens there, or give the dashboard "
-                "another port; 0 takes a free one."
+                f"Port {port} is in use on {host}: end the program that listens there, or give the "
+                "dashboard another port; 0 is any free port."
             ) from error
         raise DashboardError(f"The dashboard cannot listen on {host}:{port}: {error}") from error
 
 
-# -- what it answers -----------------------------------------------------------------------
+# -- requests and responses ----------------------------------------------------------------
 
 
 def app(folder: Path) -> _App:
-    """The ASGI app of a folder of runs."""
+    """ASGI application of the dashboard: the page, the list of runs, and one run."""
     html = page({"live": True, "pause": _PAUSE})
 
     def root(request: Request) -> Response:
         return HTMLResponse(html)
 
-    def index(request: Request) -> Response:
-        found = _runs(folder)[:_MOST_RUNS]
-        return _json({"runs": [{"name": each.name, "state": _state(each)} for each in found]})
+    def list_runs(request: Request) -> Response:
+        paths = _runs(folder)[:_MAX_RUNS]
+        return _json({"runs": [{"name": path.name, "state": _state(path)} for path in paths]})
 
-    def one(request: Request) -> Response:
-        found = _run(folder, request.path_params["name"])
-        if found is None:
+    def show_run(request: Request) -> Response:
+        path = _run(folder, request.path_params["name"])
+        if path is None:
             return _json({"error": "no such run"}, 404)
         query = request.query_params
         start = query.get("start", "0")
         if not start.isascii() or not start.isdecimal() or len(start) > 18:
             return _json({"error": "start is a number of bytes"}, 400)
+        file_id, version = query.get("file_id", ""), query.get("labels", "")
         try:
-            return _json(_news(found, int(start), query.get("mark", ""), query.get("labels", "")))
-        except OSError as error:  # removed meanwhile, or not to be read
+            return _json(_changes(path, int(start), file_id, version))
+        except OSError as error:  # removed in the meantime, or not readable
             return _json({"error": error.strerror}, 404)
 
-    routes = [Route("/", root), Route("/api/runs", index), Route("/api/runs/{name}", one)]
+    routes = [
+        Route("/", root),
+        Route("/api/runs", list_runs),
+        Route("/api/runs/{name}", show_run),
+    ]
     return _for_this_machine(Starlette(routes=routes))
 
 
 def _runs(folder: Path) -> list[Path]:
-    """The folder's runs, without what only a link puts there."""
+    """The runs in a folder, symbolic links excluded."""
     try:
-        found = folders.folders(folder)
+        return [path for path in folders.folders(folder) if not path.is_symlink()]
     except (folders.RunsError, OSError):
         return []
-    return [each for each in found if not each.is_symlink()]
 
 
 def _run(folder: Path, name: str) -> Path | None:
     """The run of that name among :func:`_runs`."""
     try:
-        if name not in {each.name for each in folder.iterdir()}:  # none leads elsewhere
+        if name not in {path.name for path in folder.iterdir()}:  # such as "..", which leads out
             return None
     except OSError:
         return None
-    found = folder / name
-    return found if folders.is_run(found) and not found.is_symlink() else None
+    path = folder / name
+    return path if folders.is_run(path) and not path.is_symlink() else None
 
 
 def _state(folder: Path) -> str:
     return str(status.read(folder).get("state", "recorded"))
 
 
-def _news(folder: Path, start: int, mark: str, labels_mark: str) -> dict[str, Any]:
-    """What a run's folder tells, and its history from the byte ``start`` on.
+def _changes(folder: Path, start: int, file_id: str, labels_version: str) -> dict[str, Any]:
+    """A run's settings and status, its history from the byte ``start`` on, and its labels if their
+    version is another than ``labels_version``.
 
-    A history that was written anew (the run was resumed) has another ``mark``, and is then told
-    from its beginning. Labels are told where they have changed since ``labels_mark``.
+    A resumed run has a new history file: its ``file_id`` differs, and the history is sent from its
+    first byte (``reset``).
     """
-    known = folders.about(folder)
-    labels_now = labels.changed(folder)
-    if labels_now != labels_mark:
-        known["labels"] = labels.read(folder)
-    path = folder / "history.jsonl"
-    lines: list[bytes] = []
-    end, more = 0, False
-    now = ""
-    if path.exists():
-        with open_plain(path, _LARGEST) as file:
-            now = f"{os.fstat(file.fileno()).st_ino}"
-            size = file.seek(0, 2)
-            anew = mark != now or start > size
-            end = 0 if anew else start
-            file.seek(end)
-            chunk = file.read(_MOST_BYTES)
-            if b"\n" not in chunk:
-                chunk += file.readline()
-            whole = chunk.rfind(b"\n") + 1
-            more = end + whole < size and whole > 0
-            if not whole and known["status"].get("state") not in ("running", "waiting"):
-                whole = len(chunk)  # a last line that nobody will complete
-            lines = chunk[:whole].splitlines()
-            end += whole
-    else:
-        anew = start > 0
+    changes = folders.about(folder)
+    changes["labels_version"] = labels.changed(folder)
+    if changes["labels_version"] != labels_version:
+        changes["labels"] = labels.read(folder)
+    is_active = changes["status"].get("state") in ("running", "waiting")
+    return changes | _read_history(folder / "history.jsonl", start, file_id, is_active)
+
+
+def _read_history(path: Path, start: int, file_id: str, is_active: bool) -> dict[str, Any]:
+    """Complete lines of a history from the byte ``start`` on, at most :data:`_MAX_CHUNK` bytes or
+    one line."""
+    if not path.exists():
+        return {"lines": [], "end": 0, "more": False, "reset": start > 0, "file_id": ""}
+    with open_plain(path, _MAX_HISTORY) as file:
+        inode = str(os.fstat(file.fileno()).st_ino)
+        size = file.seek(0, 2)
+        reset = file_id != inode or start > size
+        start = 0 if reset else start
+        file.seek(start)
+        chunk = file.read(_MAX_CHUNK)
+        if b"\n" not in chunk:
+            chunk += file.readline()
+    length = chunk.rfind(b"\n") + 1
+    if not length and not is_active:
+        length = len(chunk)  # a last line that no process will complete
     return {
-        **known,
-        "lines": [line.decode("utf-8", "replace") for line in lines],
-        "end": end,
-        "more": more,
-        "anew": anew,
-        "mark": now,
-        "labels_mark": labels_now,
+        "lines": [line.decode("utf-8", "replace") for line in chunk[:length].splitlines()],
+        "end": start + length,
+        "more": length > 0 and start + length < size,
+        "reset": reset,
+        "file_id": inode,
     }
 
 
-def _json(value: Any, code: int = 200) -> Response:
-    return Response(round_record.to_json(value), code, media_type="application/json")
+def _json(value: Any, status_code: int = 200) -> Response:
+    return Response(round_record.to_json(value), status_code, media_type="application/json")
 
 
 def _for_this_machine(inner: _App) -> _App:
-    """Refuses requests by another machine's name, and adds what keeps a browser strict."""
+    """ASGI middleware that refuses other Host headers and adds the security headers."""
+    headers = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
 
-    async def answer(scope: _Scope, receive: _Receive, send: _Send) -> None:
+    async def respond(scope: _Scope, receive: _Receive, send: _Send) -> None:
         if scope["type"] != "http":
             return
 
-        async def send_strict(message: MutableMapping[str, Any]) -> None:
+        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                strict = [(k.lower().encode(), v.encode()) for k, v in _HEADERS.items()]
-                message["headers"] = [*message.get("headers", ()), *strict]
+                message["headers"] = [*message.get("headers", ()), *headers]
             await send(message)
 
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        if not _is_ours(host):
-            refusal = Response("This dashboard is asked for by an address of its machine.", 421)
-            await refusal(scope, receive, send_strict)
-            return
-        await inner(scope, receive, send_strict)
+        text = "The Host header has to be an address or a name of the dashboard's machine."
+        app = inner if _is_this_machine(host) else Response(text, 421)
+        await app(scope, receive, send_with_headers)
 
-    return answer
+    return respond
 
 
-def _is_ours(host: str) -> bool:
-    """Whether a Host header names this machine: an address, which no other site's name is, or a
-    name that it has itself."""
+def _is_this_machine(host: str) -> bool:
+    """Whether a Host header is an IP address, which is no other site's name, or a name of this
+    machine."""
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
     name = name.strip("[]").lower()
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        own = platform.node().lower()
-        return name in ("localhost", own, f"{own.removesuffix('.local')}.local")
+        node = platform.node().lower()
+        return name in ("localhost", node, f"{node.removesuffix('.local')}.local")
     return True

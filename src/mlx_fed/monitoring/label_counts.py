@@ -1,12 +1,7 @@
-"""Which labels each client holds, as a table in the terminal and as a picture."""
+"""Counts of labels by client, and their table in the terminal."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from html import escape
-from io import StringIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,21 +12,21 @@ from ..system.loading import loading
 from ..task import Task
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from rich.console import RenderableType
     from rich.table import Table
 
-PICTURES = (".png", ".svg", ".html")
-_MOST_ROWS = 40
-_MOST_COLUMNS = 1000
+MAX_ROWS = 40
+"""Clients with a row each; of more clients there is a summary."""
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 
 
-class Labels(NamedTuple):
-    """Counts of labels, with a row for each client.
+class LabelCounts(NamedTuple):
+    """Number of examples by client and label.
 
-    ``classes`` has shape (classes,), ``train`` and ``test`` (clients, classes).
+    Attributes:
+        classes (array): The labels, of shape (classes,).
+        train (array): Counts of training examples, of shape (clients, classes).
+        test (array): Counts of held-out examples, of the same shape.
     """
 
     classes: np.ndarray
@@ -43,31 +38,31 @@ class Labels(NamedTuple):
         return self.train + self.test
 
 
-def count_labels(task: Task, num_partitions: int) -> Labels:
-    """The labels of each client of a task: integers, in the last array of its data.
+def count_labels(task: Task, num_partitions: int) -> LabelCounts:
+    """Label counts of each client of a task: integers in the last array of its data.
 
     Args:
-        task (Task): Its data are arrays.
-        num_partitions (int): Clients to ask it for.
+        task (Task): A task whose data are arrays.
+        num_partitions (int): Number of clients.
 
     Raises:
-        FedError: If a client has no data, or its data has no labels to show.
+        FedError: If a client has no data, or its data has no labels.
     """
-    counted = []
+    rows = []
     with loading("Counting labels", num_partitions, "clients") as progress:
         for client in range(num_partitions):
-            counted.append(_count(task, client, num_partitions))
+            rows.append(_count(task, client, num_partitions))
             progress.reached(client + 1)
-    classes = np.unique(np.concatenate([found for row in counted for found, _ in row]))
+    classes = np.unique(np.concatenate([labels for row in rows for labels, _ in row]))
     counts = np.zeros((2, num_partitions, len(classes)), np.int64)
-    for client, row in enumerate(counted):
-        for split, (found, number) in enumerate(row):
-            counts[split, client, np.searchsorted(classes, found)] = number
-    return Labels(classes, *counts)
+    for client, row in enumerate(rows):
+        for split, (labels, numbers) in enumerate(row):
+            counts[split, client, np.searchsorted(classes, labels)] = numbers
+    return LabelCounts(classes, *counts)
 
 
 def _count(task: Task, client: int, num_partitions: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The labels that a client has and how many of each, of its two splits."""
+    """The labels of a client and their counts, of the training split and the held-out one."""
     try:
         data = task.data(client, num_partitions)
     except FedError:
@@ -80,8 +75,8 @@ def _count(task: Task, client: int, num_partitions: int) -> list[tuple[np.ndarra
     train = _labels(data.train, client, num_partitions)
     if not len(train):
         raise FedError(
-            f"Partition {client} of {num_partitions} has no examples to train on: use fewer "
-            "partitions, or spread the examples more evenly."
+            f"Partition {client} of {num_partitions} has no training examples: use fewer "
+            "partitions or a more even partitioner."
         )
     test = _labels(data.test, client, num_partitions) if data.test is not None else train[:0]
     return [np.unique(split, return_counts=True) for split in (train, test)]
@@ -102,17 +97,17 @@ def _labels(split: Any, client: int, num_partitions: int) -> np.ndarray:
     return labels
 
 
-def show(labels: Labels, width: int) -> RenderableType:
-    """A table with a row for each client, or a summary of many.
+def label_table(labels: LabelCounts, width: int) -> RenderableType:
+    """Table with a row for each client, or a summary where there are many.
 
     Args:
-        labels (Labels): What :func:`count_labels` found.
-        width (int): Characters that there is room for.
+        labels (LabelCounts): Counts from :func:`count_labels`.
+        width (int): Characters of a line.
     """
-    return _summary(labels) if len(labels.counts) > _MOST_ROWS else _rows(labels, width)
+    return _summary(labels) if len(labels.counts) > MAX_ROWS else _rows(labels, width)
 
 
-def _rows(labels: Labels, width: int) -> Table:
+def _rows(labels: LabelCounts, width: int) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, collapse_padding=True)
@@ -140,7 +135,7 @@ def _rows(labels: Labels, width: int) -> Table:
 
 
 def _numbers(row: np.ndarray) -> list[str]:
-    """Counts, the largest share of the client's the brightest."""
+    """Counts as text; those of at least 30 % of the client's examples are bold."""
     styles = np.select([row == 0, row * 10 >= row.sum() * 3], ["dim", "bold cyan"], "default")
     return [
         f"[{style}]{number or '·'}[/]" for style, number in zip(styles, row.tolist(), strict=True)
@@ -148,149 +143,31 @@ def _numbers(row: np.ndarray) -> list[str]:
 
 
 def _heights(row: np.ndarray) -> str:
-    """A character for each class, as high as its count beside the client's largest."""
+    """A bar character for each class, relative to the client's largest count."""
     heights = np.ceil(row / max(row.max(), 1) * len(_HEIGHTS)).astype(int)
     return "".join(_HEIGHTS[height - 1] if height else "·" for height in heights)
 
 
-def _summary(labels: Labels) -> Table:
+def _summary(labels: LabelCounts) -> Table:
     from rich.table import Table
 
     counts = labels.counts
     sizes = counts.sum(axis=1)
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for name in (f"of {len(sizes)} clients", "least", "median", "most"):
+    for name in (f"of {len(sizes)} clients", "minimum", "median", "maximum"):
         table.add_column(name, justify="left" if name.startswith("of") else "right")
     rows = {
         "examples": sizes,
-        "  to train on": labels.train.sum(axis=1),
-        "  held out": labels.test.sum(axis=1),
+        "  training": labels.train.sum(axis=1),
+        "  held-out": labels.test.sum(axis=1),
         f"classes, of {len(labels.classes)}": np.count_nonzero(counts, axis=1),
         "share of the largest class": 100 * counts.max(axis=1) / sizes,
+        "clients that have a class": np.count_nonzero(counts, axis=0),
     }
     for name, values in rows.items():
         unit = " %" if name.startswith("share") else ""
-        three = (values.min(), np.median(values), values.max())
-        table.add_row(name, *(f"{value:,.0f}{unit}" for value in three))
-    held = np.count_nonzero(counts, axis=0)
-    table.add_row(
-        "clients that have a class",
-        *(f"{value:,.0f}" for value in (held.min(), np.median(held), held.max())),
-    )
+        quantiles = (values.min(), np.median(values), values.max())
+        table.add_row(name, *(f"{value:,.0f}{unit}" for value in quantiles))
     table.add_section()
-    table.add_row("examples in all", "", "", f"{sizes.sum():,}", style="bold")
+    table.add_row("all examples", "", "", f"{sizes.sum():,}", style="bold")
     return table
-
-
-def check_picture(path: Path) -> None:
-    """Refuses a picture that could not be written, before any work is done.
-
-    Raises:
-        FedError: If the file's ending or folder will not do.
-    """
-    if path.suffix.lower() not in PICTURES:
-        raise FedError(f"Cannot draw {str(path)!r}: its name must end in {', '.join(PICTURES)}.")
-    if not path.parent.is_dir():
-        raise FedError(f"Cannot draw {str(path)!r}: there is no folder {str(path.parent)!r}.")
-
-
-def draw(labels: Labels, path: Path, title: str) -> None:
-    """Writes a picture of the labels by client: PNG, SVG, or a page of HTML with an SVG.
-
-    Raises:
-        FedError: If it cannot be written.
-    """
-    check_picture(path)
-    figure = _figure(labels, title)
-    try:
-        if path.suffix.lower() != ".html":
-            figure.savefig(path, dpi=150)
-            return
-        svg = StringIO()
-        figure.savefig(svg, format="svg")
-        drawing = svg.getvalue()
-        path.write_text(
-            f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-            f"<title>{escape(title)}</title>\n"
-            "<style>body { margin: 2em } svg { max-width: 100%; height: auto }</style>\n"
-            f"{drawing[drawing.index('<svg') :]}</html>\n"
-        )
-    except OSError as error:
-        raise FedError(f"Cannot write {str(path)!r}: {error.strerror}.") from error
-
-
-def _figure(labels: Labels, title: str) -> Figure:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FedError('Pictures need matplotlib: pip install "mlx-fed[datasets]".') from error
-    classes = len(labels.classes)
-    palette = "tab10" if classes <= 10 else "tab20" if classes <= 20 else "turbo"
-    steps = np.arange(classes) if palette != "turbo" else np.linspace(0, 1, classes)
-    colours = matplotlib.colormaps[palette](steps)
-    if len(labels.counts) <= _MOST_ROWS:
-        height = 1.7 + max(0.28 * len(labels.counts), 0.21 * min(classes, 20))
-        figure = Figure(figsize=(10, height), layout="constrained")
-        _bars(figure.add_subplot(), labels, colours)
-    else:
-        figure = Figure(figsize=(10, 3.2 + 0.28 * min(classes, 40)), layout="constrained")
-        ratios = (1.5, 0.28 * min(classes, 40))
-        _strips(figure.subplots(2, sharex=True, height_ratios=ratios), labels, colours)
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
-
-
-def _bars(axes: Axes, labels: Labels, colours: np.ndarray) -> None:
-    """A bar for each client, with a piece for each class."""
-    clients = range(len(labels.counts))
-    ends = np.cumsum(labels.counts, axis=1)
-    for index, label in enumerate(labels.classes):
-        sizes = labels.counts[:, index]
-        left, colour = ends[:, index] - sizes, colours[index]
-        axes.barh(clients, sizes, left=left, height=0.8, color=colour, label=str(label))
-    axes.set(xlabel="examples", ylabel="client", ylim=(len(clients) - 0.5, -0.5))
-    axes.set_yticks(clients)
-    axes.spines[["top", "right"]].set_visible(False)
-    handles, names = axes.get_legend_handles_labels()
-    shown = range(0, len(names), math.ceil(len(names) / 20))
-    axes.legend(
-        [handles[index] for index in shown],
-        [names[index] for index in shown],
-        title="label",
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),
-        frameon=False,
-        handlelength=1,
-        handleheight=1,
-    )
-
-
-def _strips(panels: Sequence[Axes], labels: Labels, colours: np.ndarray) -> None:
-    """The sizes of many clients, and for each class a strip that is dark where it prevails."""
-    above, below = panels
-    sizes = labels.counts.sum(axis=1)
-    edges = np.arange(len(sizes) + 1) - 0.5
-    above.stairs(sizes, edges, fill=True, color="0.55", linewidth=0)
-    above.set(ylabel="examples", ylim=(0, None))
-    above.spines[["top", "right"]].set_visible(False)
-    columns = min(len(sizes), _MOST_COLUMNS)
-    starts = np.arange(columns) * len(sizes) // columns  # neighbours share one where there are more
-    shares = np.add.reduceat(labels.counts / sizes[:, None], starts).T
-    shares = shares / np.diff([*starts, len(sizes)])
-    strips = np.repeat(colours[:, None], columns, axis=1)
-    strips[..., 3] = np.sqrt(shares / shares.max())  # the eye tells little from nothing
-    extent = (edges[0], edges[-1], len(labels.classes) - 0.5, -0.5)
-    below.imshow(strips, aspect="auto", interpolation="nearest", extent=extent)
-    below.set(xlabel="client", ylabel="label", xlim=(edges[0], edges[-1]))
-    below.set_title(
-        "the darker, the larger the label's share of the client's examples",
-        loc="left",
-        fontsize="small",
-        color="0.35",
-    )
-    shown = range(0, len(labels.classes), math.ceil(len(labels.classes) / 40))
-    below.set_yticks(shown, [str(labels.classes[index]) for index in shown])
-    below.tick_params(length=0)
-    for axis in (above, below):
-        axis.locator_params(axis="x", integer=True)

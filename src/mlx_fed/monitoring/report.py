@@ -1,4 +1,4 @@
-"""Runs as one HTML file, which needs nothing beside it."""
+"""Report: runs as one HTML file without other files."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ..runs import folders, round_record
 from .page import page
 
 
-def report(found: Sequence[folders.Recorded]) -> str:
-    """The page of runs, laid over each other, as HTML."""
+def report(runs: Sequence[folders.Recorded]) -> str:
+    """HTML page with the curves of several runs in the same charts."""
     return page(
         {
             "live": False,
-            "runs": [_inlined(run) for run in found],
+            "runs": [_data(run) for run in runs],
             "time": time.time(),
             "version": __version__,
         }
     )
 
 
-def _inlined(run: folders.Recorded) -> dict[str, Any]:
-    known = folders.as_plain(run)
-    return {**known, "rounds": None, "lines": [round_record.to_line(each) for each in run.rounds]}
+def _data(run: folders.Recorded) -> dict[str, Any]:
+    lines = [round_record.to_line(record) for record in run.rounds]
+    return {**folders.as_plain(run), "rounds": None, "lines": lines}

@@ -162,8 +162,8 @@ class ServerTerminal(TerminalOutput):
         self.failures.clear()
         phases = Counter(failure["phase"] for failure in record.get("refused", ()))
         for phase, count in phases.items():
-            if rest := count - num_lines.get(phase, 0):
-                line = f"{rest} more left out of {phase}: the reasons are in history.jsonl"
+            if difference := count - num_lines.get(phase, 0):
+                line = f"{difference} more left out of {phase}: the reasons are in history.jsonl"
                 print_line(self.console, line, STYLES["failed"])
 
     def _summary(self) -> str:

@@ -1,7 +1,7 @@
-"""Trackers that people have already: TensorBoard, Weights & Biases, or one of their own.
+"""Experiment trackers: TensorBoard, Weights & Biases, or the user's.
 
-A tracker has three methods and reads what the run's history has. One that fails never ends a run:
-it is told of once, and asked no more.
+A tracker has three methods. An exception of a tracker does not end the run: it is printed once, and
+the tracker is not called again.
 """
 
 from __future__ import annotations
@@ -14,31 +14,32 @@ from typing import Any, Protocol
 
 from ..errors import FedError
 from ..runs.round_record import figures
+from .output import print_failure
 
 
 class Tracker(Protocol):
-    """What a run is logged to."""
+    """Protocol of an experiment tracker."""
 
     def start(self, name: str, folder: Path, settings: dict[str, Any]) -> None:
-        """The run begins, or goes on: its name, its folder, and its settings as plain values."""
+        """Called when the run starts or resumes, with its settings as plain values."""
 
     def log(self, number: int, figures: Mapping[str, float]) -> None:
-        """A round is over; its numbers by flat names, such as ``evaluate/accuracy``."""
+        """Called after a round, with its figures by flat names, such as ``evaluate/accuracy``."""
 
     def finish(self) -> None:
-        """The run is over, whatever became of it."""
+        """Called when the run has ended, also if it failed."""
 
 
 class TensorBoard:
-    """Writes event files to ``tensorboard/`` in the run's folder, for ``tensorboard --logdir``."""
+    """TensorBoard event files in ``tensorboard/`` in the run's folder."""
 
     def __init__(self) -> None:
         from tensorboardX import SummaryWriter
 
-        self.make = SummaryWriter
+        self.writer_type = SummaryWriter
 
     def start(self, name: str, folder: Path, settings: dict[str, Any]) -> None:
-        self.writer = self.make(str(folder / "tensorboard"))
+        self.writer = self.writer_type(str(folder / "tensorboard"))
         text = "\n".join(f"    {key}: {value}" for key, value in settings.items())
         self.writer.add_text("settings", text)
 
@@ -52,9 +53,9 @@ class TensorBoard:
 
 
 class WandB:
-    """Logs to Weights & Biases, or to the run's folder with ``WANDB_MODE=offline``.
+    """Weights & Biases, in the project ``WANDB_PROJECT`` or ``mlx-fed``.
 
-    The project is ``WANDB_PROJECT`` or ``mlx-fed``.
+    With ``WANDB_MODE=offline`` it logs to the run's folder.
     """
 
     def __init__(self) -> None:
@@ -77,40 +78,40 @@ class WandB:
         self.run.finish()
 
 
-_KNOWN: dict[str, Callable[[], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+_TRACKERS: dict[str, Callable[[], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def find_tracker(name: str) -> Tracker:
-    """A tracker by its name, or ``module:tracker``: one, or what makes one.
+    """A tracker by its name, or ``module:tracker``, which is an instance or a function or class.
 
     Raises:
-        FedError: If there is none of that name, or its package is not installed.
+        FedError: If there is no such tracker, or its package is not installed.
     """
     module, colon, attribute = name.partition(":")
-    if not colon and name not in _KNOWN:
+    if not colon and name not in _TRACKERS:
         raise FedError(
-            f"There is no tracker {name!r}: there are {', '.join(_KNOWN)}, and MODULE:TRACKER of "
-            "your own."
+            f"There is no tracker {name!r}: choose {', '.join(_TRACKERS)} or MODULE:TRACKER."
         )
     try:
         if not colon:
-            return _KNOWN[name]()
+            return _TRACKERS[name]()
         sys.path.insert(0, str(Path.cwd()))
-        made = getattr(import_module(module), attribute)
-        return made if hasattr(made, "log") and not isinstance(made, type) else made()
+        tracker = getattr(import_module(module), attribute)
+        is_instance = hasattr(tracker, "log") and not isinstance(tracker, type)
+        return tracker if is_instance else tracker()
     except ImportError as error:
-        hint = f'pip install "mlx-fed[{name}]"' if not colon else "look at the name"
+        hint = "check the name" if colon else f'pip install "mlx-fed[{name}]"'
         raise FedError(f"The tracker {name!r} cannot be imported ({error}): {hint}.") from error
     except Exception as error:
-        raise FedError(f"Cannot make the tracker {name!r}: {error!r}") from error
+        raise FedError(f"Cannot create the tracker {name!r}: {error!r}") from error
 
 
 class Tracking:
-    """Listens to a run and logs it to a tracker, for as long as that works.
+    """Listener that logs a run to a tracker, until the tracker's first exception.
 
     Args:
-        name (str): What the tracker is called in a message.
-        tracker (Tracker): Where to.
+        name (str): The tracker's name in messages.
+        tracker (Tracker): The tracker.
     """
 
     def __init__(self, name: str, tracker: Tracker):
@@ -122,22 +123,21 @@ class Tracking:
         if event == "started":
             self.started = True
             folder = Path(fields["folder"])
-            self._ask(lambda to: to.start(folder.resolve().name, folder, fields["settings"]))
+            name, settings = folder.resolve().name, fields["settings"]
+            self._call(lambda tracker: tracker.start(name, folder, settings))
         elif event == "round":
-            self._ask(lambda to: to.log(fields["round"], figures(fields)))
+            self._call(lambda tracker: tracker.log(fields["round"], figures(fields)))
 
     def close(self) -> None:
-        """Tells the tracker that the run is over."""
+        """Tells the tracker that the run has ended."""
         if self.started:
-            self._ask(lambda to: to.finish())
+            self._call(lambda tracker: tracker.finish())
 
-    def _ask(self, what: Callable[[Tracker], None]) -> None:
+    def _call(self, method: Callable[[Tracker], None]) -> None:
         if self.tracker is None:
             return
         try:
-            what(self.tracker)
+            method(self.tracker)
         except Exception as error:
             self.tracker = None
-            from .output import print_failure
-
-            print_failure(f"The tracker {self.name!r} failed and is asked no more", error)
+            print_failure(f"The tracker {self.name!r} failed; the run continues without it", error)

@@ -1,7 +1,7 @@
-"""The page that shows runs, in one file: its own style and scripts, and none from elsewhere.
+"""HTML page of runs, in one file with its style and scripts, for the dashboard and the report.
 
-The charts are drawn by uPlot (MIT, see uPlot.LICENSE): 50 kB, no dependency, and quick with a
-hundred thousand points. What nodes send reaches the page as JSON and is only ever set as text.
+uPlot draws the charts (MIT, see uPlot.LICENSE): 50 kB, no dependency, fast with a hundred thousand
+points. Data from nodes is JSON in the page, and the scripts insert it as text only.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ _SCRIPTS = (
 
 
 def page(data: dict[str, Any]) -> str:
-    """The page with its data.
+    """The page as HTML.
 
     Args:
-        data (dict): ``live`` with ``pause``, the seconds between two questions to the server that
-            the page came from; or ``runs``, ``time`` and ``version``.
+        data (dict): Of the dashboard ``live`` and ``pause``, the seconds between two requests; of
+            a report ``runs``, ``time`` and ``version``.
     """
     style = "\n".join(map(_text, _STYLES))
     scripts = [_text(name) for name in _SCRIPTS]
     text = _text("page.html")
-    parts = {
+    elements = {
         "style": f"<style>{style}</style>",
         "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
         "policy": f'<meta http-equiv="Content-Security-Policy" content="{policy()}">',
-        # Nothing in a script's element ends it but "</script", nor begins a comment but "<!--".
+        # Without "<" the data cannot end its script element ("</script") or start a comment.
         "data": round_record.to_json(data).replace("<", "\\u003c"),
     }
-    for name, part in parts.items():
-        before, mark, after = text.partition(f"<!-- {name} -->")
-        assert mark, name
-        text = before + part + after
+    for name, element in elements.items():
+        comment = f"<!-- {name} -->"
+        assert comment in text, name
+        text = text.replace(comment, element, 1)
     return text
 
 
 def policy() -> str:
-    """The Content-Security-Policy: these scripts and this style, and no other server."""
+    """Content-Security-Policy that allows the page's scripts and style only, by their hashes."""
     scripts = " ".join(_hash(_text(name)) for name in _SCRIPTS)
     style = _hash("\n".join(map(_text, _STYLES)))
     return (

@@ -245,18 +245,18 @@ async function list() {
 async function follow(run) {
   let changed = false;
   for (let more = true; more;) {
-    const path = `api/runs/${encodeURIComponent(run.name)}?start=${run.offset}&mark=${encodeURIComponent(run.mark || "")}&labels=${encodeURIComponent(run.labelsMark || "")}`;
+    const path = `api/runs/${encodeURIComponent(run.name)}?start=${run.offset}&file_id=${encodeURIComponent(run.fileId || "")}&labels=${encodeURIComponent(run.labelsVersion || "")}`;
     const about = await ask(path);
     if (!about) return changed;
-    if (about.anew) { run.clear(); changed = true; }
-    const said = JSON.stringify([about.status, about.settings, about.checkpoints, about.labels_mark]);
+    if (about.reset) { run.clear(); changed = true; }
+    const said = JSON.stringify([about.status, about.settings, about.checkpoints, about.labels_version]);
     if (said !== run.said || about.lines.length) changed = true;
     run.said = said;
     takeAbout(run, about);
     for (const line of about.lines) run.take(line);
     run.offset = about.end;
-    run.mark = about.mark;
-    run.labelsMark = about.labels_mark;
+    run.fileId = about.file_id;
+    run.labelsVersion = about.labels_version;
     more = about.more;
   }
   return changed;
