@@ -439,7 +439,7 @@ def test_ctrl_c_twice(start, tmp_path):
         assert "Traceback" not in process.text
 
 
-@pytest.mark.parametrize("command", ["server.py", "fleet_client.py"])
+@pytest.mark.parametrize("command", ["server.py", "client.py"])
 def test_ctrl_c_while_a_command_starts(start, tmp_path, command):
     late = tmp_path / "flwr" / "app"
     late.mkdir(parents=True)
@@ -448,7 +448,7 @@ def test_ctrl_c_while_a_command_starts(start, tmp_path, command):
     )
     process = start(
         command,
-        *(["--node-id", 0] if command == "fleet_client.py" else []),
+        *(["--node-id", 0] if command == "client.py" else []),
         PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT / "src"), str(ROOT)]),
     )
     process.line("importing")

@@ -16,7 +16,7 @@ def test_a_server_makes_room_for_its_connections(soft, hard, raised, most):
         f"""
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
-from mlx_fed.fleet import connections
+from mlx_fed.flower import connections
 connections.MOST = 300
 most = connections.make_room()
 print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], most)

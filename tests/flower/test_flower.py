@@ -71,7 +71,7 @@ class Fleet:
 
     def node(self) -> FleetClient:
         client = FleetClient("127.0.0.1", self.port)
-        fleet_client.register()
+        client.register()
         self.clients.append(client)
         return client
 
