@@ -208,7 +208,7 @@ def our_average(megabytes: int, replies: int) -> dict[str, float]:
     """
     from mlx_fed.rounds import checks, messages
     from mlx_fed.system import memory
-    from mlx_fed.arrays import spool, weighted_mean, weights
+    from mlx_fed.arrays import named_arrays, spool, weighted_mean
 
     memory.keep_what_is_freed()
     seconds = dict.fromkeys(("checked", "summed"), 0.0)
@@ -219,15 +219,15 @@ def our_average(megabytes: int, replies: int) -> dict[str, float]:
             data, parts = array.data, []
             for start in range(0, len(data), _CHUNK):
                 chunk = data[start : start + _CHUNK]
-                parts.append(spool.Part(place.put(chunk)))
-            return spool.WaitingArray(array.dtype, array.shape, array.stype, tuple(parts))
+                parts.append(spool.Segment(place.put(chunk)))
+            return spool.SegmentedArray(array.dtype, array.shape, array.stype, tuple(parts))
 
         came = []
         for arrays in _sent(megabytes, replies):
             named = {str(n): mx.array(array) for n, array in enumerate(arrays)}
             record = messages.pack(named)
             came.append(ArrayRecord({name: waiting(array) for name, array in record.items()}))
-        spec = weights.spec(named)
+        spec = named_arrays.spec(named)
         for _ in range(2):  # the memory that a run takes in its first round serves in all
             began = time.perf_counter()
             fit = [checks.check_arrays(record, spec, True, 1.0) for record in came]

@@ -17,8 +17,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from .arrays import master_weights
-from .arrays.spool import records_in
-from .arrays.weights import Arrays
+from .arrays.flower_records import records_in
+from .arrays.named_arrays import Arrays
 from .errors import FedError
 from .flower.error_replies import error_reply
 from .rounds import client_state, messages, privacy

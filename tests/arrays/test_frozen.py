@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_fed.arrays import frozen, weights
 from mlx_fed.rounds.checkpoint import CheckpointError
 from mlx_fed.errors import SimulationError
-from mlx_fed.arrays.frozen import difference, identities
+from mlx_fed.arrays.frozen import difference, digest_arrays
 from mlx_fed.training.trainer import Trainer
 
 from ..simulated import simulate
@@ -71,8 +71,8 @@ ARRAYS = {
 @pytest.mark.parametrize("whole", [frozen.WHOLE, 0], ids=["whole", "sampled"])
 def test_the_first_array_that_differs_is_named(whole: int, monkeypatch):
     monkeypatch.setattr(frozen, "WHOLE", whole)
-    expected = identities(dict(ARRAYS))
-    assert difference(expected, identities(dict(ARRAYS))) is None
+    expected = digest_arrays(dict(ARRAYS))
+    assert difference(expected, digest_arrays(dict(ARRAYS))) is None
     for name, array in ARRAYS.items():
         if array.size:
             for at in (0, array.size - 1):
@@ -80,46 +80,46 @@ def test_the_first_array_that_differs_is_named(whole: int, monkeypatch):
                 step = ~flat[at] if array.dtype == mx.bool_ else flat[at] + 1
                 flat[at] = 7 if mx.isinf(flat[at]).item() else step
                 other = {**ARRAYS, name: flat.reshape(array.shape)}
-                found = difference(expected, identities(other))
+                found = difference(expected, digest_arrays(other))
                 assert found.name == name
                 assert "other values" in found.reason
     other = {**ARRAYS, "float32": mx.zeros((5, 8)), "bool": mx.zeros((1,))}
-    found = difference(expected, identities(other))
+    found = difference(expected, digest_arrays(other))
     assert str(found) == "frozen array 'float32' is float32 [5, 8], expected float32 [8, 5]"
     fewer = {name: array for name, array in ARRAYS.items() if name != "uint32"}
-    assert str(difference(expected, identities(fewer))) == "frozen array 'uint32' is missing"
-    found = difference(expected, identities({**ARRAYS, "more": mx.zeros(1)}))
+    assert str(difference(expected, digest_arrays(fewer))) == "frozen array 'uint32' is missing"
+    found = difference(expected, digest_arrays({**ARRAYS, "more": mx.zeros(1)}))
     assert str(found) == "frozen array 'more' is not one of the expected"
 
 
 @pytest.mark.parametrize("at", [0, 2**19 + 3, 2**20 - 1])
 def test_every_value_of_small_models_is_looked_at(at: int):
     values = np.random.default_rng(1).normal(size=2**20).astype(np.float32)
-    expected = identities({"w": mx.array(values)})
+    expected = digest_arrays({"w": mx.array(values)})
     values[at] += 0.5
-    assert not difference(expected, identities({"w": mx.array(values)})).is_rounding
+    assert not difference(expected, digest_arrays({"w": mx.array(values)})).is_rounding
 
 
 def test_of_large_models_samples_are_looked_at(monkeypatch):
     monkeypatch.setattr(frozen, "WHOLE", 0)
     values = np.zeros(10**6, np.float32)
-    expected = identities({"w": mx.array(values)})
+    expected = digest_arrays({"w": mx.array(values)})
     between = np.zeros(10**6, np.float32)
     between[1] = 1.0
-    assert difference(expected, identities({"w": mx.array(between)})) is None
-    assert difference(expected, identities({"w": mx.array(values + 1)})) is not None
+    assert difference(expected, digest_arrays({"w": mx.array(between)})) is None
+    assert difference(expected, digest_arrays({"w": mx.array(values + 1)})) is not None
 
 
 def test_what_differs_by_rounding_is_told_from_what_differs():
     values = np.random.default_rng(1).normal(size=10**5)
-    expected = identities({"w": mx.array(values.astype(np.float32))})
+    expected = digest_arrays({"w": mx.array(values.astype(np.float32))})
     rounded = values.astype(np.float32)
     rounded[::3] = np.nextafter(rounded[::3], np.float32(9))
-    assert difference(expected, identities({"w": mx.array(rounded)})).is_rounding
+    assert difference(expected, digest_arrays({"w": mx.array(rounded)})).is_rounding
     tuned = values * (1 + 1e-3 * np.random.default_rng(2).normal(size=10**5))
-    found = difference(expected, identities({"w": mx.array(tuned.astype(np.float32))}))
+    found = difference(expected, digest_arrays({"w": mx.array(tuned.astype(np.float32))}))
     assert not found.is_rounding
-    moved = identities({"w": mx.array(np.roll(values, 1).astype(np.float32))})
+    moved = digest_arrays({"w": mx.array(np.roll(values, 1).astype(np.float32))})
     assert not difference(expected, moved).is_rounding
 
 

@@ -9,8 +9,8 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_fed.arrays import master_weights, weights
-from mlx_fed.arrays.weights import WeightsError
+from mlx_fed.arrays import master_weights, named_arrays
+from mlx_fed.arrays.named_arrays import WeightsError
 
 from .test_weights import FLOATS, bits, noise
 
@@ -28,7 +28,7 @@ def test_masters_hold_every_value_of_a_models_dtypes(dtype, shape, seed):
     masters = master_weights.to_masters(arrays)
     assert list(masters) == ["b", "a"]
     assert {master.numpy().dtype for master in masters.values()} == {np.dtype(np.float32)}
-    back = master_weights.masters_to_arrays(masters, weights.spec(arrays))
+    back = master_weights.masters_to_arrays(masters, named_arrays.spec(arrays))
     assert {n: bits(a) for n, a in back.items()} == {n: bits(a) for n, a in arrays.items()}
 
 
@@ -81,7 +81,7 @@ def test_cast_rounds_masters_and_puts_them_in_order():
     got = {"a": mx.array([1], mx.float16), "b": mx.array([1.0, 1.0039])}
     cast = master_weights.cast(got, expected)
     assert list(cast) == ["b", "a"]
-    assert weights.spec(cast) == expected
+    assert named_arrays.spec(cast) == expected
     assert cast["b"].tolist() == [1.0, 1.0]  # to bfloat16's nearest
 
 

@@ -60,7 +60,7 @@ def test_layers_draw_from_the_keys_what_they_would_from_a_seed():
     randomness.seed_mlx(7, "layers")
     seeded = [layers(mx.ones((4, 8))).tolist() for _ in range(2)]
     keys = randomness.Keys(randomness.key(7, "layers"))
-    with randomness.drawing_from(keys):
+    with randomness.draw_keys_from(keys):
         drawn = [layers(mx.ones((4, 8))).tolist() for _ in range(2)]
     assert drawn == seeded
     assert mx.random.uniform.__module__ == mx.random.normal.__module__  # all are put back
@@ -69,7 +69,7 @@ def test_layers_draw_from_the_keys_what_they_would_from_a_seed():
 def test_a_key_that_is_given_is_used():
     key = mx.random.key(1)
     expected = mx.random.uniform(0, 1, (3,), mx.float32, key).tolist()
-    with randomness.drawing_from(randomness.Keys(mx.random.key(2))):
+    with randomness.draw_keys_from(randomness.Keys(mx.random.key(2))):
         assert mx.random.uniform(0, 1, (3,), mx.float32, key).tolist() == expected
         assert mx.random.uniform(shape=(3,), key=key).tolist() == expected
 
@@ -83,7 +83,7 @@ def test_another_thread_draws_from_its_own_state():
 
     draw()
     keys = randomness.Keys(mx.random.key(2))
-    with randomness.drawing_from(keys):
+    with randomness.draw_keys_from(keys):
         thread = threading.Thread(target=draw)
         thread.start()
         thread.join()
@@ -92,9 +92,9 @@ def test_another_thread_draws_from_its_own_state():
 
 
 def test_every_function_that_draws_is_known():
-    """A release of MLX that draws in a new way fails here: add it to _KEY_PLACES."""
+    """A release of MLX that draws in a new way fails here: add it to _KEY_POSITIONS."""
     for name in dir(mx.random):
         head = (getattr(mx.random, name).__doc__ or "").splitlines()[:1]
         if head and "key: array | None" in head[0]:
             arguments = head[0].partition("(")[2].split("key: array | None")[0]
-            assert randomness._KEY_PLACES[name] == arguments.count(": "), name
+            assert randomness._KEY_POSITIONS[name] == arguments.count(": "), name

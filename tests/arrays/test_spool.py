@@ -20,7 +20,14 @@ from mlx_fed.arrays import spool
 from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower import one_run_grid
 from mlx_fed.flower.link_state import Link
-from mlx_fed.arrays.spool import OnDisk, Spool, WaitingArray, copy_of, num_bytes, values_of
+from mlx_fed.arrays.flower_records import (
+    SegmentedArray,
+    SpooledBytes,
+    array_values,
+    copy_record,
+    num_bytes,
+)
+from mlx_fed.arrays.spool import Spool
 
 from ..rounds.test_strategies import CLIENT, NORMALIZED, difference, federate
 from ..flower.test_flower import assert_carried, reply_to, Fleet
@@ -40,12 +47,12 @@ def in_use(place: Spool) -> set[Path]:
 def test_an_array_that_waits_is_the_same(everything, tmp_path: Path):
     values = np.asfortranarray(np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32))
     plain = Array(values)
-    waiting = Spool(tmp_path).array(plain)
-    assert isinstance(waiting, WaitingArray)
+    waiting = Spool(tmp_path).put_array(plain)
+    assert isinstance(waiting, SegmentedArray)
     assert waiting.data == plain.data
     assert num_bytes(waiting) == len(plain.data)
     assert waiting.object_id == plain.object_id
-    for array in (waiting.numpy(), values_of(waiting)):
+    for array in (waiting.numpy(), array_values(waiting)):
         np.testing.assert_array_equal(array, values)
     for made in (copy.deepcopy(waiting), pickle.loads(pickle.dumps(waiting))):
         assert type(made) is Array
@@ -55,8 +62,8 @@ def test_an_array_that_waits_is_the_same(everything, tmp_path: Path):
 def test_a_file_is_used_again_when_nothing_refers_to_it(everything, tmp_path: Path):
     place = Spool(tmp_path / "waiting")
     with place.open():
-        record = place.record([("w", Array(np.ones(3)))])
-        other = copy_of(record)
+        record = place.put_record([("w", Array(np.ones(3)))])
+        other = copy_record(record)
         del record
         gc.collect()
         (path,) = in_use(place)
@@ -64,9 +71,9 @@ def test_a_file_is_used_again_when_nothing_refers_to_it(everything, tmp_path: Pa
         del other
         gc.collect()
         assert in_use(place) == set()
-        smaller = place.record([("w", Array(np.zeros(2)))])
+        smaller = place.put_record([("w", Array(np.zeros(2)))])
         assert path not in in_use(place)
-        same = place.record([("w", Array(np.full(3, 2.0)))])
+        same = place.put_record([("w", Array(np.full(3, 2.0)))])
         assert path in in_use(place)
         assert (smaller["w"].numpy().sum(), same["w"].numpy().sum()) == (0, 6)
     assert not (tmp_path / "waiting").exists()
@@ -79,7 +86,7 @@ def test_what_is_small_stays_in_memory(tmp_path: Path):
 
 
 def test_few_files_are_kept_to_be_used_again(everything, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(spool, "_MOST_SPARE", 5)
+    monkeypatch.setattr(spool, "_MAX_SPARE", 5)
     place = Spool(tmp_path)
     for size in (3, 2, 1, 3, 2):
         held = [place.put(bytes(size)) for _ in range(2)]
@@ -93,7 +100,7 @@ def test_what_a_disk_does_not_take_stays_in_memory(everything, tmp_path: Path, c
     (tmp_path / "waiting").write_text("in the way")
     place = Spool(tmp_path / "waiting")
     assert place.put(b"some") == b"some"
-    assert "stays in memory" in caplog.text
+    assert "stay in memory" in caplog.text
     assert place.put(b"more") == b"more"
 
 
@@ -112,7 +119,7 @@ def test_a_file_that_is_not_what_was_written_is_said(everything, tmp_path: Path)
     held = Spool(tmp_path).put(b"whole")
     (path,) = tmp_path.iterdir()
     path.write_bytes(b"half")
-    with pytest.raises(OSError, match="not what was written"):
+    with pytest.raises(OSError, match="shorter than the bytes written"):
         held.view()
 
 
@@ -129,8 +136,8 @@ def test_where_a_disk_takes_no_more_the_room_of_what_is_not_needed_is_used(
     assert place.put(large) == large
     assert [*tmp_path.iterdir()] == []
     assert place.put(large) == large
-    assert isinstance(place.put(bytes(100)), OnDisk)
-    assert caplog.text.count("stays in memory") == 1
+    assert isinstance(place.put(bytes(100)), SpooledBytes)
+    assert caplog.text.count("stay in memory") == 1
 
 
 @pytest.mark.parametrize("kind", [FedAvg, FedAdam, FedMedian])
@@ -203,7 +210,7 @@ def test_replies_are_given_in_order_and_early_ones_wait(everything, order, tmp_p
     ):
         assert outgoing == []
         values = reply.content["arrays"]["w"].numpy()
-        assert isinstance(reply.content["arrays"]["w"], WaitingArray)
+        assert isinstance(reply.content["arrays"]["w"], SegmentedArray)
         given.append((name, int(values[0]), len(came)))
     assert [(name, value) for name, value, _ in given] == [("a", 0), ("b", 1), ("c", 2)]
     # Each is given as soon as those before it are there.
@@ -222,14 +229,14 @@ def test_objects_of_messages_wait_on_disk_and_go(everything, tmp_path: Path):
         node = fleet.node()
         message_id = fleet.message(node)
         held = [entry.content for entry in link.store.store.values()]
-        assert any(isinstance(content, OnDisk) for content in held)
+        assert any(isinstance(content, SpooledBytes) for content in held)
         del held
         received = node.receive()
         assert_carried(received.content)
         node.send(reply_to(received), 0.0)
         (reply,) = fleet.grid.pull_messages([message_id])
         record = messages.parameters_of(reply.content)[1]
-        assert all(isinstance(array, WaitingArray) for array in record.values())
+        assert all(isinstance(array, SegmentedArray) for array in record.values())
         assert_carried(reply.content)
         assert len(link.store) == 0
         del reply, record
@@ -248,8 +255,8 @@ def test_a_link_without_a_place_keeps_all_in_memory():
 @pytest.mark.parametrize("shape", [(), (0, 3), (4,), (2, 3, 4)])
 def test_values_wait_in_the_bytes_that_flower_would_have(everything, shape, tmp_path: Path):
     values = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    waiting = Spool(tmp_path).values(values)
-    assert isinstance(waiting, WaitingArray)
+    waiting = Spool(tmp_path).put_values(values)
+    assert isinstance(waiting, SegmentedArray)
     plain = Array(values)
     assert (waiting.data, waiting.dtype) == (plain.data, plain.dtype)
     assert (waiting.shape, waiting.stype) == (plain.shape, plain.stype)

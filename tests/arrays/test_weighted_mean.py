@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_fed.rounds import messages
-from mlx_fed.arrays import weighted_mean, weights
+from mlx_fed.arrays import named_arrays, weighted_mean
 from mlx_fed.arrays.spool import Spool
 from mlx_fed.arrays.weighted_mean import Counted
 
@@ -107,10 +107,10 @@ def test_whoever_sums_a_block_the_mean_has_the_same_bits(
 def on_disk(update: tuple[Counted, dict, dict], place: Spool) -> tuple:
     """The same update, read from disk as it is summed."""
 
-    def waiting(arrays: dict[str, mx.array]) -> weights.LazyArrays:
-        record = place.record(messages.pack(arrays).items())
-        found = {name: part for part, held in messages.parts(record) for name in held}
-        return messages.unread(record, weights.spec(arrays), found)
+    def waiting(arrays: dict[str, mx.array]) -> named_arrays.LazyArrays:
+        record = place.put_record(messages.pack(arrays).items())
+        found = {name: part for part, held in messages.shards(record) for name in held}
+        return messages.lazy_arrays(record, named_arrays.spec(arrays), found)
 
     counted, parameters, running = update
     return counted, waiting(parameters), waiting(running)
@@ -121,7 +121,7 @@ def test_updates_that_are_read_in_pieces_have_the_same_sum(dtype, tmp_path):
     def long(place: int) -> tuple[Counted, dict, dict]:
         counted, parameters, running = update(place, dtype)
         rng = np.random.default_rng(place)
-        values = mx.array(rng.normal(size=(3, weights.PIECE // 2)).astype(np.float32))
+        values = mx.array(rng.normal(size=(3, named_arrays.PIECE // 2)).astype(np.float32))
         odd = mx.array([-0.0, 1e-45, 65504.0]).astype(dtype)
         return counted, {"long": values.astype(dtype), **parameters, "odd": odd}, running
 

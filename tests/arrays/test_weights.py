@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 import mlx_fed  # noqa: F401 - before mlx.core
 from mlx_fed.arrays import weights
-from mlx_fed.arrays.weights import WeightsError
+from mlx_fed.arrays.named_arrays import WeightsError
 
 FLOATS = [mx.float32, mx.float16, mx.bfloat16]
 

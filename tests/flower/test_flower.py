@@ -161,7 +161,7 @@ def test_arrays_are_cut_into_flowers_own_chunks(largest, monkeypatch, tmp_path):
     records = {
         "packed": messages.pack(ARRAYS if largest > 100 else few),
         "plain": ArrayRecord(plain),
-        "on disk": place.record(plain.items()),
+        "on disk": place.put_record(plain.items()),
         "none": ArrayRecord(),
     }
     ours = RecordDict(records)

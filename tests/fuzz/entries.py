@@ -50,7 +50,7 @@ from google.protobuf.message import DecodeError
 
 from mlx_fed.rounds import checkpoint, checks, messages
 from mlx_fed.runs import history
-from mlx_fed.arrays import weights
+from mlx_fed.arrays import named_arrays
 from mlx_fed.cli.arguments import parse_settings
 from mlx_fed.system import address
 from mlx_fed.fleet import certificates, tokens
@@ -66,7 +66,7 @@ from mlx_fed.rounds.roster import Roster
 from mlx_fed.rounds.strategy_state import State
 
 ARRAYS = {"w": mx.array([[1.0, -2.0], [0.5, 3.0]]), "b": mx.array([0.5, 1.0], dtype=mx.bfloat16)}
-SPEC = weights.spec(ARRAYS)
+SPEC = named_arrays.spec(ARRAYS)
 ROUTES = sorted(path for _, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/"))
 EXPECTED = {200, 400, 401, 403, 404, 408, 409, 412, 413, 415, 503}
 _RENEW = 300
@@ -344,7 +344,7 @@ def judge(received: Message) -> bool:
         counted = checks.check_update(received, SPEC, {}, "num-examples")
     except checks.Refused:
         return False
-    assert weights.spec(counted.parameters) == SPEC
+    assert named_arrays.spec(counted.parameters) == SPEC
     assert all(mx.isfinite(array).all() for array in counted.parameters.values())
     assert 0 < counted.weight < float("inf")
     return True

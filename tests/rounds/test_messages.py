@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_fed.rounds import messages
-from mlx_fed.arrays import safetensors, weights
+from mlx_fed.arrays import named_arrays, safetensors, weights
 from mlx_fed.rounds.messages import MessageError
-from mlx_fed.arrays.spool import Part, Spool
+from mlx_fed.arrays.flower_records import Segment
+from mlx_fed.arrays.spool import Spool
 
 from ..arrays.test_weights import bits, modules, noise
 
@@ -54,7 +55,7 @@ def all_bits(arrays: dict[str, mx.array]) -> list:
 
 
 @st.composite
-def named_arrays(draw: st.DrawFn) -> dict[str, mx.array]:
+def arrays_by_name(draw: st.DrawFn) -> dict[str, mx.array]:
     shapes = st.lists(st.integers(0, 4), max_size=4)
     names = st.text(st.characters(codec="utf-8"), max_size=12).filter(
         lambda name: name != safetensors._METADATA
@@ -68,7 +69,7 @@ def named_arrays(draw: st.DrawFn) -> dict[str, mx.array]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(named_arrays())
+@given(arrays_by_name())
 def test_arrays_of_any_name_shape_and_dtype_arrive_bit_for_bit(arrays):
     assert all_bits(through_flower(arrays)) == all_bits(arrays)
 
@@ -137,15 +138,15 @@ def test_plain_arrays_are_read_as_well():
 
 
 @settings(max_examples=50, deadline=None)
-@given(named_arrays(), st.data())
+@given(arrays_by_name(), st.data())
 def test_shards_are_read_from_parts_however_they_are_cut(arrays, data):
     for waiting in messages.pack(arrays).values():
         whole = waiting.data
         cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=5)))
         ends = zip([0, *cuts], [*cuts, len(whole)], strict=True)
         # Each part stands behind bytes that are not its own.
-        parts = [Part(b"head" + whole[start:end], 4) for start, end in ends]
-        found = safetensors.find(parts)
+        parts = [Segment(b"head" + whole[start:end], 4) for start, end in ends]
+        found = safetensors.parse(parts)
         assert all_bits({name: each.read() for name, each in found.items()}) == all_bits(arrays)
 
 
@@ -154,15 +155,15 @@ def test_pieces_of_chunks_on_disk_are_aligned_for_blas(tmp_path: Path, monkeypat
     (shard,) = messages.pack({"w": array}).values()
     place, whole = Spool(tmp_path), shard.data
     parts = [
-        Part(place.put(b"head" + whole[start : start + 2**20], head=4), 4)
+        Segment(place.put(b"head" + whole[start : start + 2**20], head=4), 4)
         for start in range(0, len(whole), 2**20)
     ]
-    pieces = [*safetensors.find(parts)["w"].pieces()]
+    pieces = [*safetensors.parse(parts)["w"].pieces()]
     assert all(piece.flags.aligned for piece in pieces)
     assert np.array_equal(np.concatenate(pieces), np.asarray(array))
 
 
-SEVERAL_PIECES = [(0, 3), (), (5, 7), (weights.PIECE,), (3, weights.PIECE - 1)]
+SEVERAL_PIECES = [(0, 3), (), (5, 7), (named_arrays.PIECE,), (3, named_arrays.PIECE - 1)]
 
 
 @pytest.mark.parametrize("wanted", ["float32", "float16", "bfloat16"])
@@ -174,19 +175,19 @@ def test_an_array_has_the_same_values_in_pieces(stored, wanted):
     }
     for shard in messages.pack(arrays).values():
         whole = shard.data
-        parts = [Part(b"h" + whole[:100], 1), Part(b"head" + whole[100:], 4)]
-        for name, each in safetensors.find(parts).items():
+        parts = [Segment(b"h" + whole[:100], 1), Segment(b"head" + whole[100:], 4)]
+        for name, each in safetensors.parse(parts).items():
             pieces = [*each.pieces(wanted)]
-            assert all(piece.ndim == 1 and piece.size <= weights.PIECE for piece in pieces)
-            values = weights.to_float32(arrays[name].astype(getattr(mx, wanted))).tobytes()
+            assert all(piece.ndim == 1 and piece.size <= named_arrays.PIECE for piece in pieces)
+            values = named_arrays.to_float32(arrays[name].astype(getattr(mx, wanted))).tobytes()
             assert b"".join(piece.tobytes() for piece in pieces) == values
-            assert weights.to_float32(each.read(wanted)).tobytes() == values
+            assert named_arrays.to_float32(each.read(wanted)).tobytes() == values
 
 
 def test_a_shard_is_a_view_of_what_it_holds():
     array = mx.zeros((MiB,))
     (shard,) = messages.pack({"w": array}).values()
-    held = np.frombuffer(shard.parts[-1].view(), np.float32)
+    held = np.frombuffer(shard.segments[-1].view(), np.float32)
     assert np.shares_memory(held, np.asarray(array))
 
 

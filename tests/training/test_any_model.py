@@ -19,6 +19,7 @@ import pytest
 from mlx.core.random import normal
 from mlx.utils import tree_flatten
 
+from mlx_fed.arrays import randomness
 from mlx_fed.training.trainer import Trainer
 
 ROUNDS, CLIENTS, RATE = 2, 4, 0.1
@@ -178,7 +179,7 @@ def test_examples_that_depend_on_each_other_are_not_padded(loss):
     x, y = map(mx.array, data.train)
     update = of.train(of.parameters(), {}, data, {"seed": 1})
     order = np.arange(20, dtype=np.uint32)
-    np.random.default_rng(fed.randomness.derive(1, 0, 0, "shuffle", 0)).shuffle(order)
+    np.random.default_rng(randomness.derive(1, 0, 0, "shuffle", 0)).shuffle(order)
     module = nn.Linear(6, 1)
     module.load_weights(list(of.parameters().items()))
     step, optimizer = nn.value_and_grad(module, lambda *a: loss(*a).mean()), optim.SGD(RATE)
@@ -489,8 +490,8 @@ def test_a_step_of_ones_own_is_the_plain_loop():
     module.load_weights([*of.parameters().items(), *of.statistics().items()], strict=False)
     optimizer = ADVERSARIAL.optimizer({})
     order = np.arange(20, dtype=np.uint32)
-    np.random.default_rng(fed.randomness.derive(2, 1, 0, "shuffle", 0)).shuffle(order)
-    keys = fed.randomness.Keys(fed.randomness.key(2, 1, 0, "layers"))
+    np.random.default_rng(randomness.derive(2, 1, 0, "shuffle", 0)).shuffle(order)
+    keys = randomness.Keys(randomness.key(2, 1, 0, "layers"))
     for step, start in enumerate(range(0, 20, 5), 1):
         index = mx.array(order[start : start + 5])
         batch = tuple(mx.array(array)[index] for array in data.train)

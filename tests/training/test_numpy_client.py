@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_fed.training.numpy_client import MLXClient
-from mlx_fed.arrays.weights import WeightsError
+from mlx_fed.arrays.named_arrays import WeightsError
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 

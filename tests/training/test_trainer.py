@@ -18,11 +18,11 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import mlx_fed as fed
 from mlx_fed.training import linear
-from mlx_fed.arrays import randomness, weights
-from mlx_fed.arrays.randomness import Keys, drawing_from
+from mlx_fed.arrays import named_arrays, randomness, weights
+from mlx_fed.arrays.randomness import Keys, draw_keys_from
 from mlx_fed.training.programs import compiled
 from mlx_fed.training.trainer import Trainer, Update
-from mlx_fed.arrays.weights import WeightsError
+from mlx_fed.arrays.named_arrays import WeightsError
 
 # A padded batch is summed in another order than a short one.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
@@ -130,7 +130,7 @@ def plain_train(of: Trainer, data: fed.Data, *, client: int = 0, **config) -> Up
     for batch in islice(steps(), task.local_steps):
         if task.augment:
             batch = task.augment(keys.next(), *batch)
-        with drawing_from(keys), linear.in_order(linear.layers(weights.find_slots(model))):
+        with draw_keys_from(keys), linear.in_order(linear.layers(weights.find_slots(model))):
             (loss, weight), grads = nn.value_and_grad(model, objective)(batch)
         if mu := config.get("proximal-mu"):
             now = model.trainable_parameters()
@@ -754,7 +754,7 @@ def test_nothing_is_kept_of_an_update_that_is_not_finite(kept):
     data = fed.Data(examples(24))
     assert of.train(of.parameters(), {}, data, {"momentum": 0.9}).own
     diverged = of.train(of.parameters(), {}, data, {"momentum": 0.9, "learning-rate": 1e38})
-    assert not weights.are_finite(diverged.parameters.values())
+    assert not named_arrays.are_finite(diverged.parameters.values())
     assert not diverged.own
 
 

@@ -1,7 +1,6 @@
-"""A client's examples as a tree of arrays: a tuple, a dictionary, or these nested.
+"""Examples as a tree of arrays: a tuple, a dictionary, or these nested.
 
-Every array has the examples as its leading axis. A batch has the structure of the examples that it
-was taken from.
+The leading axis of every array is the examples. A batch has the structure of its examples.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Examples = Any
 
 
 class ExamplesError(FedError, ValueError):
-    """Examples that cannot be trained on."""
+    """Examples that are no arrays of numbers of one length."""
 
 
 def paths(examples: Examples) -> list[tuple[str, mx.array]]:
@@ -54,7 +53,7 @@ def first(examples: Any, size: int) -> Any:
 
 def replace_leaves(examples: Examples, arrays: Sequence[mx.array]) -> Examples:
     """A tree of the structure of ``examples`` with other arrays."""
-    if type(examples) is tuple and all(isinstance(each, mx.array) for each in examples):
+    if type(examples) is tuple and all(isinstance(leaf, mx.array) for leaf in examples):
         return tuple(arrays)
     iterator = iter(arrays)
     return tree_map(lambda _: next(iterator), examples)
@@ -82,7 +81,7 @@ def call(
 
 
 def takes_config(function: Callable[..., Any]) -> bool:
-    """Whether a loss or metric has a parameter ``config`` that it was not given already."""
+    """Whether a loss or metric has a parameter ``config``, not bound by ``functools.partial``."""
     if isinstance(function, partial) and "config" in function.keywords:
         return False
     try:
@@ -92,7 +91,7 @@ def takes_config(function: Callable[..., Any]) -> bool:
 
 
 def as_arrays(examples: Any, split: str = "train") -> Examples:
-    """Examples as evaluated MLX arrays: the one copy that is made of a split.
+    """Examples as evaluated MLX arrays: the only copy of a split.
 
     Args:
         examples: Arrays of MLX, NumPy, pandas or PyTorch and lists of numbers, in a tuple, a
@@ -105,29 +104,29 @@ def as_arrays(examples: Any, split: str = "train") -> Examples:
     """
     if isinstance(examples, list):
         examples = tuple(examples)
-    converted = _converted(examples, f"Data.{split}")
-    mx.eval(converted)
-    lengths = [len(array) if array.ndim else None for array in leaves(converted)]
+    tree = _to_mlx(examples, f"Data.{split}")
+    mx.eval(tree)
+    lengths = [len(array) if array.ndim else None for array in leaves(tree)]
     if not lengths or len(set(lengths)) != 1 or lengths[0] is None:
         raise ExamplesError(
             f"Data.{split} takes arrays of one length, the number of examples; "
             f"these have {lengths}."
         )
-    return converted
+    return tree
 
 
 def as_batch(batch: Any) -> Examples:
-    """A batch of a stream as MLX arrays, its first array with the examples as leading axis."""
+    """A batch of a stream as MLX arrays; the leading axis of its first array is the examples."""
     if isinstance(batch, list):
         batch = tuple(batch)
-    return _converted(batch, "A batch of Data")
+    return _to_mlx(batch, "A batch of Data")
 
 
-def _converted(value: Any, name: str) -> Any:
+def _to_mlx(value: Any, name: str) -> Any:
     if isinstance(value, Mapping):
-        return {key: _converted(child, f"{name}[{key!r}]") for key, child in value.items()}
+        return {key: _to_mlx(child, f"{name}[{key!r}]") for key, child in value.items()}
     if isinstance(value, tuple):
-        return tuple(_converted(child, f"{name}[{place}]") for place, child in enumerate(value))
+        return tuple(_to_mlx(child, f"{name}[{index}]") for index, child in enumerate(value))
     if isinstance(value, mx.array):
         return value
     try:

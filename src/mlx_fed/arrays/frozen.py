@@ -1,7 +1,7 @@
-"""What a model's frozen arrays are known by, so that all who train with them have the same.
+"""Digests of frozen arrays, by which the server checks that each client has the same.
 
-Frozen arrays never travel: each process makes its own, from a seed, files or code. Where one is
-not the server's, a client trains another model, and nothing else would say so.
+Frozen arrays never travel: each process builds its own, from a seed, files or code. A client with
+another array would train another model without any other sign of it.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .weights import PIECE, Arrays, dtype_name, to_float32
+from .named_arrays import PIECE, Arrays, dtype_name, to_float32
 
 WHOLE = 64 * 2**20
-"""Bytes of all frozen arrays up to which every value is looked at."""
+"""Bytes of all frozen arrays up to which the digests are of every value."""
 SAMPLES = 4096
-"""Values of each array that are looked at where there are more bytes: the first, the last, and
-others at even distances."""
+"""Values of each array in a digest where there are more bytes: the first, the last, and others at
+even distances."""
 _ROUNDING = 1e-5
-"""A difference that devices have by rounding, as a share of an array's norm: a sine, an exponential
-or a normal number is not the same to the last bit on a GPU and on a CPU."""
+"""Tolerance of rounding on another device, relative to an array's norm: a sine, an exponential or a
+normal number differs in the last bits between a GPU and a CPU."""
 _REMEDY = (
     "read it from the same file on every machine, or draw it from the global generators of MLX, "
     "NumPy or Python, which are seeded while Task.model runs"
 )
 
 
-class Identity(NamedTuple):
-    """What one array is known by: a list in JSON.
+class ArrayDigest(NamedTuple):
+    """The digest of one array; a list in JSON.
 
     Attributes:
-        kind (str): Its dtype and shape, ``"float32 [16, 6]"``.
-        digest (str): A hash of its values.
-        norm (float): The Euclidean norm, and
-        projection (float): the product with pseudo-random signs, of floating-point values: by
-            them a difference that is only rounding is told from others.
+        kind (str): The dtype and shape, ``"float32 [16, 6]"``.
+        digest (str): BLAKE2b of the values.
+        norm (float): The Euclidean norm of floating-point values, and
+        projection (float): their product with pseudo-random signs: the two tell a difference by
+            rounding from others.
     """
 
     kind: str
@@ -47,11 +47,11 @@ class Identity(NamedTuple):
     projection: float = 0.0
 
 
-Identities = dict[str, Identity]
+Digests = dict[str, ArrayDigest]
 
 
 class Difference(NamedTuple):
-    """A frozen array that is not the expected one, why, and whether that is only rounding."""
+    """A frozen array that differs from the expected one, why, and whether only by rounding."""
 
     name: str
     reason: str
@@ -61,53 +61,52 @@ class Difference(NamedTuple):
         return f"frozen array {self.name!r} {self.reason}"
 
 
-def identities(arrays: Arrays) -> Identities:
-    """What each of a model's frozen arrays is known by.
+def digest_arrays(arrays: Arrays) -> Digests:
+    """The digest of each frozen array of a model, by name.
 
     Args:
-        arrays (dict): All of them. Each is taken out of the dictionary when it is looked at, so
-            that one that nobody else holds is in memory by itself.
+        arrays (dict): All frozen arrays. Each is removed from the dictionary when it is read, so
+            that only one at a time is in memory.
     """
     is_whole = sum(array.nbytes for array in arrays.values()) <= WHOLE
-    return {name: _identity(arrays.pop(name), is_whole) for name in list(arrays)}
+    return {name: _digest(arrays.pop(name), is_whole) for name in list(arrays)}
 
 
 def difference(
-    expected: Mapping[str, Sequence[Any]], others: Mapping[str, Sequence[Any]]
+    server_digests: Mapping[str, Sequence[Any]], client_digests: Mapping[str, Sequence[Any]]
 ) -> Difference | None:
-    """The first array, in the expected order, that is not the same in ``others``.
+    """The first difference, in the server's order, between the digests of a server and a client.
 
-    One that differs by more than rounding comes before those that differ by that alone. Either may
-    come out of JSON, where an identity is a list.
+    A difference by more than rounding has priority. Digests that were JSON are lists.
     """
     rounding = None
-    for name, identity in expected.items():
-        found = _compare(name, identity, others.get(name))
-        if found is not None and not found.is_rounding:
-            return found
-        rounding = rounding or found
-    for name in others:
-        if name not in expected:
+    for name, digest in server_digests.items():
+        result = _compare(name, digest, client_digests.get(name))
+        if result is not None and not result.is_rounding:
+            return result
+        rounding = rounding or result
+    for name in client_digests:
+        if name not in server_digests:
             return Difference(name[:200], "is not one of the expected")
     return rounding
 
 
-def _compare(name: str, identity: Sequence[Any], other: Sequence[Any] | None) -> Difference | None:
-    if other is None:
+def _compare(name: str, server: Sequence[Any], client: Sequence[Any] | None) -> Difference | None:
+    if client is None:
         return Difference(name, "is missing")
-    identity, other = Identity(*identity), Identity(*other)
-    if other.kind != identity.kind:
-        return Difference(name, f"is {other.kind[:100]}, expected {identity.kind}")
-    if other.digest == identity.digest:
+    server, client = ArrayDigest(*server), ArrayDigest(*client)
+    if client.kind != server.kind:
+        return Difference(name, f"is {client.kind[:100]}, expected {server.kind}")
+    if client.digest == server.digest:
         return None
-    most = _ROUNDING * identity.norm
-    sketches = zip(identity[2:], other[2:], strict=True)
-    if 0 < most < math.inf and all(abs(a - b) <= most for a, b in sketches):
+    tolerance = _ROUNDING * server.norm
+    sketches = zip(server[2:], client[2:], strict=True)
+    if 0 < tolerance < math.inf and all(abs(a - b) <= tolerance for a, b in sketches):
         return Difference(name, "differs by rounding", is_rounding=True)
     return Difference(name, f"has other values: {_REMEDY}")
 
 
-def _identity(array: mx.array, is_whole: bool) -> Identity:
+def _digest(array: mx.array, is_whole: bool) -> ArrayDigest:
     is_bfloat16 = array.dtype == mx.bfloat16
     values = np.asarray(array.view(mx.uint16) if is_bfloat16 else array).reshape(-1)
     if not is_whole and values.size > SAMPLES:
@@ -116,22 +115,22 @@ def _identity(array: mx.array, is_whole: bool) -> Identity:
     kind = f"{dtype_name(array.dtype)} {list(array.shape)}"
     digest = blake2b(values.view(np.uint8).data, digest_size=8).hexdigest()
     if not mx.issubdtype(array.dtype, mx.inexact):
-        return Identity(kind, digest)
+        return ArrayDigest(kind, digest)
     if is_bfloat16:
         values = to_float32(mx.array(values).view(mx.bfloat16))
     if array.dtype == mx.complex64:
         values = values.view(np.float32)
-    return Identity(kind, digest, *_sketch(values))
+    return ArrayDigest(kind, digest, *_sketch(values))
 
 
 def _sketch(values: np.ndarray) -> tuple[float, float]:
-    """The norm, and the product with signs that are the same on every machine."""
+    """The norm, and the projection on pseudo-random signs, which are the same on every machine."""
     signs = np.random.RandomState(0).choice([-1.0, 1.0], min(PIECE, values.size))
     squares = projection = 0.0
     for number, start in enumerate(range(0, values.size, PIECE)):
         piece = values[start : start + PIECE].astype(np.float64)
         with np.errstate(all="ignore"):
             squares += float(piece @ piece)
-            # No two pieces have one factor: arrays with pieces in another order differ.
+            # Each piece has its own factor: arrays with pieces in another order differ.
             projection += float(piece @ signs[: piece.size]) / (1 + number / 64)
     return float(np.sqrt(squares)), projection

@@ -1,8 +1,8 @@
-"""All that a module holds, to be put back after a forward pass that changed it.
+"""State of an MLX module: its arrays, entries and attributes, and their restoration after a trace.
 
-A traced forward pass leaves tracers in a module: where parameters were put in for the trace, where
-``nn.utils.checkpoint`` updates parameters itself, where a layer assigns an array. Tracers fail when
-next they are used.
+A traced forward pass leaves tracers in a module: where parameters were assigned for the trace,
+where ``nn.utils.checkpoint`` updates parameters, where a layer assigns an array. Tracers raise at
+their next use.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import mlx.nn as nn
 
 
 def containers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every module, dictionary, list and tuple below a module, private ones too, with its path.
+    """Every module, dictionary, list and tuple below a module with its path, private ones too.
 
-    One that is reached by two paths comes once. Of an object that has arrays as attributes and is
-    no module, such as a cache, the dictionary of its attributes comes.
+    A container with two paths is listed once. An object with arrays as attributes that is no
+    module, such as a cache, is represented by the dictionary of its attributes.
     """
-    seen: set[int] = set()
+    visited_ids: set[int] = set()
 
     def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         if _has_arrays(value):
             value = vars(value)
-        if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
+        if not isinstance(value, (dict, list, tuple)) or id(value) in visited_ids:
             return
-        seen.add(id(value))
+        visited_ids.add(id(value))
         yield name, value
         children = _items(value) + (list(vars(value).items()) if _is_module(value) else [])
         for key, child in children:
@@ -38,10 +38,10 @@ def containers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def restored(module: nn.Module) -> Iterator[None]:
-    """Puts back every array, entry and attribute of a module and its submodules afterwards.
+def preserve(module: nn.Module) -> Iterator[None]:
+    """Restores every array, entry and attribute of a module and its submodules at the end.
 
-    What is written into an array in place is undone as well.
+    In-place writes to an array are undone as well.
     """
     before = [
         (
@@ -55,7 +55,7 @@ def restored(module: nn.Module) -> Iterator[None]:
     for container, *_ in before:
         for key, child in _items(container):
             if isinstance(child, mx.array):
-                container[key] = reference(child)
+                container[key] = alias(child)
     try:
         yield
     finally:
@@ -70,8 +70,8 @@ def restored(module: nn.Module) -> Iterator[None]:
                 vars(container).update(attributes)
 
 
-def reference(array: mx.array) -> mx.array:
-    """The same array as another object: ``array[0] = 1`` changes one of them alone."""
+def alias(array: mx.array) -> mx.array:
+    """Another object of the same array: ``array[0] = 1`` changes only one of the two."""
     return array.astype(array.dtype)
 
 
@@ -86,7 +86,7 @@ def arrays(module: nn.Module) -> dict[str, mx.array]:
 
 
 def counters(module: nn.Module) -> dict[str, int | float]:
-    """Every number of Python's that a module has as an attribute, by its path."""
+    """Every Python number among the attributes of a module, by its path."""
     return {
         f"{name}.{key}" if name else key: value
         for name, container in containers(module)
@@ -97,7 +97,7 @@ def counters(module: nn.Module) -> dict[str, int | float]:
 
 
 def _items(container: Any) -> list[tuple[Any, Any]]:
-    # Of the built-in class: a module's own methods may be anything.
+    # The built-in class's method: a module may override its own.
     return list(dict.items(container) if isinstance(container, dict) else enumerate(container))
 
 

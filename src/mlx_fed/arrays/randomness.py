@@ -1,7 +1,7 @@
-"""Random keys, each from what it is for and never from global state.
+"""Random keys derived from (seed, round, client, purpose), never from global state.
 
-A client's shuffling and dropout depend on (seed, round, client, purpose) alone, so that a
-run gives the same bits wherever its clients are and in whatever order they work.
+A client's shuffling and dropout depend on these alone, so that a run has the same bits on every
+engine and in every order of clients.
 """
 
 from __future__ import annotations
@@ -19,69 +19,69 @@ import numpy as np
 if TYPE_CHECKING:
     import mlx.core as mx
 
-Moment = tuple[int, int, int]
-"""Seed, round and partition: what all of a client's random keys in a round come from."""
+RoundSeed = tuple[int, int, int]
+"""Seed, round and partition, from which all of a client's random keys in a round are derived."""
 
 
-def derive(seed: int, *parts: int | str) -> int:
-    """A 64-bit seed from the run's seed and what it is for.
+def derive(seed: int, *purpose: int | str) -> int:
+    """A 64-bit seed from the run's seed and a purpose, by BLAKE2b.
 
     Args:
         seed (int): The run's seed.
-        parts (int or str): Round, client, purpose: whatever tells this use from others.
+        purpose (int or str): Round, client, use: together unique in the run.
 
     Example:
         >>> derive(0, 1, 3, "shuffle") != derive(0, 1, 4, "shuffle")
         True
     """
-    text = "/".join(f"{type(part).__name__}:{part}" for part in (seed, *parts))
+    text = "/".join(f"{type(item).__name__}:{item}" for item in (seed, *purpose))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def moment_of(config: Mapping[str, Any], client: int) -> Moment:
-    """When a client draws, from the settings that it is sent: they have the seed and the round."""
+def round_seed(config: Mapping[str, Any], client: int) -> RoundSeed:
+    """The :data:`RoundSeed` of a client, from the settings of a message: seed and server round."""
     return int(config.get("seed", 0)), int(config.get("server-round", 0)), client
 
 
-def key(seed: int, *parts: int | str) -> mx.array:
-    """An MLX random key, shape (2,) and dtype uint32, from the same parts as :func:`derive`."""
+def key(seed: int, *purpose: int | str) -> mx.array:
+    """An MLX random key, shape (2,) and dtype uint32, from the arguments of :func:`derive`."""
     import mlx.core as mx
 
-    return mx.random.key(derive(seed, *parts))
+    return mx.random.key(derive(seed, *purpose))
 
 
-def seed_mlx(seed: int, *parts: int | str) -> None:
-    """Seed MLX's random state of this thread, which initial weights are drawn from."""
+def seed_mlx(seed: int, *purpose: int | str) -> None:
+    """Seeds MLX's random state of this thread, from which initial weights are drawn."""
     import mlx.core as mx
 
-    mx.random.seed(derive(seed, *parts))
+    mx.random.seed(derive(seed, *purpose))
 
 
 @contextmanager
-def generators_seeded(seed: int, *parts: int | str) -> Iterator[None]:
-    """Seeds the generators that draw without a key: MLX's, NumPy's and Python's.
+def seed_generators(seed: int, *purpose: int | str) -> Iterator[None]:
+    """Seeds the global generators of MLX, NumPy and Python.
 
-    NumPy's and Python's go on afterwards as if nothing had been drawn.
+    The states of NumPy's and Python's are restored at the end.
     """
-    seed_mlx(seed, *parts)
-    with seeded(derive(seed, *parts)):
+    seed_mlx(seed, *purpose)
+    with seed_temporarily(derive(seed, *purpose)):
         yield
 
 
 @contextmanager
-def seeded(derived: int, for_numpy: bytes | None = None) -> Iterator[None]:
-    """Seeds the global generators of Python and NumPy for a while, and puts their states back.
+def seed_temporarily(seed: int, numpy_seed: bytes | None = None) -> Iterator[None]:
+    """Seeds the global generators of Python and NumPy, and restores their states at the end.
 
     Args:
-        derived (int): From :func:`derive`.
-        for_numpy (bytes, optional): What NumPy's is seeded with instead.
+        seed (int): A result of :func:`derive`.
+        numpy_seed (bytes, optional): A seed for NumPy's. Default: ``seed``.
     """
     states = random.getstate(), np.random.get_state()
-    random.seed(derived)
+    random.seed(seed)
     np.random.seed(
-        np.frombuffer(for_numpy, np.uint32)
-        if for_numpy
-        else np.array([derived >> 32, derived & 0xFFFFFFFF], np.uint32)
+        np.frombuffer(numpy_seed, np.uint32)
+        if numpy_seed
+        else np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
     )
     try:
         yield
@@ -91,24 +91,24 @@ def seeded(derived: int, for_numpy: bytes | None = None) -> Iterator[None]:
 
 
 class Keys:
-    """A sequence of keys split off one, as MLX's own random state splits them.
+    """A sequence of keys split from one, as MLX's random state splits them.
 
     Attributes:
-        state (mx.array): The key that the next ones come from.
+        state (mx.array): The key from which the next ones are split.
     """
 
     def __init__(self, state: mx.array):
         self.state = state
 
     def next(self) -> mx.array:
-        """A key that was not given before."""
+        """A new key."""
         import mlx.core as mx
 
         self.state, key = mx.random.split(self.state)
         return key
 
 
-_KEY_PLACES = {
+_KEY_POSITIONS = {
     "bernoulli": 2,
     "categorical": 4,
     "gumbel": 2,
@@ -120,47 +120,46 @@ _KEY_PLACES = {
     "truncated_normal": 4,
     "uniform": 4,
 }
-"""The functions of ``mlx.core.random`` that may be given a key, and its place among arguments."""
+"""The functions of ``mlx.core.random`` with a parameter ``key``, and its position."""
 
 _TRACING = threading.RLock()
-_drawn_from = threading.local()
+_current = threading.local()
 
 
 @contextmanager
-def drawing_from(keys: Keys) -> Iterator[Keys]:
-    """Lets what draws without a key, as ``nn.Dropout`` does, draw from ``keys``.
+def draw_keys_from(keys: Keys) -> Iterator[Keys]:
+    """Replaces the default keys of ``mlx.core.random``, which ``nn.Dropout`` uses, by ``keys``.
 
-    MLX's random state cannot be set to an array, so a traced program could not be given one of
-    its own for each client. While a program is traced, ``mlx.core.random`` gets its default
-    keys from here, in the thread that traces it: another, which reads ahead, draws as ever.
+    MLX's random state cannot be set to an array, so a traced program could not have one for each
+    client as an input. Only the thread that traces draws from ``keys``, not one that reads ahead.
     """
     import mlx.core as mx
 
     with _TRACING:
-        before = {name: getattr(mx.random, name) for name in _KEY_PLACES}
+        before = {name: getattr(mx.random, name) for name in _KEY_POSITIONS}
         for name, function in before.items():
-            setattr(mx.random, name, _with_keys(function, _KEY_PLACES[name], keys))
-        outer, _drawn_from.keys = drawn_from(), keys
+            setattr(mx.random, name, _with_keys(function, _KEY_POSITIONS[name], keys))
+        outer_keys, _current.keys = current_keys(), keys
         try:
             yield keys
         finally:
-            _drawn_from.keys = outer
+            _current.keys = outer_keys
             for name, function in before.items():
                 setattr(mx.random, name, function)
 
 
-def drawn_from() -> Keys | None:
-    """The keys that this thread's draws come from; ``None`` outside :func:`drawing_from`."""
-    return getattr(_drawn_from, "keys", None)
+def current_keys() -> Keys | None:
+    """The keys of this thread's draws; ``None`` outside :func:`draw_keys_from`."""
+    return getattr(_current, "keys", None)
 
 
-def _with_keys(function: Callable, place: int, keys: Keys) -> Callable:
-    tracing = threading.get_ident()
+def _with_keys(function: Callable, position: int, keys: Keys) -> Callable:
+    tracing_thread = threading.get_ident()
 
     @wraps(function)
     def draw(*args: Any, **kwargs: Any) -> Any:
-        ours = threading.get_ident() == tracing
-        if ours and len(args) <= place and kwargs.get("key") is None:
+        is_tracing = threading.get_ident() == tracing_thread
+        if is_tracing and len(args) <= position and kwargs.get("key") is None:
             kwargs["key"] = keys.next()
         return function(*args, **kwargs)
 

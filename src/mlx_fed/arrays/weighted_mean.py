@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
-from . import weights
+from . import named_arrays
+from .named_arrays import Arrays, LazyArrays, Spec, StackedRow, to_float32
 from .spool import Spool
-from .weights import Arrays, LazyArrays, Spec, StackedRow, to_float32
 
 LARGEST_BLOCK = 16
 """Places of a block, at most: so many updates are summed in float32."""
@@ -72,7 +72,7 @@ class Mean(NamedTuple):
             weighted_by (str): The metric that weighs.
             spool (Spool): Where large arrays wait.
         """
-        arrays = spool.record((name, spool.values(self.parameters[name])) for name in like)
+        arrays = spool.put_record((name, spool.put_values(self.parameters[name])) for name in like)
         metrics = MetricRecord({weighted_by: self.weight})
         return RecordDict({"arrays": arrays, "metrics": metrics})
 
@@ -123,10 +123,10 @@ class ArraySum(NamedTuple):
     def pieces(self) -> Iterator[np.ndarray]:
         """The sum, flat and a piece at a time, each in the memory of the one before."""
         (first, weight), *others = (
-            (weights.pieces(arrays, self.name), np.float32(client.weight))
+            (named_arrays.pieces(arrays, self.name), np.float32(client.weight))
             for client, arrays in zip(self.clients, self.arrays, strict=True)
         )
-        totals, products = np.empty((2, weights.PIECE), np.float32)
+        totals, products = np.empty((2, named_arrays.PIECE), np.float32)
         for values in first:
             total, product = totals[: values.size], products[: values.size]
             np.multiply(values, weight, out=total)
@@ -137,7 +137,7 @@ class ArraySum(NamedTuple):
 
 def pieces(part: np.ndarray | ArraySum) -> Iterator[np.ndarray]:
     """A block's sum of one array, flat and a piece at a time."""
-    return part.pieces() if isinstance(part, ArraySum) else weights.cut(part)
+    return part.pieces() if isinstance(part, ArraySum) else named_arrays.cut(part)
 
 
 def sum_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
@@ -219,7 +219,7 @@ class _Sum:
             if name not in self._sums:
                 self._sums[name] = np.full(like.shape, _NOTHING)
             parts = self._parts(name)
-            for total in weights.cut(self._sums[name]):
+            for total in named_arrays.cut(self._sums[name]):
                 _add_next(total, parts)
         self._waiting, self._updates = [], 0
 
@@ -232,9 +232,9 @@ class _Sum:
         """The sum of one array, divided by a weight."""
         mean = np.empty(self.like[name].shape, np.float32)
         parts = self._parts(name)
-        known = weights.cut(self._sums[name]) if name in self._sums else None
-        totals = np.empty(weights.PIECE)
-        for piece in weights.cut(mean):
+        known = named_arrays.cut(self._sums[name]) if name in self._sums else None
+        totals = np.empty(named_arrays.PIECE)
+        for piece in named_arrays.cut(mean):
             total = totals[: piece.size]
             total[:] = next(known) if known else _NOTHING
             _add_next(total, parts)

@@ -1,40 +1,28 @@
-"""A module's arrays by name: which of them a federation trains, and how they go back in.
+"""The weights of an MLX module by name: parameters, running statistics and frozen arrays.
 
-Three kinds of arrays make up a module. *Parameters* are floating and trainable: they are what
-clients train and servers aggregate. *Statistics* are what the forward pass changes without a
-gradient: the running mean and variance of normalization layers, and buffers that the task names.
-Everything else is *frozen*
-(a base model under LoRA, packed integers of a quantized layer) and stays where it is.
+*Parameters* are floating and trainable: clients train them and the server aggregates them.
+*Statistics* change in the forward pass without a gradient: the running mean and variance of
+normalization layers, and buffers that the task names. All other arrays are *frozen* (a base model
+under LoRA, packed integers of a quantized layer) and do not travel.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
-from ..errors import FedError
 from . import module_state, randomness
+from .named_arrays import Arrays, WeightsError, check, spec
 
-Arrays = dict[str, mx.array]
-Spec = dict[str, tuple[tuple[int, ...], str]]
-
-PIECE = 2**18
-"""Numbers of an array that are worked on at a time, at most."""
 _STATISTICS = ("running_mean", "running_var")
 
 
-class WeightsError(FedError, ValueError):
-    """Arrays that do not fit the module they were meant for; the message names the first."""
-
-
 class Slot(NamedTuple):
-    """The one place where an array of a module is held: ``owner[key]``."""
+    """A reference to an array in a module or a container: ``owner[key]``."""
 
     owner: Any
     key: Any
@@ -44,7 +32,7 @@ class Slot(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where a module's arrays are held, by kind and by name."""
+    """The slots of a module's arrays, by kind and by name."""
 
     parameters: dict[str, Slot]
     statistics: dict[str, Slot]
@@ -52,10 +40,10 @@ class Slots(NamedTuple):
 
 
 def build_model(model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The module, its random initial values drawn from ``seed``, with what it trains evaluated.
+    """A module with initial weights drawn from ``seed`` and evaluated trainable parameters.
 
-    Frozen arrays, a base model's from a file, need not be in memory before they are computed with:
-    a server that only aggregates holds none of them.
+    Frozen arrays, such as a base model's from a file, stay lazy: a server that only aggregates
+    holds none of them in memory.
     """
     module = make_module(model, seed)
     mx.eval(module.trainable_parameters())
@@ -63,29 +51,29 @@ def build_model(model: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def make_module(model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The module, of which nothing is evaluated.
+    """A module with initial weights drawn from ``seed``; no array is evaluated.
 
-    The global generators of MLX, NumPy and Python are seeded while it is made, so that it is the
-    same in every process.
+    The global generators of MLX, NumPy and Python are seeded while ``model`` runs, so that the
+    weights are the same in every process.
     """
-    with randomness.generators_seeded(seed, "initial weights"):
+    with randomness.seed_generators(seed, "initial weights"):
         module = model()
     if not isinstance(module, nn.Module):
         raise TypeError(f"Task.model must return an mlx.nn.Module, not a {type(module).__name__}.")
-    for name, each in module.named_modules():
-        if "_no_grad" not in vars(each):  # MLX's own message is about an attribute of its own
+    for name, submodule in module.named_modules():
+        if "_no_grad" not in vars(submodule):  # MLX's own message is about an attribute of its own
             where = f" ({name})" if name else ""
             raise WeightsError(
-                f"{type(each).__name__}{where} has an __init__ that does not call "
+                f"{type(submodule).__name__}{where} has an __init__ that does not call "
                 "super().__init__(), without which MLX cannot train a module: call it there."
             )
     return module
 
 
 def find_slots(module: nn.Module, is_buffer: Callable[[str], bool] = lambda name: False) -> Slots:
-    """Where each array of ``module`` is held.
+    """The slot of each array of ``module``.
 
-    ``is_buffer`` says which further arrays, private ones too, count as statistics.
+    ``is_buffer`` selects further arrays, private ones too, that count as statistics.
 
     Names are those of ``mlx.utils.tree_flatten(module.parameters())``. A module reached by
     two paths (tied weights) is listed once, under the first. Frozen parameters, integers among
@@ -97,14 +85,14 @@ def find_slots(module: nn.Module, is_buffer: Callable[[str], bool] = lambda name
             float64: safetensors cannot hold it, and the frozen ones are saved, too.
     """
     slots = Slots({}, {}, {})
-    seen: set[tuple[int, Any]] = set()
+    slot_ids: set[tuple[int, Any]] = set()
     names: set[str] = set()
     trainable = dict(tree_flatten(module.trainable_parameters()))
     for name, slot in _walk(module, ""):
-        place = (id(slot.owner), slot.key)
-        if place in seen:
+        slot_id = (id(slot.owner), slot.key)
+        if slot_id in slot_ids:
             continue
-        seen.add(place)
+        slot_ids.add(slot_id)
         if name in names:
             raise WeightsError(f"Two arrays of the model have the name {name!r}: rename one.")
         names.add(name)
@@ -118,19 +106,19 @@ def find_slots(module: nn.Module, is_buffer: Callable[[str], bool] = lambda name
             slots.parameters[name] = slot
         else:
             slots.frozen[name] = slot
-    for name, slot in _hidden(module):
+    for name, slot in _assignable(module):
         if name not in names and is_buffer(name):
             slots.statistics[name] = slot
     return slots
 
 
 def is_private(name: str) -> bool:
-    """Whether MLX leaves an array out of ``parameters()`` and of files, by its name."""
+    """Whether an array of this name is private: MLX omits it from ``parameters()`` and files."""
     return any(key.startswith("_") for key in name.split("."))
 
 
-def _hidden(module: nn.Module) -> Iterator[tuple[str, Slot]]:
-    """Every array that can be assigned, with those that ``parameters()`` leaves out."""
+def _assignable(module: nn.Module) -> Iterator[tuple[str, Slot]]:
+    """Yields every assignable array, with those that ``parameters()`` omits."""
     for path, container in module_state.containers(module):
         if isinstance(container, tuple):
             continue
@@ -160,10 +148,10 @@ def get(slots: Mapping[str, Slot]) -> Arrays:
 
 
 def put(slots: Mapping[str, Slot], arrays: Mapping[str, mx.array]) -> None:
-    """Puts arrays into their slots, unchecked: see :func:`load` for arrays from elsewhere."""
+    """Puts arrays into their slots, unchecked: :func:`load` checks them."""
     for name, array in arrays.items():
         slot = slots[name]
-        slot.owner[slot.key] = module_state.reference(array)
+        slot.owner[slot.key] = module_state.alias(array)
 
 
 def load(slots: Mapping[str, Slot], arrays: Mapping[str, mx.array]) -> None:
@@ -174,138 +162,3 @@ def load(slots: Mapping[str, Slot], arrays: Mapping[str, mx.array]) -> None:
     """
     check(spec(get(slots)), spec(arrays))
     put(slots, arrays)
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """``"float32"`` for ``mx.float32``."""
-    return str(dtype).removeprefix("mlx.core.")
-
-
-def spec(arrays: Mapping[str, mx.array]) -> Spec:
-    """The shape and dtype of each array, by name."""
-    return {name: (tuple(a.shape), dtype_name(a.dtype)) for name, a in arrays.items()}
-
-
-def size(spec: Spec) -> dict[str, int]:
-    """How many arrays there are, and their numbers and bytes."""
-    numbers = {name: math.prod(shape) for name, (shape, _) in spec.items()}
-    total = sum(number * getattr(mx, spec[name][1]).size for name, number in numbers.items())
-    return {"arrays": len(spec), "parameters": sum(numbers.values()), "bytes": total}
-
-
-def check(expected: Spec, got: Spec) -> None:
-    """Checks that ``got`` has the names, shapes and dtypes of ``expected``, in any order.
-
-    Raises:
-        WeightsError: Naming the first parameter that differs, and both shapes or dtypes.
-    """
-    for name in expected:
-        if name not in got:
-            raise WeightsError(f"parameter {name!r} is missing")
-    for name in got:
-        if name not in expected:
-            raise WeightsError(f"parameter {name!r} is not one of the model's")
-    for name, (shape, dtype) in expected.items():
-        got_shape, got_dtype = got[name]
-        if got_shape != shape:
-            raise WeightsError(f"parameter {name!r} has shape {got_shape}, expected {shape}")
-        if got_dtype != dtype:
-            raise WeightsError(f"parameter {name!r} has dtype {got_dtype}, expected {dtype}")
-
-
-class StackedRow(Mapping[str, mx.array]):
-    """One entry along the leading axis of stacked arrays, sliced where it is asked for.
-
-    Args:
-        stack (dict): Arrays that are evaluated, by name.
-        host (dict): Where their values in NumPy are kept, for all rows of the stack.
-        index (int): Which entry this is.
-    """
-
-    def __init__(self, stack: Mapping[str, mx.array], host: dict[str, np.ndarray], index: int):
-        self._stack, self._host, self._index = stack, host, index
-
-    def __getitem__(self, name: str) -> mx.array:
-        return self._stack[name][self._index]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stack)
-
-    def __len__(self) -> int:
-        return len(self._stack)
-
-    def float32(self, name: str) -> np.ndarray:
-        """The values in NumPy, without a graph for each slice."""
-        if name not in self._host:
-            self._host[name] = to_float32(self._stack[name])
-        return self._host[name][self._index]
-
-
-class LazyArrays(Mapping[str, mx.array]):
-    """Named arrays that are read one at a time, each when it is asked for.
-
-    Args:
-        spec (dict): The shape and dtype that each has, by name and in order.
-        read (callable): Gives the array of a name.
-        pieces (callable, optional): Gives what :func:`pieces` does, without the whole array in
-            memory.
-    """
-
-    def __init__(
-        self,
-        spec: Spec,
-        read: Callable[[str], mx.array],
-        pieces: Callable[[str], Iterator[np.ndarray]] | None = None,
-    ):
-        self.spec, self._read = spec, read
-        self.pieces = pieces or (lambda name: cut(to_float32(read(name))))
-
-    def __getitem__(self, name: str) -> mx.array:
-        if name not in self.spec:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.spec)
-
-    def __len__(self) -> int:
-        return len(self.spec)
-
-
-def pieces(arrays: Mapping[str, mx.array], name: str) -> Iterator[np.ndarray]:
-    """The values of an array as float32, flat and :data:`PIECE` at a time.
-
-    A core's cache holds a piece: what is done with it costs little beside reading it from memory
-    or from disk.
-    """
-    if isinstance(arrays, LazyArrays):
-        return arrays.pieces(name)
-    return cut(to_float32(arrays[name]))
-
-
-def cut(values: np.ndarray) -> Iterator[np.ndarray]:
-    """The values of an array in memory, flat and :data:`PIECE` at a time."""
-    flat = values.reshape(-1)
-    return (flat[start : start + PIECE] for start in range(0, flat.size, PIECE))
-
-
-def to_float32(array: mx.array) -> np.ndarray:
-    """The values of an array as float32 in NumPy: without a copy where that is what they are."""
-    return np.asarray(array.astype(mx.float32))
-
-
-def are_finite(arrays: Iterable[mx.array]) -> bool:
-    """Whether no floating-point array has a value that is infinite or not a number."""
-    floating = (array for array in arrays if mx.issubdtype(array.dtype, mx.floating))
-    return all(is_finite(to_float32(array)) for array in floating)
-
-
-def is_finite(values: np.ndarray, times: float = 1.0) -> bool:
-    """Whether no value is infinite or not a number, nor would be ``times`` as large."""
-    flat = np.ravel(values)
-    with np.errstate(all="ignore"):
-        # One pass at the speed of memory. Where the sum of squares is finite, so is each value,
-        # times whatever is believed to be a number of examples.
-        if np.isfinite(np.dot(flat, flat)):
-            return True
-        return bool(np.isfinite(flat * np.float32(times)).all())

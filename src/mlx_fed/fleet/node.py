@@ -19,7 +19,8 @@ from typing import Any
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
 from .. import clientapp
-from ..arrays.spool import Spool, records_in
+from ..arrays.flower_records import records_in
+from ..arrays.spool import Spool
 from ..errors import FedError
 from ..flower import headers
 from ..flower.error_replies import error_reply
@@ -250,7 +251,7 @@ class _Node:
             self.notify("failed", **what, reason=f"{type(error).__name__}: {error}")
             shared = bool(self.node_config.get(clientapp.SHARE_ERRORS))
             reply = error_reply(message, error, shared)
-        self.spool.hold(kept)
+        self.spool.put_message(kept)
         seconds = time.monotonic() - started
         self._persist(lambda: self.client.send(reply, seconds))
         records = records_in(reply.content, MetricRecord) if reply.has_content() else {}

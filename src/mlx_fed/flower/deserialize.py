@@ -21,7 +21,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from ..arrays.spool import OnDisk, Part, WaitingArray, records_in
+from ..arrays.flower_records import Segment, SegmentedArray, SpooledBytes, records_in
 
 _ARRAY, _CHUNK = (
     f"{kind.__qualname__}{HEAD_VALUE_DIVIDER}".encode() for kind in (Array, ArrayChunk)
@@ -30,7 +30,9 @@ _HEAD = 256
 """Bytes that are more than the head of an array's chunk."""
 
 
-def inflate(object_id: str, objects: Mapping[str, OnDisk | bytes], limit: float = math.inf) -> Any:
+def inflate(
+    object_id: str, objects: Mapping[str, SpooledBytes | bytes], limit: float = math.inf
+) -> Any:
     """An object with all that it is made of.
 
     Args:
@@ -46,20 +48,20 @@ def inflate(object_id: str, objects: Mapping[str, OnDisk | bytes], limit: float 
     for each, held in objects.items():
         if _head(held).startswith(_CHUNK):
             continue
-        contents[each] = content = held.read() if isinstance(held, OnDisk) else held
+        contents[each] = content = held.read() if isinstance(held, SpooledBytes) else held
         if content.startswith(_ARRAY):
             inflated[each] = array = _array(content, objects, limit)
-            limit -= sum(map(len, cast(_Parts, array.data).parts))
+            limit -= sum(map(len, cast(_Segments, array.data).segments))
     found = inflate_object_from_contents(object_id, contents, objects=inflated)
     if isinstance(found, Message) and found.has_content():
         for record in records_in(found.content, ArrayRecord).values():
             for name, array in record.items():
-                parts = cast(_Parts, array.data).parts
-                record[name] = WaitingArray(array.dtype, array.shape, array.stype, parts)
+                segments = cast(_Segments, array.data).segments
+                record[name] = SegmentedArray(array.dtype, array.shape, array.stype, segments)
     return found
 
 
-def _array(content: bytes, objects: Mapping[str, OnDisk | bytes], limit: float) -> Array:
+def _array(content: bytes, objects: Mapping[str, SpooledBytes | bytes], limit: float) -> Array:
     """An array that has its chunks in place of their bytes."""
     ids = get_object_children_ids_from_object_content(content)
     about = json.loads(get_object_body(content, Array))
@@ -67,26 +69,26 @@ def _array(content: bytes, objects: Mapping[str, OnDisk | bytes], limit: float) 
     chunks = [by_id[ids[number]] for number in about["arraychunk_ids"]]
     if sum(map(len, chunks)) > limit:
         raise ValueError("its arrays have more bytes than a reply may have")
-    return Array(about["dtype"], tuple(about["shape"]), about["stype"], _Parts(chunks))
+    return Array(about["dtype"], tuple(about["shape"]), about["stype"], _Segments(chunks))
 
 
-def _chunk(held: OnDisk | bytes) -> Part:
+def _chunk(held: SpooledBytes | bytes) -> Segment:
     head = _head(held)
     if not head.startswith(_CHUNK) or HEAD_BODY_DIVIDER not in head:
         raise ValueError("a part of an array is none")
-    return Part(held, head.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER))
+    return Segment(held, head.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER))
 
 
-def _head(held: OnDisk | bytes) -> bytes:
-    return held.read(0, _HEAD) if isinstance(held, OnDisk) else held[:_HEAD]
+def _head(held: SpooledBytes | bytes) -> bytes:
+    return held.read(0, _HEAD) if isinstance(held, SpooledBytes) else held[:_HEAD]
 
 
-class _Parts(bytes):
-    """No bytes, and the parts that hold them: Flower's records copy arrays, and take only bytes."""
+class _Segments(bytes):
+    """No bytes, and segments as an attribute: Flower's records copy arrays, and take only bytes."""
 
-    parts: tuple[Part, ...]
+    segments: tuple[Segment, ...]
 
-    def __new__(cls, parts: Iterable[Part]) -> _Parts:
-        made = super().__new__(cls)
-        made.parts = tuple(parts)
-        return made
+    def __new__(cls, segments: Iterable[Segment]) -> _Segments:
+        instance = super().__new__(cls)
+        instance.segments = tuple(segments)
+        return instance

@@ -23,7 +23,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import validate_object_content
 
-from ..arrays.spool import OnDisk, Spool
+from ..arrays.flower_records import SpooledBytes
+from ..arrays.spool import Spool
 from .deserialize import inflate
 from .request_limits import MOST_OBJECTS, OBJECT_ID
 
@@ -77,7 +78,7 @@ class IncomingReply:
     def __init__(self, node_id: int, object_id: str, children: Children):
         self.node_id, self.object_id, self.children = node_id, object_id, children
         self.missing = set(children)
-        self._contents: dict[str, OnDisk | bytes] = {}
+        self._contents: dict[str, SpooledBytes | bytes] = {}
         self._bytes = 0
         self._lock = threading.Lock()
 

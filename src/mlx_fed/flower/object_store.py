@@ -7,7 +7,8 @@ from typing import Any
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
-from ..arrays.spool import OnDisk, Spool
+from ..arrays.flower_records import SpooledBytes
+from ..arrays.spool import Spool
 
 
 class StoreFactory(ObjectStoreFactory):
@@ -37,5 +38,5 @@ class Objects(InMemoryObjectStore):
                 entry.content, entry.is_available = waiting, True
 
     def get(self, object_id: str) -> bytes | None:
-        held: OnDisk | bytes | None = super().get(object_id)
-        return held.read() if isinstance(held, OnDisk) else held
+        held: SpooledBytes | bytes | None = super().get(object_id)
+        return held.read() if isinstance(held, SpooledBytes) else held

@@ -16,7 +16,7 @@ from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 
-from ..arrays.spool import parts_of, records_in
+from ..arrays.flower_records import records_in, segments_of
 
 
 class Chunk(InflatableObject):
@@ -69,7 +69,7 @@ def parts_in(item: InflatableObject) -> list[memoryview] | tuple[bytes]:
 def _chunks(array: Array, size: int) -> Iterator[Chunk]:
     views: list[memoryview] = []
     room = size
-    for part in parts_of(array):
+    for part in segments_of(array):
         left = memoryview(part.read())
         while left:
             views.append(left[:room])

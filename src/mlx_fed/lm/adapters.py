@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..arrays.randomness import Keys, drawing_from, drawn_from
+from ..arrays.randomness import Keys, current_keys, draw_keys_from
 from ..errors import FedError
 from ..system.atomic_files import replacing
 from .config import LoraConfig, nearest
@@ -130,7 +130,7 @@ def _checkpoint(layer: nn.Module) -> None:
     call: Callable[..., Any] = kind.__call__
 
     def checkpointed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        keys, training = drawn_from(), self.training
+        keys, training = current_keys(), self.training
         if keys is None:  # evaluation, which has no backward pass
             return call(self, *args, **kwargs)
 
@@ -140,7 +140,7 @@ def _checkpoint(layer: nn.Module) -> None:
             self.update(parameters)
             self.train(training)
             try:
-                with drawing_from(Keys(mx.stop_gradient(key))) as inside:
+                with draw_keys_from(Keys(mx.stop_gradient(key))) as inside:
                     return call(self, *args, **kwargs), inside.state
             finally:
                 self.update(before)

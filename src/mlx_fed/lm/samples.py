@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from ..arrays import weights
-from ..arrays.weights import Arrays
+from ..arrays.named_arrays import Arrays
 from ..rounds.settings import EvaluateFn
 from ..task import Task
 from .config import LoraConfig

@@ -22,8 +22,8 @@ import numpy as np
 from flwr.app import ArrayRecord
 
 from ..arrays import safetensors
+from ..arrays.named_arrays import Arrays
 from ..arrays.spool import Spool
-from ..arrays.weights import Arrays
 from ..errors import FedError
 from ..runs.history import errors_named
 from ..system.atomic_files import put, sync_folder
@@ -199,7 +199,7 @@ def read(path: Path, spool: Spool | None = None) -> Checkpoint:
         about = json.loads(metadata["run"])
         masters = ArrayRecord()
         for name in about["order"]:  # MLX reads each as it is asked for, and it is let go then
-            masters[name] = spool.values(np.asarray(kinds["parameters"].pop(name)))
+            masters[name] = spool.put_values(np.asarray(kinds["parameters"].pop(name)))
         mx.eval(kinds["statistics"], kinds["strategy"])
         return Checkpoint(
             int(metadata["round"]),
@@ -243,7 +243,7 @@ def _write(file: _Checked, checkpoint: Checkpoint) -> None:
         **{f"statistics/{name}": array for name, array in checkpoint.statistics.items()},
         **{f"strategy/{name}": array for name, array in checkpoint.strategy.arrays.items()},
     }
-    for part in safetensors.parts(arrays, metadata):
+    for part in safetensors.serialize(arrays, metadata):
         file.write(part)
 
 

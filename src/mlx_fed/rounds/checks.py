@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from ..arrays import master_weights, weighted_mean, weights
-from ..arrays.spool import records_in
-from ..arrays.weights import LazyArrays, Spec
+from ..arrays import master_weights, named_arrays, weighted_mean
+from ..arrays.flower_records import records_in
+from ..arrays.named_arrays import LazyArrays, Spec
 from ..errors import FedError
 from ..training.metrics import Evaluation, is_defined
 from . import messages
@@ -151,8 +151,8 @@ def distance(arrays: Mapping[str, mx.array], others: Mapping[str, mx.array]) -> 
     """The Euclidean norm of a difference, a piece at a time; what ``others`` lack is 0 there."""
     squares = 0.0
     for name in arrays:
-        pieces = weights.pieces(arrays, name)
-        of_others = weights.pieces(others, name) if name in others else repeat(_ZERO)
+        pieces = named_arrays.pieces(arrays, name)
+        of_others = named_arrays.pieces(others, name) if name in others else repeat(_ZERO)
         with np.errstate(all="ignore"):
             for piece, other in zip(pieces, of_others, strict=False):
                 difference = np.subtract(piece, other, dtype=np.float32)
@@ -170,15 +170,15 @@ def check_arrays(
     """
     places: dict[str, str] = {}
     given: Spec = {}
-    for place, part in messages.parts(record):
+    for place, part in messages.shards(record):
         for name, stored in part.items():
-            master_weights.check_one(name, (stored.shape, stored.dtype), expected)
+            master_weights.check_array(name, stored.shape, stored.dtype, expected)
             places[name] = place
             given[name] = stored.shape, expected[name][1] if packed else stored.dtype
             is_variance = are_statistics and name.endswith(_VARIANCE)
             _check_pieces(name, stored.pieces(given[name][1]), weight, is_variance)
-    weights.check(expected, {name: expected[name] for name in places})
-    return messages.unread(record, {name: given[name] for name in expected}, places)
+    named_arrays.check(expected, {name: expected[name] for name in places})
+    return messages.lazy_arrays(record, {name: given[name] for name in expected}, places)
 
 
 def check_values(
@@ -194,7 +194,7 @@ def check_values(
     for arrays, are_statistics in ((parameters, False), (statistics, True)):
         for name in arrays:
             is_variance = are_statistics and name.endswith(_VARIANCE)
-            _check_pieces(name, weights.pieces(arrays, name), weight, is_variance)
+            _check_pieces(name, named_arrays.pieces(arrays, name), weight, is_variance)
 
 
 def _check_pieces(
@@ -202,8 +202,10 @@ def _check_pieces(
 ) -> None:
     for values in pieces:
         # NumPy takes a tenth of the time that MLX takes on a CPU; float32 holds every value.
-        if not weights.is_finite(values, weight * weighted_mean.LARGEST_BLOCK):
-            what = "not finite" if not weights.is_finite(values) else "too large to be averaged"
+        if not named_arrays.is_finite(values, weight * weighted_mean.LARGEST_BLOCK):
+            what = (
+                "not finite" if not named_arrays.is_finite(values) else "too large to be averaged"
+            )
             raise NotFinite(f"parameter {name!r} has values that are {what}")
         if is_variance and (values < 0).any():
             raise Refused(f"parameter {name!r} has negative values, which no variance has")
@@ -245,7 +247,7 @@ def check_evaluation(
             and believable number, a weight is none, or a metric has to be defined and is not.
     """
     metrics = _metrics_of(message)
-    record = messages.values_of(message.content, messages.WEIGHTS)
+    record = messages.config_record(message.content, messages.WEIGHTS)
     # They may count tokens or pixels, of which an example has many.
     most = max(max_weight, _LARGEST_WEIGHT)
     weights: dict[str, Any] = {name: record[name] for name in metrics if name in record}
@@ -258,7 +260,7 @@ def check_evaluation(
     # With weights of their own all but counts do without num-tokens, which may be 0.
     _check_weight(metrics, weighted_by, max_weight, bool(weights) and weighted_by != "num-examples")
     _check_extent(metrics)
-    reasons = messages.values_of(message.content, messages.UNDEFINED)
+    reasons = messages.config_record(message.content, messages.UNDEFINED)
     undefined = {
         name: str(reasons.get(name, f"it is {value}"))[:_LONGEST]
         for name, value in metrics.items()

@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 from flwr.app import ArrayRecord, RecordDict
 
-from ..arrays.spool import records_in
-from ..arrays.weights import Arrays
+from ..arrays.flower_records import records_in
+from ..arrays.named_arrays import Arrays
 from ..errors import FedError
 from . import messages
 

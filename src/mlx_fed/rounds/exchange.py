@@ -12,9 +12,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from ..arrays import master_weights
+from ..arrays.named_arrays import Arrays, Spec
 from ..arrays.spool import Spool
 from ..arrays.weighted_mean import Block
-from ..arrays.weights import Arrays, Spec
 from ..task import Config
 from . import messages
 
@@ -79,7 +79,7 @@ def exchange(
         for reply in pulled:
             node_id = pending.pop(reply.metadata.reply_to_message_id)
             if reply.has_content():
-                spool.hold(reply.content)
+                spool.put_message(reply.content)
             came[node_id] = reply
             arrived(names[node_id])
         if pulled:
@@ -125,7 +125,7 @@ def pack(outgoing: list[Message], spec: Spec, statistics: Arrays, config: Config
         if id(given) not in contents:
             name, record = messages.parameters_of(given)
             if id(record) not in packed:
-                packed[id(record)] = messages.pack(master_weights.unread_masters(record, spec))
+                packed[id(record)] = messages.pack(master_weights.lazy_masters(record, spec))
             settings_name, own = messages.config_of(given)
             travels: dict[str, Any] = {
                 **beside,

@@ -15,7 +15,7 @@ from uuid import uuid4
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from ..arrays import master_weights, weights
+from ..arrays import master_weights, named_arrays, weights
 from ..arrays.spool import Spool
 from ..errors import RunError, TooFewReplies
 from ..runs.history import History, Previous, Result, previous_of
@@ -110,7 +110,7 @@ def run(
                 **({"went_on_after": stopping.after} if stopping.after else {}),
                 "config": run.config,
                 "strategy": strategies.describe(strategy),
-                "model": weights.size(trainer.spec),
+                "model": named_arrays.size(trainer.spec),
             }
         )
         try:

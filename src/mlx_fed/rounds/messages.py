@@ -1,9 +1,8 @@
-"""Named arrays in Flower's records.
+"""Wire format: named arrays in Flower's records, as shards of safetensors.
 
-Between our server and nodes arrays travel as shards of safetensors: names, shapes and every
-MLX dtype survive bit for bit, and many small arrays cost one object on the wire instead of two
-each. A :class:`flwr.app.ArrayRecord` of plain NumPy arrays, as Flower's mods leave it, is read
-as well.
+Names, shapes and every MLX dtype are preserved bit for bit, and many small arrays cost one object
+on the wire instead of two each. A :class:`flwr.app.ArrayRecord` of plain NumPy arrays, as Flower's
+mods write it, is read as well.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from ..arrays import safetensors
-from ..arrays.safetensors import Stored
-from ..arrays.spool import Part, WaitingArray, num_bytes, parts_of, records_in
-from ..arrays.weights import Arrays, LazyArrays, Spec, dtype_name
+from ..arrays.flower_records import Segment, SegmentedArray, num_bytes, records_in, segments_of
+from ..arrays.named_arrays import Arrays, LazyArrays, Spec, dtype_name
+from ..arrays.safetensors import TensorView
 from ..errors import FedError
 from ..training.metrics import Evaluation
 
 STATISTICS = "statistics"
-"""The name of the record that carries running statistics beside the parameters."""
+"""The name of the record of running statistics."""
 WEIGHTS = "weights"
-"""The name of the record that has the weights of an evaluation's metrics, by their names."""
+"""The name of the record of the weights of an evaluation's metrics, by metric."""
 UNDEFINED = "undefined"
-"""The name of the record that says why metrics of an evaluation are undefined, by their names."""
+"""The name of the record of reasons why metrics of an evaluation are undefined, by metric."""
 
 ROLL_CALL = "query.roll_call"
 LEAVE = "query.leave"
@@ -38,21 +37,21 @@ _SHARD_BYTES = 4 * 2**20
 
 
 class MessageError(FedError):
-    """A message that is not laid out as ours are."""
+    """A message in another format than ours."""
 
 
 def pack(arrays: Mapping[str, mx.array]) -> ArrayRecord:
-    """Arrays of any dtype as shards of up to 4 MiB, or of one larger array.
+    """Arrays of any dtype as shards of up to 4 MiB, or of one larger array each.
 
-    Their values stay where they are: the shards are views of them.
+    The shards are views of the arrays, without a copy.
     """
     shards = list(_shards(arrays))
     record = ArrayRecord()
     for number, shard in enumerate(shards, 1):
-        waiting = tuple(map(Part, safetensors.parts(shard)))
-        size = sum(map(len, waiting))
+        segments = tuple(map(Segment, safetensors.serialize(shard)))
+        size = sum(map(len, segments))
         name = f"shard-{number:05}-of-{len(shards):05}"
-        record[name] = WaitingArray("uint8", (size,), _SHARD_TYPE, waiting)
+        record[name] = SegmentedArray("uint8", (size,), _SHARD_TYPE, segments)
     return record
 
 
@@ -63,44 +62,44 @@ def unpack(record: ArrayRecord) -> Arrays:
         MessageError: If the bytes cannot be read, or an array occurs twice.
     """
     arrays: Arrays = {}
-    for name, part in parts(record):
-        with _reading(name):
-            arrays |= {key: stored.read() for key, stored in part.items()}
+    for shard_name, views in shards(record):
+        with _explain_errors(shard_name):
+            arrays |= {name: view.read() for name, view in views.items()}
     return arrays
 
 
-def parts(record: ArrayRecord) -> Iterator[tuple[str, dict[str, Stored]]]:
-    """The arrays in a record, a part at a time, and what the record calls the part.
+def shards(record: ArrayRecord) -> Iterator[tuple[str, dict[str, TensorView]]]:
+    """The arrays in a record, a shard at a time: the shard's name, and lazy arrays by name.
 
     Raises:
         MessageError: If the bytes cannot be read, or an array occurs twice.
     """
-    seen: set[str] = set()
-    for name, array in record.items():
-        with _reading(name):
-            part = _find(name, array)
-        if twice := seen & part.keys():
-            raise MessageError(f"parameter {min(twice)!r} occurs twice in the message")
-        seen |= part.keys()
-        yield name, part
+    names: set[str] = set()
+    for shard_name, array in record.items():
+        with _explain_errors(shard_name):
+            views = _parse_shard(shard_name, array)
+        if duplicates := names & views.keys():
+            raise MessageError(f"parameter {min(duplicates)!r} occurs twice in the message")
+        names |= views.keys()
+        yield shard_name, views
 
 
-def unread(record: ArrayRecord, spec: Spec, places: Mapping[str, str]) -> LazyArrays:
-    """The arrays in a record, read when they are asked for; the part looked at last is kept.
+def lazy_arrays(record: ArrayRecord, spec: Spec, shard_names: Mapping[str, str]) -> LazyArrays:
+    """The arrays in a record, read at each access; the last shard stays parsed.
 
     Args:
-        record (ArrayRecord): One that has been looked through before, by :func:`parts`.
-        spec (dict): The shape of each array, by name, and the dtype that it is wanted in.
-        places (dict): What the record calls the part that has an array, by the array's name.
+        record (ArrayRecord): A record whose :func:`shards` have been checked.
+        spec (dict): The shape of each array and the dtype to read it in, by name.
+        shard_names (dict): The name of the shard of each array, by the array's name.
     """
-    last: dict[str, dict[str, Stored]] = {}
+    cache: dict[str, dict[str, TensorView]] = {}
 
-    def find(name: str) -> Stored:
-        place = places[name]
-        if place not in last:
-            last.clear()
-            last[place] = _find(place, record[place])
-        return last[place][name]
+    def find(name: str) -> TensorView:
+        shard_name = shard_names[name]
+        if shard_name not in cache:
+            cache.clear()
+            cache[shard_name] = _parse_shard(shard_name, record[shard_name])
+        return cache[shard_name][name]
 
     return LazyArrays(
         spec,
@@ -110,21 +109,21 @@ def unread(record: ArrayRecord, spec: Spec, places: Mapping[str, str]) -> LazyAr
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _explain_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a stranger's bytes can bring about any
+    except Exception as error:  # bytes of a stranger can cause any
         raise MessageError(f"array {name!r} in the message is unreadable: {error}") from error
 
 
-def _find(name: str, array: Array) -> dict[str, Stored]:
+def _parse_shard(name: str, array: Array) -> dict[str, TensorView]:
     if array.stype != _SHARD_TYPE:
         values = mx.array(array.numpy())
-        held = Part(np.asarray(values.reshape(-1)).view(np.uint8).data)
-        return {name: Stored((held,), 0, dtype_name(values.dtype), tuple(values.shape))}
-    # Where arrays are many and small, their bytes are joined once rather than looked for each time.
-    large = num_bytes(array) > _SHARD_BYTES
-    return safetensors.find(parts_of(array) if large else (Part(array.data),))
+        segment = Segment(np.asarray(values.reshape(-1)).view(np.uint8).data)
+        return {name: TensorView((segment,), 0, dtype_name(values.dtype), tuple(values.shape))}
+    # The segments of many small arrays are joined once, not searched for each array.
+    is_large = num_bytes(array) > _SHARD_BYTES
+    return safetensors.parse(segments_of(array) if is_large else (Segment(array.data),))
 
 
 def is_packed(record: ArrayRecord) -> bool:
@@ -135,7 +134,7 @@ def is_packed(record: ArrayRecord) -> bool:
 def parameters_of(content: RecordDict) -> tuple[str, ArrayRecord]:
     """The name and the record of the parameters in a message.
 
-    The name is the strategy's choice (``arrayrecord_key``) and a reply uses the same.
+    The strategy chooses the name (``arrayrecord_key``), and a reply has the same.
 
     Raises:
         MessageError: If there is none, or more than one beside the statistics.
@@ -147,18 +146,18 @@ def parameters_of(content: RecordDict) -> tuple[str, ArrayRecord]:
 
 
 def config_of(content: RecordDict) -> tuple[str, ConfigRecord]:
-    """The name and the record of the settings in a message; empty where there are none."""
+    """The name and the record of the settings in a message; empty if there are none."""
     return next(iter(records_in(content, ConfigRecord).items()), ("config", ConfigRecord()))
 
 
 def count_bytes(content: RecordDict) -> int:
-    """The size of a message's arrays, in bytes."""
+    """The size of the arrays of a message, in bytes."""
     records = records_in(content, ArrayRecord).values()
     return sum(num_bytes(array) for record in records for array in record.values())
 
 
 def pack_evaluation(evaluation: Evaluation) -> RecordDict:
-    """The reply to a message of evaluation: metrics, with weights and reasons if there are any."""
+    """The reply to an evaluate message: metrics, with weights and reasons if there are any."""
     content = RecordDict({"metrics": MetricRecord({**evaluation.metrics})})
     if evaluation.weights:
         content[WEIGHTS] = ConfigRecord({**evaluation.weights})
@@ -167,13 +166,13 @@ def pack_evaluation(evaluation: Evaluation) -> RecordDict:
     return content
 
 
-def values_of(content: RecordDict, name: str) -> Mapping[str, Any]:
-    """A record of settings by its name; empty where there is none."""
+def config_record(content: RecordDict, name: str) -> Mapping[str, Any]:
+    """The ``ConfigRecord`` of a name in a message; empty if there is none."""
     return records_in(content, ConfigRecord).get(name, {})
 
 
 def nothing_to_evaluate() -> RecordDict:
-    """The reply of a client that has no test examples, which is no failure: no metrics."""
+    """The reply of a client without test examples, which is no failure: no metrics."""
     return RecordDict({"metrics": MetricRecord()})
 
 

@@ -15,8 +15,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from ..arrays import master_weights
+from ..arrays.named_arrays import Arrays, Spec
 from ..arrays.spool import Spool
-from ..arrays.weights import Arrays, Spec
 from ..errors import RunError
 from ..flower.error_replies import is_missing
 from ..runs import round_record

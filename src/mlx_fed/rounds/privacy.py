@@ -11,7 +11,7 @@ from typing import Any
 
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
 
-from ..arrays.weights import Spec
+from ..arrays.named_arrays import Spec
 from ..errors import FedError
 from ..task import Task
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from flwr.serverapp.strategy import Strategy
 
-from ..arrays import frozen, weights
-from ..arrays.spool import copy_of
+from ..arrays import frozen, named_arrays, weights
+from ..arrays.flower_records import copy_record
 from ..task_settings import kebab_case
 from . import strategies, strategy_state
 from .checkpoint import Best, Checkpoint, CheckpointError, Checkpoints
@@ -50,7 +50,7 @@ class Position(NamedTuple):
         mx.eval(self.model.statistics)  # it is written by another thread
         return Checkpoint(
             self.round,
-            copy_of(self.model.masters),
+            copy_record(self.model.masters),
             {**self.model.statistics},
             strategy_state.snapshot(strategy),
             self.best,
@@ -116,7 +116,7 @@ def identity_of(run: Run) -> dict[str, Any]:
         "model": {
             kind: {
                 name: f"{dtype} {shape}{', personal' if name in personal else ''}"
-                for name, (shape, dtype) in weights.spec(weights.get(slots)).items()
+                for name, (shape, dtype) in named_arrays.spec(weights.get(slots)).items()
             }
             for kind, slots in run.trainer.slots._asdict().items()
         },

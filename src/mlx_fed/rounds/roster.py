@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from ..arrays import frozen, weights
-from ..arrays.weights import Spec
+from ..arrays import frozen, named_arrays
+from ..arrays.named_arrays import Spec
 from ..errors import FedError, RunError
 from . import checks, messages
 from .exchange import pause, push
@@ -93,7 +93,7 @@ class Roster:
         config: dict[str, Any],
         notify: Callable[..., None],
         fingerprint: Mapping[str, str] | None = None,
-        identities: Mapping[str, frozen.Identity] | None = None,
+        identities: Mapping[str, frozen.ArrayDigest] | None = None,
     ):
         self.grid = grid
         self.fingerprint, self.identities = fingerprint or {}, identities or {}
@@ -240,8 +240,8 @@ class Roster:
                 for name, (shape, dtype) in json.loads(str(record[kind])).items()
             }
             try:
-                weights.check(ours, theirs)
-            except weights.WeightsError as error:
+                named_arrays.check(ours, theirs)
+            except named_arrays.WeightsError as error:
                 raise checks.Refused(f"its model is not the server's: {error}") from error
 
     def _check_frozen(self, record: ConfigRecord) -> frozen.Difference | None:

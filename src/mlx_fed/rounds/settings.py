@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from ..arrays.weights import Arrays
+from ..arrays.named_arrays import Arrays
 from ..errors import SettingsError
 from ..task import Config, Task, TaskSource, make_task
 from ..task_settings import (

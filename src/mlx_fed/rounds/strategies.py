@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
 
 from ..arrays import randomness
-from ..arrays.spool import records_in
+from ..arrays.flower_records import records_in
 from ..training.metrics import is_defined
 from . import messages
 
@@ -162,7 +162,7 @@ def pooled_metrics(contents: Sequence[RecordDict], weighted_by: str) -> MetricRe
     clients: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
     for content in contents:
         metrics = next(iter(records_in(content, MetricRecord).values()))
-        clients.append((metrics, messages.values_of(content, messages.WEIGHTS)))
+        clients.append((metrics, messages.config_record(content, messages.WEIGHTS)))
     pooled = MetricRecord()
     for name in dict.fromkeys(chain.from_iterable(metrics for metrics, _ in clients)):
         if name == weighted_by:
@@ -198,7 +198,7 @@ def seeded(strategy: Strategy, seed: int, number: int, hook: str) -> Iterator[No
     comes from the operating system instead.
     """
     noise = secrets.token_bytes(64) if name_of_private(strategy) else None
-    with randomness.seeded(randomness.derive(seed, number, hook), noise):
+    with randomness.seed_temporarily(randomness.derive(seed, number, hook), noise):
         yield
 
 

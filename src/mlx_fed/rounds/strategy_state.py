@@ -19,7 +19,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
-from ..arrays.spool import WaitingArray
+from ..arrays.flower_records import SegmentedArray
 from ..errors import FedError
 from .strategies import LEAST_NODES
 
@@ -116,7 +116,7 @@ class _Snapshot:
             return {"dict": self._items(value, path), "at": path}
         if kind in _RECORDS.values():
             return {"record": kind.__name__, "items": self._items(value, path), "at": path}
-        if kind in (Array, WaitingArray):
+        if kind in (Array, SegmentedArray):
             about = [value.dtype, list(value.shape), value.stype]
             data = np.frombuffer(value.data, np.uint8)
             return {"Array": self._keep(data, path), "about": about, "at": path}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from flwr.app import ArrayRecord, Message
 
 from ..arrays import master_weights, weighted_mean
-from ..arrays.weights import LazyArrays
+from ..arrays.named_arrays import LazyArrays
 from ..errors import RunError, TooFewReplies
 from . import checks, exchange, proportion, strategies
 from .phase import Model, Phase, Run
@@ -172,7 +172,7 @@ def _updates(phase: Phase, outgoing: list[Message], model: Model) -> Iterator[Up
     bounded = not run.roster.stays
     compares_norms = bounded if limit is None else limit < math.inf
     before = (
-        master_weights.unread_masters(model.masters, run.trainer.spec) if compares_norms else None
+        master_weights.lazy_masters(model.masters, run.trainer.spec) if compares_norms else None
     )
     # What is not above these counts whatever the others are.
     least_norm = least_shift = least_weight = math.inf

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..arrays.weights import Arrays
+from ..arrays.named_arrays import Arrays
 from ..errors import FedError
 from ..system.atomic_files import read_plain, replacing, sync
 from . import round_record

@@ -17,7 +17,7 @@ from mlx.utils import tree_map
 
 from ..arrays import module_state, randomness
 from ..arrays.examples import Examples, count, leaves, replace_leaves
-from ..arrays.weights import Arrays, StackedRow
+from ..arrays.named_arrays import Arrays, StackedRow
 from ..errors import FedError
 from ..task import Config, Data, Task
 from ..task_settings import TracedConfig
@@ -109,7 +109,7 @@ class BatchedTrainer:
         state = programs.initial_state(counters, starts[0][0])
         mu = float(config.get("proximal-mu", 0.0))
         anchor = (parameters, mx.array(mu)) if mu else None
-        moments = [randomness.moment_of(config, member.client) for member in members]
+        moments = [randomness.round_seed(config, member.client) for member in members]
         with trainer.holding(*starts[0]):
             rows = [
                 list(trainer.batches.rows(member.examples, config, moment))
@@ -285,7 +285,7 @@ def _mapped_gradient(
             return gradient(client, shared, batch, *(mask or (None,)))
 
         # A checkpointed module is run again, and so changed, after its step is over.
-        with module_state.restored(model):
+        with module_state.preserve(model):
             return Gradient(*mx.vmap(one)(at.parameters, at.statistics, at.key, batch, *masks))
 
     return many

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..arrays.weights import Arrays
+from ..arrays.named_arrays import Arrays
 from ..system.atomic_files import replacing
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..arrays import randomness
 from ..arrays.examples import Examples, leaves, replace_leaves
-from ..arrays.weights import Arrays
+from ..arrays.named_arrays import Arrays
 from ..errors import FedError
 from ..task import Data
 from ..training.trainer import Update

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import cloudpickle
 import mlx.core as mx
 
-from ..arrays.weights import dtype_name
+from ..arrays.named_arrays import dtype_name
 
 
 def dumps(value: Any) -> bytes:

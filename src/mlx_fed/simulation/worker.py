@@ -12,9 +12,9 @@ from flwr.app import MessageType, MetricRecord, RecordDict
 
 from ..arrays import frozen, master_weights, weighted_mean
 from ..arrays.examples import Examples, count, kind, leaves
-from ..arrays.randomness import moment_of
+from ..arrays.named_arrays import Arrays, is_finite
+from ..arrays.randomness import round_seed
 from ..arrays.weighted_mean import Block, Counted
-from ..arrays.weights import Arrays, is_finite
 from ..errors import FedError, SimulationError
 from ..rounds import checks, messages
 from ..rounds.exchange import Failed
@@ -55,7 +55,7 @@ class Job(NamedTuple):
     folder: Path
     most_bytes: int
     kept: Kept
-    identities: frozen.Identities
+    identities: frozen.Digests
 
 
 class Request(NamedTuple):
@@ -293,7 +293,7 @@ class Worker:
     # -- clients ---------------------------------------------------------------------------
 
     def _require_answer(self, phase: Phase, client: int) -> None:
-        moment = moment_of(phase.config, client)
+        moment = round_seed(phase.config, client)
         if why := self.job.faults.why_silent(moment, phase.request.kind, phase.request.timeout):
             raise Silent(why)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..arrays import examples, randomness
 from ..arrays.examples import Examples, as_arrays, as_batch
-from ..arrays.randomness import Moment
+from ..arrays.randomness import RoundSeed
 from ..arrays.weights import Slots
 from ..errors import TaskError
 from ..system import calls
@@ -92,7 +92,7 @@ class Batches:
         self._checked: dict[Any, Ranges] = {}
         self._arrays: dict[int, tuple[Any, Examples]] = {}
 
-    def training(self, data: Data, config: Config, moment: Moment) -> Iterator[Batch]:
+    def training(self, data: Data, config: Config, moment: RoundSeed) -> Iterator[Batch]:
         """A client's batches in a round, shuffled by its keys of that moment."""
         if callable(data.train):
             length = lengths(self.task, config)
@@ -121,7 +121,7 @@ class Batches:
         size = self.task.eval_batch_size
         return _taken(arrays, epoch(examples.count(arrays), size, padded, None))
 
-    def rows(self, arrays: Examples, config: Config, moment: Moment) -> Iterator[Rows]:
+    def rows(self, arrays: Examples, config: Config, moment: RoundSeed) -> Iterator[Rows]:
         """Which examples each step of a client's training takes."""
         length = lengths(self.task, config)
         total = examples.count(arrays)

@@ -16,8 +16,9 @@ import mlx.nn as nn
 import numpy as np
 
 from ..arrays import examples, randomness, weights
-from ..arrays.randomness import Keys, drawing_from
-from ..arrays.weights import Arrays, Slots
+from ..arrays.named_arrays import Arrays
+from ..arrays.randomness import Keys, draw_keys_from
+from ..arrays.weights import Slots
 from ..errors import FedError
 from ..task import Config, DatasetMetric, Split, Task
 from .batches import Batches
@@ -154,7 +155,7 @@ class Evaluator:
                     continue
                 rows = examples.first(batch, size)
                 try:
-                    with randomness.generators_seeded(0, "evaluate", number):
+                    with randomness.seed_generators(0, "evaluate", number):
                         outputs |= self._plain_step([name], config)(*arguments, rows, None)
                     mx.eval(outputs[name])  # or what fails would fail with the others
                 except Exception as error:
@@ -262,7 +263,7 @@ def evaluation_step(
             weights.put(slots.statistics, statistics)
             function: Any
             for name, function in functions.items():
-                with drawing_from(Keys(keys[name])):
+                with draw_keys_from(Keys(keys[name])):
                     if name == LOSS:
                         output = examples.call(function, model, batch, settings)
                         outputs[name] = loss_and_weight(task, output, batch, mask)

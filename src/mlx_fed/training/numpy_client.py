@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from flwr.client import NumPyClient
 
-from ..arrays import master_weights, weights
+from ..arrays import master_weights, named_arrays, weights
 from ..task import Data, Task
 from ..task_settings import kebab_case
 from .trainer import Trainer
@@ -59,9 +59,9 @@ class MLXClient(NumPyClient):
             WeightsError: If their number or a shape differs; the message names the parameter.
         """
         slots = self._traveling()
-        expected = weights.spec(weights.get(slots))
+        expected = named_arrays.spec(weights.get(slots))
         if len(parameters) != len(expected):
-            raise weights.WeightsError(
+            raise named_arrays.WeightsError(
                 f"got {len(parameters)} arrays for the model's {len(expected)} "
                 f"({', '.join(expected)})"
             )

@@ -13,8 +13,9 @@ import numpy as np
 
 from ..arrays import examples, module_state, randomness, weights
 from ..arrays.examples import Examples
-from ..arrays.randomness import Keys, drawing_from
-from ..arrays.weights import Slots, WeightsError
+from ..arrays.named_arrays import WeightsError
+from ..arrays.randomness import Keys, draw_keys_from
+from ..arrays.weights import Slots
 from .label_range import extreme_rows, indices_checked
 from .programs import find_difference
 from .steps import augmented, running
@@ -53,14 +54,14 @@ def check_effects(
     """
 
     def call(batch: Examples) -> Any:
-        with randomness.generators_seeded(0, "probe"), _keys() as keys:
+        with randomness.seed_generators(0, "probe"), _keys() as keys:
             rows = augmented(augment, keys.next(), batch) if augment else batch
             return examples.call(loss, model, rows, config)
 
     with running(model, training=True):
-        arrays = {n: module_state.reference(a) for n, a in module_state.arrays(model).items()}
+        arrays = {n: module_state.alias(a) for n, a in module_state.arrays(model).items()}
         counters = module_state.counters(model)
-        buffers = {n: module_state.reference(slot.get()) for n, slot in slots.statistics.items()}
+        buffers = {n: module_state.alias(slot.get()) for n, slot in slots.statistics.items()}
         with indices_checked():
             output = call(batch)
         after = module_state.arrays(model)
@@ -191,7 +192,7 @@ def _depends_on_others(
         name: (scale * array).astype(array.dtype)
         for name, array in random_parameters(weights.get(slots.parameters)).items()
     }
-    with module_state.restored(model):
+    with module_state.preserve(model):
         weights.put(slots.parameters, parameters)
         values = [_values(model, functions, b, augment, training, config) for b in batches]
     for outputs, batch in zip(values, batches, strict=True):
@@ -270,7 +271,7 @@ def sample(arrays: Examples) -> Examples:
 
 
 def _keys() -> Any:
-    return drawing_from(Keys(randomness.key(0, "probe")))
+    return draw_keys_from(Keys(randomness.key(0, "probe")))
 
 
 def _values(

@@ -99,7 +99,7 @@ class Program:
         return plain
 
     def _run_uncompiled(self, seed: Seed, arguments: tuple[Any, ...]) -> Any:
-        with randomness.generators_seeded(*seed):
+        with randomness.seed_generators(*seed):
             return self._step(*arguments)
 
 

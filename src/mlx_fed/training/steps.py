@@ -18,9 +18,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..arrays import examples, module_state, weights
-from ..arrays.randomness import Keys, drawing_from
-from ..arrays.weights import Arrays, Slots
+from ..arrays import examples, module_state, named_arrays, weights
+from ..arrays.named_arrays import Arrays
+from ..arrays.randomness import Keys, draw_keys_from
+from ..arrays.weights import Slots
 from ..errors import FedError, TaskError
 from ..task import Config, Task
 from ..task_settings import TracedConfig
@@ -119,7 +120,7 @@ def gradient_step(
 
         before = client.parameters
         # The whole of it: a checkpointed module runs its forward pass again for the gradient.
-        with running(model, training=True), linear.in_order(layers), drawing_from(keys):
+        with running(model, training=True), linear.in_order(layers), draw_keys_from(keys):
             (loss, weight, statistics, key), grads = mx.value_and_grad(objective)(
                 before, client.statistics, batch, mask
             )
@@ -156,7 +157,7 @@ def custom_step(
         state = {**shared.counters, **client.state}
         for path, each in optimizers.items():
             _set_state(each, path, state)
-        with running(model, training=True), drawing_from(keys):
+        with running(model, training=True), draw_keys_from(keys):
             weights.put(slots.parameters, client.parameters)
             weights.put(slots.statistics, client.statistics)
             if task.augment:
@@ -167,7 +168,7 @@ def custom_step(
             output = train_step(model, optimizer, batch, keys.next(), settings)
             loss, weight = loss_and_weight(task, output, batch, mask)
             parameters, statistics = weights.get(slots.parameters), weights.get(slots.statistics)
-        weights.check(weights.spec(client.parameters), weights.spec(parameters))
+        named_arrays.check(named_arrays.spec(client.parameters), named_arrays.spec(parameters))
         counters, state = split_state(state_of(optimizer), shared.counters)
         return Step(Client(parameters, statistics, state, keys.state), counters, loss, weight)
 
@@ -294,7 +295,7 @@ def running(model: nn.Module, training: bool) -> Iterator[None]:
     batch normalization: unless the whole model is.
     """
     frozen = [layer for layer in model.modules() if not layer.training] if model.training else []
-    with module_state.restored(model):
+    with module_state.preserve(model):
         model.train(training)
         for layer in frozen:
             layer._training = False

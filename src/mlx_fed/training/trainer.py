@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..arrays import examples, frozen, randomness, weights
-from ..arrays.weights import Arrays
+from ..arrays import examples, frozen, named_arrays, randomness, weights
+from ..arrays.named_arrays import Arrays
 from ..system import calls
 from ..task import Config, Data, Split, Task, fingerprint_of
 from ..task_settings import TracedConfig
@@ -83,23 +83,23 @@ class Trainer:
         self._is_buffer = lambda name: bool(travels(name))
         self.slots = weights.find_slots(self.model, self._is_buffer)
         if not self.slots.parameters:
-            raise weights.WeightsError(
+            raise named_arrays.WeightsError(
                 "The model has no trainable floating-point parameters: nothing to federate."
             )
         mx.eval(weights.get(self.slots.statistics))
         personal = task.personal or (lambda name: False)
         self._shared = [name for name in self.slots.parameters if not personal(name)]
         if not self._shared:
-            raise weights.WeightsError(
+            raise named_arrays.WeightsError(
                 "Every parameter is personal (Task.personal): nothing to federate."
             )
         self._personal = [name for name in self.slots.parameters if personal(name)]
         local = {name: (travels(name) or task.statistics) for name in self.slots.statistics}
         self._local = _local_statistics(self.slots, local)
         self.keeps = bool(self._personal or self._local) or task.keep_optimizer
-        self.spec = weights.spec(self.parameters())
-        self.statistics_spec = weights.spec(self.statistics())
-        self.all_statistics_spec = weights.spec(weights.get(self.slots.statistics))
+        self.spec = named_arrays.spec(self.parameters())
+        self.statistics_spec = named_arrays.spec(self.statistics())
+        self.all_statistics_spec = named_arrays.spec(weights.get(self.slots.statistics))
         self.notes: dict[str, None] = {}
         self._taken: set[str] = set()
         self.takes_config = task.train_step is not None or examples.takes_config(task.loss)
@@ -113,7 +113,7 @@ class Trainer:
         return fingerprint_of(self.task)
 
     @cached_property
-    def frozen(self) -> frozen.Identities:
+    def frozen(self) -> frozen.Digests:
         """What the frozen arrays are known by, but for those that the fingerprint stands for.
 
         It is asked for before anything is trained. Of large ones nothing stays in memory for it.
@@ -126,7 +126,7 @@ class Trainer:
             slots = weights.find_slots(module, self._is_buffer).frozen
             arrays = {name: slot.get() for name, slot in slots.items() if not covers(name)}
             del module, slots
-        return frozen.identities(arrays)
+        return frozen.digest_arrays(arrays)
 
     def parameters(self) -> Arrays:
         """The model's parameters that are trained together, by name."""
@@ -190,9 +190,9 @@ class Trainer:
             WeightsError: If the arrays do not fit the model.
             ValueError: If there are no examples.
         """
-        weights.check(self.spec, weights.spec(parameters))
-        weights.check(self.statistics_spec, weights.spec(statistics))
-        moment = randomness.moment_of(config, client)
+        named_arrays.check(self.spec, named_arrays.spec(parameters))
+        named_arrays.check(self.statistics_spec, named_arrays.spec(statistics))
+        moment = randomness.round_seed(config, client)
         began = time.perf_counter()
         everything, statistics = self.with_own(parameters, statistics, own)
         with self.holding(everything, statistics):
@@ -270,7 +270,7 @@ class Trainer:
             mx.eval(own)
         shared = {name: at.parameters[name] for name in self._shared}
         # The server passes over a round that diverged; kept, it would be in all that follow.
-        finite = weights.are_finite((*own.values(), *shared.values(), *statistics.values()))
+        finite = named_arrays.are_finite((*own.values(), *shared.values(), *statistics.values()))
         return Update(shared, statistics, metrics, own if finite else {})
 
     def evaluate(
@@ -300,8 +300,8 @@ class Trainer:
         config: Config = MappingProxyType({}),
     ) -> Evaluation:
         """The same with the metrics' weights, and why one has no value."""
-        weights.check(self.spec, weights.spec(parameters))
-        weights.check(self.statistics_spec, weights.spec(statistics))
+        named_arrays.check(self.spec, named_arrays.spec(parameters))
+        named_arrays.check(self.statistics_spec, named_arrays.spec(statistics))
         everything, statistics = self.with_own(parameters, statistics, own)
         with self.holding(everything, statistics):
             return self.evaluator.evaluate(everything, statistics, split, config)
@@ -370,14 +370,14 @@ def _local_statistics(slots: weights.Slots, travels: Mapping[str, str]) -> set[s
     """
     for name, how in travels.items():
         if how not in ("average", "local"):
-            raise weights.WeightsError(
+            raise named_arrays.WeightsError(
                 f'Task.buffers gives {how!r} for {name!r}: it gives "average", "local" or None.'
             )
         dtype = slots.statistics[name].get().dtype
         if how == "average" and not mx.issubdtype(dtype, mx.floating):
-            raise weights.WeightsError(
-                f"The buffer {name!r} is {weights.dtype_name(dtype)}, which has no average: let "
-                'Task.buffers give "local" for it, so that each client keeps its own.'
+            raise named_arrays.WeightsError(
+                f"The buffer {name!r} is {named_arrays.dtype_name(dtype)}, which has no average: "
+                'let Task.buffers give "local" for it, so that each client keeps its own.'
             )
     return {name for name, how in travels.items() if how == "local"}
 
