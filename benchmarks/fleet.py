@@ -148,7 +148,7 @@ def old_node(port: int, partition: int) -> Seconds:
             return arrays, update.metrics["num-examples"], {}
 
         def evaluate(self, parameters, config):
-            metrics = trainer.evaluate(self.named(parameters), {}, data.test)
+            metrics = trainer.evaluate(self.named(parameters), {}, data.test).metrics
             return metrics["loss"], metrics["num-examples"], {"accuracy": metrics["accuracy"]}
 
         def named(self, parameters):

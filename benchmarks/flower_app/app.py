@@ -112,7 +112,7 @@ def train(message: Message, context: Context) -> Message:
 @client_app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     trainer, data = _set_out(context)
-    metrics = trainer.evaluate(to_mlx(message.content["arrays"]), {}, data.test)
+    metrics = trainer.evaluate(to_mlx(message.content["arrays"]), {}, data.test).metrics
     _note(trainer, context)
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 

@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
-from mlx_fed.training.trainer import Trainer, Update
+from mlx_fed.training.trainer import Trainer, ClientUpdate
 
 ARRAYS = 20
 
@@ -50,11 +50,11 @@ def step(partition: int, number: int) -> float:
 class Still(Trainer):
     """A trainer whose training takes no time to speak of."""
 
-    def train(self, parameters, statistics, data, config, *, client=0, own=None):
+    def train(self, parameters, statistics, data, config, *, client=0, client_state=None):
         added = step(client, int(config["server-round"]))
         moved = {name: array + added for name, array in parameters.items()}
         mx.eval(moved)
-        return Update(moved, {}, {"num-examples": client + 1, "loss": 0.0})
+        return ClientUpdate(moved, {}, {"num-examples": client + 1, "loss": 0.0})
 
     def warm_up(self, data, config):
         pass

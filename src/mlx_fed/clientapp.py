@@ -178,13 +178,15 @@ class _Client:
         statistics = self._statistics(trainer, message, context)
         name, packed, parameters = _take_parameters(message, trainer)
         number = client_state.round_of(config)
-        own = client_state.take_back(context.state, number)
-        update = trainer.train(parameters, statistics, data, config, client=partition, own=own)
+        state = client_state.take_back(context.state, number)
+        update = trainer.train(
+            parameters, statistics, data, config, client=partition, client_state=state
+        )
         _log_notes(trainer)
         metrics: dict[str, Any] = dict(update.metrics)
         arrays = messages.pack if packed else master_weights.to_masters
         content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})
-        client_state.save(context.state, number, update.own)
+        client_state.save(context.state, number, update.client_state)
         if update.statistics:
             (content if packed else context.state)[messages.STATISTICS] = messages.pack(
                 update.statistics
@@ -195,13 +197,13 @@ class _Client:
         trainer, config = self.setting_out(message, context)
         data, partition = self.data_of(trainer, context)
         statistics = self._statistics(trainer, message, context)
-        own = client_state.load(context.state, client_state.round_of(config))
+        state = client_state.load(context.state, client_state.round_of(config))
         _, packed, parameters = _take_parameters(message, trainer)
         if data.test is None:
             if packed:  # by a server that knows what it means
                 return Message(messages.nothing_to_evaluate(), reply_to=message)
             raise ClientError(f"Partition {partition} has no test examples: Data.test is None.")
-        evaluation = trainer.evaluation(parameters, statistics, data.test, own, config)
+        evaluation = trainer.evaluate(parameters, statistics, data.test, state, config)
         _log_notes(trainer)
         if evaluation.undefined and not packed:  # Flower's mean would be NaN for all clients
             name, why = next(iter(evaluation.undefined.items()))
@@ -224,7 +226,7 @@ def _take_parameters(message: Message, trainer: Trainer) -> tuple[str, bool, Arr
     They are in memory once: neither the model's last ones nor the message stay beside them. One
     that is not packed is left as it is, for the mods that it came by.
     """
-    trainer.let_go()
+    trainer.release_parameters()
     content = message.content
     name, record = messages.parameters_of(content)
     parameters = master_weights.cast(messages.unpack(record), trainer.spec)

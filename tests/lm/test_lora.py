@@ -84,9 +84,9 @@ def test_ways_to_fine_tune(kind, bits, flags, data, tmp_path):
     # What mlx-lm makes of the folder computes what our model does.
     theirs, _ = mlx_lm_load(str(model), adapter_path=str(result.model))
     trainer = Trainer(lora_task(config))
-    expected = trainer.evaluate(result.parameters, {}, lora_task(config).data(0, 3).test)
+    expected = trainer.evaluate(result.parameters, {}, lora_task(config).data(0, 3).test).metrics
     loss = Trainer(replace(lora_task(config), model=lambda: unfrozen(theirs)))
-    got = loss.evaluate(loss.parameters(), {}, lora_task(config).data(0, 3).test)
+    got = loss.evaluate(loss.parameters(), {}, lora_task(config).data(0, 3).test).metrics
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
@@ -119,8 +119,8 @@ def test_architectures(kind, bits, keys, data, tmp_path):
     theirs, _ = mlx_lm_load(str(model), adapter_path=str(result.model))
     test = task.data(0, 3).test
     got = Trainer(replace(task, model=lambda: unfrozen(theirs)))
-    loss = Trainer(task).evaluate(result.parameters, {}, test)["loss"]
-    assert got.evaluate(got.parameters(), {}, test)["loss"] == pytest.approx(loss, rel=1e-5)
+    loss = Trainer(task).evaluate(result.parameters, {}, test).metrics["loss"]
+    assert got.evaluate(got.parameters(), {}, test).metrics["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def unfrozen(model):
@@ -200,7 +200,7 @@ def test_the_loss_is_the_mean_over_tokens_whatever_the_batches(llama, data):
     for size in (1, 3, 10):
         task = lora_task(configure(llama, data, batch_size=size, val_batches=-1))
         trainer = Trainer(task)
-        found = trainer.evaluate(trainer.parameters(), {}, task.data(0, 3).train)
+        found = trainer.evaluate(trainer.parameters(), {}, task.data(0, 3).train).metrics
         losses.append(found["loss"])
         tokens = sum(len(f"{text}!") - 1 for text in tiny_llama.lines("anna", 10))
         assert found["num-tokens"] == tokens  # an end for each text, and no first token to guess
@@ -250,7 +250,9 @@ def test_prompts_are_left_out_of_the_loss(llama, tmp_path):
         task = lora_task(config)
         trainer = Trainer(task)
         counts.append(
-            trainer.evaluate(trainer.parameters(), {}, task.data(0, None).test)["num-tokens"]
+            trainer.evaluate(trainer.parameters(), {}, task.data(0, None).test).metrics[
+                "num-tokens"
+            ]
         )
     # The template writes "<assistant>", which is the prompt's, then the answer and a line's end.
     assert counts[1] == sum(len(pair["completion"]) + 1 for pair in pairs)

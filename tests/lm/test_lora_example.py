@@ -41,7 +41,7 @@ def smollm2_package(tmp_path, monkeypatch):
 def perplexities(trainer: Trainer, parameters, tests) -> dict[str, float]:
     """By speaker, of what each says in texts that nobody trained on."""
     return {
-        speaker: trainer.evaluate(parameters, {}, test)["perplexity"]
+        speaker: trainer.evaluate(parameters, {}, test).metrics["perplexity"]
         for speaker, test in tests.items()
     }
 

@@ -170,7 +170,7 @@ def test_a_run_leaves_its_history_and_the_whole_model(tmp_path: Path):
     expected = {**result.parameters, **result.statistics}
     assert difference({name: arrays[name] for name in expected}, expected) == 0
     trainer = Trainer(NORMALIZED, SEED)
-    measured_again = trainer.evaluate(result.parameters, result.statistics, load(0, 3).test)
+    measured_again = trainer.evaluate(result.parameters, result.statistics, load(0, 3).test).metrics
     assert np.isfinite(measured_again["loss"])
 
 

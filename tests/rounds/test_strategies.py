@@ -184,14 +184,14 @@ def plain_app(task: fed.Task, mods: list | None, loss_key: str | None) -> Client
         update = trainer.train(start, {}, examples, config, client=partition)
         metrics = update.metrics
         if loss_key:
-            metrics[loss_key] = trainer.evaluate(start, {}, examples.train)["loss"]
+            metrics[loss_key] = trainer.evaluate(start, {}, examples.train).metrics["loss"]
         arrays = as_record(update.parameters)
         content = RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
         return Message(content, reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        metrics = trainer.evaluate(unpack(message), {}, data(context)[0].test)
+        metrics = trainer.evaluate(unpack(message), {}, data(context)[0].test).metrics
         return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
     return app
@@ -456,7 +456,7 @@ def test_qfedavg_gets_the_loss_before_training(key: str, tmp_path: Path):
 
     trainer = Trainer(TASK, SEED)
     losses = [
-        trainer.evaluate(trainer.parameters(), {}, load(partition, 3).train)["loss"]
+        trainer.evaluate(trainer.parameters(), {}, load(partition, 3).train).metrics["loss"]
         for partition in range(3)
     ]
     train = result.rounds[0]["train"]

@@ -15,11 +15,11 @@ import pytest
 from flwr.app import ConfigRecord, MessageType, RecordDict
 
 from mlx_fed.rounds import messages
-from mlx_fed.simulation import pool
+from mlx_fed.simulation import worker_pool
 from mlx_fed.simulation.faults import Faults
-from mlx_fed.simulation.client_states import Kept
+from mlx_fed.simulation.client_states import ClientStateStore
 from mlx_fed.simulation.partition_cache import Partitions, size_of
-from mlx_fed.simulation.worker import Job, Request, Seat, Worker
+from mlx_fed.simulation.worker import WorkerConfig, WorkRequest, SampledClient, Worker
 
 from ..simulated import SEED, TASK, load
 
@@ -76,7 +76,19 @@ def test_no_more_clients_are_at_hand_than_fit(windows_of, before_training, tmp_p
     task = replace(TASK, data=load_first, optimizer=optimizer)
     most_bytes = windows_of * size_of(load(0, None))
     worker = Worker(
-        Job(task, {}, SEED, 10, True, 10, Faults(), tmp_path, most_bytes, Kept(tmp_path), {})
+        WorkerConfig(
+            task,
+            {},
+            SEED,
+            10,
+            True,
+            10,
+            Faults(),
+            tmp_path,
+            most_bytes,
+            ClientStateStore(tmp_path),
+            {},
+        )
     )
     content = RecordDict(
         {
@@ -84,23 +96,23 @@ def test_no_more_clients_are_at_hand_than_fit(windows_of, before_training, tmp_p
             "config": ConfigRecord({"server-round": 1, "seed": SEED}),
         }
     )
-    seats = [Seat(place, place, 0) for place in range(10)]
-    outcome = worker.work(Request(MessageType.TRAIN, content, 60.0, "num-examples"), seats)
+    seats = [SampledClient(place, place, 0) for place in range(10)]
+    outcome = worker.work(WorkRequest(MessageType.TRAIN, content, 60.0, "num-examples"), seats)
     assert [counted.place for counted in outcome.blocks[0].counted] == list(range(10))
     assert len(set(events[: events.index(None)])) == before_training
 
 
 def test_workers_keep_an_eighth_of_the_memory_together(monkeypatch, tmp_path: Path):
-    machine = pool.data_bytes(1)
+    machine = worker_pool.data_bytes(1)
     assert machine > 0
-    assert pool.data_bytes(4) == machine // 4
+    assert worker_pool.data_bytes(4) == machine // 4
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(pool, "_CONTAINERS_MEMORY", limit)
+    monkeypatch.setattr(worker_pool, "_CONTAINERS_MEMORY", limit)
     limit.write_text("max\n")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert pool.data_bytes(1) == memory // 8
+    assert worker_pool.data_bytes(1) == memory // 8
     limit.write_text(f"{2**30}\n")
-    assert pool.data_bytes(2) == 2**26
+    assert worker_pool.data_bytes(2) == 2**26
 
 
 @pytest.mark.parametrize("change", ["value", "shape", "dtype"])

@@ -50,8 +50,10 @@ class OwnRates(FedAvg):
 
     def configure_train(self, *arguments) -> Iterable[Message]:
         for number, message in enumerate(super().configure_train(*arguments)):
-            own = ConfigRecord({**message.content["config"], "learning-rate": 0.01 * number})
-            message.content = RecordDict({**message.content, "config": own})
+            client_state = ConfigRecord(
+                {**message.content["config"], "learning-rate": 0.01 * number}
+            )
+            message.content = RecordDict({**message.content, "config": client_state})
             yield message
 
 

@@ -268,7 +268,7 @@ def plain_task(metrics: dict[str, Any], **options: Any) -> fed.Task:
 
 def evaluate(task: fed.Task, partition: int = 1) -> dict[str, Any]:
     trainer = Trainer(task)
-    return trainer.evaluate(trainer.parameters(), {}, task.data(partition, None).test)
+    return trainer.evaluate(trainer.parameters(), {}, task.data(partition, None).test).metrics
 
 
 def test_the_example_of_the_docs(tmp_path: Path):
@@ -318,7 +318,7 @@ def test_a_stream_of_batches_of_other_sizes():
     x, y = task.data(1, None).test
     trainer = Trainer(task)
     stream = lambda key: ((x[at : at + 9], y[at : at + 9]) for at in range(0, 21, 9))  # noqa: E731
-    metrics = trainer.evaluate(trainer.parameters(), {}, stream)
+    metrics = trainer.evaluate(trainer.parameters(), {}, stream).metrics
     assert metrics["size"] == 21
     assert metrics["hits"] == pytest.approx(y.mean())
 
@@ -373,7 +373,7 @@ def test_an_unfit_metric_is_named_and_the_others_count(case: str):
     accuracy = {"accuracy": lambda m, x, y: mx.argmax(m(x), axis=1) == y}
     task = plain_task({"metric": metric, **accuracy}, data=data)
     trainer = Trainer(task)
-    evaluation = trainer.evaluation(trainer.parameters(), {}, data(1, None).test)
+    evaluation = trainer.evaluate(trainer.parameters(), {}, data(1, None).test)
     assert re.search(reason, evaluation.undefined["metric"])
     assert list(evaluation.undefined) == ["metric"]
     assert not math.isfinite(evaluation.metrics["metric"])

@@ -117,7 +117,7 @@ def test_what_a_client_keeps_does_not_travel(kept, left):
     after, _, _ = client.fit(before, {})
     assert len(after) == len(before)
     loss = client.evaluate(after, {})[0]
-    client.own = {}
+    client.client_state = {}
     assert client.evaluate(after, {})[0] != loss
 
 

@@ -21,7 +21,7 @@ from mlx_fed.training import linear
 from mlx_fed.arrays import named_arrays, randomness, weights
 from mlx_fed.arrays.randomness import Keys, draw_keys_from
 from mlx_fed.training.programs import compiled
-from mlx_fed.training.trainer import Trainer, Update
+from mlx_fed.training.trainer import Trainer, ClientUpdate
 from mlx_fed.arrays.named_arrays import WeightsError
 
 # A padded batch is summed in another order than a short one.
@@ -89,12 +89,12 @@ def trainer(model: Callable = MLP, loss=vector, optimizer=sgd, **settings) -> Tr
     return Trainer(fed.Task(model=model, loss=loss, optimizer=optimizer, **unused, **settings))
 
 
-def train(of: Trainer, data: fed.Data, *, client: int = 0, **config) -> Update:
+def train(of: Trainer, data: fed.Data, *, client: int = 0, **config) -> ClientUpdate:
     config = {name.replace("_", "-"): value for name, value in config.items()}
     return of.train(of.parameters(), of.statistics(), data, config, client=client)
 
 
-def plain_train(of: Trainer, data: fed.Data, *, client: int = 0, **config) -> Update:
+def plain_train(of: Trainer, data: fed.Data, *, client: int = 0, **config) -> ClientUpdate:
     """What ``Trainer.train`` does, as one would write it: uncompiled, and nothing padded.
 
     Linear layers alone are the trainer's own, which test_linear.py holds to MLX's: some CPUs'
@@ -143,10 +143,10 @@ def plain_train(of: Trainer, data: fed.Data, *, client: int = 0, **config) -> Up
         shares.append(weight.item())
     slots = weights.find_slots(model)
     metrics = {"num-examples": len(arrays[0]), "loss": float(np.average(losses, weights=shares))}
-    return Update(weights.get(slots.parameters), weights.get(slots.statistics), metrics)
+    return ClientUpdate(weights.get(slots.parameters), weights.get(slots.statistics), metrics)
 
 
-def assert_close(got: Update, expected: Update) -> None:
+def assert_close(got: ClientUpdate, expected: ClientUpdate) -> None:
     for name, array in {**expected.parameters, **expected.statistics}.items():
         other = {**got.parameters, **got.statistics}[name]
         np.testing.assert_allclose(np.array(other), np.array(array), **TOLERANCE, err_msg=name)
@@ -154,7 +154,7 @@ def assert_close(got: Update, expected: Update) -> None:
     assert got.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=1e-5)
 
 
-def bits(update: Update) -> dict[str, bytes]:
+def bits(update: ClientUpdate) -> dict[str, bytes]:
     return {name: np.array(array).tobytes() for name, array in update.parameters.items()}
 
 
@@ -238,7 +238,7 @@ def test_fedprox_pulls_towards_the_start(mu):
     update = train(of, data, proximal_mu=mu)
     assert_close(update, plain_train(of, data, proximal_mu=mu))
 
-    def distance(update: Update) -> float:
+    def distance(update: ClientUpdate) -> float:
         pairs = [(update.parameters[n], w0) for n, w0 in of.parameters().items()]
         return sum(((w - w0) ** 2).sum().item() for w, w0 in pairs)
 
@@ -417,8 +417,8 @@ def test_a_stream_of_batches_is_trained_on_as_it_comes():
     for name, array in tree_flatten(model.parameters()):
         np.testing.assert_allclose(update.parameters[name], array, **TOLERANCE)
 
-    metrics = trainer(metrics={"accuracy": accuracy}).evaluate(of.parameters(), {}, stream)
-    whole = trainer(metrics={"accuracy": accuracy}).evaluate(of.parameters(), {}, (x, y))
+    metrics = trainer(metrics={"accuracy": accuracy}).evaluate(of.parameters(), {}, stream).metrics
+    whole = trainer(metrics={"accuracy": accuracy}).evaluate(of.parameters(), {}, (x, y)).metrics
     assert metrics == pytest.approx(whole, rel=1e-5)
 
 
@@ -611,7 +611,7 @@ def test_evaluation_is_the_plain_one(number, norm):
     }
     of = trainer(partial(MLP, dropout=0.5, norm=norm), metrics=metrics, eval_batch_size=8)
     x, y = examples(number)
-    got = of.evaluate(of.parameters(), of.statistics(), (x, y))
+    got = of.evaluate(of.parameters(), of.statistics(), (x, y)).metrics
     model = weights.build_model(of.task.model, 0)
     model.eval()
     hits = np.array(accuracy(model, mx.array(x), mx.array(y)))
@@ -633,7 +633,7 @@ def test_evaluation_weighs_batches_as_the_loss_does():
     x, y = examples(18)
     model = weights.build_model(MLP, 0)
     expected, _ = weighted(model, mx.array(x), mx.array(y))
-    got = of.evaluate(of.parameters(), {}, (x, y))
+    got = of.evaluate(of.parameters(), {}, (x, y)).metrics
     assert got["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -645,9 +645,9 @@ def test_evaluation_uses_the_arrays_it_is_given():
     model.update(tree_unflatten(list({**update.parameters, **update.statistics}.items())))
     model.eval()
     expected = mean(model, *map(mx.array, data)).item()
-    got = of.evaluate(update.parameters, update.statistics, data)["loss"]
+    got = of.evaluate(update.parameters, update.statistics, data).metrics["loss"]
     assert got == pytest.approx(expected, rel=1e-5)
-    assert got != of.evaluate(update.parameters, of.statistics(), data)["loss"]
+    assert got != of.evaluate(update.parameters, of.statistics(), data).metrics["loss"]
 
 
 # -- what does not fit ---------------------------------------------------------------------
@@ -698,8 +698,10 @@ def test_an_optimizer_goes_on_where_it_stopped():
     kept = trainer(keep_optimizer=True, **settings)
     data = fed.Data(examples(8))  # one batch: no order to speak of
     first = kept.train(kept.parameters(), {}, data, {"server-round": 1})
-    assert {name.partition("/")[0] for name in first.own} == {"counters", "state"}
-    second = kept.train(first.parameters, {}, data, {"server-round": 2}, own=first.own)
+    assert {name.partition("/")[0] for name in first.client_state} == {"counters", "state"}
+    second = kept.train(
+        first.parameters, {}, data, {"server-round": 2}, client_state=first.client_state
+    )
     through = trainer(local_epochs=2, **settings)
     assert_close(
         second._replace(metrics={**second.metrics, "loss": 0.0}),
@@ -723,7 +725,9 @@ def test_an_optimizer_that_goes_on_has_the_learning_rate_of_its_round(make):
     kept = trainer(keep_optimizer=True, optimizer=lambda config: make(config["learning-rate"]))
     data = fed.Data(examples(8))
     first = kept.train(kept.parameters(), {}, data, {"learning-rate": 0.1})
-    second = kept.train(first.parameters, {}, data, {"learning-rate": 0.01}, own=first.own)
+    second = kept.train(
+        first.parameters, {}, data, {"learning-rate": 0.01}, client_state=first.client_state
+    )
     through = trainer(
         optimizer=lambda config: make(lambda step: mx.where(step < 1, 0.1, 0.01)), local_epochs=2
     )
@@ -737,13 +741,15 @@ def test_personal_parameters_stay():
     data = fed.Data(examples(24))
     update = of.train(of.parameters(), {}, data, {})
     assert list(update.parameters) == list(of.spec)
-    assert set(update.own) == {
+    assert set(update.client_state) == {
         f"parameters/layers.{n}.{kind}" for n in (0, 1) for kind in ("weight", "bias")
     }
-    again = of.train(update.parameters, {}, data, {}, own=update.own)
+    again = of.train(update.parameters, {}, data, {}, client_state=update.client_state)
     assert again.metrics["loss"] < update.metrics["loss"]
-    first = of.evaluate(update.parameters, {}, data.train)["loss"]
-    assert of.evaluate(update.parameters, {}, data.train, update.own)["loss"] != first
+    first = of.evaluate(update.parameters, {}, data.train).metrics["loss"]
+    assert (
+        of.evaluate(update.parameters, {}, data.train, update.client_state).metrics["loss"] != first
+    )
 
 
 @pytest.mark.parametrize(
@@ -752,10 +758,10 @@ def test_personal_parameters_stay():
 def test_nothing_is_kept_of_an_update_that_is_not_finite(kept):
     of = trainer(**kept)
     data = fed.Data(examples(24))
-    assert of.train(of.parameters(), {}, data, {"momentum": 0.9}).own
+    assert of.train(of.parameters(), {}, data, {"momentum": 0.9}).client_state
     diverged = of.train(of.parameters(), {}, data, {"momentum": 0.9, "learning-rate": 1e38})
     assert not named_arrays.are_finite(diverged.parameters.values())
-    assert not diverged.own
+    assert not diverged.client_state
 
 
 def test_an_optimizer_can_read_the_round_from_the_start():
@@ -775,8 +781,10 @@ def test_a_loss_divided_by_its_whole_weight_is_the_plain_loop():
     of = trainer(loss=divided)
     data = fed.Data(examples(21))
     assert_close(train(of, data), plain_train(of, data))
-    expected = trainer(loss=weighted).evaluate(of.parameters(), {}, examples(21))
-    assert of.evaluate(of.parameters(), {}, examples(21))["loss"] == pytest.approx(expected["loss"])
+    expected = trainer(loss=weighted).evaluate(of.parameters(), {}, examples(21)).metrics
+    assert of.evaluate(of.parameters(), {}, examples(21)).metrics["loss"] == pytest.approx(
+        expected["loss"]
+    )
 
 
 def test_a_client_reports_what_weights_count():
@@ -785,14 +793,14 @@ def test_a_client_reports_what_weights_count():
     metrics = train(of, fed.Data(examples(21))).metrics
     assert metrics["num-words"] == 2 * words
     assert metrics["words-per-second"] > 0
-    assert of.evaluate(of.parameters(), {}, examples(21))["num-words"] == words
+    assert of.evaluate(of.parameters(), {}, examples(21)).metrics["num-words"] == words
 
 
 def test_further_metrics_follow_from_the_means():
     of = trainer(
         metrics={"accuracy": accuracy}, derived=lambda known: {"error": 1 - known["accuracy"]}
     )
-    metrics = of.evaluate(of.parameters(), {}, examples(21))
+    metrics = of.evaluate(of.parameters(), {}, examples(21)).metrics
     assert metrics["error"] == 1 - metrics["accuracy"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 from flwr.app import Message
 
-from ..training.metrics import Evaluation, derived, is_defined
+from ..training.metrics import Evaluation, derive_metrics, is_defined
 from . import checks, messages, strategies
 from .phase import Model, Phase, Run
 
@@ -61,7 +61,7 @@ def evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
             result = run.strategy.aggregate_evaluate(phase.number, list(replies.values()))
         metrics = {**(result or {})}
     if metrics:
-        further, reasons = derived(run.trainer.task, metrics)
+        further, reasons = derive_metrics(run.trainer.task, metrics)
         metrics |= further
         for name, why in reasons.items():
             undefined.setdefault(name, {"their mean": why})
@@ -88,7 +88,7 @@ def evaluate_centrally(run: Run, model: Model, record: dict[str, Any]) -> None:
         if test is not None:
             config = {**run.config, "server-round": phase.number}
             arrays = parameters, model.statistics
-            evaluation = run.trainer.evaluation(*arrays, test, config=config)
+            evaluation = run.trainer.evaluate(*arrays, test, config=config)
             reasons = {name: {"server": why} for name, why in evaluation.undefined.items()}
             _record_undefined(phase, reasons)
             metrics |= evaluation.metrics

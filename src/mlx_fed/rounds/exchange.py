@@ -31,7 +31,7 @@ class Summed(Protocol):
     """What comes of some of the messages: sums by block, and where there is no update."""
 
     blocks: list[Block]
-    failed: list[Failed]
+    failures: list[Failed]
 
 
 SumUpdates = Callable[[list[Message], str], Iterator[Summed]]

@@ -99,7 +99,7 @@ def run(
             Model(master_weights.to_masters(trainer.parameters(), run.spool), trainer.statistics()),
             None,
         )
-        trainer.let_go()
+        trainer.release_parameters()
         first = position.round + 1
         stopping, stopped = reason_at_start(
             stopping, history.rounds, position.best, settings, previous

@@ -22,7 +22,7 @@ from ..flower.error_replies import is_missing
 from ..runs import round_record
 from ..runs.history import History
 from ..tracebacks import is_exception
-from ..training.metrics import reported
+from ..training.metrics import placeholder_metrics
 from ..training.trainer import Trainer
 from . import checks, exchange, messages, proportion, strategies
 from .roster import Members, RosterGrid
@@ -182,7 +182,7 @@ class Phase:
             names,
             checks.names_of(
                 [self.record_name, "metrics"] if training else ["metrics"],
-                reported(self.run.trainer.task, self.name, loss_key),
+                placeholder_metrics(self.run.trainer.task, self.name, loss_key),
             ),
         )
         for node, reason in odd.items():

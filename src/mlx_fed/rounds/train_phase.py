@@ -138,10 +138,10 @@ def _summed_by_grid(
             came = [counted.place for block in outcome.blocks for counted in block.counted]
             for block in outcome.blocks:
                 total.add(block)
-            failed |= {each.place: each for each in outcome.failed}
+            failed |= {each.place: each for each in outcome.failures}
             # An update has the arrays of the message, in as many bytes.
             up += sum(sizes[place] for place in came)
-            phase.answered(len(came) + len(outcome.failed))
+            phase.answered(len(came) + len(outcome.failures))
     for place in sorted(failed):
         phase.refuse(nodes[place], failed[place].reason, failed[place].missing)
     phase.count_bytes(sum(sizes), up)

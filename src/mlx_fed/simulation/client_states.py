@@ -13,7 +13,7 @@ from ..arrays.named_arrays import Arrays
 from ..system.atomic_files import replacing
 
 
-class Kept:
+class ClientStateStore:
     """Each client's own arrays as of the rounds that it trained in.
 
     Those from before are kept too: when a worker dies, its clients are trained again from what
@@ -40,8 +40,8 @@ class Kept:
         self.folder.joinpath(str(client)).mkdir(parents=True, exist_ok=True)
         path = self._path(client, number)
         # A worker of a process that was killed may still be at the same one.
-        own = path.with_suffix(f".{os.getpid()}")
-        with replacing(path, own, on_disk=False) as part, part.open("wb") as file:
+        client_state = path.with_suffix(f".{os.getpid()}")
+        with replacing(path, client_state, on_disk=False) as part, part.open("wb") as file:
             mx.save_safetensors(file, dict(arrays))
         # The last checkpoint is of two rounds before, or newer, and one of those to keep.
         start = number - self.keep - 2

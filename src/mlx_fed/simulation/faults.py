@@ -11,7 +11,7 @@ from ..arrays.examples import Examples, leaves, replace_leaves
 from ..arrays.named_arrays import Arrays
 from ..errors import FedError
 from ..task import Data
-from ..training.trainer import Update
+from ..training.trainer import ClientUpdate
 
 
 class FaultsError(FedError, ValueError):
@@ -92,7 +92,7 @@ class Faults:
             return Data(lambda key: map(flipped, train(key)), data.test)
         return Data(flipped(train), data.test)
 
-    def on_update(self, update: Update, start: Arrays) -> Update:
+    def on_update(self, update: ClientUpdate, start: Arrays) -> ClientUpdate:
         """What a hostile client sends after it has trained from ``start``."""
         if self.attack == "label-flip":
             return update

@@ -21,12 +21,12 @@ from ..system import devices
 from ..task import TaskSource
 from ..task_settings import whole_number
 from ..training.trainer import Trainer
-from .all_clients import SimulatedRoster
-from .client_states import Kept
+from .client_states import ClientStateStore
 from .faults import Faults
-from .pool import InProcess, Pool, data_bytes, default_workers
 from .simulated_grid import SimulationGrid
-from .worker import Job
+from .simulated_roster import SimulatedRoster
+from .worker import WorkerConfig
+from .worker_pool import InProcessPool, Pool, data_bytes, default_workers
 from .worker_progress import received
 
 
@@ -119,7 +119,7 @@ def simulate(
         trainer = Trainer(made, leading.seed)
         size = default_workers(device) if workers is None else workers
         run = run_folder(runs, name, resume)
-        kept = Kept(run.resolve() / "clients", leading.keep)
+        kept = ClientStateStore(run.resolve() / "clients", leading.keep)
 
         def forget(event: str, fields: dict[str, Any]) -> None:
             if event == "resumed":
@@ -129,7 +129,7 @@ def simulate(
         history = History(run, (forget, LabelsFile(run, num_clients), *watching), about)
         if devices.is_slow(computing_on):
             history.notify("note", text=f"computing on {computing_on}")
-        job = Job(
+        job = WorkerConfig(
             task,
             made_from,
             leading.seed,
@@ -156,8 +156,10 @@ def simulate(
 
 
 @contextmanager
-def _pool(job: Job, size: int, device: str | None, trainer: Trainer) -> Iterator[Pool | InProcess]:
-    pool = Pool(job, size, device) if size else InProcess(job, trainer)
+def _pool(
+    job: WorkerConfig, size: int, device: str | None, trainer: Trainer
+) -> Iterator[Pool | InProcessPool]:
+    pool = Pool(job, size, device) if size else InProcessPool(job, trainer)
     try:
         yield pool
     except BaseException:

@@ -11,9 +11,9 @@ from flwr.app import Message
 from ..arrays.weighted_mean import block_size
 from ..flower import one_run_grid
 from ..flower.error_replies import failed_reply
-from . import process
-from .pool import InProcess, Pool, Span, by_block
-from .worker import Outcome, Request, Seat
+from . import worker_process
+from .worker import SampledClient, WorkRequest, WorkResult
+from .worker_pool import InProcessPool, Pool, WorkUnit, by_block
 
 _SPANS_A_WORKER = 4
 """How finely a phase is cut for each worker: enough that none waits long for the others."""
@@ -41,7 +41,7 @@ class SimulationGrid(one_run_grid.OneRunGrid):
     def __init__(
         self,
         num_clients: int,
-        pool: Pool | InProcess,
+        pool: Pool | InProcessPool,
         folder: Path,
         timeout: float,
         notify: Callable[..., None],
@@ -84,7 +84,7 @@ class SimulationGrid(one_run_grid.OneRunGrid):
 
     # -- the work --------------------------------------------------------------------------
 
-    def sum_updates(self, messages: Sequence[Message], weighted_by: str) -> Iterator[Outcome]:
+    def sum_updates(self, messages: Sequence[Message], weighted_by: str) -> Iterator[WorkResult]:
         """Lets clients train and sums their updates by block, where they are made.
 
         Args:
@@ -99,14 +99,14 @@ class SimulationGrid(one_run_grid.OneRunGrid):
             replies = [
                 Message(content, reply_to=messages[place]) for place, content in outcome.replies
             ]
-            for place, reason, missing in outcome.failed:
+            for place, reason, missing in outcome.failures:
                 replies.append(failed_reply(messages[place], reason, missing))
             yield replies
 
-    def _work(self, messages: Sequence[Message], weighted_by: str | None) -> Iterator[Outcome]:
+    def _work(self, messages: Sequence[Message], weighted_by: str | None) -> Iterator[WorkResult]:
         """Cuts the messages into spans of one request each, and has them done."""
         requests: dict[tuple[int, str], Path] = {}
-        by_request: dict[Path, list[Seat]] = {}
+        by_request: dict[Path, list[SampledClient]] = {}
         size = block_size(len(messages))
         for place, message in enumerate(messages):
             kind = message.metadata.message_type
@@ -114,12 +114,12 @@ class SimulationGrid(one_run_grid.OneRunGrid):
             key = (id(content), kind)
             if key not in requests:
                 requests[key] = self.folder / f"{next(self._numbers)}.request"
-                request = Request(kind, content, self.timeout, weighted_by)
-                process.write_request(request, requests[key])
-            seat = Seat(place, message.metadata.dst_node_id - 1, place // size)
+                request = WorkRequest(kind, content, self.timeout, weighted_by)
+                worker_process.write_request(request, requests[key])
+            seat = SampledClient(place, message.metadata.dst_node_id - 1, place // size)
             by_request.setdefault(requests[key], []).append(seat)
         spans = [
-            Span(path, tuple(seats))
+            WorkUnit(path, tuple(seats))
             for path, all_seats in by_request.items()
             for seats in self._cut(all_seats)
         ]
@@ -139,7 +139,7 @@ class SimulationGrid(one_run_grid.OneRunGrid):
             for path in by_request:
                 path.unlink(missing_ok=True)
 
-    def _cut(self, seats: list[Seat]) -> Iterator[list[Seat]]:
+    def _cut(self, seats: list[SampledClient]) -> Iterator[list[SampledClient]]:
         """Spans of whole blocks: one for each worker, or several if they are long enough."""
         blocks = by_block(seats)
         workers = self.pool.size

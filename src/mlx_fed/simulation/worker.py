@@ -22,9 +22,9 @@ from ..task import Config, Data, TaskSource, make_task
 from ..task_settings import kebab_case
 from ..tracebacks import user_traceback
 from ..training.batches import lengths
-from ..training.trainer import Trainer, Update
-from .batched import BatchedTrainer, Member
-from .client_states import Kept
+from ..training.trainer import ClientUpdate, Trainer
+from .batched_trainer import BatchedTrainer, ClientInput
+from .client_states import ClientStateStore
 from .faults import Faults
 from .partition_cache import Partitions, size_of
 
@@ -37,7 +37,7 @@ _WINDOW = 4
 when their data comes to as much as is kept."""
 
 
-class Job(NamedTuple):
+class WorkerConfig(NamedTuple):
     """What all workers of a run are set up with.
 
     ``folder`` is for what lasts as long as the run, ``most_bytes`` how much of the data each
@@ -54,11 +54,11 @@ class Job(NamedTuple):
     faults: Faults
     folder: Path
     most_bytes: int
-    kept: Kept
+    kept: ClientStateStore
     identities: frozen.Digests
 
 
-class Request(NamedTuple):
+class WorkRequest(NamedTuple):
     """What clients are asked: a message's type and content, and the seconds they have.
 
     ``weighted_by`` names the metric that weighs updates which are to be summed; ``None`` asks
@@ -71,17 +71,17 @@ class Request(NamedTuple):
     weighted_by: str | None
 
 
-class Phase(NamedTuple):
+class DecodedRequest(NamedTuple):
     """A request as the trainer takes it."""
 
-    request: Request
+    request: WorkRequest
     record_name: str
     parameters: Arrays
     statistics: Arrays
     config: Config
 
 
-class Seat(NamedTuple):
+class SampledClient(NamedTuple):
     """A client that is asked, its place in the phase and the block that it is summed in."""
 
     place: int
@@ -89,20 +89,20 @@ class Seat(NamedTuple):
     block: int
 
 
-class Outcome(NamedTuple):
+class WorkResult(NamedTuple):
     """The result of some clients: sums of all their blocks, or replies by place; who failed, and
     why, with the traceback of the first failure in the process; and of those who were new, how many
     examples of each label they have."""
 
     blocks: list[Block]
     replies: list[tuple[int, RecordDict]]
-    failed: list[Failed]
+    failures: list[Failed]
     notes: list[str]
     traceback: str | None
     labels: dict[int, dict[int, int]]
 
 
-class Silent(FedError):
+class NoReply(FedError):
     """A client that does not answer."""
 
 
@@ -114,7 +114,7 @@ class Worker:
         trainer (Trainer, optional): The task's, where there is one in this process already.
     """
 
-    def __init__(self, job: Job, trainer: Trainer | None = None):
+    def __init__(self, job: WorkerConfig, trainer: Trainer | None = None):
         self.job = job
         self.trainer = trainer or Trainer(make_task(job.source, job.config), job.seed)
         other = None if trainer else frozen.difference(job.identities, self.trainer.frozen)
@@ -123,12 +123,12 @@ class Worker:
         may = job.batched and BatchedTrainer.why_not(self.trainer.task) is None
         self.batched = BatchedTrainer(self.trainer) if may else None
         self.partitions = Partitions(self.trainer.task, job.num_clients, job.most_bytes)
-        self.kept = job.kept if self.trainer.keeps else None
-        self.phase: Phase | None = None
+        self.kept = job.kept if self.trainer.has_client_state else None
+        self.phase: DecodedRequest | None = None
         self.traceback: str | None = None
         self.has_failed = False
 
-    def work(self, request: Request, seats: Sequence[Seat]) -> Outcome:
+    def work(self, request: WorkRequest, seats: Sequence[SampledClient]) -> WorkResult:
         """Lets clients train or evaluate, in the order of their places."""
         if self.phase is None or self.phase.request is not request:
             self.phase = self._phase(request)
@@ -152,10 +152,10 @@ class Worker:
 
     def _outcome(
         self, blocks: list[Block], replies: list[tuple[int, RecordDict]], failed: list[Failed]
-    ) -> Outcome:
+    ) -> WorkResult:
         notes, labels = self.trainer.take_notes(), self.partitions.new_labels()
         traceback, self.traceback = self.traceback, None
-        return Outcome(blocks, replies, failed, notes, traceback, labels)
+        return WorkResult(blocks, replies, failed, notes, traceback, labels)
 
     def _failed(self, place: int, error: Exception) -> Failed:
         """Why a client has no reply; the first traceback of the task's own code is kept."""
@@ -164,19 +164,19 @@ class Worker:
             self.traceback = user_traceback(error)
         return _failed(place, error)
 
-    def _phase(self, request: Request) -> Phase:
+    def _phase(self, request: WorkRequest) -> DecodedRequest:
         name, record = messages.parameters_of(request.content)
         config = kebab_case(messages.config_of(request.content)[1])  # strategies add to it
         statistics = self.trainer.statistics()
         if messages.STATISTICS in request.content:
             statistics = messages.unpack(request.content.array_records[messages.STATISTICS])
         parameters = master_weights.cast(messages.unpack(record), self.trainer.spec)
-        return Phase(request, name, parameters, statistics, config)
+        return DecodedRequest(request, name, parameters, statistics, config)
 
     # -- evaluation ------------------------------------------------------------------------
 
     def _evaluate(
-        self, phase: Phase, seats: Sequence[Seat], failed: list[Failed]
+        self, phase: DecodedRequest, seats: Sequence[SampledClient], failed: list[Failed]
     ) -> Iterator[tuple[int, RecordDict]]:
         for place, client, _ in seats:
             try:
@@ -185,9 +185,9 @@ class Worker:
                 if data.test is None:
                     yield place, messages.nothing_to_evaluate()
                     continue
-                own = self._own(phase, client, later=True)
+                client_state = self._client_state(phase, client, later=True)
                 start = phase.parameters, phase.statistics
-                evaluation = self.trainer.evaluation(*start, data.test, own, phase.config)
+                evaluation = self.trainer.evaluate(*start, data.test, client_state, phase.config)
             except SimulationError:
                 raise
             except Exception as error:
@@ -198,10 +198,10 @@ class Worker:
     # -- training --------------------------------------------------------------------------
 
     def _train(
-        self, phase: Phase, seats: Sequence[Seat], failed: list[Failed]
-    ) -> Iterator[tuple[int, Update]]:
+        self, phase: DecodedRequest, seats: Sequence[SampledClient], failed: list[Failed]
+    ) -> Iterator[tuple[int, ClientUpdate]]:
         """Updates in the order of places; what they need is loaded a window at a time."""
-        window: list[tuple[Seat, Data]] = []
+        window: list[tuple[SampledClient, Data]] = []
         limit, held = 1, 0
         for seat in seats:
             try:
@@ -223,9 +223,9 @@ class Worker:
             yield from self._train_window(phase, window, failed)
 
     def _train_window(
-        self, phase: Phase, window: list[tuple[Seat, Data]], failed: list[Failed]
-    ) -> Iterator[tuple[int, Update]]:
-        updates: dict[int, Update] = {}
+        self, phase: DecodedRequest, window: list[tuple[SampledClient, Data]], failed: list[Failed]
+    ) -> Iterator[tuple[int, ClientUpdate]]:
+        updates: dict[int, ClientUpdate] = {}
         for chunk in self._chunks(phase, window):
             for (seat, _), update in zip(chunk, self._train_chunk(phase, chunk), strict=True):
                 if isinstance(update, Exception):
@@ -237,8 +237,8 @@ class Worker:
                 yield seat.place, updates.pop(seat.place)
 
     def _chunks(
-        self, phase: Phase, window: list[tuple[Seat, Data]]
-    ) -> Iterator[list[tuple[Seat, Data]]]:
+        self, phase: DecodedRequest, window: list[tuple[SampledClient, Data]]
+    ) -> Iterator[list[tuple[SampledClient, Data]]]:
         """Clients whose examples are alike and about as many take their steps together."""
         together = [
             (_kind(data), count(_examples(data)), (seat, data))
@@ -254,12 +254,12 @@ class Worker:
         yield from ([pair] for pair in window if callable(pair[1].train))
 
     def _train_chunk(
-        self, phase: Phase, chunk: list[tuple[Seat, Data]]
-    ) -> list[Update | Exception]:
+        self, phase: DecodedRequest, chunk: list[tuple[SampledClient, Data]]
+    ) -> list[ClientUpdate | Exception]:
         why: Exception | None = None
         if self.batched is not None and len(chunk) > 1:
             members = [
-                Member(seat.client, _examples(data), self._own(phase, seat.client))
+                ClientInput(seat.client, _examples(data), self._client_state(phase, seat.client))
                 for seat, data in chunk
             ]
             try:
@@ -274,28 +274,32 @@ class Worker:
             self.trainer.note(f"clients train one after another, not together: {reason(why)}")
         return updates
 
-    def _train_one(self, phase: Phase, client: int, data: Data) -> Update | Exception:
+    def _train_one(
+        self, phase: DecodedRequest, client: int, data: Data
+    ) -> ClientUpdate | Exception:
         try:
-            own = self._own(phase, client)
+            client_state = self._client_state(phase, client)
             start = phase.parameters, phase.statistics
-            return self.trainer.train(*start, data, phase.config, client=client, own=own)
+            return self.trainer.train(
+                *start, data, phase.config, client=client, client_state=client_state
+            )
         except Exception as error:
             return error
 
-    def _finish(self, phase: Phase, client: int, update: Update) -> Update:
+    def _finish(self, phase: DecodedRequest, client: int, update: ClientUpdate) -> ClientUpdate:
         """What a client sends of its update, and what it keeps."""
-        if self.kept is not None and update.own:
-            self.kept.save(client, int(phase.config["server-round"]), update.own)
+        if self.kept is not None and update.client_state:
+            self.kept.save(client, int(phase.config["server-round"]), update.client_state)
         if self.job.faults.is_hostile(self.job.seed, client):
             update = self.job.faults.on_update(update, phase.parameters)
         return update
 
     # -- clients ---------------------------------------------------------------------------
 
-    def _require_answer(self, phase: Phase, client: int) -> None:
+    def _require_answer(self, phase: DecodedRequest, client: int) -> None:
         moment = round_seed(phase.config, client)
         if why := self.job.faults.why_silent(moment, phase.request.kind, phase.request.timeout):
-            raise Silent(why)
+            raise NoReply(why)
 
     def _data(self, client: int) -> Data:
         data = self.partitions.get(client)
@@ -308,13 +312,15 @@ class Worker:
             return self.job.faults.on_data(data)
         return data
 
-    def _own(self, phase: Phase, client: int, later: bool = False) -> Arrays | None:
+    def _client_state(
+        self, phase: DecodedRequest, client: int, later: bool = False
+    ) -> Arrays | None:
         """What the client has kept of the rounds before, or with this one."""
         if self.kept is None:
             return None
         return self.kept.load(client, int(phase.config["server-round"]) + later)
 
-    def _chunk_size(self, phase: Phase, data: Data) -> int:
+    def _chunk_size(self, phase: DecodedRequest, data: Data) -> int:
         """How many clients like this one train together."""
         if self.batched is None or callable(data.train):
             return 1
@@ -340,7 +346,7 @@ def _kind(data: Data) -> str:
     return repr(kind(_examples(data)))
 
 
-def _content(phase: Phase, update: Update) -> RecordDict:
+def _content(phase: DecodedRequest, update: ClientUpdate) -> RecordDict:
     """A client's update as its reply's content."""
     content: dict[str, Any] = {
         phase.record_name: messages.pack(update.parameters),
@@ -353,7 +359,7 @@ def _content(phase: Phase, update: Update) -> RecordDict:
 
 def _sum(
     number: int,
-    updates: list[tuple[int, Update]],
+    updates: list[tuple[int, ClientUpdate]],
     weighted_by: str,
     failed: list[Failed],
 ) -> Block:
@@ -380,7 +386,7 @@ def _sum(
 
 
 def _failed(place: int, error: Exception) -> Failed:
-    return Failed(place, reason(error), missing=isinstance(error, Silent))
+    return Failed(place, reason(error), missing=isinstance(error, NoReply))
 
 
 def reason(error: Exception) -> str:

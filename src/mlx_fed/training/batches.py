@@ -30,7 +30,7 @@ Batch = tuple[Examples, mx.array | None, int]
 examples."""
 
 
-class Rows(NamedTuple):
+class BatchIndices(NamedTuple):
     """The examples of one step.
 
     ``indices`` is a NumPy array of shape (batch,) and dtype uint32; the first ``size`` are
@@ -76,7 +76,7 @@ def _converted(split: Any, name: str) -> Any:
     return split if split is None or callable(split) else as_arrays(split, name)
 
 
-class Batches:
+class BatchLoader:
     """Gives out the batches that a task's model trains and is evaluated on.
 
     Args:
@@ -121,7 +121,7 @@ class Batches:
         size = self.task.eval_batch_size
         return _taken(arrays, epoch(examples.count(arrays), size, padded, None))
 
-    def rows(self, arrays: Examples, config: Config, moment: RoundSeed) -> Iterator[Rows]:
+    def rows(self, arrays: Examples, config: Config, moment: RoundSeed) -> Iterator[BatchIndices]:
         """Which examples each step of a client's training takes."""
         length = lengths(self.task, config)
         total = examples.count(arrays)
@@ -226,7 +226,9 @@ def lengths(task: Task, config: Config) -> Lengths:
     )
 
 
-def epoch(num_examples: int, batch_size: int, padded: bool, seed: int | None) -> Iterator[Rows]:
+def epoch(
+    num_examples: int, batch_size: int, padded: bool, seed: int | None
+) -> Iterator[BatchIndices]:
     """The steps of one pass over ``num_examples`` examples.
 
     Args:
@@ -245,7 +247,7 @@ def epoch(num_examples: int, batch_size: int, padded: bool, seed: int | None) ->
         count = len(rows)
         if padded and count < batch_size:
             rows = np.resize(rows, padded_size(count, batch_size))
-        yield Rows(rows, count)
+        yield BatchIndices(rows, count)
 
 
 def padded_size(count: int, batch_size: int) -> int:
@@ -265,7 +267,7 @@ def _streamed(stream: Callable, keys: Iterable[mx.array]) -> Iterator[Batch]:
             return
 
 
-def _taken(arrays: Examples, rows: Iterable[Rows]) -> Iterator[Batch]:
+def _taken(arrays: Examples, rows: Iterable[BatchIndices]) -> Iterator[Batch]:
     for step in rows:
         # Not in the compiled step, which would be traced anew for each number of examples.
         mask = step.mask()

@@ -21,8 +21,8 @@ from ..arrays.randomness import Keys, draw_keys_from
 from ..arrays.weights import Slots
 from ..errors import FedError
 from ..task import Config, DatasetMetric, Split, Task
-from .batches import Batches
-from .metrics import Evaluation, as_number, counted, derived, is_defined, reason_of
+from .batches import BatchLoader
+from .metrics import Evaluation, as_number, count_units, derive_metrics, is_defined, reason_of
 from .programs import Program
 from .steps import loss_and_weight, running, with_moment
 
@@ -64,7 +64,7 @@ class Evaluator:
         task: Task,
         model: nn.Module,
         slots: Slots,
-        batches: Batches,
+        batches: BatchLoader,
         note: Callable[[str], None],
     ):
         self.task, self.model, self.slots, self.batches = task, model, slots, batches
@@ -119,8 +119,8 @@ class Evaluator:
             metrics[name], totals[name] = value, weight
             if not is_defined(value):
                 undefined[name] = why
-        metrics |= counted(self.task, [share for share in shares if math.isfinite(share)])
-        further, reasons = derived(self.task, metrics)
+        metrics |= count_units(self.task, [share for share in shares if math.isfinite(share)])
+        further, reasons = derive_metrics(self.task, metrics)
         if all(total == num_examples for total in totals.values()):
             totals = {}
         return Evaluation(metrics | further, totals, undefined | reasons)

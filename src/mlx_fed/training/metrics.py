@@ -42,7 +42,7 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
-def counted(
+def count_units(
     task: Task, shares: Sequence[float], seconds: float | None = None
 ) -> dict[str, int | float]:
     """What the weights of a client's losses add up to, where the task says what they count.
@@ -61,7 +61,7 @@ def counted(
     return counts
 
 
-def reported(task: Task, phase: str, loss_key: str | None = None) -> dict[str, float]:
+def placeholder_metrics(task: Task, phase: str, loss_key: str | None = None) -> dict[str, float]:
     """The metrics that a client reports, each with some number.
 
     Args:
@@ -69,14 +69,16 @@ def reported(task: Task, phase: str, loss_key: str | None = None) -> dict[str, f
         phase (str): ``"train"`` or ``"evaluate"``.
         loss_key (str, optional): What the loss before training is called, if it is asked for.
     """
-    names = {"num-examples", "loss", *counted(task, [1.0], 1.0 if phase == "train" else None)}
+    names = {"num-examples", "loss", *count_units(task, [1.0], 1.0 if phase == "train" else None)}
     if phase == "train":
         return dict.fromkeys(names | {loss_key or "loss"}, 1.0)
     metrics = dict.fromkeys([*names, *task.metrics], 1.0)
-    return metrics | derived(task, metrics)[0]
+    return metrics | derive_metrics(task, metrics)[0]
 
 
-def derived(task: Task, metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+def derive_metrics(
+    task: Task, metrics: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, str]]:
     """The metrics that follow from others, and why one of them is undefined, by name.
 
     Where ``Task.derived`` raises, as ``math.exp`` does on a large loss and an F1 score without

@@ -46,7 +46,7 @@ class MLXClient(NumPyClient):
         self.client = client
         self.seed = seed
         self.round = 0
-        self.own: Mapping[str, mx.array] = {}
+        self.client_state: Mapping[str, mx.array] = {}
 
     def get_parameters(self, config: Mapping[str, Any]) -> list[np.ndarray]:
         """The parameters and running statistics that travel, in the model's order."""
@@ -92,9 +92,9 @@ class MLXClient(NumPyClient):
             self.data,
             settings,
             client=self.client,
-            own=self.own,
+            client_state=self.client_state,
         )
-        self.own = update.own or self.own
+        self.client_state = update.client_state or self.client_state
         weights.put(self.trainer.slots.parameters, update.parameters)
         weights.put(self.trainer.slots.statistics, update.statistics)
         metrics = dict(update.metrics)
@@ -107,8 +107,8 @@ class MLXClient(NumPyClient):
         self.set_parameters(parameters)
         if self.data.test is None:
             raise ValueError("This client has no test examples: Data.test is None.")
-        evaluation = self.trainer.evaluation(
-            self.trainer.parameters(), self.trainer.statistics(), self.data.test, self.own
+        evaluation = self.trainer.evaluate(
+            self.trainer.parameters(), self.trainer.statistics(), self.data.test, self.client_state
         )
         metrics = evaluation.metrics
         if "loss" in evaluation.undefined:  # Flower's mean would be NaN for all clients

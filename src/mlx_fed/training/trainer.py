@@ -20,9 +20,9 @@ from ..arrays.named_arrays import Arrays
 from ..system import calls
 from ..task import Config, Data, Split, Task, fingerprint_of
 from ..task_settings import TracedConfig
-from .batches import Batches
+from .batches import BatchLoader
 from .evaluation import Evaluator
-from .metrics import Evaluation, counted, weighted_mean
+from .metrics import Evaluation, count_units, weighted_mean
 from .programs import Program, compiled
 from .steps import (
     Client,
@@ -36,10 +36,10 @@ from .steps import (
 )
 
 
-class Update(NamedTuple):
+class ClientUpdate(NamedTuple):
     """What a round of local training gives: arrays by name, and metrics in kebab-case.
 
-    ``own`` is what the client keeps until it trains or evaluates again: see
+    ``client_state`` is what the client keeps until it trains or evaluates again: see
     :meth:`Trainer.train`. It is empty where the update is not finite: what the client kept
     before then stands.
     """
@@ -47,7 +47,7 @@ class Update(NamedTuple):
     parameters: Mapping[str, mx.array]
     statistics: Mapping[str, mx.array]
     metrics: dict[str, int | float]
-    own: Mapping[str, mx.array] = MappingProxyType({})
+    client_state: Mapping[str, mx.array] = MappingProxyType({})
 
 
 class TrainingPrograms(NamedTuple):
@@ -73,7 +73,7 @@ class Trainer:
         all_statistics_spec (dict): The same of all running statistics.
         notes (dict): In words, as keys: what the run should say, such as why steps are not
             compiled.
-        keeps (bool): Whether clients keep arrays of their own from round to round.
+        has_client_state (bool): Whether clients keep arrays from round to round.
     """
 
     def __init__(self, task: Task, seed: int = 0):
@@ -96,14 +96,14 @@ class Trainer:
         self._personal = [name for name in self.slots.parameters if personal(name)]
         local = {name: (travels(name) or task.statistics) for name in self.slots.statistics}
         self._local = _local_statistics(self.slots, local)
-        self.keeps = bool(self._personal or self._local) or task.keep_optimizer
+        self.has_client_state = bool(self._personal or self._local) or task.keep_optimizer
         self.spec = named_arrays.spec(self.parameters())
         self.statistics_spec = named_arrays.spec(self.statistics())
         self.all_statistics_spec = named_arrays.spec(weights.get(self.slots.statistics))
         self.notes: dict[str, None] = {}
         self._taken: set[str] = set()
         self.takes_config = task.train_step is not None or examples.takes_config(task.loss)
-        self.batches = Batches(task, self.model, self.slots, self.note)
+        self.batches = BatchLoader(task, self.model, self.slots, self.note)
         self._training: tuple[Any, TrainingPrograms] | None = None
         self.evaluator = Evaluator(task, self.model, self.slots, self.batches, self.note)
 
@@ -147,7 +147,7 @@ class Trainer:
         self._taken.update(texts)
         return texts
 
-    def let_go(self) -> None:
+    def release_parameters(self) -> None:
         """Frees the model's parameters, which are zeros until others are put in their place.
 
         A server has them as masters. Zeros take no memory before something is computed with them.
@@ -165,8 +165,8 @@ class Trainer:
         config: Config,
         *,
         client: int = 0,
-        own: Mapping[str, mx.array] | None = None,
-    ) -> Update:
+        client_state: Mapping[str, mx.array] | None = None,
+    ) -> ClientUpdate:
         """Trains from the given arrays on ``data.train``.
 
         Args:
@@ -178,7 +178,7 @@ class Trainer:
                 ``max-grad-norm`` stand over the task's own, ``proximal-mu`` adds FedProx's
                 proximal term (https://arxiv.org/abs/1812.06127).
             client (int): The client's partition, for its random keys.
-            own (dict, optional): What the client kept of its last update: its personal
+            client_state (dict, optional): What the client kept of its last update: its personal
                 parameters, its statistics and its optimizer's state, as the task says.
 
         Returns:
@@ -194,7 +194,7 @@ class Trainer:
         named_arrays.check(self.statistics_spec, named_arrays.spec(statistics))
         moment = randomness.round_seed(config, client)
         began = time.perf_counter()
-        everything, statistics = self.with_own(parameters, statistics, own)
+        everything, statistics = self.combine_client_state(parameters, statistics, client_state)
         with self.holding(everything, statistics):
             batches = self.batches.training(data, config, moment)
         first = next(batches, None)
@@ -203,8 +203,8 @@ class Trainer:
         mx.async_eval(first[0])  # the device is at it while the rest is made ready
         optimizer = calls.call("Task.optimizer", self.task.optimizer, TracedConfig(config))
         programs = self.training_programs(optimizer, config)
-        counters = _going_on(counters_of(optimizer), own)
-        state = _kept(own, "state", programs.initial_state(counters, everything))
+        counters = _going_on(counters_of(optimizer), client_state)
+        state = _kept(client_state, "state", programs.initial_state(counters, everything))
         at = Client(everything, statistics, state, randomness.key(*moment, "layers"))
         mu = float(config.get("proximal-mu", 0.0))
         anchor = (parameters, mx.array(mu)) if mu else None
@@ -228,7 +228,7 @@ class Trainer:
         elif isinstance(data.train, Sized):
             num_examples = len(data.train)
         metrics: dict[str, int | float] = {"num-examples": num_examples, "loss": mean}
-        metrics |= counted(self.task, counts, seconds)
+        metrics |= count_units(self.task, counts, seconds)
         metrics |= self.first_loss(everything, statistics, data, config)
         return self.update(at, counters, metrics)
 
@@ -243,66 +243,66 @@ class Trainer:
             loss = self.evaluator.loss(parameters, statistics, data.train, config)
         return {str(key): loss}
 
-    def with_own(
-        self, parameters: Arrays, statistics: Arrays, own: Mapping[str, mx.array] | None
+    def combine_client_state(
+        self, parameters: Arrays, statistics: Arrays, client_state: Mapping[str, mx.array] | None
     ) -> tuple[Arrays, Arrays]:
         """All parameters in the model's order, and the statistics: the client's own ones of
         those that it keeps, the model's first ones before it has any."""
-        if not self.keeps:
+        if not self.has_client_state:
             return parameters, statistics
         local = {name: self.slots.statistics[name].get() for name in self._local}
-        statistics = {**statistics, **_kept(own, "statistics", local)}
+        statistics = {**statistics, **_kept(client_state, "statistics", local)}
         statistics = {name: statistics[name] for name in self.slots.statistics}
         personal = {name: self.slots.parameters[name].get() for name in self._personal}
-        both = {**parameters, **_kept(own, "parameters", personal)}
+        both = {**parameters, **_kept(client_state, "parameters", personal)}
         return {name: both[name] for name in self.slots.parameters}, statistics
 
-    def update(self, at: Client, counters: Arrays, metrics: dict[str, int | float]) -> Update:
+    def update(self, at: Client, counters: Arrays, metrics: dict[str, int | float]) -> ClientUpdate:
         """What is sent of what a client has come to, and what it keeps."""
-        if not self.keeps:
-            return Update(at.parameters, at.statistics, metrics)
-        own = {f"parameters/{name}": at.parameters[name] for name in self._personal}
-        own |= {f"statistics/{name}": at.statistics[name] for name in self._local}
+        if not self.has_client_state:
+            return ClientUpdate(at.parameters, at.statistics, metrics)
+        client_state = {f"parameters/{name}": at.parameters[name] for name in self._personal}
+        client_state |= {f"statistics/{name}": at.statistics[name] for name in self._local}
         statistics = {name: at.statistics[name] for name in self.statistics_spec}
         if self.task.keep_optimizer:
-            own |= {f"counters/{name}": array for name, array in counters.items()}
-            own |= {f"state/{name}": array for name, array in at.state.items()}
-            mx.eval(own)
+            client_state |= {f"counters/{name}": array for name, array in counters.items()}
+            client_state |= {f"state/{name}": array for name, array in at.state.items()}
+            mx.eval(client_state)
         shared = {name: at.parameters[name] for name in self._shared}
         # The server passes over a round that diverged; kept, it would be in all that follow.
-        finite = named_arrays.are_finite((*own.values(), *shared.values(), *statistics.values()))
-        return Update(shared, statistics, metrics, own if finite else {})
+        finite = named_arrays.are_finite(
+            (*client_state.values(), *shared.values(), *statistics.values())
+        )
+        return ClientUpdate(shared, statistics, metrics, client_state if finite else {})
 
     def evaluate(
         self,
         parameters: Arrays,
         statistics: Arrays,
         split: Split,
-        own: Mapping[str, mx.array] | None = None,
-        config: Config = MappingProxyType({}),
-    ) -> dict[str, int | float]:
-        """Loss and metrics of the given arrays on the examples of a split, in evaluation mode.
-
-        ``own`` is what the client has kept, as for :meth:`train`.
-
-        Returns:
-            dict: ``num-examples``, ``loss`` and the task's metrics, each the mean over the
-            examples, and what follows from them; NaN where there is no value.
-        """
-        return self.evaluation(parameters, statistics, split, own, config).metrics
-
-    def evaluation(
-        self,
-        parameters: Arrays,
-        statistics: Arrays,
-        split: Split,
-        own: Mapping[str, mx.array] | None = None,
+        client_state: Mapping[str, mx.array] | None = None,
         config: Config = MappingProxyType({}),
     ) -> Evaluation:
-        """The same with the metrics' weights, and why one has no value."""
+        """Loss and metrics of the given arrays on the examples of a split, in evaluation mode.
+
+        Args:
+            parameters (dict): Parameters by name, as :attr:`spec` has them.
+            statistics (dict): Running statistics by name.
+            split (tuple, dict or callable): As ``Data.test``.
+            client_state (dict, optional): As for :meth:`train`.
+            config (dict): The settings, for functions that take them.
+
+        Returns:
+            Evaluation: ``metrics`` has ``num-examples``, ``loss`` and the task's metrics, each the
+            mean over the examples, and what ``Task.derived`` adds; NaN where there is no value.
+
+        Raises:
+            WeightsError: If the arrays do not fit the model.
+            ExamplesError: If there are no examples.
+        """
         named_arrays.check(self.spec, named_arrays.spec(parameters))
         named_arrays.check(self.statistics_spec, named_arrays.spec(statistics))
-        everything, statistics = self.with_own(parameters, statistics, own)
+        everything, statistics = self.combine_client_state(parameters, statistics, client_state)
         with self.holding(everything, statistics):
             return self.evaluator.evaluate(everything, statistics, split, config)
 
@@ -393,21 +393,21 @@ def _figures(step: Step) -> Arrays:
     return {"the loss": step.loss, "its weight": step.weight, **statistics, **after}
 
 
-def _going_on(counters: Arrays, own: Mapping[str, mx.array] | None) -> Arrays:
+def _going_on(counters: Arrays, client_state: Mapping[str, mx.array] | None) -> Arrays:
     """A new optimizer's scalars with what a client has kept of them, such as its steps.
 
     The learning rate, which MLX has among them, stays the new one's: settings and tasks may give
     each round another, and a schedule computes it from the steps.
     """
-    kept = _kept(own, "counters", {}).items()
+    kept = _kept(client_state, "counters", {}).items()
     return counters | {k: v for k, v in kept if k.rpartition(".")[2] != "learning_rate"}
 
 
-def _kept(own: Mapping[str, mx.array] | None, kind: str, otherwise: Arrays) -> Arrays:
+def _kept(client_state: Mapping[str, mx.array] | None, kind: str, otherwise: Arrays) -> Arrays:
     """What a client has kept of a kind, by name; ``otherwise`` before it has kept anything."""
     kept = {
         name.removeprefix(f"{kind}/"): array
-        for name, array in (own or {}).items()
+        for name, array in (client_state or {}).items()
         if name.startswith(f"{kind}/")
     }
     return {**otherwise, **kept}

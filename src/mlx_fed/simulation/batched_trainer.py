@@ -21,8 +21,8 @@ from ..arrays.named_arrays import Arrays, StackedRow
 from ..errors import FedError
 from ..task import Config, Data, Task
 from ..task_settings import TracedConfig
-from ..training.batches import Rows
-from ..training.metrics import counted, weighted_mean
+from ..training.batches import BatchIndices
+from ..training.metrics import count_units, weighted_mean
 from ..training.probe import random_like, random_parameters
 from ..training.programs import compiled, find_difference, pure
 from ..training.steps import (
@@ -36,7 +36,7 @@ from ..training.steps import (
     is_elementwise,
     update_step,
 )
-from ..training.trainer import Trainer, TrainingPrograms, Update
+from ..training.trainer import ClientUpdate, Trainer, TrainingPrograms
 from .stacking import Feed, HostStacks, device_feed, host_can_read
 
 
@@ -44,12 +44,12 @@ class BatchedError(FedError):
     """A step that gives many clients another result than one."""
 
 
-class Member(NamedTuple):
+class ClientInput(NamedTuple):
     """A client to train: its partition, its examples, and what it has kept of its last update."""
 
     client: int
     examples: Examples
-    own: Mapping[str, mx.array] | None = None
+    client_state: Mapping[str, mx.array] | None = None
 
 
 class _Group(NamedTuple):
@@ -85,9 +85,9 @@ class BatchedTrainer:
         self,
         parameters: Arrays,
         statistics: Arrays,
-        members: Sequence[Member],
+        members: Sequence[ClientInput],
         config: Config,
-    ) -> list[Update]:
+    ) -> list[ClientUpdate]:
         """What each client ends with.
 
         Args:
@@ -100,7 +100,10 @@ class BatchedTrainer:
         if reason := self.why_not(trainer.task):
             raise FedError(reason)
         optimizer = trainer.task.optimizer(TracedConfig(config))
-        starts = [trainer.with_own(parameters, statistics, member.own) for member in members]
+        starts = [
+            trainer.combine_client_state(parameters, statistics, member.client_state)
+            for member in members
+        ]
         programs = self._programs(optimizer, config)
         key = repr(trainer.training_key(optimizer, config))
         # In the rounds 1, 2, 8, 32 ...: what a model's code reads of Python's variables may change.
@@ -334,7 +337,7 @@ def _stacked(many: Sequence[Arrays]) -> Arrays:
 
 
 def _batch(
-    feed: Feed, places: tuple[int, ...], rows: list[Rows]
+    feed: Feed, places: tuple[int, ...], rows: list[BatchIndices]
 ) -> tuple[Examples, mx.array | None]:
     masks = [step.mask() for step in rows]
     if all(mask is None for mask in masks):
@@ -345,7 +348,7 @@ def _batch(
 
 
 def _regroup(
-    groups: list[_Group], rows: list[list[Rows]], number: int, done: list[_Group]
+    groups: list[_Group], rows: list[list[BatchIndices]], number: int, done: list[_Group]
 ) -> list[_Group]:
     """The clients that go on, together with those whose next batch has the same size.
 
@@ -364,7 +367,7 @@ def _regroup(
     return [_joined(alike) for alike in parts.values()]
 
 
-def _kind(rows: list[Rows], number: int) -> Any:
+def _kind(rows: list[BatchIndices], number: int) -> Any:
     """What clients have in common that take a step together; ``None`` if there is none left."""
     if number >= len(rows):
         return None
@@ -396,7 +399,7 @@ def _part(group: _Group, chosen: list[int]) -> _Group:
 def _ends(
     groups: list[_Group],
     losses: list[tuple[tuple[int, ...], mx.array, mx.array]],
-    members: Sequence[Member],
+    members: Sequence[ClientInput],
     task: Task,
     began: float,
 ) -> list[tuple[Client, dict[str, int | float]]]:
@@ -425,6 +428,6 @@ def _ends(
                 "num-examples": count(members[place].examples),
                 "loss": weighted_mean(*values[place]),
             }
-            metrics |= counted(task, values[place][1], seconds)
+            metrics |= count_units(task, values[place][1], seconds)
             ends[place] = Client(parameters, statistics, {}, at.key), metrics
     return [ends[place] for place in range(len(members))]

@@ -19,7 +19,7 @@ from ..system import (
     loading,
 )
 from . import worker_progress
-from .worker import Job, Outcome, Request, Seat, Worker, reason
+from .worker import SampledClient, Worker, WorkerConfig, WorkRequest, WorkResult, reason
 
 _worker: Worker | None = None
 _failure = "it was not started"
@@ -32,7 +32,7 @@ def start(job: bytes, device: str | None, parent: int, folder: Path) -> None:
     loading.watch([worker_progress.sender(folder)])
     try:
         devices.use(device)
-        made: Job = cloudpickle.loads(job)
+        made: WorkerConfig = cloudpickle.loads(job)
         _worker = Worker(made)
     except Exception as error:
         _failure = reason(error)
@@ -46,7 +46,7 @@ def _end_after(parent: int, folder: Path) -> None:
     os._exit(1)
 
 
-def work(request: Path, seats: Sequence[Seat]) -> Outcome:
+def work(request: Path, seats: Sequence[SampledClient]) -> WorkResult:
     """Lets the process's worker do what the file of a request asks.
 
     Raises:
@@ -57,15 +57,15 @@ def work(request: Path, seats: Sequence[Seat]) -> Outcome:
     return _worker.work(read_request(request), seats)
 
 
-def write_request(request: Request, path: Path) -> None:
+def write_request(request: WorkRequest, path: Path) -> None:
     """Writes a request for all workers: many spans of clients share one."""
     with path.open("wb") as file:
         pickle.dump(request, file, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 @lru_cache(maxsize=1)
-def read_request(path: Path) -> Request:
+def read_request(path: Path) -> WorkRequest:
     """The request in a file of this run's own."""
     with path.open("rb") as file:
-        request: Request = pickle.load(file)
+        request: WorkRequest = pickle.load(file)
     return request

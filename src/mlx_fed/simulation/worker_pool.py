@@ -20,8 +20,8 @@ from loky import ProcessPoolExecutor
 
 from ..errors import SimulationError
 from ..training.trainer import Trainer
-from . import pickling, process
-from .worker import Job, Outcome, Seat, Worker
+from . import pickling, worker_process
+from .worker import SampledClient, Worker, WorkerConfig, WorkResult
 
 _AHEAD = 2
 """Spans that a process has at hand, so that it never waits for the next one."""
@@ -41,11 +41,11 @@ _ENVIRONMENT = {
 }
 
 
-class Span(NamedTuple):
+class WorkUnit(NamedTuple):
     """Clients that one worker takes, and the file of what they are asked."""
 
     request: Path
-    seats: Sequence[Seat]
+    seats: Sequence[SampledClient]
 
 
 def default_workers(device: str | None) -> int:
@@ -68,18 +68,18 @@ def _cores() -> Sequence[int]:
     return range(os.cpu_count() or 1)
 
 
-class InProcess:
+class InProcessPool:
     """The one worker of this process itself, in place of a pool: it has the server's model."""
 
     size = 1
 
-    def __init__(self, job: Job, trainer: Trainer):
+    def __init__(self, job: WorkerConfig, trainer: Trainer):
         self.worker = Worker(job, trainer)
 
-    def run(self, spans: Sequence[Span]) -> Iterator[Outcome]:
+    def run(self, spans: Sequence[WorkUnit]) -> Iterator[WorkResult]:
         """What comes of each span, in order."""
         for request, seats in spans:
-            yield self.worker.work(process.read_request(request), seats)
+            yield self.worker.work(worker_process.read_request(request), seats)
 
     def close(self, at_once: bool) -> None:
         """Nothing has to be ended."""
@@ -99,7 +99,7 @@ class Pool:
         SimulationError: If the task cannot be sent to another process.
     """
 
-    def __init__(self, job: Job, size: int, device: str | None):
+    def __init__(self, job: WorkerConfig, size: int, device: str | None):
         self.size = size
         try:
             self._start = (pickling.dumps(job), device, os.getpid(), job.folder)
@@ -115,22 +115,22 @@ class Pool:
     def _new_process(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
             max_workers=1,
-            initializer=process.start,
+            initializer=worker_process.start,
             initargs=self._start,
             env=_ENVIRONMENT,
         )
 
-    def run(self, spans: Sequence[Span]) -> Iterator[Outcome]:
+    def run(self, spans: Sequence[WorkUnit]) -> Iterator[WorkResult]:
         """What comes of each span, as it comes. A process that dies is replaced, and its spans
         are done again.
 
         Raises:
             SimulationError: If a span kills one process after another, or none can be started.
         """
-        waiting: list[deque[Span]] = [deque() for _ in range(self.size)]
+        waiting: list[deque[WorkUnit]] = [deque() for _ in range(self.size)]
         for number, span in enumerate(spans):
             waiting[number % self.size].append(span)
-        at_work: dict[Future, tuple[int, Span]] = {}
+        at_work: dict[Future, tuple[int, WorkUnit]] = {}
         deaths: Counter[int] = Counter()
         try:
             while True:
@@ -158,12 +158,12 @@ class Pool:
             for future in at_work:
                 future.cancel()
 
-    def _submit(self, worker: int, span: Span) -> Future:
+    def _submit(self, worker: int, span: WorkUnit) -> Future:
         # A process that is started inherits what is blocked: Ctrl-C, and a terminal that is
         # closed, are for the run to act on.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         try:
-            return self._processes[worker].submit(process.work, span.request, span.seats)
+            return self._processes[worker].submit(worker_process.work, span.request, span.seats)
         except BrokenProcessPool as error:  # it died while it had nothing to do
             future: Future = Future()
             future.set_exception(error)
@@ -181,7 +181,7 @@ class Pool:
             executor.shutdown(wait=True, kill_workers=at_once)
 
 
-def _next(waiting: list[deque[Span]], worker: int) -> Span | None:
+def _next(waiting: list[deque[WorkUnit]], worker: int) -> WorkUnit | None:
     """The worker's own next span, or the last of who has most left."""
     if waiting[worker]:
         return waiting[worker].popleft()
@@ -189,12 +189,12 @@ def _next(waiting: list[deque[Span]], worker: int) -> Span | None:
     return longest.pop() if longest else None
 
 
-def by_block(seats: Sequence[Seat]) -> list[Sequence[Seat]]:
+def by_block(seats: Sequence[SampledClient]) -> list[Sequence[SampledClient]]:
     """Seats, those of one block of places together: a block is summed by one worker."""
     return [list(block) for _, block in groupby(seats, lambda seat: seat.block)]
 
 
-def _take_back(at_work: dict[Future, tuple[int, Span]], worker: int) -> list[Span]:
+def _take_back(at_work: dict[Future, tuple[int, WorkUnit]], worker: int) -> list[WorkUnit]:
     """What a dead process leaves undone, in the order in which it was given it."""
     lost = [
         future
@@ -204,7 +204,7 @@ def _take_back(at_work: dict[Future, tuple[int, Span]], worker: int) -> list[Spa
     return [at_work.pop(future)[1] for future in lost]
 
 
-def _blamed(lost: list[Span], error: Exception, deaths: Counter[int]) -> list[Span]:
+def _blamed(lost: list[WorkUnit], error: Exception, deaths: Counter[int]) -> list[WorkUnit]:
     """What is to be done again, the first of it, over which the process died, block by block.
 
     Raises:
@@ -222,7 +222,7 @@ def _blamed(lost: list[Span], error: Exception, deaths: Counter[int]) -> list[Sp
             f"{_MOST_DEATHS} worker processes died one after another over clients {clients}: "
             f"{codes}. {advice} workers=0 shows what happens in this process."
         )
-    return [*(Span(request, block) for block in by_block(seats)), *lost[1:]]
+    return [*(WorkUnit(request, block) for block in by_block(seats)), *lost[1:]]
 
 
 def _exit_codes(error: Exception) -> str:

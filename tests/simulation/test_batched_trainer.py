@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlx_fed as fed
-from mlx_fed.simulation import batched as batched_module
-from mlx_fed.simulation.batched import BatchedTrainer, Member
-from mlx_fed.training.trainer import Trainer, Update
+from mlx_fed.simulation import batched_trainer as batched_module
+from mlx_fed.simulation.batched_trainer import BatchedTrainer, ClientInput
+from mlx_fed.training.trainer import Trainer, ClientUpdate
 from ..training.test_trainer import (
     MLP,
     OPTIMIZERS,
@@ -39,15 +39,15 @@ SAME_BITS = sys.platform == "linux" and platform.machine() == "x86_64"
 """Elsewhere a matrix product of many may be another program than one of its own."""
 
 
-def members(of: Trainer, sizes=SIZES) -> list[Member]:
+def members(of: Trainer, sizes=SIZES) -> list[ClientInput]:
     made = []
     for client, size in enumerate(sizes):
         arrays = tuple(mx.array(array) for array in examples(size, seed=client))
-        made.append(Member(client, arrays))
+        made.append(ClientInput(client, arrays))
     return made
 
 
-def hold_equal(of: Trainer, clients: list[Member], tolerance: float = 0.0, **config) -> None:
+def hold_equal(of: Trainer, clients: list[ClientInput], tolerance: float = 0.0, **config) -> None:
     """Trains clients together and alone, for two rounds, each with what it kept of the first."""
     config = {name.replace("_", "-"): value for name, value in config.items()}
     together = BatchedTrainer(of)
@@ -58,19 +58,21 @@ def hold_equal(of: Trainer, clients: list[Member], tolerance: float = 0.0, **con
         for member, update in zip(clients, updates, strict=True):
             data = fed.Data(member.examples)
             start = of.parameters(), of.statistics()
-            alone = of.train(*start, data, config, client=member.client, own=member.own)
+            alone = of.train(
+                *start, data, config, client=member.client, client_state=member.client_state
+            )
             compare(update, alone, tolerance)
         clients = [
-            member._replace(own=update.own or None)
+            member._replace(client_state=update.client_state or None)
             for member, update in zip(clients, updates, strict=True)
         ]
 
 
-def compare(update: Update, alone: Update, tolerance: float) -> None:
+def compare(update: ClientUpdate, alone: ClientUpdate, tolerance: float) -> None:
     for got, expected in (
         (update.parameters, alone.parameters),
         (update.statistics, alone.statistics),
-        (update.own, alone.own),
+        (update.client_state, alone.client_state),
     ):
         assert list(got) == list(expected)
         for name, array in expected.items():
@@ -193,7 +195,7 @@ def text(size: int, seed: int) -> tuple[mx.array, ...]:
 @pytest.mark.usefixtures("program")
 def test_a_transformer_on_tokens():
     of = trainer(Text, next_token, lambda config: optim.Adam(0.01))
-    clients = [Member(k, text(size, k)) for k, size in enumerate(SIZES)]
+    clients = [ClientInput(k, text(size, k)) for k, size in enumerate(SIZES)]
     # Attention of many is another kernel than of one: sums are in another order.
     hold_equal(of, clients, tolerance=2e-5)
 
@@ -216,7 +218,7 @@ def test_the_loss_before_training_is_each_clients_own():
     )
     losses = [update.metrics["train_loss"] for update in updates]
     assert losses == [
-        of.evaluate(of.parameters(), {}, member.examples)["loss"] for member in members(of)
+        of.evaluate(of.parameters(), {}, member.examples).metrics["loss"] for member in members(of)
     ]
 
 
