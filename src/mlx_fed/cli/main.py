@@ -15,6 +15,7 @@ from .arguments import (
     find_test,
     parse_settings,
 )
+from .audit import audit
 from .lora import lora
 from .nodes import certs, nodes
 from .options import (
@@ -47,6 +48,7 @@ app.add_typer(runs_app, name="runs")
 app.command()(report)
 app.add_typer(nodes, name="nodes")
 app.add_typer(certs, name="certs")
+app.add_typer(audit, name="audit")
 
 
 @app.command()

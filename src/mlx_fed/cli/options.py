@@ -221,6 +221,21 @@ class Joining(Options):
             rich_help_panel=_SECURITY,
         ),
     ] = False
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="What the server may ask of this node (TOML, see the docs).",
+            rich_help_panel=_SECURITY,
+        ),
+    ] = None
+    audit: Annotated[
+        Path | None,
+        typer.Option(
+            help="The audit log: what was asked, refused and sent.",
+            show_default="beside the policy",
+            rich_help_panel=_SECURITY,
+        ),
+    ] = None
     wait: Wait = 600.0
 
 

@@ -35,6 +35,7 @@ from ..task_settings import KINDS, TracedConfig, check_config
 from ..training import batches
 from . import certificates
 from .identity import Identity, from_files, from_token
+from .policy import Gate, Policy, ask_at_terminal, logged, policy_and_log
 
 _BEAT = 2.0
 """Seconds between heartbeats."""
@@ -77,6 +78,8 @@ def join(
     key: Path | str | None = None,
     wait: float = 600.0,
     share_errors: bool = False,
+    policy: Policy | Path | str | None = None,
+    audit: Path | str | None = None,
     notify: Callable[..., None] | None = None,
 ) -> None:
     """Takes part in a run with this machine's data, and returns when the run is over.
@@ -109,9 +112,14 @@ def join(
         wait (float): Seconds to keep trying to reach the server. Default: ``600``.
         share_errors (bool): Tell the server what an exception of the task says, which may hold
             data. Default: only its type, and the line of the task that raised it.
+        policy (Policy or Path, optional): What the server may ask of this node, or the file that
+            has it: see :mod:`mlx_fed.fleet.policy`.
+        audit (Path, optional): The audit log, to which each request, reply and refusal is appended.
+            Default: beside the policy's file, ``policy.audit.jsonl``; none without a policy's file.
         notify (callable, optional): Told what happens, in place of the lines on the terminal.
 
     Raises:
+        PolicyRefusal: If the policy does not allow the server, or the data has too few examples.
         JoinError: If the server is not reached in time, or sends this node away.
         RunStopped: If the run was stopped on its server.
         RunFailed: If the run failed there.
@@ -145,6 +153,9 @@ def join(
         raise JoinError(
             f"A node's name has 1 to {LONGEST_NAME} printable characters: {name!r:.90}."
         )
+    server = address.join(who.host, who.port)
+    rules, log = policy_and_log(policy, audit)
+    rules.check_server(server)
     silence_flower()
     memory.keep_what_is_freed()
     where = devices.use(device)
@@ -170,11 +181,14 @@ def join(
         tell("ready", device=where, partition=partition_id)
         if private := privacy.name_of_private(mods or ()):
             tell("note", text=privacy.note(private, made))
-        app = clientapp.raising_app(_with_data(made, data), mods)
+        rules.check_data(data)
+        gate = [Gate(rules, server, log, ask_at_terminal)] if log or rules != Policy() else []
+        app = clientapp.raising_app(_with_data(made, data), mods, gate)
         if (proxy := who.proxy) is not None:
             tell("note", text=f"through the proxy {address.join(proxy.host, proxy.port)}")
         client = FleetClient(who.host, who.port, who.context, who.key, who.invitation, proxy)
-        _Node(client, app, node_config, who, wait, tell).run()
+        with logged(log, server=server, node=name):
+            _Node(client, app, node_config, who, wait, tell).run()
 
 
 def _with_data(task: Task, data: Data) -> Task:

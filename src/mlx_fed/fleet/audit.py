@@ -1,0 +1,141 @@
+"""Audit log: append-only JSON lines, each with the hash of the line before it.
+
+Whoever changes, removes or inserts a line has to compute all later hashes anew; a copy of one later
+hash, kept elsewhere, shows that. What no chain shows by itself is that its last lines are missing:
+compare the last hash, or the number of lines, with what was noted before.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import FedError
+
+_FIRST = "0" * 64
+_LONGEST_LINE = 2**20
+"""Bytes of a line."""
+
+
+class AuditError(FedError):
+    """An audit log that cannot be written, or that was changed."""
+
+
+class Entry(NamedTuple):
+    """A line of an audit log."""
+
+    number: int
+    time: datetime
+    event: str
+    fields: dict[str, Any]
+    hash: str
+
+
+class AuditLog:
+    """An audit log on disk, which several processes may append to.
+
+    Args:
+        path (Path): The file, which only its owner may read; it is created with its first line.
+
+    Raises:
+        AuditError: If what is there is no audit log, or it was changed.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path).expanduser()
+        self._end = 0
+        self._number, self._hash = 0, _FIRST
+        for entry in entries(self.path):
+            self._number, self._hash = entry.number, entry.hash
+        if self.path.exists():
+            self._end = self.path.stat().st_size
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Appends a line with the time.
+
+        Raises:
+            AuditError: If it cannot be written: what is to be audited must not go on then.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            with os.fdopen(os.open(self.path, flags, 0o600), "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                size = file.seek(0, os.SEEK_END)
+                if size != self._end:  # another process has appended
+                    self._read_on(file, size)
+                line, digest = _line(self._number + 1, event, fields, self._hash)
+                file.write(line)
+                file.flush()
+                self._number, self._hash = self._number + 1, digest
+                self._end = size + len(line)
+        except OSError as error:
+            raise AuditError(
+                f"Cannot write the audit log {self.path}: {error.strerror or error}."
+            ) from error
+
+    def _read_on(self, file: Any, size: int) -> None:
+        if size < self._end:
+            raise AuditError(f"The audit log {self.path} has become shorter: it was changed.")
+        file.seek(self._end)
+        for line in file.read(size - self._end).splitlines(keepends=True):
+            entry = _checked(self.path, line, self._number + 1, self._hash)
+            self._number, self._hash = entry.number, entry.hash
+
+
+def entries(path: Path) -> Iterator[Entry]:
+    """The lines of an audit log, each checked against the one before it; none without a file.
+
+    Args:
+        path (Path): The log.
+
+    Raises:
+        AuditError: At the first line that is not as it was written, with its number.
+    """
+    try:
+        with path.open("rb") as file:
+            number, digest = 0, _FIRST
+            while line := file.readline(_LONGEST_LINE + 1):
+                entry = _checked(path, line, number + 1, digest)
+                number, digest = entry.number, entry.hash
+                yield entry
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise AuditError(f"Cannot read the audit log {path}: {error.strerror or error}.") from error
+
+
+def _line(number: int, event: str, fields: Mapping[str, Any], before: str) -> tuple[bytes, str]:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    content = {"number": number, "time": now, "event": event, **fields, "before": before}
+    text = json.dumps(content, default=str, ensure_ascii=True)
+    if len(text) > _LONGEST_LINE - 100:
+        raise AuditError(f"A line of the audit log would have {len(text)} bytes: {event}.")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f'{text[:-1]}, "hash": "{digest}"}}\n'.encode(), digest
+
+
+def _checked(path: Path, line: bytes, number: int, before: str) -> Entry:
+    """A line as an entry, if its bytes are those that were written after the line before."""
+    head, _, tail = line.rpartition(b', "hash": "')
+    digest = hashlib.sha256(head + b"}").hexdigest()
+    try:
+        if tail != f'{digest}"}}\n'.encode():
+            raise ValueError
+        content = json.loads(line)
+        if content.pop("number") != number or content.pop("before") != before:
+            raise ValueError
+        del content["hash"]
+        time, event = datetime.fromisoformat(content.pop("time")), str(content.pop("event"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise AuditError(
+            f"{path}, line {number}, is not as it was written: it, or one before it, was changed, "
+            "removed or inserted. The lines before it are as they were."
+        ) from None
+    return Entry(number, time, event, content, digest)

@@ -1,0 +1,92 @@
+"""Audit logs: what is written, and that any change is found."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from mlx_fed.fleet.audit import AuditError, AuditLog, entries
+
+from ..conftest import command
+
+
+def write(path: Path, count: int) -> None:
+    log = AuditLog(path)
+    for number in range(count):
+        log.append("sent", run="run-1", bytes=number, metrics=["loss"])
+
+
+def test_lines_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    write(path, 2)
+    write(path, 1)  # goes on after what is there
+    assert [entry.number for entry in entries(path)] == [1, 2, 3]
+    assert [entry.fields["bytes"] for entry in entries(path)] == [0, 1, 0]
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_one_changed_byte_is_found_wherever_it_is(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    write(path, 3)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(AuditError, match="line"):
+            list(entries(path))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_line_that_was_removed_or_repeated_is_found(tmp_path, number):
+    path = tmp_path / "audit.jsonl"
+    write(path, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for changed in (lines[: number - 1] + lines[number:], lines[:number] + lines[number - 1 :]):
+        path.write_bytes(b"".join(changed))
+        with pytest.raises(AuditError, match=f"line {number}|line {number + 1}"):
+            list(entries(path))
+
+
+def test_a_line_from_another_log_is_found(tmp_path):
+    write(tmp_path / "one.jsonl", 2)
+    AuditLog(tmp_path / "other.jsonl").append("started")
+    write(tmp_path / "other.jsonl", 1)
+    first, _ = (tmp_path / "one.jsonl").read_bytes().splitlines(keepends=True)
+    _, second = (tmp_path / "other.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "one.jsonl").write_bytes(first + second)
+    with pytest.raises(AuditError, match="line 2"):
+        list(entries(tmp_path / "one.jsonl"))
+
+
+def test_a_changed_log_is_not_appended_to(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    log.append("sent", bytes=1)
+    path.write_bytes(path.read_bytes().replace(b'"bytes": 1', b'"bytes": 2'))
+    with pytest.raises(AuditError, match="line 1"):
+        AuditLog(path)
+    path.write_bytes(b"")
+    with pytest.raises(AuditError, match="shorter"):
+        log.append("sent", bytes=3)
+
+
+def test_several_append_to_one_log(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    with ThreadPoolExecutor(3) as pool:  # each opens the file for itself, as processes do
+        list(pool.map(lambda _: write(path, 50), range(3)))
+    assert [entry.number for entry in entries(path)] == [*range(1, 151)]
+
+
+def test_the_command_shows_and_verifies(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    write(path, 3)
+    AuditLog(path).append("refused", reason="local-epochs \x1b[31m")
+    shown = command("audit", "show", path)
+    assert "3 " in shown.text
+    assert "bytes=2" in shown.text
+    assert "\x1b" not in command("audit", "show", path, "--event", "refused").text
+    assert "4 lines are as they were written" in command("audit", "verify", path).text
+    path.write_bytes(path.read_bytes().replace(b'"bytes": 2', b'"bytes": 9'))
+    found = command("audit", "verify", path)
+    assert found.code == 1
+    assert "line 3, is not as it was written" in found.text
+    assert "no audit log" in command("audit", "show", tmp_path / "missing.jsonl").text
