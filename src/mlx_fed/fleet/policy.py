@@ -54,7 +54,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from ..arrays.examples import leaves
-from ..arrays.spool import parts_of, records_in
+from ..arrays.flower_records import records_in, segments_of
 from ..errors import FedError
 from ..rounds import messages
 from ..task import Data
@@ -603,8 +603,8 @@ def _contents(content: RecordDict) -> dict[str, Any]:
         digest = hashlib.sha256()
         for key, array in record.items():
             digest.update(json.dumps([key, array.dtype, list(array.shape)]).encode())
-            for part in parts_of(array):
-                digest.update(part.read())
+            for segment in segments_of(array):
+                digest.update(segment.view())
         arrays[name] = digest.hexdigest()
     metrics = {name: [*record] for name, record in records_in(content, MetricRecord).items()}
     return {"arrays": arrays, "metrics": metrics}
