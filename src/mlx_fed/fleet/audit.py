@@ -51,10 +51,10 @@ class AuditLog:
         self.path = Path(path).expanduser()
         self._end = 0
         self._number, self._hash = 0, _FIRST
-        for entry in entries(self.path):
+        content = _content(self.path)
+        for entry in _entries(self.path, content):
             self._number, self._hash = entry.number, entry.hash
-        if self.path.exists():
-            self._end = self.path.stat().st_size
+        self._end = len(content)
 
     def append(self, event: str, **fields: Any) -> None:
         """Appends a line with the time.
@@ -98,15 +98,25 @@ def entries(path: Path) -> Iterator[Entry]:
     Raises:
         AuditError: At the first line that is not as it was written, with its number.
     """
+    return _entries(path, _content(path))
+
+
+def _entries(path: Path, content: bytes) -> Iterator[Entry]:
+    number, digest = 0, _FIRST
+    for line in content.splitlines(keepends=True):
+        entry = _checked(path, line, number + 1, digest)
+        number, digest = entry.number, entry.hash
+        yield entry
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a log, while nobody appends to it."""
     try:
         with path.open("rb") as file:
-            number, digest = 0, _FIRST
-            while line := file.readline(_LONGEST_LINE + 1):
-                entry = _checked(path, line, number + 1, digest)
-                number, digest = entry.number, entry.hash
-                yield entry
+            fcntl.flock(file, fcntl.LOCK_SH)
+            return file.read()
     except FileNotFoundError:
-        return
+        return b""
     except OSError as error:
         raise AuditError(f"Cannot read the audit log {path}: {error.strerror or error}.") from error
 
