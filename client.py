@@ -1,11 +1,16 @@
-"""A client of the MNIST example: python3 client.py --node-id 0 [--gpu]"""
+"""Client of the MNIST example: python3 client.py --node-id 0 [--gpu]"""
+
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during imports: no traceback
 
 from typing import Annotated
 
 import typer
 
-from mlx_fed.cli.arguments import errors_as_messages
-from mlx_fed.cli.options import Joining, Showing, Token, with_options
+from mlx_fed.cli.app import run_command
+from mlx_fed.cli.options import JoinOptions, OutputOptions, Token, with_options
 
 
 @with_options
@@ -14,34 +19,39 @@ def main(
     token: Token = None,
     node_id: Annotated[
         int | None,
-        typer.Option(help="Which part of the data this client holds.", show_default="the token's"),
+        typer.Option(
+            metavar="N", help="The client's partition of the data.", show_default="the token's"
+        ),
     ] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
-    dataset: Annotated[str, typer.Option(help="digits, mnist, or a folder of parquet.")] = "digits",
-    num_partitions: Annotated[int, typer.Option(min=1, help="Parts that the data has.")] = 3,
-    partitioner: Annotated[str, typer.Option(help="iid or dirichlet.")] = "iid",
-    joining: Joining,
-    shown: Showing,
+    dataset: Annotated[
+        str, typer.Option(metavar="NAME", help="digits, mnist, or a folder of parquet files.")
+    ] = "digits",
+    num_partitions: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Number of partitions of the data.")
+    ] = 3,
+    partitioner: Annotated[str, typer.Option(metavar="NAME", help="iid or dirichlet.")] = "iid",
+    connection: JoinOptions,
+    output: OutputOptions,
 ) -> None:
-    """Train on this client's digits until the server's run is over."""
+    """Train on this client's digits until the server's run ends."""
     if node_id is None and token is None:
-        raise typer.BadParameter("name the part of the data: --node-id 0", param_hint="--node-id")
-    with errors_as_messages():
-        from examples.mnist import task
-        from mlx_fed import join
-        from mlx_fed.monitoring.listeners import node_listener
+        raise typer.BadParameter("name the partition of the data: --node-id 0")
+    from examples.mnist import task
+    from mlx_fed import join
+    from mlx_fed.monitoring.listeners import node_listener
 
-        join(
-            task,
-            token=token,
-            partition_id=node_id,
-            num_partitions=num_partitions,
-            device="gpu" if gpu else "cpu",
-            config={"dataset": dataset, "partitioner": partitioner},
-            notify=node_listener(**vars(shown)),
-            **vars(joining),
-        )
+    join(
+        task,
+        token=token,
+        partition_id=node_id,
+        num_partitions=num_partitions,
+        device="gpu" if gpu else "cpu",
+        config={"dataset": dataset, "partitioner": partitioner},
+        notify=node_listener(**vars(output)),
+        **vars(connection),
+    )
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -1,5 +1,16 @@
-"""``python -m mlx_fed``: the ``mlx-fed`` command."""
+"""``mlx-fed`` and ``python -m mlx_fed``."""
 
-from .cli.main import main
+import signal
 
-main()
+
+def main() -> None:
+    """The ``mlx-fed`` command. Ctrl-C during its imports ends it without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from .cli.main import app
+
+    app(prog_name="mlx-fed")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,6 @@ def test_a_new_app_has_a_name_that_flower_takes(name: str, tmp_path: Path):
     ["", "_app", "my_app_", "my-app", "my app", "1app", "class", "\u00e4pp", "x" * 33, "a\n"],
 )
 def test_other_names_are_refused(name: str, tmp_path: Path):
-    with pytest.raises(FedError, match=r"cannot be imported.*such as my_app"):
+    with pytest.raises(FedError, match=r"is not valid as the name.*such as my_app"):
         write_app(name, tmp_path)
     assert list(tmp_path.iterdir()) == []

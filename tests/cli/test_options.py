@@ -12,12 +12,12 @@ import pytest
 import typer
 from mlx_fed.cli.main import app
 from mlx_fed.cli.options import (
-    Joining,
-    Leading,
-    Listening,
-    Options,
-    Watching,
-    as_flags,
+    JoinOptions,
+    RunOptions,
+    ServerOptions,
+    OptionGroup,
+    MonitorOptions,
+    to_arguments,
     with_options,
 )
 from typer.testing import CliRunner
@@ -43,19 +43,19 @@ def command(of: Any) -> click.Command:
 @pytest.mark.parametrize(
     ("of", "groups"),
     [
-        ("serve", (Listening, Leading, Watching)),
-        ("lora serve", (Listening, Leading, Watching)),
-        (server.main, (Listening, Leading, Watching)),
-        ("simulate", (Leading, Watching)),
-        ("lora simulate", (Leading, Watching)),
-        (run.main, (Leading, Watching)),
-        ("join", (Joining,)),
-        ("lora join", (Joining,)),
-        (client.main, (Joining,)),
+        ("serve", (ServerOptions, RunOptions, MonitorOptions)),
+        ("lora serve", (ServerOptions, RunOptions, MonitorOptions)),
+        (server.main, (ServerOptions, RunOptions, MonitorOptions)),
+        ("simulate", (RunOptions, MonitorOptions)),
+        ("lora simulate", (RunOptions, MonitorOptions)),
+        (run.main, (RunOptions, MonitorOptions)),
+        ("join", (JoinOptions,)),
+        ("lora join", (JoinOptions,)),
+        (client.main, (JoinOptions,)),
     ],
     ids=str,
 )
-def test_commands_of_a_kind_have_the_same_options(of: Any, groups: tuple[type[Options], ...]):
+def test_commands_of_a_kind_have_the_same_options(of: Any, groups: tuple[type[OptionGroup], ...]):
     has = {parameter.name: parameter for parameter in command(of).params}
     for group in groups:
         for field in fields(group):  # type: ignore[arg-type]
@@ -67,11 +67,11 @@ def test_a_command_gets_options_of_a_kind_as_one():
     got: list[Any] = []
 
     @with_options
-    def lead(*, what: str = "x", leading: Leading, shown: Watching) -> None:
-        got.extend([what, leading, shown])
+    def train(*, what: str = "x", run: RunOptions, monitor: MonitorOptions) -> None:
+        got.extend([what, run, monitor])
 
     alone = typer.Typer()
-    alone.command()(lead)
+    alone.command()(train)
     given = [
         "--keep",
         "7",
@@ -88,17 +88,17 @@ def test_a_command_gets_options_of_a_kind_as_one():
     assert CliRunner().invoke(alone, given).exit_code == 0
     assert got == [
         "y",
-        Leading(keep=7, resume="a"),
-        Watching(track=["one", "two"], quiet=True),
+        RunOptions(keep=7, resume="a"),
+        MonitorOptions(track=["one", "two"], quiet=True),
     ]
 
 
-def test_options_are_handed_on_as_flags():
-    assert as_flags(Leading()) == []
-    leading = Leading(keep=0, runs=Path("elsewhere"), max_update_norm=2.5)
-    assert as_flags(leading) == ["--max-update-norm=2.5", "--runs=elsewhere", "--keep=0"]
-    watching = Watching(dashboard=True, track=["a", "b"])
-    assert as_flags(watching) == ["--dashboard", "--track=a", "--track=b"]
+def test_options_are_handed_on_to_arguments():
+    assert to_arguments(RunOptions()) == []
+    options = RunOptions(keep=0, runs=Path("elsewhere"), max_update_norm=2.5)
+    assert to_arguments(options) == ["--max-update-norm=2.5", "--runs=elsewhere", "--keep=0"]
+    monitor = MonitorOptions(dashboard=True, track=["a", "b"])
+    assert to_arguments(monitor) == ["--dashboard", "--track=a", "--track=b"]
 
 
 @pytest.mark.slow

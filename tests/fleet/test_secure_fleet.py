@@ -160,7 +160,7 @@ def test_keys_and_certificates_of_ones_own(commands, tmp_path):
     bring = ["bring", "--certificate", tmp_path / "made" / "server.crt"]
     bring += ["--key", tmp_path / "made" / "secret" / "server.key"]
     certs(*bring, "--authority", tmp_path / "made" / "ca.crt", *kept)
-    assert "(brought along)" in certs("show", *kept)
+    assert "(imported)" in certs("show", *kept)
     certs("key", tmp_path / "own.key")
     assert (tmp_path / "own.key").stat().st_mode & 0o777 == 0o600
     added = commands.nodes("add", "hospital-a", "--key", tmp_path / "own.pub")
@@ -187,7 +187,7 @@ def test_a_folder_that_does_not_say_where_its_server_is_can_be_told(tmp_path):
     done = command(*told.replace("HOST:PORT", "127.0.0.1:8123").split())
     assert done.code == 0, done.text
     assert "node-0 joins with:" in command("nodes", "add", "node-0", *kept).text
-    assert "(brought along)" in command("certs", "show", *kept).text
+    assert "(imported)" in command("certs", "show", *kept).text
 
 
 def test_beyond_the_loopback_a_server_encrypts_unless_it_is_told_not_to(commands):

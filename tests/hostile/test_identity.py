@@ -74,7 +74,7 @@ def test_nodes_that_leave_free_their_places(start, tmp_path, monkeypatch):
     """As many register and unregister as may be there at once, and one more."""
     code = (
         "from mlx_fed.flower import link_state; link_state._MOST_NODES = 20; "
-        "from mlx_fed.cli.main import main; main()"
+        "from mlx_fed.__main__ import main; main()"
     )
     running = Running(start, tmp_path, secure=False, command=("-c", code))
     running.goes_on()

@@ -47,7 +47,7 @@ import ctypes, socket
 if ctypes.CDLL(None).unshare(0x40000000):
     raise SystemExit(77)
 socket.gethostname = lambda: "localhost"
-from mlx_fed.cli.main import main
+from mlx_fed.__main__ import main
 main()
 """
     where = ("--host", "0.0.0.0", "--federation", tmp_path / "federation", "--runs", tmp_path)

@@ -22,7 +22,7 @@ FILES = 400
 LIMITED = (
     "-c",
     f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, ({FILES}, {FILES})); "
-    "from mlx_fed.cli.main import main; main()",
+    "from mlx_fed.__main__ import main; main()",
 )
 
 

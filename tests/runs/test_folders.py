@@ -52,7 +52,8 @@ def test_runs_are_listed_the_newest_first(tmp_path: Path):
         ["two", "finished", "2", "of"],
         ["one", "finished", "2", "of"],
     ]
-    assert "train/loss 0.5" in lines[1]
+    assert lines[0].split() == ["run", "state", "rounds", "train/loss"]
+    assert lines[1].split()[-1] == "0.5"
 
 
 def test_no_runs(tmp_path: Path):

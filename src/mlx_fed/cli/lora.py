@@ -1,4 +1,4 @@
-"""``mlx-fed lora``: the same three commands for language models, with mlx-lm's configuration."""
+"""``mlx-fed lora``: the commands for language models, with mlx-lm's configuration file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import inspect
 import socket
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import wraps
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -15,85 +14,139 @@ import typer
 
 from ..arrays import randomness
 from ..lm.base_model import is_folder, require_mlx_lm
-from ..lm.config import ConfigError, Federation, LoraConfig, load_config
+from ..lm.config import ConfigError, LoraConfig, LoraFederation, load_config
 from ..task_settings import kebab_case
-from .arguments import errors_as_messages, find_strategy
-from .options import Joining, Leading, Listening, Showing, Token, Watching, with_options
+from .app import App
+from .arguments import find_strategy
+from .options import (
+    JoinOptions,
+    MonitorOptions,
+    OutputOptions,
+    RunOptions,
+    ServerOptions,
+    Token,
+    with_options,
+    with_parameters,
+)
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
-lora = typer.Typer(
-    help="Fine-tune a language model that mlx-lm knows, on texts that stay where they are.",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+lora_app = App("Fine-tune a language model with mlx-lm; texts stay local.")
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="mlx-lm's YAML file, with a section federation:."),
+    typer.Option(
+        "--config", "-c", metavar="FILE", help="mlx-lm's YAML file, with a section federation:."
+    ),
 ]
 Gpu = Annotated[
-    bool | None, typer.Option("--gpu/--cpu", help="Where to compute.", show_default="MLX's choice")
+    bool | None, typer.Option("--gpu/--cpu", help="The device.", show_default="MLX's default")
 ]
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
-def _flags(cls: type, panel: str) -> list[inspect.Parameter]:
-    """An option for each key of a part of the configuration; sections are the file's alone."""
-    kinds, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
-    flags = []
-    for item in fields(cls):
+def _options(section: type, panel: str) -> list[inspect.Parameter]:
+    """An option for each key of a configuration's section, except for nested sections."""
+    kinds, annotations = get_type_hints(section), get_type_hints(section, include_extras=True)
+    options = []
+    for item in fields(section):
         if not isinstance(item.default, (int, float, str, NoneType)) or item.name == "lr_schedule":
             continue
+        kind = kinds[item.name]
         option = typer.Option(
-            help=annotated[item.name].__metadata__[0],
+            help=annotations[item.name].__metadata__[0],
+            metavar=next((text for of, text in _METAVARS.items() if kind in (of, of | None)), None),
             show_default=False if item.default is None else str(item.default),
             rich_help_panel=panel,
         )
-        kind: Any = Annotated[kinds[item.name] | None, option]
+        annotation: Any = Annotated[kind | None, option]
         keyword = inspect.Parameter.KEYWORD_ONLY
-        flags.append(inspect.Parameter(item.name, keyword, default=None, annotation=kind))
-    return flags
+        options.append(inspect.Parameter(item.name, keyword, default=None, annotation=annotation))
+    return options
 
 
-_FLAGS = [*_flags(LoraConfig, "mlx-lm's keys"), *_flags(Federation, "The federation")]
+_CONFIG_OPTIONS = [
+    *_options(LoraConfig, "mlx-lm's keys"),
+    *_options(LoraFederation, "Federation"),
+]
 
 
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the option ``--config`` and a flag for each key of the configuration.
+    """Decorator that replaces the parameter ``config`` by ``--config FILE`` and an option for each
+    key, which has precedence over the file."""
 
-    The command itself is called with the :class:`LoraConfig` that comes of them.
-    """
+    def call(**values: Any) -> None:
+        options = {option.name: values.pop(option.name) for option in _CONFIG_OPTIONS}
+        require_mlx_lm()
+        config = load_config(values.pop("config"), options, _note)
+        command(config=config, **values)
 
-    @wraps(command)
-    def run(**values: Any) -> None:
-        given = {flag.name: values.pop(flag.name) for flag in _FLAGS}
-        with errors_as_messages():
-            require_mlx_lm()
-            config = load_config(values.pop("config"), given, _note)
-            command(config=config, **values)
-
-    _, *own = inspect.signature(command, eval_str=True).parameters.values()
-    file = inspect.Parameter(
-        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigFile
-    )
-    parameters = [file, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *_FLAGS]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del run.__wrapped__
-    return run
+    config, *parameters = inspect.signature(command, eval_str=True).parameters.values()
+    file = config.replace(default=None, annotation=ConfigFile)
+    return with_parameters(command, call, [file, *parameters, *_CONFIG_OPTIONS])
 
 
-@lora.command()
+@lora_app.command()
+@with_config
+@with_options
+def simulate(
+    *,
+    config: LoraConfig,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Worker processes, each with the model; 0: train in this process.",
+        ),
+    ] = 0,
+    gpu: Gpu = None,
+    run: RunOptions,
+    monitor: MonitorOptions,
+) -> None:
+    """Simulate a federation, with a client for each folder in --data."""
+    from ..lm.lora_task import lora_task
+    from ..lm.samples import sampler
+    from ..lm.texts import folders_of_texts
+    from ..monitoring.listeners import run_listeners
+    from ..simulation.simulate import simulate
+
+    folders = folders_of_texts(Path(config.data).expanduser())
+    num_clients = config.federation.nodes or len(folders) or 2
+    with run_listeners(run.runs, **vars(monitor)) as listeners:
+
+        def note(text: str) -> None:
+            for listener in listeners:
+                listener("note", {"text": text})
+
+        task = lora_task(config, note)
+        # All texts are checked before the first round.
+        data = [task.data(client, num_clients) for client in range(num_clients)]
+        simulate(
+            replace(task, data=lambda partition_id, num_partitions: data[partition_id]),
+            make_strategy(config, 1),
+            num_clients,
+            config.federation.rounds,
+            **vars(run),
+            listeners=listeners,
+            workers=workers,
+            seed=config.seed,
+            device=_device(gpu),
+            evaluate_fn=sampler(config, task),
+        )
+
+
+@lora_app.command()
 @with_config
 @with_options
 def serve(
     *,
     config: LoraConfig,
-    gpu: Annotated[bool, typer.Option("--gpu/--cpu", help="Where to aggregate.")] = False,
-    listening: Listening,
-    leading: Leading,
-    shown: Watching,
+    gpu: Annotated[bool, typer.Option("--gpu/--cpu", help="The device of aggregation.")] = False,
+    server: ServerOptions,
+    run: RunOptions,
+    monitor: MonitorOptions,
 ) -> None:
     """Serve a federation: wait for nodes, train, save the adapters."""
     from ..fleet.server import serve
@@ -101,25 +154,25 @@ def serve(
     from ..lm.samples import sampler
     from ..monitoring.listeners import run_listeners
 
-    nodes = config.federation.nodes or 2
+    min_nodes = config.federation.nodes or 2
     task = lora_task(config)
-    with run_listeners(leading.runs, **vars(shown)) as listeners:
+    with run_listeners(run.runs, **vars(monitor)) as listeners:
         serve(
             task,
-            make_strategy(config, nodes),
+            make_strategy(config, min_nodes),
             config.federation.rounds,
-            **vars(listening),
-            **vars(leading),
+            **vars(server),
+            **vars(run),
             listeners=listeners,
             join_command="mlx-fed lora join -c lora.yaml --data FOLDER",
             seed=config.seed,
-            min_nodes=nodes,
+            min_nodes=min_nodes,
             device=_device(gpu),
             evaluate_fn=sampler(config, task),
         )
 
 
-@lora.command()
+@lora_app.command()
 @with_config
 @with_options
 def join(
@@ -129,23 +182,29 @@ def join(
     name: Annotated[
         str | None,
         typer.Option(
-            help="How the server calls this node.", show_default="the token's, or machine-folder"
+            metavar="NAME",
+            help="The node's name on the server.",
+            show_default="the token's, or MACHINE-FOLDER",
         ),
     ] = None,
     node_id: Annotated[
         int | None,
         typer.Option(
-            min=0, help="A number of its own.", show_default="the token's, or from the name"
+            min=0,
+            metavar="N",
+            help="The node's number, or its partition of shared data.",
+            show_default="the token's, or from the name",
         ),
     ] = None,
     num_partitions: Annotated[
-        int | None, typer.Option(min=1, help="Of how many parts it holds that one, if shared.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Number of partitions, if the data has some."),
     ] = None,
     gpu: Gpu = None,
-    joining: Joining,
-    shown: Showing,
+    connection: JoinOptions,
+    output: OutputOptions,
 ) -> None:
-    """Join a federation with the texts in --data, until the run is over."""
+    """Join a federation, and train on the texts in --data."""
     from ..fleet import tokens
     from ..fleet.node import join
     from ..lm.lora_task import lora_task
@@ -153,7 +212,7 @@ def join(
     from ..monitoring.node_terminal import node_listener_or_terminal
 
     if num_partitions is not None and node_id is None:
-        raise ConfigError("--num-partitions needs --node-id, which of the parts is this node's.")
+        raise ConfigError("--num-partitions needs --node-id, the number of this node's partition.")
     if token is not None:
         invitation = tokens.read(token)
         name = invitation.name if name is None else name
@@ -162,13 +221,13 @@ def join(
         name = f"{socket.gethostname().split('.')[0]}-{Path(config.data).resolve().name}"[:64]
     if node_id is None:
         node_id = randomness.derive(0, str(name)) % 2**31
-    with node_listener_or_terminal(node_listener(**vars(shown))) as tell:
-        # Adapters to start from are the server's, which sends them.
-        own = replace(config, resume_adapter_file=None)
-        task = lora_task(own, note=lambda text: tell("note", text=text))
+    with node_listener_or_terminal(node_listener(**vars(output))) as notify:
+        # The server sends the adapters to start from.
+        node_config = replace(config, resume_adapter_file=None)
+        task = lora_task(node_config, note=lambda text: notify("note", text=text))
         data = task.data(node_id, num_partitions)
-        if is_folder(config.model):  # else its weights are downloaded when the server has agreed
-            task.model()  # what is wrong with it is said now, and not when the server asks
+        if is_folder(config.model):  # of a model on the hub, weights come after the roll call
+            task.model()  # reports an error of the model now, not at the server's first request
         join(
             replace(task, data=lambda partition_id, num_partitions: data),
             token=token,
@@ -176,57 +235,13 @@ def join(
             num_partitions=num_partitions,
             name=name,
             device=_device(gpu),
-            notify=tell,
-            **vars(joining),
-        )
-
-
-@lora.command()
-@with_config
-@with_options
-def simulate(
-    *,
-    config: LoraConfig,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Processes, each with the model; 0 is none but this.")
-    ] = 0,
-    gpu: Gpu = None,
-    leading: Leading,
-    shown: Watching,
-) -> None:
-    """Simulate a federation on this machine: a client for each folder of texts in --data."""
-    from ..lm.lora_task import lora_task
-    from ..lm.samples import sampler
-    from ..lm.texts import folders_of_texts
-    from ..monitoring.listeners import run_listeners
-    from ..simulation.simulate import simulate
-
-    folders = folders_of_texts(Path(config.data).expanduser())
-    clients = config.federation.nodes or len(folders) or 2
-    with run_listeners(leading.runs, **vars(shown)) as listeners:
-
-        def note(text: str) -> None:
-            for listener in listeners:
-                listener("note", {"text": text})
-
-        task = lora_task(config, note)
-        data = [task.data(client, clients) for client in range(clients)]  # all are looked at first
-        simulate(
-            replace(task, data=lambda partition_id, num_partitions: data[partition_id]),
-            make_strategy(config, 1),
-            clients,
-            config.federation.rounds,
-            **vars(leading),
-            listeners=listeners,
-            workers=workers,
-            seed=config.seed,
-            device=_device(gpu),
-            evaluate_fn=sampler(config, task),
+            notify=notify,
+            **vars(connection),
         )
 
 
 def make_strategy(config: LoraConfig, min_nodes: int) -> Strategy:
-    """The strategy that a configuration names, with its share of nodes and their weights."""
+    """The configuration's strategy, with its share of nodes and their weights."""
     federation = config.federation
     source = "federation.strategy_options"
     options: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""``mlx-fed nodes`` and ``mlx-fed certs``: who may take part, and what vouches for the server."""
+"""``mlx-fed nodes`` and ``mlx-fed certs``: the nodes and certificates of a federation."""
 
 from __future__ import annotations
 
@@ -7,145 +7,146 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import errors_as_messages
+from .app import App
 from .options import FederationFolder
 
 if TYPE_CHECKING:
     from ..fleet.federation import Federation
     from ..fleet.members import Member
 
-_HELP = {"help_option_names": ["-h", "--help"]}
 _FOLDER = Path("federation")
 
-nodes = typer.Typer(
-    help="List, add and revoke the nodes of a federation; its server may be running.",
-    no_args_is_help=True,
-    context_settings=_HELP,
-)
-certs = typer.Typer(
-    help="Certificates and keys, for those who bring or hand out their own.",
-    no_args_is_help=True,
-    context_settings=_HELP,
-)
+nodes_app = App("List, add and revoke the nodes of a federation.")
+certs_app = App("Create, show and import certificates and keys.")
 
-NodeName = Annotated[str, typer.Argument(help="The node's name.")]
+NodeName = Annotated[str, typer.Argument(metavar="NAME", help="The node's name.")]
 
 
-@nodes.command("list")
+@nodes_app.command("list")
 def list_nodes(federation: FederationFolder = _FOLDER) -> None:
-    """Show the nodes that are known, invited or revoked."""
-    with errors_as_messages():
-        members = _existing(federation).members.all()
-        if not members:
-            typer.echo("No nodes yet: mlx-fed nodes add NAME makes a token for one.")
-            return
-        width = max(len(member.name) for member in members)
-        for member in members:
-            typer.echo(f"{member.name:{width}}  node id {member.number:<4}  {_state(member)}")
+    """List the nodes: joined, invited or revoked."""
+    members = _open(federation).members.all()
+    if not members:
+        typer.echo("No nodes yet: mlx-fed nodes add NAME creates a token for one.")
+        return
+    width = max(len(member.name) for member in members)
+    for member in members:
+        typer.echo(f"{member.name:{width}}  node id {member.number:<4}  {_state(member)}")
 
 
-@nodes.command()
+@nodes_app.command()
 def add(
     name: NodeName,
     node_id: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Which part of the data it holds.", show_default="the next that is free"
+            min=0,
+            metavar="N",
+            help="The node's partition of the data.",
+            show_default="the next free one",
         ),
     ] = None,
     key: Annotated[
-        Path | None, typer.Option(help="Its public key, if it has one: no token is made.")
+        Path | None,
+        typer.Option(metavar="FILE", help="The node's public key, in place of a token."),
     ] = None,
-    hours: Annotated[float, typer.Option(min=0, help="How long the token is good for.")] = 168.0,
+    hours: Annotated[
+        float, typer.Option(min=0, metavar="HOURS", help="Time until the token expires.")
+    ] = 168.0,
     federation: FederationFolder = _FOLDER,
 ) -> None:
-    """Let another node join: prints its token, or takes its public key."""
-    with errors_as_messages():
-        from ..flower import keys
+    """Add a node: print its token, or register its public key."""
+    from ..flower import keys
 
-        found = _existing(federation)
-        if key is None:
-            token = found.invite(name, node_id, hours * 3600)
-            typer.echo(f"{name} joins with:  mlx-fed join MODULE:TASK {token}")
-        else:
-            member = found.members.add(name, keys.public(_read(key), key), node_id)
-            typer.echo(f"{name} may join, with node id {member.number}.")
+    federation_files = _open(federation)
+    if key is None:
+        token = federation_files.invite(name, node_id, hours * 3600)
+        typer.echo(f"{name} joins with:  mlx-fed join MODULE:TASK {token}")
+    else:
+        member = federation_files.members.add(name, keys.public(_read(key), key), node_id)
+        typer.echo(f"{name} may join, with node id {member.number}.")
 
 
-@nodes.command()
+@nodes_app.command()
 def revoke(name: NodeName, federation: FederationFolder = _FOLDER) -> None:
-    """Turn a node away from now on, or take back its token."""
-    with errors_as_messages():
-        member = _existing(federation).members.revoke(name)
-        typer.echo(f"{name} is revoked." if member.key else f"The token of {name} is revoked.")
+    """Revoke a node or its token."""
+    member = _open(federation).members.revoke(name)
+    typer.echo(f"{name} is revoked." if member.key else f"The token of {name} is revoked.")
 
 
-@certs.command()
+@certs_app.command()
 def show(federation: FederationFolder = _FOLDER) -> None:
-    """Show whom nodes trust, and where the files are."""
-    with errors_as_messages():
-        from ..fleet import certificates
+    """Show the certificates' files and the authority's fingerprint."""
+    from ..fleet import certificates
 
-        found = _existing(federation)
-        typer.echo(f"The authority:   {found.authority}")
-        mark = certificates.fingerprint(found.authority.read_bytes()).hex()
-        typer.echo(f"Its fingerprint: {mark}")
-        own = "" if found.authority_key.exists() else "  (brought along)"
-        typer.echo(f"The server's:    {found.certificate}{own}")
+    federation_files = _open(federation)
+    typer.echo(f"The authority:   {federation_files.authority}")
+    digest = certificates.fingerprint(federation_files.authority.read_bytes()).hex()
+    typer.echo(f"Its fingerprint: {digest}")
+    origin = "" if federation_files.authority_key.exists() else "  (imported)"
+    typer.echo(f"The server's:    {federation_files.certificate}{origin}")
 
 
-@certs.command()
+@certs_app.command()
 def make(
     announce: Annotated[
-        str, typer.Argument(metavar="HOST[:PORT]", help="Where nodes will reach the server.")
+        str,
+        typer.Argument(metavar="HOST[:PORT]", help="The address at which nodes reach the server."),
     ],
     federation: FederationFolder = _FOLDER,
 ) -> None:
-    """Make a federation's folder, before its server is started."""
-    with errors_as_messages():
-        from ..fleet.federation import Federation, announcement
+    """Create a federation's folder before the first start of its server."""
+    from ..fleet.federation import Federation, announcement
 
-        host = announce.rpartition(":")[0] or announce
-        made = Federation(federation, announcement(announce, host, 8080))
-        made.context(host)
-        typer.echo(f"Made {made.folder}/. {made.authority} is for nodes; secret/ is not.")
+    host = announce.rpartition(":")[0] or announce
+    created = Federation(federation, announcement(announce, host, 8080))
+    created.context(host)
+    typer.echo(
+        f"Created {created.folder}/. Copy {created.authority} to nodes; keep secret/ secret."
+    )
 
 
-@certs.command()
+@certs_app.command()
 def bring(
-    certificate: Annotated[Path, typer.Option(help="The server's, with its chain (PEM).")],
-    key: Annotated[Path, typer.Option(help="The private key for it (PEM).")],
-    authority: Annotated[Path, typer.Option(help="The certificate that nodes shall trust (PEM).")],
+    certificate: Annotated[
+        Path, typer.Option(metavar="FILE", help="The server's certificate, with its chain (PEM).")
+    ],
+    key: Annotated[Path, typer.Option(metavar="FILE", help="The certificate's private key (PEM).")],
+    authority: Annotated[
+        Path, typer.Option(metavar="FILE", help="The authority's certificate (PEM).")
+    ],
     federation: FederationFolder = _FOLDER,
 ) -> None:
-    """Serve with certificates that were issued elsewhere."""
-    with errors_as_messages():
-        from ..fleet.federation import Federation
+    """Import certificates that another authority issued."""
+    from ..fleet.federation import Federation
 
-        found = Federation(federation)
-        found.bring(certificate, key, authority)
-        typer.echo(f"{found.folder}/ has them now. You renew them; tokens made before are void.")
+    federation_files = Federation(federation)
+    federation_files.bring(certificate, key, authority)
+    typer.echo(
+        f"Imported into {federation_files.folder}/. Renew them yourself; old tokens are invalid."
+    )
 
 
-@certs.command("key")
+@certs_app.command("key")
 def make_key(
-    path: Annotated[Path, typer.Argument(help="Where the private key goes.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The private key's file.")],
 ) -> None:
-    """Make a node's key, for `nodes add --key` there and `join --key` here."""
-    with errors_as_messages():
-        from ..fleet.identity import make_key
+    """Create a node's key pair, in place of a token."""
+    from ..fleet.identity import make_key
 
-        make_key(path)
-        typer.echo(f"{path} is secret; {path.with_suffix('.pub')} is for the server.")
+    make_key(path)
+    typer.echo(
+        f"Created {path}: keep it secret, and copy {path.with_suffix('.pub')} to the server."
+    )
 
 
-def _existing(folder: Path) -> Federation:
+def _open(folder: Path) -> Federation:
     from ..errors import FedError
     from ..fleet.federation import Federation
 
     if not (folder / "ca.crt").exists():
         raise FedError(
-            f"{folder} is not a federation's folder: name it with --federation, or make it with "
+            f"{folder} is not a federation's folder: name it with --federation, or create it with "
             "mlx-fed serve or mlx-fed certs make."
         )
     return Federation(folder)
@@ -156,8 +157,8 @@ def _state(member: Member) -> str:
         return str(member.state)
     from datetime import datetime
 
-    until = datetime.fromtimestamp(min(member.expires, 2**32))
-    return f"invited until {until:%Y-%m-%d %H:%M}"
+    expiry = datetime.fromtimestamp(min(member.expires, 2**32))
+    return f"invited until {expiry:%Y-%m-%d %H:%M}"
 
 
 def _read(path: Path) -> bytes:

@@ -1,13 +1,14 @@
-"""The options of commands, each once; those of one kind go into a command as one."""
+"""Options that several commands have: each is declared once, in a dataclass with its group."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 
@@ -18,88 +19,120 @@ TaskName = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--config", "-c", metavar="KEY=VALUE", help="A setting; as often as needed."),
+    typer.Option("--config", "-c", metavar="KEY=VALUE", help="A setting; can be repeated."),
 ]
 Rounds = Annotated[
-    int | None, typer.Option(min=1, help="Rounds to train.", show_default="the task's, or 3")
+    int | None,
+    typer.Option(min=1, metavar="N", help="Rounds to train.", show_default="the task's, or 3"),
 ]
 Token = Annotated[
     str | None,
     typer.Argument(
         metavar="[TOKEN]",
-        help="What the server printed for this node, if it did; or @FILE, which has it.",
+        help="The node's token that the server printed, or @FILE with it.",
         envvar="MLX_FED_TOKEN",
     ),
 ]
 StrategyName = Annotated[
-    str, typer.Option(help="A Flower strategy's name, or MODULE:STRATEGY of your own.")
+    str, typer.Option(metavar="NAME", help="A Flower strategy, or MODULE:STRATEGY.")
 ]
 StrategyOptions = Annotated[
     list[str] | None,
-    typer.Option("--strategy-option", "-s", metavar="KEY=VALUE", help="Its arguments."),
+    typer.Option(
+        "--strategy-option",
+        "-s",
+        metavar="KEY=VALUE",
+        help="An argument of the strategy; can be repeated.",
+    ),
 ]
 TestName = Annotated[
     str | None,
     typer.Option(
         metavar="MODULE:FUNCTION",
-        help="Gives held-out examples of the server's own (see the docs).",
+        help="Function that returns test examples for evaluation on the server.",
     ),
 ]
-RunsFolder = Annotated[Path, typer.Option(help="Where runs are kept.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="The seed of all randomness.")]
+RunsFolder = Annotated[Path, typer.Option(metavar="FOLDER", help="The folder of runs.")]
 FederationFolder = Annotated[
     Path,
     typer.Option(
-        help="The federation's folder: certificates, keys, nodes.", rich_help_panel=_SECURITY
+        metavar="FOLDER",
+        help="The folder of the federation's certificates, keys and nodes.",
+        rich_help_panel=_SECURITY,
     ),
 ]
 Insecure = Annotated[
     bool,
     typer.Option(
         "--insecure",
-        help="Beyond this machine: do not encrypt, and let anyone join.",
+        help="Beyond this machine: do not encrypt, and let everyone join.",
         rich_help_panel=_SECURITY,
     ),
 ]
-Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait for the other side.")]
+Wait = Annotated[
+    float, typer.Option(min=0, metavar="SECONDS", help="Time to wait for the other side.")
+]
 
 
-class Options:
-    """Options of one kind: a dataclass whose fields have typer's annotations."""
+class OptionGroup:
+    """Base class of dataclasses whose fields are options, annotated for typer.
+
+    Attributes:
+        panel (str, optional): Heading in the help, of fields without one.
+    """
+
+    panel: ClassVar[str | None] = None
 
 
 @dataclass(frozen=True)
-class Leading(Options):
-    """How a run is led, and where it is kept."""
+class RunOptions(OptionGroup):
+    """Checks of a run's replies, its end, and its folder."""
 
-    round_timeout: Annotated[float, typer.Option(min=0, help="Seconds that a phase may take.")] = (
-        3600.0
-    )
+    panel = "Run"
+
+    round_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="SECONDS", help="Time limit of a phase (training or evaluation)."
+        ),
+    ] = 3600.0
     min_replies: Annotated[
         int,
-        typer.Option(min=1, help="Training replies that have to count, or the round is repeated."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Training replies that a round needs; with fewer it is repeated.",
+        ),
     ] = 1
     max_repeats: Annotated[
-        int, typer.Option(min=0, help="Times that a round is repeated before the run stops.")
+        int,
+        typer.Option(min=0, metavar="N", help="Repetitions of a round before the run stops."),
     ] = 2
     max_examples: Annotated[
         float | None,
         typer.Option(
             min=1,
-            help="Examples that a node's reply may say it has.",
+            metavar="N",
+            help="Limit on the number of examples that a reply claims.",
             show_default="1000 times the others' median",
         ),
     ] = None
     max_update_norm: Annotated[
         float | None,
         typer.Option(
-            min=1, help="Times the median norm that an update may have.", show_default="100"
+            min=1,
+            metavar="FACTOR",
+            help="Limit on an update's norm, in multiples of the median norm.",
+            show_default="100",
         ),
     ] = None
     patience: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="End after so many rounds without a new lowest loss; 0: never.",
+            metavar="N",
+            help="End after N rounds without a new lowest loss; 0: never.",
             show_default="never",
         ),
     ] = None
@@ -107,58 +140,74 @@ class Leading(Options):
         str | None,
         typer.Option(
             metavar="METRIC=VALUE",
-            help="End when the evaluation has reached it: accuracy=0.95, loss=0.1, ppl<=12.",
+            help="End when the evaluation reaches it: accuracy=0.95, loss=0.1, ppl<=12.",
         ),
     ] = None
-    name: Annotated[str | None, typer.Option(help="The run's name.", show_default="the time")] = (
-        None
-    )
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The run's name.", show_default="the time"),
+    ] = None
     runs: RunsFolder = Path("runs")
     resume: Annotated[
         str | None,
         typer.Option(
-            metavar="RUN", help="Go on with a run, by its name or folder; all else as it was."
+            metavar="RUN", help="Resume a run, by its name or folder, with the same other options."
         ),
     ] = None
     keep: Annotated[
-        int, typer.Option(min=0, help="Checkpoints to keep, beside the best; 0: none.")
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Checkpoints to keep, in addition to the best one; 0: none."
+        ),
     ] = 3
 
 
 @dataclass(frozen=True)
-class Showing(Options):
-    """How much is shown, and how."""
+class OutputOptions(OptionGroup):
+    """What a command prints."""
 
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False
-    json: Annotated[bool, typer.Option("--json", help="Show JSON, an object a line.")] = False
+    panel = "Output"
+
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="Print JSON, one object a line."),
+    ] = False
 
 
 @dataclass(frozen=True)
-class Watching(Showing):
-    """Who watches a run as it goes."""
+class MonitorOptions(OutputOptions):
+    """What a command prints, and who else listens to the run."""
 
     dashboard: Annotated[
-        bool, typer.Option("--dashboard", help="Show the run in a browser, as it goes.")
+        bool,
+        typer.Option("--dashboard", help="Show the run in a browser."),
     ] = False
     dashboard_port: Annotated[
         int,
-        typer.Option(min=0, max=65535, help="The dashboard's, on this machine; 0: a free one."),
+        typer.Option(
+            min=0, max=65535, metavar="PORT", help="The dashboard's port; 0: any free port."
+        ),
     ] = 8000
     track: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Log to a tracker: tensorboard, wandb, or MODULE:TRACKER of your own.",
+            help="Log to a tracker: tensorboard, wandb or MODULE:TRACKER; can be repeated.",
         ),
     ] = None
 
 
 @dataclass(frozen=True)
-class Listening(Options):
-    """Where a federation's server is, and for whom."""
+class ServerOptions(OptionGroup):
+    """Address and security of a federation's server."""
 
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1"
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080
+    host: Annotated[str, typer.Option(metavar="HOST", help="The address to listen on.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="PORT", help="The port; 0: any free port.")
+    ] = 8080
     insecure: Insecure = False
     secure: Annotated[
         bool,
@@ -173,7 +222,7 @@ class Listening(Options):
         str | None,
         typer.Option(
             metavar="HOST[:PORT]",
-            help="Where nodes reach the server.",
+            help="The address at which nodes reach the server.",
             show_default="this machine's address",
             rich_help_panel=_SECURITY,
         ),
@@ -182,18 +231,23 @@ class Listening(Options):
 
 
 @dataclass(frozen=True)
-class Joining(Options):
-    """Which server a node joins, and as whom."""
+class JoinOptions(OptionGroup):
+    """A node's server and its identity."""
 
     server: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", show_default="the token's, or 127.0.0.1:8080"),
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The server's address.",
+            show_default="the token's, or 127.0.0.1:8080",
+        ),
     ] = None
     insecure: Insecure = False
     identity: Annotated[
         Path | None,
         typer.Option(
-            help="Where this node's key is kept.",
+            metavar="FOLDER",
+            help="The folder of this node's key.",
             show_default="below ~/.mlx-fed",
             rich_help_panel=_SECURITY,
         ),
@@ -201,7 +255,8 @@ class Joining(Options):
     root_certificates: Annotated[
         Path | None,
         typer.Option(
-            help="Without a token: whom the server's certificate is from.",
+            metavar="FILE",
+            help="Without a token: the certificate authority of the server (PEM).",
             rich_help_panel=_SECURITY,
         ),
     ] = None
@@ -209,7 +264,8 @@ class Joining(Options):
         Path | None,
         typer.Option(
             "--key",
-            help="Without a token: this node's private key, known to the server.",
+            metavar="FILE",
+            help="Without a token: this node's private key; the server has the public one.",
             rich_help_panel=_SECURITY,
         ),
     ] = None
@@ -217,21 +273,24 @@ class Joining(Options):
         bool,
         typer.Option(
             "--share-errors",
-            help="Tell the server what exceptions say, which may hold data, and not only where.",
+            help="Send the texts of exceptions to the server, which may contain data, and not "
+            "only their types and lines.",
             rich_help_panel=_SECURITY,
         ),
     ] = False
     policy: Annotated[
         Path | None,
         typer.Option(
-            help="What the server may ask of this node (TOML, see the docs).",
+            metavar="FILE",
+            help="The owner's policy: what the server may ask of this node (TOML).",
             rich_help_panel=_SECURITY,
         ),
     ] = None
     audit: Annotated[
         Path | None,
         typer.Option(
-            help="The audit log: what was asked, refused and sent.",
+            metavar="FILE",
+            help="The audit log of requests, refusals and sent data.",
             show_default="beside the policy",
             rich_help_panel=_SECURITY,
         ),
@@ -240,46 +299,63 @@ class Joining(Options):
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command an option for each field of the :class:`Options` among its parameters."""
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    groups = {each.name: each.annotation for each in own if _is_group(each.annotation)}
-    keyword = inspect.Parameter.KEYWORD_ONLY
+    """Decorator that replaces each :class:`OptionGroup` parameter by an option for each field."""
     parameters: list[inspect.Parameter] = []
-    for each in own:
-        flags = _flags(groups[each.name]) if each.name in groups else [each]
-        parameters += [flag.replace(kind=keyword) for flag in flags]
+    groups: dict[str, Any] = {}
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        if isinstance(kind, type) and issubclass(kind, OptionGroup):
+            groups[parameter.name] = kind
+            parameters += _parameters(kind)
+        else:
+            parameters.append(parameter)
 
-    @wraps(command)
-    def run(**values: Any) -> None:
+    def call(**values: Any) -> None:
         for name, group in groups.items():
             values[name] = group(**{item.name: values.pop(item.name) for item in fields(group)})
         command(**values)
 
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
-    del run.__wrapped__
-    return run
+    return with_parameters(command, call, parameters)
 
 
-def _is_group(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Options)
+def _parameters(group: type[OptionGroup]) -> list[inspect.Parameter]:
+    annotations = get_type_hints(group, include_extras=True)
+    parameters = []
+    for item in fields(group):  # type: ignore[arg-type]
+        kind, option = get_args(annotations[item.name])
+        option = copy(option)
+        option.rich_help_panel = option.rich_help_panel or group.panel
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        annotation: Any = Annotated[kind, option]
+        parameters.append(
+            inspect.Parameter(item.name, keyword, default=item.default, annotation=annotation)
+        )
+    return parameters
 
 
-def _flags(group: type[Any]) -> list[inspect.Parameter]:
-    annotated, keyword = get_type_hints(group, include_extras=True), inspect.Parameter.KEYWORD_ONLY
-    return [
-        inspect.Parameter(item.name, keyword, default=item.default, annotation=annotated[item.name])
-        for item in fields(group)
-    ]
+def with_parameters(
+    command: Callable[..., None],
+    call: Callable[..., None],
+    parameters: Iterable[inspect.Parameter],
+) -> Callable[..., None]:
+    """The function ``call`` with a command's name and docstring and other keyword parameters."""
+    keywords = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in parameters]
+    function: Any = wraps(command)(call)
+    del function.__wrapped__
+    function.__signature__ = inspect.Signature(keywords)
+    function.__annotations__ = {item.name: item.annotation for item in keywords}
+    typed: Callable[..., None] = function
+    return typed
 
 
-def as_flags(options: Any) -> list[str]:
-    """Options as another command takes them, without those that are as they are by default."""
-    flags = []
-    for item in fields(options):
+def to_arguments(options: OptionGroup) -> list[str]:
+    """Options as command-line arguments, without those that have their default value."""
+    arguments = []
+    for item in fields(options):  # type: ignore[arg-type]
         value, flag = getattr(options, item.name), f"--{item.name.replace('_', '-')}"
         if value is True:
-            flags.append(flag)
+            arguments.append(flag)
         elif value != item.default:
-            flags += [f"{flag}={each}" for each in (value if isinstance(value, list) else [value])]
-    return flags
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"{flag}={text}" for text in values]
+    return arguments

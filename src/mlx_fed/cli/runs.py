@@ -1,77 +1,141 @@
-"""``mlx-fed runs`` and ``mlx-fed report``: what was run, in a terminal and in files."""
+"""``mlx-fed runs`` and ``mlx-fed report``: recorded runs as tables, CSV, JSON and HTML."""
 
 from __future__ import annotations
 
+import operator
+import re
+import shutil
 import sys
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import FedError
 from ..system.printable import printable
-from .arguments import errors_as_messages
+from .app import App
 from .options import RunsFolder
 
 if TYPE_CHECKING:
     from ..runs.folders import Recorded
 
-runs_app = typer.Typer(
-    help="List, show, compare, export and remove runs.",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+runs_app = App("List, show, compare, export and remove runs.")
 
 Names = Annotated[list[str], typer.Argument(metavar="RUN...", help="Names or folders of runs.")]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="The file to write.", show_default="print it")
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="The file to write.", show_default="standard output"
+    ),
 ]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Names of columns, with commas between them: seconds/train,bytes/*. "
+        "'*' is all columns.",
+        show_default="losses and metrics",
+    ),
+]
+_OPERATORS = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+Row = dict[str, Any]
 
 
 @runs_app.command("list")
-def list_(runs: RunsFolder = Path("runs")) -> None:
-    """List the runs in a folder, the newest first."""
-    with errors_as_messages():
-        from ..runs import folders as recorded
+def list_runs(
+    runs: RunsFolder = Path("runs"),
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Only runs with state=finished, 'evaluate/loss<0.5', config.learning-rate=0.1 "
+            "and so on; can be repeated.",
+        ),
+    ] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Sort by a column, the smallest value first.",
+            show_default="the newest run first",
+        ),
+    ] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", "-r", help="Reverse the order.")] = False,
+    columns: Columns = None,
+) -> None:
+    """List the runs in a folder with the figures of their last rounds."""
+    from ..runs import folders
 
-        found, unreadable = [], []
-        for folder in recorded.folders(runs):
-            try:
-                found.append(recorded.read(folder))
-            except recorded.RunsError as error:
-                unreadable.append(printable(str(error)))
-        if not found and not unreadable:
-            typer.echo(f"No runs in {runs}/ yet.")
-            return
-        _table([*_overview(found)])
-        for line in unreadable:
-            typer.echo(line)
+    rows, errors = [], []
+    paths = folders.folders(runs)
+    for folder in paths:
+        try:
+            rows.append(_run_row(folders.read(folder)))
+        except folders.RunsError as error:
+            errors.append(printable(str(error)))
+    if not paths:
+        typer.echo(f"No runs in {runs}/ yet.")
+        return
+    for condition in where or []:
+        rows = [row for row in rows if _matches(row, condition, rows)]
+    if sort:
+        _require_column(sort, rows)
+        rows.sort(key=lambda row: _sort_key(row.get(sort)))
+    if reverse:
+        rows.reverse()
+    _print_rows(rows, ("run", "state", "rounds"), columns, ("evaluate/", "central/", "train/"))
+    for line in errors:
+        typer.echo(line)
 
 
 @runs_app.command()
-def show(run: str, runs: RunsFolder = Path("runs")) -> None:
-    """Show one run: its settings and its rounds."""
-    with errors_as_messages():
-        from ..runs import folders as recorded
+def show(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name or folder of a run.")],
+    runs: RunsFolder = Path("runs"),
+    columns: Columns = None,
+) -> None:
+    """Show a run's settings and rounds."""
+    from ..runs import folders
+    from ..runs.round_record import figures
 
-        found = recorded.read(recorded.find(runs, run))
-        typer.echo(printable(f"{found.name}  {found.state}  {found.folder}"))
-        for line in recorded.troubles(found):
-            typer.echo(printable(line))
-        _table([("setting", "value"), *recorded.flat(found.settings).items()])
-        typer.echo("")
-        _table([*_rounds(found)])
-        if found.damaged:
-            typer.echo(f"{found.damaged} damaged lines of history.jsonl were passed over.")
+    recorded = folders.read(folders.find(runs, run))
+    typer.echo(printable(f"{recorded.name}  {recorded.state}  {recorded.folder}"))
+    for line in folders.troubles(recorded):
+        typer.echo(printable(line))
+    settings = folders.flat(recorded.settings).items()
+    _print_table([(name, value) for name, value in settings if value not in (None, {}, [])])
+    typer.echo("")
+    rows = [{"round": record["round"], **figures(record)} for record in recorded.rounds]
+    _print_rows(rows, ("round",), columns, ("train/", "evaluate/", "central/"))
+    if recorded.damaged:
+        typer.echo(f"{recorded.damaged} damaged lines of history.jsonl were skipped.")
 
 
 @runs_app.command()
 def compare(names: Names, runs: RunsFolder = Path("runs")) -> None:
-    """Compare runs: the settings in which they differ, and what they reached."""
-    with errors_as_messages():
-        from ..runs import folders as recorded
+    """Compare runs: settings that differ, and last figures."""
+    from ..runs import folders
 
-        found = recorded.read_all([recorded.find(runs, name) for name in names])
-        _table([("", *(run.name for run in found)), *_compared(found)])
+    recorded = folders.read_all([folders.find(runs, name) for name in names])
+    rows = [_run_row(run) for run in recorded]
+    figures = _metric_names(rows, ("train/", "evaluate/", "central/"))
+    _print_table(
+        [
+            ("", *(run.name for run in recorded)),
+            *((name, *values) for name, values in folders.differences(recorded).items()),
+            *((name, *(row.get(name) for row in rows)) for name in ("rounds", *figures)),
+        ]
+    )
 
 
 @runs_app.command()
@@ -79,14 +143,13 @@ def export(
     names: Names,
     runs: RunsFolder = Path("runs"),
     output: Output = None,
-    json: Annotated[bool, typer.Option("--json", help="All there is, in place of CSV.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="All data as JSON, not CSV.")] = False,
 ) -> None:
-    """Write the figures of runs as CSV, a line a round, or all that is known as JSON."""
-    with errors_as_messages():
-        from ..runs import folders as recorded
+    """Write the figures of runs as CSV, or all data as JSON."""
+    from ..runs import folders
 
-        found = recorded.read_all([recorded.find(runs, name) for name in names])
-        write(recorded.to_json(found) + "\n" if json else recorded.to_csv(found), output)
+    recorded = folders.read_all([folders.find(runs, name) for name in names])
+    _write(folders.to_json(recorded) + "\n" if json else folders.to_csv(recorded), output)
 
 
 @runs_app.command()
@@ -96,44 +159,40 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove runs with their models and checkpoints."""
-    with errors_as_messages():
-        from ..runs import folders as recorded
+    from ..runs import folders
 
-        found = [recorded.find(runs, name) for name in names]
-        if not yes:
-            typer.confirm(f"Remove {', '.join(map(str, found))} for good?", abort=True)
-        for folder in found:
-            recorded.remove(folder)
-            typer.echo(f"Removed {folder}")
+    paths = [folders.find(runs, name) for name in names]
+    if not yes:
+        typer.confirm(f"Remove {', '.join(map(str, paths))} for good?", abort=True)
+    for folder in paths:
+        folders.remove(folder)
+        typer.echo(f"Removed {folder}")
 
 
 def report(
     names: Names,
     runs: RunsFolder = Path("runs"),
     output: Output = None,
-    csv: Annotated[bool, typer.Option("--csv", help="The figures as CSV, a line a round.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="The figures as CSV, not HTML.")] = False,
 ) -> None:
-    """Write runs, laid over each other, as one HTML file that can be mailed."""
-    with errors_as_messages():
-        from ..monitoring.report import report
-        from ..runs import folders as recorded
+    """Write runs as one HTML file, in the same charts."""
+    from ..monitoring.report import report
+    from ..runs import folders
 
-        found = recorded.read_all([recorded.find(runs, name) for name in names])
-        if csv:
-            write(recorded.to_csv(found), output)
-        else:
-            name = found[0].folder.name if len(found) == 1 else "runs"
-            write(report(found), output or Path(f"{name}.html"))
+    recorded = folders.read_all([folders.find(runs, name) for name in names])
+    if csv:
+        _write(folders.to_csv(recorded), output)
+    else:
+        name = recorded[0].folder.name if len(recorded) == 1 else "runs"
+        _write(report(recorded), output or Path(f"{name}.html"))
 
 
-def write(text: str, output: Path | None) -> None:
-    """Writes text to a file, or prints it.
+def _write(text: str, output: Path | None) -> None:
+    """Writes text to a file or to the standard output.
 
     Raises:
         FedError: If the file cannot be written.
     """
-    from ..errors import FedError
-
     if output is None:
         sys.stdout.write(text)
         return
@@ -141,58 +200,108 @@ def write(text: str, output: Path | None) -> None:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise FedError(
-            f"Cannot write {output}: {error.strerror or error}. Choose another place with -o."
+            f"Cannot write {output}: {error.strerror or error}. Choose another file with -o."
         ) from error
     typer.echo(f"Wrote {output}")
 
 
-def _overview(found: list[Recorded]) -> Any:
-    yield ("run", "state", "rounds", "strategy", "last round")
-    for run in found:
-        strategy = run.settings.get("strategy")
-        name = strategy.get("name", "") if isinstance(strategy, dict) else ""
-        of = run.settings.get("num_rounds", "?")
-        yield (run.name, run.state, f"{len(run.rounds)} of {of}", name, _reached(run))
+# -- rows and columns ----------------------------------------------------------------------
 
 
-def _reached(run: Recorded) -> str:
+def _run_row(run: Recorded) -> Row:
+    """A run's name and state, its settings, and the figures of its last round."""
+    from ..runs import folders
     from ..runs.round_record import figures
 
-    if not run.rounds:
+    settings = folders.flat(run.settings)
+    rounds = f"{len(run.rounds)} of {settings.get('num_rounds', '?')}"
+    last = figures(run.rounds[-1]) if run.rounds else {}
+    return {"run": run.name, "state": run.state, "rounds": rounds, **settings, **last}
+
+
+def _matches(row: Row, condition: str, rows: Iterable[Row]) -> bool:
+    """Whether a row meets a condition such as ``evaluate/loss<0.5``; numbers compare as such."""
+    parts = re.fullmatch(r"([^<>=!]+)(<=|>=|!=|=|<|>)(.+)", condition)
+    if parts is None:
+        raise FedError(f"--where {condition!r} is not a condition, such as evaluate/loss<0.5.")
+    name, symbol, text = (part.strip() for part in parts.groups())
+    _require_column(name, rows)
+    left, right = _sort_key(row.get(name)), _sort_key(text)
+    if symbol in ("=", "!="):
+        return bool(_OPERATORS[symbol](left, right))
+    return left[0] == right[0] and bool(_OPERATORS[symbol](left, right))
+
+
+def _sort_key(value: Any) -> tuple[int, float, str]:
+    """Order of values of all kinds: numbers, then texts, then missing values."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return (2, 0.0, "") if value is None else (1, 0.0, str(value))
+    return (0, number, "")
+
+
+def _require_column(name: str, rows: Iterable[Row]) -> None:
+    names = {key for row in rows for key in row}
+    if names and name not in names:
+        figures = ", ".join(sorted(name for name in names if "/" in name))
+        raise FedError(f"No run has a column {name!r}: there are all settings, and {figures}.")
+
+
+def _metric_names(rows: Sequence[Row], prefixes: Sequence[str]) -> list[str]:
+    """The columns with losses and metrics, by prefix."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    suffixes = ("/median", "/nodes", "examples")
+    metrics = [name for name in names if not name.endswith(suffixes)]
+    return [name for prefix in prefixes for name in metrics if name.startswith(prefix)]
+
+
+def _print_rows(
+    rows: Sequence[Row], head: Sequence[str], columns: str | None, prefixes: Sequence[str]
+) -> None:
+    """Prints rows with the columns that patterns name, or with metrics as far as there is width."""
+    if columns is not None:
+        names = dict.fromkeys(name for row in rows for name in row)
+        patterns = [pattern.strip() for pattern in columns.split(",")]
+        metrics = [n for pattern in patterns for n in names if fnmatchcase(n, pattern)]
+        if rows and not metrics:
+            _require_column(patterns[0], rows)
+        _print_table(_cells(rows, dict.fromkeys([*head, *metrics])))
+        return
+    metrics = _metric_names(rows, prefixes)
+    shown = len(metrics)
+    width = shutil.get_terminal_size().columns
+    while shown and _width(_cells(rows, [*head, *metrics[:shown]])) > width:
+        shown -= 1
+    _print_table(_cells(rows, [*head, *metrics[:shown]]))
+    if metrics[shown:]:
+        typer.echo(printable(f"More with --columns: {', '.join(metrics[shown:])}"))
+
+
+def _cells(rows: Sequence[Row], names: Iterable[str]) -> list[Sequence[Any]]:
+    names = [*names]
+    return [names, *([row.get(name) for name in names] for row in rows)]
+
+
+def _texts(rows: Sequence[Sequence[Any]]) -> list[list[str]]:
+    return [[_text(value) for value in row] for row in rows]
+
+
+def _text(value: Any) -> str:
+    if value is None:
         return ""
-    wanted = ("train/loss", "evaluate/", "central/")
-    last = {k: v for k, v in figures(run.rounds[-1]).items() if k.startswith(wanted)}
-    shown = {k: v for k, v in last.items() if not k.endswith(("/median", "/nodes", "examples"))}
-    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+    return f"{value:.5g}" if isinstance(value, float) else printable(str(value))
 
 
-def _rounds(run: Recorded) -> Any:
-    from ..runs.round_record import figures
-
-    rows = {record["round"]: figures(record) for record in run.rounds}
-    names = dict.fromkeys(n for row in rows.values() for n in row if not n.endswith("/median"))
-    yield ("round", *names)
-    for number, row in rows.items():
-        yield (number, *(f"{row[name]:.5g}" if name in row else "" for name in names))
+def _width(rows: Sequence[Sequence[Any]]) -> int:
+    columns = zip(*_texts(rows), strict=True)
+    return sum(2 + max(map(len, column)) for column in columns) - 2
 
 
-def _compared(found: list[Recorded]) -> Any:
-    from ..runs import folders as recorded
-
-    yield from ((name, *row) for name, row in recorded.differences(found).items())
-    yield ("rounds done", *(len(run.rounds) for run in found))
-    yield ("last round", *(_reached(run).replace(", ", "\n") for run in found))
-
-
-def _table(rows: list[Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for head in rows[0]:
-        table.add_column(Text(printable(str(head))), overflow="fold")
-    for row in rows[1:]:
-        cells = ("" if cell is None else str(cell) for cell in row)
-        table.add_row(*(Text("\n".join(map(printable, c.split("\n")))) for c in cells))
-    Console(highlight=False).print(table)
+def _print_table(rows: Sequence[Sequence[Any]]) -> None:
+    """Prints rows in columns, two spaces apart, each row on one line."""
+    texts = _texts(rows)
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for row in texts:
+        cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())

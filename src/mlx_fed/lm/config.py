@@ -20,7 +20,7 @@ class ConfigError(FedError):
 
 
 @dataclass(frozen=True)
-class Federation:
+class LoraFederation:
     """The section ``federation:``."""
 
     rounds: Annotated[int, "Rounds to train."] = 10
@@ -77,7 +77,7 @@ class LoraConfig:
     completion_feature: Annotated[str, "The key of completions."] = "completion"
     chat_feature: Annotated[str, "The key of chats."] = "messages"
     text_feature: Annotated[str, "The key of plain texts."] = "text"
-    federation: Federation = field(default_factory=Federation)
+    federation: LoraFederation = field(default_factory=LoraFederation)
 
     def local_steps(self) -> int | None:
         """Iterations of a node in a round; ``None`` where it takes whole epochs."""
@@ -190,7 +190,7 @@ def load_config(
     section = _section(values, where, "federation")
     for key, value in (flags or {}).items():
         if value is not None:
-            (section if key in _names(Federation) else values)[key] = value
+            (section if key in _names(LoraFederation) else values)[key] = value
     if (steps := values.get("grad_accumulation_steps", 1)) != 1:
         raise ConfigError(
             f"{where}: grad_accumulation_steps is not supported yet: leave it out, or for the same "
@@ -211,7 +211,7 @@ def load_config(
         values.setdefault("num_layers", layers)
     _pass_over(values, _names(LoraConfig) | IDLE, where, "", notes)
     _check(LoraConfig, values, where, "")
-    _check(Federation, section, where, "federation.")
+    _check(LoraFederation, section, where, "federation.")
     _check_schedule(values, where, section, notes)
     if "local_epochs" in section and "local_iters" in section:
         raise ConfigError(
@@ -225,7 +225,7 @@ def load_config(
         )
     for text in notes:
         note(f"{where}: {text}")
-    return LoraConfig(**values, federation=Federation(**section))
+    return LoraConfig(**values, federation=LoraFederation(**section))
 
 
 def _keyed(values: Mapping[Any, Any], where: str, section: str) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def _pass_over(
     for key in [key for key in values if key not in known]:
         if key in _HINTS:
             hint = f" What it has is {_HINTS[key]}."
-        elif not section and key in _names(Federation):
+        elif not section and key in _names(LoraFederation):
             raise ConfigError(
                 f"{where} has an unknown key {key}. Put it below federation: as federation.{key}."
             )
@@ -325,7 +325,7 @@ def _check(cls: type, values: Mapping[str, Any], where: str, section: str) -> No
 def _meant(key: str) -> str:
     if key in _names(LoraConfig):
         return f"Put {key} at the top, beside model and data."
-    return f"Did you mean federation.{nearest(key, _names(Federation))}?"
+    return f"Did you mean federation.{nearest(key, _names(LoraFederation))}?"
 
 
 def _check_value(where: str, key: str, value: Any, kind: Any) -> None:

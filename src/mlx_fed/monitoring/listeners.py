@@ -8,10 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..errors import FedError
 from ..runs.history import Listener
 from ..system.loading import watched
+
+
+class StartedRun:
+    """Listener that remembers the folder of the run."""
+
+    folder: Path | None = None
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "started":
+            self.folder = fields["folder"]
 
 
 @contextmanager
@@ -25,6 +36,8 @@ def run_listeners(
     json: bool = False,
 ) -> Iterator[tuple[Listener, ...]]:
     """Listeners of a run, by the options of a command. They are closed with the context.
+
+    A KeyboardInterrupt or SystemExit gets a note with the run's folder, if the run has started.
 
     Args:
         runs (Path): The folder of runs.
@@ -41,7 +54,8 @@ def run_listeners(
     from .json_lines import JsonLines
     from .server_terminal import ServerTerminal
 
-    listeners: list[Listener] = []
+    started = StartedRun()
+    listeners: list[Listener] = [started]
     with ExitStack() as stack:
         if json:
             listeners.append(JsonLines())
@@ -63,7 +77,12 @@ def run_listeners(
             for listener in listeners:
                 listener("dashboard", {"address": address})
         stack.enter_context(watched(*listeners))
-        yield tuple(listeners)
+        try:
+            yield tuple(listeners)
+        except (KeyboardInterrupt, SystemExit) as interrupt:
+            if started.folder is not None:
+                interrupt.add_note(str(started.folder))
+            raise
 
 
 def node_listener(quiet: bool = False, json: bool = False) -> Callable[..., None] | None:
@@ -85,4 +104,4 @@ def node_listener(quiet: bool = False, json: bool = False) -> Callable[..., None
 
 def _require_one(quiet: bool, json: bool) -> None:
     if quiet and json:
-        raise FedError("Choose one of --quiet and --json.")
+        raise FedError("Choose --quiet or --json, not both.")
