@@ -11,6 +11,7 @@ import mlx.core as mx
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from mlx_fed.rounds import messages
+from mlx_fed.training.trainer import Trainer
 from mlx_fed.flower import serialize, one_run_grid
 
 from .tasks import moons
@@ -23,7 +24,7 @@ def test_what_is_answered_goes_at_once():
     app, context = fed.client_app(task), Context(1, 7, {"partition-id": 0}, RecordDict(), {})
     config = ConfigRecord({**task.config, "server-round": 1})
     for kind in (MessageType.EVALUATE, MessageType.TRAIN):
-        record = messages.pack(fed.training.Trainer(task).parameters())
+        record = messages.pack(Trainer(task).parameters())
         gone = [weakref.ref(array) for array in record.values()]
         message = Message(RecordDict({"arrays": record, "config": config}), 7, kind)
         del record
@@ -46,7 +47,7 @@ def test_what_is_answered_goes_at_once():
 def test_parameters_do_not_stay_in_a_message_that_is_trained_from():
     one_run_grid.begin_run()
     task = moons({})
-    arrays = fed.training.Trainer(task).parameters()
+    arrays = Trainer(task).parameters()
     config = ConfigRecord({**task.config, "server-round": 1})
     shared = RecordDict({"arrays": messages.pack(arrays), "config": config})
     app = fed.client_app(task)

@@ -43,7 +43,7 @@ def test_the_traceback_ends_at_the_users_line(start, tmp_path: Path, workers, ev
     assert run.ends() == 1
     text = run.text
     assert "# the mistake" in text
-    assert ("training.py" in text) == everything
+    assert ("worker.py" in text) == everything
     if not everything:
         assert text.count("Traceback (most recent call last)") == text.count("# the mistake") == 1
     # Named once, not for each client, and the round is not repeated.
