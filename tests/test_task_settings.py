@@ -24,7 +24,8 @@ from flwr.serverapp.strategy import FedAvg
 
 from mlx_fed.rounds.checkpoint import Checkpoints, read
 from mlx_fed.lm.config import load_config
-from mlx_fed.task_settings import KINDS, TracedConfig, check_config
+from mlx_fed.settings_check import KINDS, check_config
+from mlx_fed.task_settings import TracedConfig
 
 from .conftest import command
 from .loopback import LoopbackGrid
@@ -346,16 +347,21 @@ def test_counts_are_whole_numbers(name: str, value: Any):
         ({"learning-rate": True}, "learning-rate is a finite number, not True"),
         ({"nesterov": "yes"}, "nesterov is true or false, not 'yes'"),
         ({"most": "x"}, "most is a finite number, not 'x'"),
+        ({"name": 12}, r"""name is text \(in quotes where .*: '"12"'\), not 12"""),
+        ({"name": True}, "name is text .* not True"),
+        ({"sizes": 3}, "sizes is a list, each entry a finite number, not 3"),
+        ({"sizes": ["3"]}, "sizes is a list, each entry a finite number, not \\['3'\\]"),
         ({"max-grad-norm": 0}, "max-grad-norm is a finite number above 0, not 0"),
         ({"max-grad-norm": INF}, "max-grad-norm is a finite number above 0, not inf"),
         ({"proximal-mu": -0.1}, "proximal-mu is a finite number, 0 or more, not -0.1"),
-        ({"name": None}, "name is a number, text, .* as it is sent to nodes, not None"),
-        ({"name": [1, "a"]}, "name is a number, text, .* not \\[1, 'a'\\]"),
+        ({"name": None}, "name is text .* not None"),
+        ({"batches": [1, "a"]}, "batches is a number, text, .* to nodes, not \\[1, 'a'\\]"),
     ],
     ids=str,
 )
 def test_a_value_that_cannot_be_is_refused(config: dict, message: str):
-    declared = {"learning-rate": 1, "nesterov": False, "most": INF, "name": "a"}
+    declared = {"learning-rate": 1, "nesterov": False, "most": INF, "name": "a", "sizes": [1]}
+    declared["batches"] = []
     with pytest.raises(fed.FedError, match=message):
         check(config, replace(TASK, config=declared))
 
@@ -363,7 +369,7 @@ def test_a_value_that_cannot_be_is_refused(config: dict, message: str):
 def test_values_that_can_be_are_taken():
     declared = {"learning-rate": 1, "nesterov": False, "most": INF, "name": "a", "sizes": [1]}
     task = replace(TASK, config=declared)
-    check({"learning-rate": 0.5, "nesterov": True, "most": INF, "name": 7, "sizes": [1, 2]}, task)
+    check({"learning-rate": 0.5, "nesterov": True, "most": INF, "name": "7", "sizes": [1, 2]}, task)
     check({"nesterov": 0, "most": 2, "batch-size": np.int32(2), "max-grad-norm": 1e-3}, task)
 
 
@@ -438,6 +444,13 @@ def test_what_commands_take(tmp_path: Path):
     assert settings["config"]["learning-rate"] == 0.1
     code, text = small("--runs", tmp_path, "-c", "hidden=4", task="tests.tasks:moons")
     assert code == 0, text
+    texts = "tests.tasks:with_a_text"
+    code, text = small("--runs", tmp_path, "-c", "name=12", task=texts)
+    assert (code, "-c: name is text (in quotes" in text) == (1, True), text
+    code, text = small("--runs", tmp_path, "-c", 'name="12"', "--name", "texts", task=texts)
+    assert code == 0, text
+    settings = json.loads((tmp_path / "texts" / "settings.json").read_text())
+    assert settings["config"]["name"] == "12"
     code, text = small("--runs", tmp_path, "-c", "hiden=4", task="tests.tasks:moons")
     assert (code, "Did you mean hidden?" in text) == (1, True), text
 

@@ -16,9 +16,10 @@ from .monitoring.server_terminal import server_line
 from .rounds import loop, named_strategies, strategies
 from .rounds.settings import VALUES, decide_rounds, settings_of
 from .runs.history import History, new_run_folder
+from .settings_check import check_config
 from .system import devices
 from .task import Config, TaskSource, make_task
-from .task_settings import TracedConfig, check_config, kebab_case
+from .task_settings import TracedConfig, kebab_case
 from .training.trainer import Trainer
 
 _SOURCE = "The run's config"
@@ -91,7 +92,7 @@ def server_app(
             leading.config,
             made,
             [*readers, *strategies.layers(chosen)],
-            elsewhere={key: key for key in _SERVERS_OWN},
+            hints={key: key for key in _SERVERS_OWN},
             are_free=True,
         )
         decide_rounds(

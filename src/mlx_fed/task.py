@@ -1,7 +1,7 @@
-"""What is trained: a model, its loss, its data and how a client works on them.
+"""A task: a model, its loss, its data, and how a client trains on them.
 
-This room imports nothing of Flower's, and of ours how settings are spelled: a task is a plain
-description, the same in one process, on a federation of machines and under ``flwr run``.
+Imports nothing of Flower's: a task is a plain description, the same in one process, on a
+federation of machines and under ``flwr run``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import TaskError
-from .task_settings import KINDS, TracedConfig, kebab_case, plain
+from .settings_check import KINDS
+from .task_settings import TracedConfig, kebab_case, plain
+from .tracebacks import definition, misfit
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -62,11 +64,12 @@ class Data:
                     f"returns batches, not a {type(arrays).__name__}."
                 )
             entries = [*_entries(arrays)]
-            if unsized := [entry for entry in entries if not hasattr(entry, "__len__")]:
-                raise TypeError(
-                    f"Data.{split} takes arrays, of one entry an example; it has a "
-                    f"{type(unsized[0]).__name__}."
-                )
+            for entry in entries:
+                if not hasattr(entry, "__len__"):
+                    raise TypeError(
+                        f"Data.{split} takes arrays, of one entry an example; it has a "
+                        f"{type(entry).__name__}."
+                    )
             lengths = [len(entry) for entry in entries]
             if len(set(lengths)) != 1:
                 raise ValueError(
@@ -129,6 +132,19 @@ _RETURNS = {
     "optimizer": " of the settings that returns a new optimizer, such as "
     "optimizer=lambda config: optim.SGD(0.1)",
 }
+_ARGUMENTS = {
+    "model": "",
+    "optimizer": "config",
+    "data": "partition_id, num_partitions",
+    "train_step": "model, optimizer, batch, key, config",
+    "buffers": "name",
+    "personal": "name",
+    "derived": "metrics",
+    "fingerprint": "",
+    "fingerprint_covers": "name",
+    "save": "model, folder",
+}
+"""The arguments that a task's functions are called with."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +216,8 @@ class Task:
             arrays the fingerprint stands: they are not compared by their values, as all others
             are, and so need not be read for it.
         save (callable, optional): ``save(model, folder)`` writes the final model below a run's
-            folder and returns the path. Default: all arrays, as ``model.safetensors``.
+            folder and returns the path, or None for the folder. Default: all arrays, as
+            ``model.safetensors``.
 
     Example:
         >>> task = Task(
@@ -234,7 +251,7 @@ class Task:
     derived: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
     fingerprint: Callable[[], Mapping[str, str | Callable[[], str]]] | None = None
     fingerprint_covers: Callable[[str], bool] | None = None
-    save: Callable[[nn.Module, Path], Path] | None = None
+    save: Callable[[nn.Module, Path], Path | None] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", kebab_case(self.config, "Task.config"))
@@ -264,17 +281,43 @@ class Task:
                     f"Task.metrics[{name!r}] is a {type(metric).__name__}: it is a function, "
                     "metric(model, *batch), or an mlx_fed.DatasetMetric."
                 )
-        for name in ("model", "loss", "optimizer", "data"):
-            function = getattr(self, name)
-            is_instance = hasattr(type(function), "trainable_parameters") and name == "model"
-            if is_instance or not (function is None or callable(function)):
+        for name in ("loss", *_ARGUMENTS):
+            _check_function(name, getattr(self, name))
+        functions: dict[str, Any] = {"loss": self.loss, **self.metrics}
+        for name, function in functions.items():
+            if getattr(function, "__module__", "").startswith("mlx.nn."):  # of (outputs, targets)
+                field_name = "loss" if name == "loss" else f"metrics[{name!r}]"
                 raise TaskError(
-                    f"Task.{name} is a function{_RETURNS.get(name, '')}, and this is a "
-                    f"{type(function).__name__}."
+                    f"Task.{field_name} is called with the model and a batch, and "
+                    f"nn.losses.{function.__name__} takes the model's outputs: write "
+                    f"lambda model, x, y: nn.losses.{function.__name__}(model(x), y)."
                 )
         if self.statistics not in ("average", "local"):
             raise ValueError(
                 f'Task.statistics must be "average" or "local", not {self.statistics!r}.'
+            )
+
+
+def _check_function(name: str, function: Any) -> None:
+    """Refuses what is no function, or one that does not take the arguments of its field.
+
+    Raises:
+        TaskError: With the field, the arguments that it is called with, and the function's line.
+    """
+    if function is None:
+        return
+    is_instance = name == "model" and hasattr(type(function), "trainable_parameters")
+    if is_instance or not callable(function):
+        raise TaskError(
+            f"Task.{name} is a function{_RETURNS.get(name, '')}, and this is a "
+            f"{type(function).__name__}."
+        )
+    if (arguments := _ARGUMENTS.get(name)) is not None:
+        problem = misfit(function, *filter(None, arguments.split(", ")))
+        if problem is not None:
+            raise TaskError(
+                f"Task.{name} is called as {name}({arguments}), and the function"
+                f"{definition(function)} does not take that: {problem}."
             )
 
 
@@ -283,16 +326,16 @@ TaskSource = Task | Callable[[Config], Task]
 
 
 def fingerprint_of(
-    task: Task, expected: Mapping[str, str] = MappingProxyType({})
+    task: Task, reference: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, str]:
-    """What the task says has to be the same on every machine: all of it, or up to the first that
-    is not as expected."""
-    known: dict[str, str] = {}
+    """The task's fingerprint, what has to be the same on every machine: all of it, or up to the
+    first entry that differs from the reference."""
+    fingerprint: dict[str, str] = {}
     for what, value in (task.fingerprint() if task.fingerprint else {}).items():
-        known[what] = value() if callable(value) else value
-        if expected.get(what, known[what]) != known[what]:
+        fingerprint[what] = value() if callable(value) else value
+        if reference.get(what, fingerprint[what]) != fingerprint[what]:
             break
-    return known
+    return fingerprint
 
 
 def make_task(source: TaskSource, config: Config | None = None) -> Task:

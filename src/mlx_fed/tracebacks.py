@@ -1,11 +1,14 @@
-"""The traceback of a task's own code: where in it an exception arose."""
+"""The place of an error in a task's code: its traceback, its line, a function's definition."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent
 _STANDARD_LIBRARY = Path(os.__file__).resolve().parent
@@ -24,13 +27,13 @@ def user_traceback(error: BaseException) -> str:
     All frames are shown where the environment has ``MLX_FED_TRACEBACK=1``, and where none would be
     left.
     """
-    shown = traceback.TracebackException.from_exception(error)
+    report = traceback.TracebackException.from_exception(error)
     if os.environ.get(_VARIABLE, "") in ("", "0"):
-        frames = [frame for frame in shown.stack if not _is_library(frame.filename)]
+        frames = [frame for frame in report.stack if not _is_library(frame.filename)]
         if frames:
-            shown.stack = traceback.StackSummary.from_list(frames)
-        shown.__cause__ = shown.__context__ = None
-    return "".join(shown.format()).rstrip()
+            report.stack = traceback.StackSummary.from_list(frames)
+        report.__cause__ = report.__context__ = None
+    return "".join(report.format()).rstrip()
 
 
 def location(error: BaseException) -> tuple[str, int] | None:
@@ -41,10 +44,30 @@ def location(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
+def definition(function: Callable[..., Any]) -> str:
+    """Where a function is defined: `` (task.py, line 12)``; empty of one that does not say."""
+    code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
+    return f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
+
+
+def misfit(function: Callable[..., Any], *arguments: Any, **settings: Any) -> str | None:
+    """Why a function does not take some arguments, or None if it does or does not say."""
+    try:
+        inspect.signature(function).bind(*arguments, **settings)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a built-in function
+        pass
+    return None
+
+
 def _is_library(filename: str) -> bool:
     """Whether a frame is of this package, of an installed one or of Python itself."""
     if filename.startswith("<frozen"):
         return True
     path = Path(filename).resolve()  # "<ipython-input-1>" and the like are the user's
-    installed = "site-packages" in path.parts or _STANDARD_LIBRARY in path.parents
-    return installed or _PACKAGE in path.parents
+    return (
+        "site-packages" in path.parts
+        or _STANDARD_LIBRARY in path.parents
+        or _PACKAGE in path.parents
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
@@ -153,6 +155,30 @@ def test_a_number_of_rounds_is_checked_where_another_stands_over_it(value: Any, 
         ({"loss": "mse"}, "Task.loss is a function, and this is a str"),
         ({"data": TEST}, "Task.data is a function, and this is a tuple"),
         ({"metrics": [TASK.loss]}, "Task.metrics is a dictionary of functions .* this is a list"),
+        (
+            {"loss": nn.losses.cross_entropy},
+            r"Task.loss is called with the model and a batch, .* write lambda model, x, y: "
+            r"nn.losses.cross_entropy\(model\(x\), y\)",
+        ),
+        (
+            {"metrics": {"mse": nn.losses.mse_loss}},
+            r"Task.metrics\['mse'\] is called with the model",
+        ),
+        (
+            {"train_step": lambda model, batch: None},
+            r"called as train_step\(model, optimizer, batch, key, config\), and the function "
+            r"\(test_settings.py, line \d+\) does not take that: too many positional arguments",
+        ),
+        ({"train_step": 5}, "Task.train_step is a function, and this is a int"),
+        ({"save": lambda model: None}, r"called as save\(model, folder\), and .*test_settings.py"),
+        (
+            {"data": lambda: TEST},
+            r"called as data\(partition_id, num_partitions\), and .*\.py, line",
+        ),
+        (
+            {"derived": lambda loss, accuracy: {}},
+            r"called as derived\(metrics\), and .*test_settings",
+        ),
     ],
     ids=str,
 )
@@ -203,6 +229,35 @@ def test_the_server_cannot_evaluate_what_never_travels(task: fed.Task, kept: str
     with pytest.raises(fed.FedError, match=f"cannot evaluate on test: each client keeps {kept}"):
         simulate(None, tmp_path, task, 2, test=TEST)
     assert simulate(None, tmp_path, replace(TASK, statistics="local"), 2, test=TEST).rounds
+
+
+def test_a_model_that_is_saved_without_a_path_is_in_the_runs_folder(tmp_path: Path):
+    def save(model: nn.Module, folder: Path) -> None:
+        model.save_weights(str(folder / "weights.npz"))
+
+    result = simulate(None, tmp_path, replace(TASK, save=save), 2, num_rounds=1)
+    assert result.model == result.folder
+    assert (result.model / "weights.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("derived", "reason"),
+    [
+        (lambda metrics: {"x": 1 / 0}, r"ZeroDivisionError: .* \(test_settings.py, line \d+\)"),
+        (lambda metrics: None, r"it returned a NoneType, .* \(test_settings.py, line \d+\)"),
+        (lambda metrics: {"x": "a"}, "ValueError: could not convert string to float"),
+    ],
+    ids=["raises", "none", "text"],
+)
+def test_derived_metrics_that_fail_name_the_line(derived: Any, reason: str, tmp_path: Path):
+    notes: list[str] = []
+
+    def listen(event: str, fields: dict[str, Any]) -> None:
+        notes.extend([fields["text"]] if event == "note" else [])
+
+    task = replace(TASK, derived=derived)
+    simulate(None, tmp_path, task, 2, num_rounds=1, listeners=(listen,))
+    assert any(re.search(f"undefined .* Task.derived failed: {reason}", note) for note in notes)
 
 
 def test_scalar_arrays_are_metrics(tmp_path: Path):

@@ -72,7 +72,8 @@ def load_test(name: str | None, config: dict[str, Any]) -> Any:
 
 
 def parse_settings(settings: list[str] | None, source: str = "-c") -> TracedConfig:
-    """``{"learning-rate": 0.1}`` of ``["learning-rate=0.1"]``: numbers, true and false, or text.
+    """``{"learning-rate": 0.1}`` of ``["learning-rate=0.1"]``: numbers, true and false, or text,
+    which may be in quotes: ``'"12"'``.
 
     Args:
         settings (list, optional): ``KEY=VALUE`` each; of a repeated key the last one counts.
@@ -93,6 +94,8 @@ def parse_settings(settings: list[str] | None, source: str = "-c") -> TracedConf
 def _value(text: str) -> int | float | bool | str:
     if text in ("true", "false"):
         return text == "true"
+    if len(text) > 1 and text[0] == text[-1] == '"':
+        return text[1:-1]
     for kind in (int, float):
         try:
             return kind(text)

@@ -320,8 +320,8 @@ def partitions(
     from ..monitoring.label_chart import check_chart_path, draw_chart
     from ..monitoring.label_counts import count_labels, label_table
     from ..monitoring.loading_bars import show_loading
+    from ..settings_check import check_config
     from ..task import make_task
-    from ..task_settings import check_config
 
     if output:
         check_chart_path(output)

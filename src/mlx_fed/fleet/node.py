@@ -29,9 +29,10 @@ from ..flower.log import silence_flower
 from ..monitoring.node_terminal import node_listener_or_terminal
 from ..rounds import messages, privacy
 from ..rounds.roster import LONGEST_NAME, is_name
+from ..settings_check import KINDS, check_config
 from ..system import address, devices, memory
 from ..task import Data, Task, TaskSource, make_task
-from ..task_settings import KINDS, TracedConfig, check_config
+from ..task_settings import TracedConfig
 from ..training import batches
 from . import certificates
 from .identity import Identity, from_files, from_token

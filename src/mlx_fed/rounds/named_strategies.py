@@ -11,7 +11,8 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
 from ..errors import SettingsError
-from ..task_settings import FINITE, SHARE, WHOLE, Kind, kebab_case, nearest, whole_number
+from ..settings_check import FINITE, SHARE, WHOLE, Kind, whole_number
+from ..task_settings import kebab_case, nearest
 from . import strategies
 
 

@@ -9,18 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..arrays.named_arrays import Arrays
 from ..errors import SettingsError
+from ..settings_check import KINDS, WHOLE, check_config, number, whole_number
 from ..task import Config, Task, TaskSource, make_task
-from ..task_settings import (
-    KINDS,
-    WHOLE,
-    TracedConfig,
-    check_config,
-    kebab_case,
-    nearest,
-    number,
-    plain,
-    whole_number,
-)
+from ..task_settings import TracedConfig, kebab_case, nearest, plain
 from . import strategies
 from .named_strategies import arguments_of
 from .stopping import StopFn, parse_target
@@ -195,8 +186,8 @@ def make_checked_task(
         config,
         task,
         readers,
-        stored=stored,
-        elsewhere=kebab_case(elsewhere),
+        previous_config=stored,
+        hints=kebab_case(elsewhere),
         num_clients=num_clients,
     )
     return task

@@ -9,7 +9,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import RunError, SettingsError
-from ..task_settings import FINITE, nearest
+from ..settings_check import FINITE
+from ..task_settings import nearest
 from . import strategies
 
 if TYPE_CHECKING:

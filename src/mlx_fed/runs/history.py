@@ -196,9 +196,12 @@ class History:
             mx.save_safetensors(file, arrays, {"format": "mlx"})
         return path
 
-    def save_with(self, save: Callable[[Path], Path], name: str = "model") -> Path:
+    def save_with(self, save: Callable[[Path], Path | None], name: str = "model") -> Path:
         """Lets ``save(folder)`` write the model in a form of its own, in the run's folder or, what
         is not the last one, in a folder NAME below it.
+
+        Returns:
+            Path: What ``save`` returns, or the folder where it returns none.
 
         Raises:
             HistoryError: If it cannot be written.
@@ -206,7 +209,7 @@ class History:
         folder = self.folder if name == "model" else self.folder / name
         with errors_named(folder):
             folder.mkdir(exist_ok=True)
-            return save(folder)
+            return Path(save(folder) or folder)
 
 
 def _bytes(record: dict[str, Any]) -> int:

@@ -17,9 +17,9 @@ from ..rounds import loop, named_strategies
 from ..rounds.settings import decide_rounds, make_checked_task, settings_of
 from ..runs.history import History, Listener, Previous, previous_of, run_folder
 from ..runs.labels import LabelsFile
+from ..settings_check import whole_number
 from ..system import devices
 from ..task import TaskSource
-from ..task_settings import whole_number
 from ..training.trainer import Trainer
 from .client_states import ClientStateStore
 from .faults import Faults

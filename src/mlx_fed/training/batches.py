@@ -16,9 +16,10 @@ from ..arrays.examples import Examples, as_arrays, as_batch
 from ..arrays.randomness import RoundSeed
 from ..arrays.weights import Slots
 from ..errors import TaskError
+from ..settings_check import KINDS
 from ..system import calls
 from ..task import Config, Data, Task
-from ..task_settings import KINDS, TracedConfig
+from ..task_settings import TracedConfig
 from . import probe
 from .label_range import Ranges, ranges, union, within
 

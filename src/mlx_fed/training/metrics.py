@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..arrays.examples import ExamplesError
-from ..errors import FedError
+from ..errors import FedError, TaskError
 from ..task import Task
-from ..tracebacks import location
+from ..tracebacks import definition, location
 
 
 class Evaluation(NamedTuple):
@@ -87,7 +87,13 @@ def derive_metrics(
     if task.derived is None:
         return {}, {}
     try:
-        values = {name: as_number(value) for name, value in task.derived(metrics).items()}
+        result = task.derived(metrics)
+        if not isinstance(result, Mapping):
+            raise TaskError(
+                f"it returned a {type(result).__name__}, not a dictionary of metrics"
+                f"{definition(task.derived)}"
+            )
+        values = {name: as_number(value) for name, value in result.items()}
     except Exception as error:
         reason = f"Task.derived failed: {reason_of(error)}"
         try:
