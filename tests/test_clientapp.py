@@ -13,7 +13,6 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from mlx_fed.rounds import messages
 from mlx_fed.training.trainer import Trainer
 from mlx_fed.flower import serialize, one_run_grid
-from mlx_fed.training.trainer import Trainer
 
 from .tasks import moons
 
