@@ -58,8 +58,8 @@ from ..arrays.flower_records import records_in, segments_of
 from ..errors import FedError
 from ..rounds import messages
 from ..settings_check import SET_BY_THE_RUN
-from ..task_settings import kebab_case, nearest
 from ..task import Data
+from ..task_settings import kebab_case, nearest
 from .audit import AuditLog, entries
 
 _DAY = timedelta(days=1)
