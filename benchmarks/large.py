@@ -210,7 +210,7 @@ def our_average(megabytes: int, replies: int) -> dict[str, float]:
     from mlx_fed.system import memory
     from mlx_fed.arrays import named_arrays, spool, weighted_mean
 
-    memory.keep_what_is_freed()
+    memory.retain_freed_memory()
     seconds = dict.fromkeys(("checked", "summed"), 0.0)
     with tempfile.TemporaryDirectory(prefix="large-", dir=_RUNS) as folder:
         place = spool.Spool(Path(folder))

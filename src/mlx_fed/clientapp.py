@@ -178,7 +178,7 @@ class _Client:
         statistics = self._statistics(trainer, message, context)
         name, packed, parameters = _take_parameters(message, trainer)
         number = client_state.round_of(config)
-        state = client_state.take_back(context.state, number)
+        state = client_state.rewind(context.state, number)
         update = trainer.train(
             parameters, statistics, data, config, client=partition, client_state=state
         )

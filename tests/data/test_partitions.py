@@ -339,13 +339,13 @@ def test_a_cache_that_is_damaged_or_cannot_be_made_costs_time_only(tmp_path, mon
     for place, times in ((cache, [1, 1]), (taken, [2, 3])):
         monkeypatch.setenv("MLX_FED_CACHE", str(place))
         for expected in times:
-            assert sources.kept(["numbers"], make).tolist() == [0, 1, 2, 3, 4]
+            assert sources.cached_array(["numbers"], make).tolist() == [0, 1, 2, 3, 4]
             assert len(made) == expected
     monkeypatch.setenv("MLX_FED_CACHE", str(cache))
     (path,) = cache.iterdir()
     path.write_bytes(path.read_bytes()[:-1])  # as a full disk leaves it
     for _ in range(2):
-        assert sources.kept(["numbers"], make).tolist() == [0, 1, 2, 3, 4]
+        assert sources.cached_array(["numbers"], make).tolist() == [0, 1, 2, 3, 4]
     assert len(made) == 4
 
 
@@ -442,7 +442,7 @@ def test_files_that_change_while_they_are_read_are_an_error(tmp_path):
 def test_a_folder_that_links_to_itself_is_looked_at_once(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "again").symlink_to(tmp_path)
-    assert len(cache.state_of(tmp_path)) == 1
+    assert len(cache.file_states(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("of", ["numpy", "mlx"])

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, 
 from flwr.serverapp.strategy import FedAvg
 
 from mlx_fed.rounds import messages, loop
-from mlx_fed.rounds.client_state import ClientStateError, load, save, take_back
+from mlx_fed.rounds.client_state import ClientStateError, load, save, rewind
 from mlx_fed.flower import one_run_grid
 from mlx_fed.runs.history import History, Result
 from mlx_fed.rounds.settings import Settings
@@ -120,7 +120,7 @@ def value(state: dict[str, mx.array] | None) -> float | None:
 
 def train(context: RecordDict, *numbers: int | None) -> None:
     for number in numbers:
-        before = value(take_back(context, number)) or 0.0
+        before = value(rewind(context, number)) or 0.0
         save(context, number, arrays(before + 1))
 
 
@@ -139,8 +139,8 @@ def test_a_client_goes_back_to_a_round_that_it_was_not_in():
     context = RecordDict()
     train(context, 2, 5, 9)
     assert value(load(context, 8)) == 2
-    assert value(take_back(context, 9)) == 2
-    assert value(take_back(context, 8)) == 2
+    assert value(rewind(context, 9)) == 2
+    assert value(rewind(context, 8)) == 2
     train(context, 8)
     assert value(load(context, 8)) == 3
 
@@ -150,9 +150,9 @@ def test_a_client_that_goes_back_further_says_so():
     train(context, 2, 3, 4, 5, 6, 7)
     for number in (3, 4, 5):
         with pytest.raises(ClientStateError, match="not that after round 2"):
-            take_back(context, number)
+            rewind(context, number)
     assert value(load(context, 7)) == 6, "and keeps what it has"
-    assert take_back(context, 2) is None, "it had none"
+    assert rewind(context, 2) is None, "it had none"
     train(context, 2)
     assert value(load(context, None)) == 1
 
@@ -160,7 +160,7 @@ def test_a_client_that_goes_back_further_says_so():
 def test_a_round_of_which_nothing_is_kept_leaves_the_state_before_it():
     context = RecordDict()
     train(context, 1, 2)
-    take_back(context, 2)
+    rewind(context, 2)
     save(context, 2, {})
     assert value(load(context, 2)) == 1
 

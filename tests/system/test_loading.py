@@ -20,7 +20,7 @@ import pytest
 from mlx_fed import data
 from mlx_fed.data import sources
 from mlx_fed.system import loading
-from mlx_fed.system.hub_progress import loading_with_bars
+from mlx_fed.system.hub_progress import loading_with_tqdm
 from mlx_fed.monitoring.json_lines import JsonLines
 from mlx_fed.monitoring.loading_bars import show_loading
 from mlx_fed.monitoring.node_terminal import NodeTerminal, node_listener_or_terminal
@@ -49,7 +49,7 @@ def plain() -> tuple[Console, io.StringIO]:
 def read_files() -> None:
     with loading.loading("Reading [red]wards", 2, "files") as progress:
         for number in (1, 2):
-            progress.reached(number)
+            progress.update(number)
 
 
 def test_what_is_over_in_a_moment_is_not_told():
@@ -74,7 +74,7 @@ def test_what_says_nothing_is_told_all_the_same(monkeypatch):
     monkeypatch.setattr(loading, "_LONG", 0.01)
     begun = threading.Event()
     with (
-        loading.watched(lambda event, fields: begun.set()),
+        loading.loading_listeners(lambda event, fields: begun.set()),
         loading.loading("Waiting for a library"),
     ):
         assert begun.wait(30)
@@ -85,8 +85,8 @@ def test_a_terminal_has_a_bar_beside_that_of_the_run(at_once):
     shown = ServerTerminal(Console(file=written, force_terminal=True, width=120))
     now = {"phase": "train", "round": 1, "of": 3, "nodes": 4, "answered": 0}
     shown("phase", now)
-    with loading.watched(shown), loading.loading("Downloading", unit="B") as progress:
-        progress.reached(1_500_000, 3_000_000, "B")
+    with loading.loading_listeners(shown), loading.loading("Downloading", unit="B") as progress:
+        progress.update(1_500_000, 3_000_000, "B")
         lines = [(task.description, task.total) for task in shown.bars.progress.tasks]
         assert lines == [
             ("round 1/3  train  0 of 4 nodes", 3),
@@ -116,7 +116,7 @@ def test_whom_a_node_was_told_to_tell_is_told_of_loading_too(at_once):
 
 def test_programs_are_not_told(at_once):
     written = io.StringIO()
-    with loading.watched(JsonLines(written)):
+    with loading.loading_listeners(JsonLines(written)):
         read_files()
     assert written.getvalue() == ""
 
@@ -129,7 +129,7 @@ def test_decoding_is_told_and_gives_the_same_in_parts(at_once, monkeypatch, tmp_
     monkeypatch.setattr(sources, "_AT_ONCE", 2000)
     source = sources.Source("digits", "train")
     told: Told = []
-    with loading.watched(lambda event, fields: told.append((event, fields))):
+    with loading.loading_listeners(lambda event, fields: told.append((event, fields))):
         images = source.read("image", np.arange(5000))
     decoding = [f for event, f in told if event == "loading" and "'image'" in f["what"]]
     assert [f["done"] for f in decoding if f["of"] == 5000 and f["done"]] == [2000, 4000, 5000]
@@ -160,14 +160,14 @@ def test_bars_of_hugging_face_are_told_and_not_drawn(at_once, capfd):
 
     told: Told = []
     with (
-        loading.watched(lambda event, fields: told.append((event, fields))),
-        loading_with_bars("Downloading", tqdm),
+        loading.loading_listeners(lambda event, fields: told.append((event, fields))),
+        loading_with_tqdm("Downloading", tqdm),
         tqdm(total=10_000, unit="B", disable=None) as bar,
     ):
         bar.update(2_500)
         bar.refresh()
     assert {"what": "Downloading", "done": 2_500, "of": 10_000, "unit": "B"} in [f for _, f in told]
-    with loading_with_bars("Downloading", tqdm), tqdm(total=10, disable=False) as bar:
+    with loading_with_tqdm("Downloading", tqdm), tqdm(total=10, disable=False) as bar:
         bar.update(5)
     assert capfd.readouterr() == ("", "")
     with tqdm(total=10, disable=False) as bar:
@@ -178,7 +178,7 @@ def test_bars_of_hugging_face_are_told_and_not_drawn(at_once, capfd):
 def slow_wards(partition_id: int, num_partitions: int | None) -> fed.Data:
     with loading.loading("Reading wards", 2, "wards") as progress:
         time.sleep(1.1 * loading._LONG)
-        progress.reached(2)
+        progress.update(2)
     return load(partition_id, num_partitions)
 
 

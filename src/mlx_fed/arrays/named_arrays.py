@@ -96,7 +96,7 @@ class LazyArrays(Mapping[str, mx.array]):
 
     Args:
         spec (dict): The shape and dtype of each array, by name and in order.
-        read (callable): ``read(name)`` returns an array.
+        load (callable): ``load(name)`` returns an array.
         pieces (callable, optional): ``pieces(name)`` yields the values of an array as the function
             :func:`pieces` does, without the whole array in memory.
     """
@@ -104,16 +104,16 @@ class LazyArrays(Mapping[str, mx.array]):
     def __init__(
         self,
         spec: Spec,
-        read: Callable[[str], mx.array],
+        load: Callable[[str], mx.array],
         pieces: Callable[[str], Iterator[np.ndarray]] | None = None,
     ):
-        self.spec, self._read = spec, read
-        self.pieces = pieces or (lambda name: cut(to_float32(read(name))))
+        self.spec, self._load = spec, load
+        self.pieces = pieces or (lambda name: cut(to_float32(load(name))))
 
     def __getitem__(self, name: str) -> mx.array:
         if name not in self.spec:
             raise KeyError(name)
-        return self._read(name)
+        return self._load(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.spec)

@@ -19,7 +19,7 @@ from .app import App
 from .options import RunsFolder
 
 if TYPE_CHECKING:
-    from ..runs.folders import Recorded
+    from ..runs.folders import RunRecord
 
 runs_app = App("List, show, compare, export and remove runs.")
 
@@ -77,7 +77,7 @@ def list_runs(
     from ..runs import folders
 
     rows, errors = [], []
-    paths = folders.folders(runs)
+    paths = folders.list_runs(runs)
     for folder in paths:
         try:
             rows.append(_run_row(folders.read(folder)))
@@ -110,9 +110,9 @@ def show(
 
     recorded = folders.read(folders.find(runs, run))
     typer.echo(printable(f"{recorded.name}  {recorded.state}  {recorded.folder}"))
-    for line in folders.troubles(recorded):
+    for line in folders.list_problems(recorded):
         typer.echo(printable(line))
-    settings = folders.flat(recorded.settings).items()
+    settings = folders.flatten_settings(recorded.settings).items()
     _print_table([(name, value) for name, value in settings if value not in (None, {}, [])])
     typer.echo("")
     rows = [{"round": record["round"], **figures(record)} for record in recorded.rounds]
@@ -208,12 +208,12 @@ def _write(text: str, output: Path | None) -> None:
 # -- rows and columns ----------------------------------------------------------------------
 
 
-def _run_row(run: Recorded) -> Row:
+def _run_row(run: RunRecord) -> Row:
     """A run's name and state, its settings, and the figures of its last round."""
     from ..runs import folders
     from ..runs.round_record import figures
 
-    settings = folders.flat(run.settings)
+    settings = folders.flatten_settings(run.settings)
     rounds = f"{len(run.rounds)} of {settings.get('num_rounds', '?')}"
     last = figures(run.rounds[-1]) if run.rounds else {}
     return {"run": run.name, "state": run.state, "rounds": rounds, **settings, **last}

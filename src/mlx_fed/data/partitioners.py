@@ -1,7 +1,7 @@
-"""Flower's partitioners by name: which rows of a dataset each client holds.
+"""Partitioners of flwr_datasets by name: they assign the rows of a dataset to clients.
 
-The partitioners are flwr_datasets', so that a partition here is the one that Flower's own examples
-have. Importing that costs seconds, so it happens where it is used.
+A partition here is the one that Flower's own examples have. flwr_datasets takes seconds to import,
+so it is imported late.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
 
-class CannotPartition(ValueError):
-    """Why there are no such partitions, as part of a sentence that names the dataset."""
+class PartitionError(ValueError):
+    """A dataset that cannot be partitioned; the message is part of a sentence with its name."""
 
 
 _BY_LABEL = {"partition_by": "label"}
@@ -42,12 +42,12 @@ PARTITIONERS: dict[str, dict[str, Any]] = {
     "natural-id": {},
     "grouped-natural-id": {},
 }
-"""Names, Flower's classes' made short, with the arguments that have a default of ours."""
+"""Names, which are short for Flower's classes, and our defaults of their arguments."""
 
 EXCLUDED = {
     "vertical-even": "it gives each client some columns of every example, not some examples",
     "vertical-size": "it gives each client some columns of every example, not some examples",
-    "id-to-size-fnc": "it takes a function: make one in Python and hand it over",
+    "id-to-size-fnc": "it takes a function: create one in Python and pass it",
 }
 
 
@@ -58,53 +58,55 @@ def partition_rows(
     seed: int,
     arguments: Mapping[str, Any],
 ) -> list[np.ndarray]:
-    """The rows of ``dataset`` that each partition has, once it is shuffled by ``seed``.
+    """The rows of each partition of ``dataset``, which is shuffled by ``seed`` before.
 
     Args:
         dataset (datasets.Dataset): The examples.
         partitioner (str): A name of :data:`PARTITIONERS`, or one of flwr_datasets' objects.
-        num_partitions (int): How many partitions there are to be.
+        num_partitions (int): The number of partitions.
         seed (int): Of shuffling and of the partitioner.
-        arguments (dict): The partitioner's own, by their names in Flower.
+        arguments (dict): The partitioner's arguments, by their names in Flower.
 
     Raises:
-        CannotPartition: If there is no such partitioner, an argument is wrong or missing, or the
-            dataset cannot be partitioned so.
+        PartitionError: If there is no such partitioner, an argument is wrong or missing, or it
+            cannot partition the dataset.
     """
     size = len(dataset)
     if num_partitions > size:
-        raise CannotPartition(
+        raise PartitionError(
             f"there are {size} examples, too few for {num_partitions} partitions: "
             f"use at most {size // 2}, so that each has one to train on and one to hold out"
         )
     if partitioner == "iid" and not arguments:
-        # As Dataset.shuffle and Dataset.shard have it, without importing them.
+        # The result of Dataset.shuffle and Dataset.shard, without importing them.
         order = np.random.default_rng(seed).permutation(size)
         return np.array_split(order, num_partitions)
     if isinstance(partitioner, str):
         arguments = {**PARTITIONERS[partitioner], **arguments}
         name = f"partitioner {partitioner!r}"
-        chosen = _make(partitioner, num_partitions, seed, arguments, dataset.column_names)
+        instance = _create(partitioner, num_partitions, seed, arguments, dataset.column_names)
     else:
         name = type(partitioner).__name__
         if partitioner.is_dataset_assigned():
-            raise CannotPartition(f"the {name} already has a dataset: make one for each dataset")
-        chosen = copy.deepcopy(partitioner)  # it takes a dataset only once
+            raise PartitionError(f"the {name} already has a dataset: create one for each dataset")
+        instance = copy.deepcopy(partitioner)  # a dataset can be assigned only once
     try:
-        rows = _run(chosen, dataset, seed)
-        made = chosen.num_partitions
+        rows = _run(instance, dataset, seed)
+        num_results = instance.num_partitions
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         reason = str(error).strip().rstrip(".") or type(error).__name__
-        raise CannotPartition(
+        raise PartitionError(
             f"the {name} cannot make {num_partitions} partitions{_as_text(arguments)}: {reason}"
         ) from error
-    if made != num_partitions:
-        raise CannotPartition(f"the {name} makes {made} partitions of it, not {num_partitions}")
+    if num_results != num_partitions:
+        raise PartitionError(
+            f"the {name} makes {num_results} partitions of it, not {num_partitions}"
+        )
     return rows
 
 
 def partition_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a task's settings say about partitions, as ``load_partition`` takes it.
+    """Arguments of ``load_partition`` from a task's settings.
 
     The settings are ``partitioner``, its arguments in kebab-case, such as
     ``num-classes-per-partition``, and ``partition-seed``.
@@ -119,86 +121,88 @@ def partition_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_partitioner(partitioner: str | Partitioner, arguments: Mapping[str, Any]) -> None:
-    """Refuses what cannot be a partitioner, whatever the dataset.
+    """Checks a partitioner before a dataset is loaded.
 
     Raises:
-        CannotPartition: With those that there are.
+        PartitionError: If there is none of that name; the message lists the names.
     """
     if hasattr(partitioner, "load_partition"):
         if arguments:
             name, first = type(partitioner).__name__, _kebab(next(iter(arguments)))
-            raise CannotPartition(f"the {name} is made already: make it with the argument {first}")
+            raise PartitionError(
+                f"the {name} is an object already: create it with the argument {first}"
+            )
     elif partitioner in EXCLUDED:
         reason = EXCLUDED[str(partitioner)]
-        raise CannotPartition(f"the partitioner {partitioner!r} cannot be used here: {reason}")
+        raise PartitionError(f"the partitioner {partitioner!r} cannot be used here: {reason}")
     elif partitioner not in PARTITIONERS:
         names = ", ".join(PARTITIONERS)
-        raise CannotPartition(f"{partitioner!r} is not a partitioner: choose one of {names}")
+        raise PartitionError(f"{partitioner!r} is not a partitioner: choose one of {names}")
 
 
-def _make(
+def _create(
     name: str, num_partitions: int, seed: int, arguments: Mapping[str, Any], columns: list[str]
 ) -> Partitioner:
     from flwr_datasets import partitioner
 
     words = "".join(word.capitalize() for word in name.split("-"))
-    made = getattr(partitioner, f"{words}Partitioner")
-    takes = inspect.signature(made).parameters
-    given = {"num_partitions": num_partitions, "seed": seed}
-    values: dict[str, Any] = {key: value for key, value in given.items() if key in takes}
-    own = [key for key in takes if key not in given]
+    kind = getattr(partitioner, f"{words}Partitioner")
+    parameters = inspect.signature(kind).parameters
+    common = {"num_partitions": num_partitions, "seed": seed}
+    values: dict[str, Any] = {key: value for key, value in common.items() if key in parameters}
+    names = [key for key in parameters if key not in common]
     for key, value in arguments.items():
-        if key not in own:
-            has = f"it takes {', '.join(map(_kebab, own))}" if own else "it takes none"
-            raise CannotPartition(f"the partitioner {name!r} has no argument {_kebab(key)}: {has}")
+        if key not in names:
+            has = f"it takes {', '.join(map(_kebab, names))}" if names else "it takes none"
+            raise PartitionError(f"the partitioner {name!r} has no argument {_kebab(key)}: {has}")
         try:
             values[key] = _READERS[key](value)
         except (KeyError, OSError, TypeError, ValueError) as error:
-            raise CannotPartition(
+            raise PartitionError(
                 f"the partitioner {name!r} cannot take {_kebab(key)}={value}: {error}"
             ) from error
-    missing = [k for k in own if k not in values and takes[k].default is inspect.Parameter.empty]
-    if missing:
-        raise CannotPartition(
+    required_names = [k for k in names if parameters[k].default is inspect.Parameter.empty]
+    if missing := [key for key in required_names if key not in values]:
+        raise PartitionError(
             f"the partitioner {name!r} needs {' and '.join(map(_kebab, missing))}, "
             f"such as -c {_kebab(missing[0])}={_EXAMPLES[missing[0]]}"
         )
     column = values.get("partition_by")
     if column and column not in columns:
-        raise CannotPartition(
+        raise PartitionError(
             f"the partitioner {name!r} cannot go by partition-by={column}: there is no such "
             f"column, but {', '.join(map(repr, columns))}"
         )
     try:
-        return made(**values)
+        return kind(**values)
     except (TypeError, ValueError) as error:
-        raise CannotPartition(
+        raise PartitionError(
             f"the partitioner {name!r} refuses its arguments: {str(error).rstrip('.')}"
         ) from error
 
 
 def _run(partitioner: Partitioner, dataset: Dataset, seed: int) -> list[np.ndarray]:
-    row = "row" + "_" * (1 + max(map(len, dataset.column_names)))  # a name that is free
+    row = "row" + "_" * (1 + max(map(len, dataset.column_names)))  # no column has this name
     partitioner.dataset = dataset.add_column(row, np.arange(len(dataset))).shuffle(seed=seed)
-    # One draws a progress bar, and some warn of what `mlx-fed partitions` shows.
+    # One shows a progress bar, and some warn of sizes that `mlx-fed partitions` shows.
     with warnings.catch_warnings(), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         first = partitioner.load_partition(0)
-    # Some sort their dataset, so rows are read back from it. Their private index saves what a
-    # public call for each of thousands of partitions would cost; without it, those are made.
+    # Some sort their dataset, so row numbers are read back from it. Their private index is faster
+    # than the public call for each of thousands of partitions.
     numbers = partitioner.dataset.with_format("numpy")[row][:]
     indices = getattr(partitioner, "_partition_id_to_indices", None)
     if indices:
         return [numbers[np.asarray(indices[k], np.int64)] for k in range(len(indices))]
-    parts = [first, *map(partitioner.load_partition, range(1, partitioner.num_partitions))]
-    return [part.with_format("numpy")[row][:] for part in parts]
+    partitions = [first, *map(partitioner.load_partition, range(1, partitioner.num_partitions))]
+    return [partition.with_format("numpy")[row][:] for partition in partitions]
 
 
 def _as_text(arguments: Mapping[str, Any]) -> str:
     """The arguments that are short enough for a message."""
     short = (f"{_kebab(key)}={value}" for key, value in arguments.items())
-    shown = ", ".join(text for text in short if len(text) < 60)
-    return shown and f" with {shown}"
+    text = ", ".join(argument for argument in short if len(argument) < 60)
+    return text and f" with {text}"
 
 
 def _kebab(name: str) -> str:
@@ -235,7 +239,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _several(value: Any, kind: Callable[[str], Any], what: str) -> list[Any]:
+def _list(value: Any, kind: Callable[[str], Any], what: str) -> list[Any]:
     items = value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist()
     try:
         return [kind(item) for item in items]
@@ -244,8 +248,8 @@ def _several(value: Any, kind: Callable[[str], Any], what: str) -> list[Any]:
 
 
 def _alpha(value: Any) -> float | list[float]:
-    several = _several(value, float, "a number, or one for each")
-    return several[0] if len(several) == 1 else several
+    alphas = _list(value, float, "a number, or one for each")
+    return alphas[0] if len(alphas) == 1 else alphas
 
 
 def _array(value: Any) -> np.ndarray:
@@ -267,7 +271,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "num_shards_per_partition": _positive,
     "shard_size": _positive,
     "keep_incomplete_shard": _flag,
-    "partition_sizes": lambda value: _several(value, int, "whole numbers"),
+    "partition_sizes": lambda value: _list(value, int, "whole numbers"),
     "strictness": _number,
     "group_size": _positive,
     "mode": _text,

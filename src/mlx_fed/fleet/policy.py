@@ -476,7 +476,7 @@ def logged(log: AuditLog | None, **about: Any) -> Iterator[None]:
 
     Args:
         log (AuditLog, optional): Where. Default: nowhere.
-        about: Recorded with its start.
+        about: RunRecord with its start.
     """
     if log is None:
         yield

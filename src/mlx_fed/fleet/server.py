@@ -48,7 +48,7 @@ class ServeError(FedError):
     """A server that cannot start."""
 
 
-@devices.put_back()
+@devices.restore_default()
 def serve(
     task: TaskSource,
     strategy: Strategy | str | None = None,
@@ -125,7 +125,7 @@ def serve(
     made = make_checked_task(task, leading, strategy, previous.config)
     decide_rounds(leading, made.config, num_rounds, previous.num_rounds or None)
     silence_flower()
-    memory.keep_what_is_freed()
+    memory.retain_freed_memory()
     with _socket(host, port) as listening, listeners_or_terminal(listeners) as watching:
         port = listening.getsockname()[1]
         computing_on = devices.use(device)
@@ -157,7 +157,7 @@ def serve(
 
 def _socket(host: str, port: int) -> socket.socket:
     try:
-        return http.listening(host, port)
+        return http.listen(host, port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             why = f"Port {port} is in use on {host}: end the other server or choose a --port."
@@ -214,7 +214,7 @@ def _serving(
     )
     failed = ServeError("The server's HTTP thread ended at its start.")
     try:
-        with http.running(Server(config, most), listening, failed):
+        with http.serve_in_thread(Server(config, most), listening, failed):
             yield link
     finally:
         link.close()

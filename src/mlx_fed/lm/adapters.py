@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from ..arrays.randomness import Keys, current_keys, draw_keys_from
 from ..errors import FedError
-from ..system.atomic_files import replacing
+from ..system.atomic_files import atomic_write
 from .config import LoraConfig, nearest
 
 FOLDER = "adapters"
@@ -233,13 +233,13 @@ def save(model: nn.Module, folder: Path, config: LoraConfig) -> Path:
     target.mkdir(exist_ok=True)
     arrays = _trained(model, config)
     # Through a file of Python's, whose errors say what was wrong.
-    with replacing(target / "adapters.safetensors") as part, part.open("wb") as file:
+    with atomic_write(target / "adapters.safetensors") as part, part.open("wb") as file:
         mx.save_safetensors(file, arrays, {"format": "mlx"})
     known = config.for_mlx_lm()
     if config.fine_tune_type != "full":
         known["lora_parameters"] = with_full_keys(model, config)
     text = json.dumps(known, indent=4, sort_keys=True) + "\n"
-    with replacing(target / _CONFIG) as part:
+    with atomic_write(target / _CONFIG) as part:
         part.write_text(text, encoding="utf-8")
     return target
 

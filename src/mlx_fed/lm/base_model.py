@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FedError
-from ..system.cache import State, state_of
-from ..system.hub_progress import loading_with_bars
+from ..system.cache import FileStates, file_states
+from ..system.hub_progress import loading_with_tqdm
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -131,7 +131,7 @@ def download(name: str, what: str, patterns: tuple[str, ...] | None = None) -> P
     from mlx_lm.utils import _download
 
     try:
-        with loading_with_bars(f"Downloading {what}", tqdm):
+        with loading_with_tqdm(f"Downloading {what}", tqdm):
             folder: Path = _download(name, allow_patterns=list(patterns) if patterns else None)
     except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
         why = str(error).strip().splitlines() or [type(error).__name__]
@@ -194,12 +194,12 @@ def load(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     Raises:
         BaseModelError: If mlx-lm cannot load it.
     """
-    files = state_of(*folder.glob("*.json"), *folder.glob("*.py"), *weight_files(folder))
+    files = file_states(*folder.glob("*.json"), *folder.glob("*.py"), *weight_files(folder))
     return _load(folder, trust_remote_code, files)
 
 
 @lru_cache(maxsize=1)
-def _load(folder: Path, trust_remote_code: bool, files: State) -> nn.Module:
+def _load(folder: Path, trust_remote_code: bool, files: FileStates) -> nn.Module:
     from mlx_lm.utils import load_model
 
     try:
@@ -216,12 +216,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         BaseModelError: If there is none that can be loaded.
     """
     files = (path for path in folder.glob("*") if path.suffix != ".safetensors" and path.is_file())
-    state = state_of(*files, folder / "additional_chat_templates")
+    state = file_states(*files, folder / "additional_chat_templates")
     return _load_tokenizer(folder, trust_remote_code, state)
 
 
 @lru_cache(maxsize=1)
-def _load_tokenizer(folder: Path, trust_remote_code: bool, files: State) -> Any:
+def _load_tokenizer(folder: Path, trust_remote_code: bool, files: FileStates) -> Any:
     from mlx_lm.utils import load_tokenizer as load
 
     eos = read_config(folder).get("eos_token_id")

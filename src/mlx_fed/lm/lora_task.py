@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..system.cache import State, state_of
+from ..system.cache import FileStates, file_states
 from ..task import Config, Data, Task
 from . import base_identity, base_model, texts
 from .config import ConfigError, LoraConfig
@@ -132,11 +132,11 @@ def outline(config: LoraConfig) -> nn.Module | None:
     Raises:
         FedError: As :func:`build`.
     """
-    return _outline(config, state_of(base_model.folder_of_config(config.model) / "config.json"))
+    return _outline(config, file_states(base_model.folder_of_config(config.model) / "config.json"))
 
 
 @lru_cache(maxsize=1)
-def _outline(config: LoraConfig, file: State) -> nn.Module | None:
+def _outline(config: LoraConfig, file: FileStates) -> nn.Module | None:
     from . import adapters
 
     if (model := base_model.outline(config.model)) is not None:

@@ -244,7 +244,7 @@ def tokenize(rows: Rows, tokenizer: Any, config: LoraConfig) -> Tokenized:
     read = _reader(form, tokenizer, config)
     with loading("Tokenizing texts", len(rows.records), "texts") as progress:
         for number, record in enumerate(rows.records):
-            progress.reached(number)
+            progress.update(number)
             where = rows.where(number)
             _check_record(record, where, config)
             if key := _lacks(record, form, config):

@@ -28,7 +28,7 @@ from ..errors import FedError
 from ..flower.connections import MOST_OF_PAGE, BoundedConnection, Server
 from ..runs import folders, labels, round_record, status
 from ..system import address, http
-from ..system.atomic_files import open_plain
+from ..system.atomic_files import open_regular_file
 from .page import page, policy
 
 _PAUSE = 1.0
@@ -89,7 +89,7 @@ def serving(
         server_header=False,
     )
     error = DashboardError("The dashboard's thread ended at its start.")
-    with http.running(Server(config, MOST_OF_PAGE), listener, error):
+    with http.serve_in_thread(Server(config, MOST_OF_PAGE), listener, error):
         yield f"http://{address.join(host, listener.getsockname()[1])}/"
 
 
@@ -99,7 +99,7 @@ def serve_until_interrupted(folder: Path, host: str, port: int, insecure: bool) 
     Raises:
         FedError: If the folder does not exist, or the dashboard cannot start.
     """
-    num_runs = len(folders.folders(folder))
+    num_runs = len(folders.list_runs(folder))
     with serving(folder, host, port, insecure) as url, suppress(KeyboardInterrupt):
         print(f"Dashboard on {url} ({num_runs} runs). Ctrl-C ends it.", flush=True)
         threading.Event().wait()
@@ -112,7 +112,7 @@ def _listen(host: str, port: int, insecure: bool) -> socket.socket:
             "network that you trust, add --insecure; or forward the port through SSH."
         )
     try:
-        return http.listening(host, port)
+        return http.listen(host, port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise DashboardError(
@@ -161,7 +161,7 @@ def app(folder: Path) -> _App:
 def _runs(folder: Path) -> list[Path]:
     """The runs in a folder, symbolic links excluded."""
     try:
-        return [path for path in folders.folders(folder) if not path.is_symlink()]
+        return [path for path in folders.list_runs(folder) if not path.is_symlink()]
     except (folders.RunsError, OSError):
         return []
 
@@ -188,8 +188,8 @@ def _changes(folder: Path, start: int, file_id: str, labels_version: str) -> dic
     A resumed run has a new history file: its ``file_id`` differs, and the history is sent from its
     first byte (``reset``).
     """
-    changes = folders.about(folder)
-    changes["labels_version"] = labels.changed(folder)
+    changes = folders.read_state(folder)
+    changes["labels_version"] = labels.version(folder)
     if changes["labels_version"] != labels_version:
         changes["labels"] = labels.read(folder)
     is_active = changes["status"].get("state") in ("running", "waiting")
@@ -201,7 +201,7 @@ def _read_history(path: Path, start: int, file_id: str, is_active: bool) -> dict
     one line."""
     if not path.exists():
         return {"lines": [], "end": 0, "more": False, "reset": start > 0, "file_id": ""}
-    with open_plain(path, _MAX_HISTORY) as file:
+    with open_regular_file(path, _MAX_HISTORY) as file:
         inode = str(os.fstat(file.fileno()).st_ino)
         size = file.seek(0, 2)
         reset = file_id != inode or start > size

@@ -52,7 +52,7 @@ def count_labels(task: Task, num_partitions: int) -> LabelCounts:
     with loading("Counting labels", num_partitions, "clients") as progress:
         for client in range(num_partitions):
             rows.append(_count(task, client, num_partitions))
-            progress.reached(client + 1)
+            progress.update(client + 1)
     classes = np.unique(np.concatenate([labels for row in rows for labels, _ in row]))
     counts = np.zeros((2, num_partitions, len(classes)), np.int64)
     for client, row in enumerate(rows):

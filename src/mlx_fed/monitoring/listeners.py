@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import FedError
 from ..runs.history import Listener
-from ..system.loading import watched
+from ..system.loading import loading_listeners
 
 
 class StartedRun:
@@ -76,7 +76,7 @@ def run_listeners(
             address = stack.enter_context(serving(runs, port=dashboard_port))
             for listener in listeners:
                 listener("dashboard", {"address": address})
-        stack.enter_context(watched(*listeners))
+        stack.enter_context(loading_listeners(*listeners))
         try:
             yield tuple(listeners)
         except (KeyboardInterrupt, SystemExit) as interrupt:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..system.loading import watched
+from ..system.loading import loading_listeners
 from ..system.printable import printable
 from .output import print_line
 from .progress_bars import ProgressBars
@@ -42,7 +42,7 @@ def show_loading(console: Console) -> Iterator[None]:
     """Shows loading events on a console until the context ends."""
     bars = ProgressBars(console)
     try:
-        with watched(LoadingBars(console, bars)):
+        with loading_listeners(LoadingBars(console, bars)):
             yield
     finally:
         bars.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..system.loading import watched
+from ..system.loading import loading_listeners
 from .loading_bars import LoadingBars
 from .output import RUN_BAR, STYLES, TerminalOutput, print_line, stops_at_failure
 
@@ -81,7 +81,7 @@ def node_listener_or_terminal(
     notify = listener or terminal
     assert notify is not None
     try:
-        with watched(lambda event, fields: notify(event, **fields)):
+        with loading_listeners(lambda event, fields: notify(event, **fields)):
             yield notify
     finally:
         if terminal:

@@ -11,7 +11,7 @@ from ..runs import folders, round_record
 from .page import page
 
 
-def report(runs: Sequence[folders.Recorded]) -> str:
+def report(runs: Sequence[folders.RunRecord]) -> str:
     """HTML page with the curves of several runs in the same charts."""
     return page(
         {
@@ -23,6 +23,6 @@ def report(runs: Sequence[folders.Recorded]) -> str:
     )
 
 
-def _data(run: folders.Recorded) -> dict[str, Any]:
+def _data(run: folders.RunRecord) -> dict[str, Any]:
     lines = [round_record.to_line(record) for record in run.rounds]
     return {**folders.as_plain(run), "rounds": None, "lines": lines}

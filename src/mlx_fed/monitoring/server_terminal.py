@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ..runs import folders, round_record
-from ..system.loading import watched
+from ..system.loading import loading_listeners
 from ..tracebacks import is_exception
 from .loading_bars import LoadingBars
 from .output import RUN_BAR, STYLES, TerminalOutput, print_line, stops_at_failure
@@ -187,12 +187,12 @@ def listeners_or_terminal(
     They get loading events, too.
     """
     if listeners is not None:
-        with watched(*listeners):
+        with loading_listeners(*listeners):
             yield tuple(listeners)
         return
     terminal = ServerTerminal()
     try:
-        with watched(terminal):
+        with loading_listeners(terminal):
             yield (terminal,)
     finally:
         terminal.close()

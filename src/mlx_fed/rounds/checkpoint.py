@@ -26,7 +26,7 @@ from ..arrays.named_arrays import Arrays
 from ..arrays.spool import Spool
 from ..errors import FedError
 from ..runs.history import errors_named
-from ..system.atomic_files import put, sync_folder
+from ..system.atomic_files import commit, sync_folder
 from .strategy_state import State
 
 _NAME = re.compile(r"(\d{5,})-([0-9a-f]{8})\.safetensors")
@@ -116,7 +116,7 @@ class Checkpoints:
                     counted = _Checked(file)
                     _write(counted, checkpoint)
                 path = self.folder / f"{number:05}-{counted.checksum:08x}.safetensors"
-                put(part, path)
+                commit(part, path)
             finally:
                 with suppress(OSError):
                     part.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""State that a client keeps from round to round, in its Flower context, by round.
+"""Client state across rounds, in the client's Flower context.
 
-A round is repeated where too few replies counted in it, and where its server died and the run was
-resumed. The client then trains from the state that it had before the round, so it keeps the states
-before its last two rounds as well: a run is resumed at the last round or at the one before.
+A round is repeated if too few replies counted, or if its server died and the run was resumed. The
+client then trains from its state before the round. So the context has the states before its last
+two rounds as well: a run is resumed at the last round or at the one before.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..errors import FedError
 from . import messages
 
 _NAME = "own-"
-"""The beginning of a record's name, which ends with the round that the state is of. Of the client's
-first round the record stays when the state is not kept any more, and is empty then."""
+"""Prefix of a record's name, which ends with the round of the state. The record of the client's
+first round stays, without arrays, when its state is dropped."""
 
 
 class ClientStateError(FedError):
-    """A state that is not there any more."""
+    """A state that has been dropped."""
 
 
 def load(context: RecordDict, server_round: int | None) -> Arrays | None:
@@ -38,7 +38,7 @@ def load(context: RecordDict, server_round: int | None) -> Arrays | None:
         dict: Arrays by name, or None if the client had not trained yet.
 
     Raises:
-        ClientStateError: If it was so long ago that the state is not kept.
+        ClientStateError: If the state has been dropped.
     """
     states = _states(context)
     numbers = [number for number in states if server_round is None or number <= server_round]
@@ -47,21 +47,21 @@ def load(context: RecordDict, server_round: int | None) -> Arrays | None:
     state = states[max(numbers)]
     if not state:
         raise ClientStateError(
-            f"This client keeps its state of the last rounds only, not that after round "
-            f"{max(numbers)}: the run cannot go back so far with what it keeps for itself."
+            "This client has only its states of the last rounds, not that after round "
+            f"{max(numbers)}: start a new run, or resume at a later round."
         )
     return messages.unpack(state)
 
 
-def take_back(context: RecordDict, server_round: int | None) -> Arrays | None:
-    """The state before a round, which with all later ones is dropped: it is trained now.
+def rewind(context: RecordDict, server_round: int | None) -> Arrays | None:
+    """The state before a round. The states of that and later rounds are dropped: they are repeated.
 
     Args:
         context (RecordDict): The state of the client's context.
         server_round (int, optional): The round. Default: the one after the client's last.
 
     Raises:
-        ClientStateError: If it was so long ago that the state is not kept.
+        ClientStateError: If the state has been dropped.
     """
     before = load(context, None if server_round is None else server_round - 1)
     for number in _states(context):
@@ -71,12 +71,12 @@ def take_back(context: RecordDict, server_round: int | None) -> Arrays | None:
 
 
 def save(context: RecordDict, server_round: int | None, arrays: Mapping[str, mx.array]) -> None:
-    """Keeps the state after a round, and of those before it as many as may be needed again.
+    """Saves the state after a round, and drops states that no resumed run needs.
 
     Args:
         context (RecordDict): The state of the client's context.
         server_round (int, optional): The round. Default: the one after the client's last.
-        arrays (dict): Arrays by name; none where the client keeps nothing of the round.
+        arrays (dict): Arrays by name; empty if the client has no state.
     """
     if not arrays:
         return
@@ -84,15 +84,15 @@ def save(context: RecordDict, server_round: int | None, arrays: Mapping[str, mx.
     if server_round is None:
         server_round = max(numbers, default=0) + 1
     context[f"{_NAME}{server_round}"] = messages.pack(arrays)
-    first, *old = sorted(number for number in numbers if number <= server_round - 2) or [0]
-    if old:
+    first, *older = sorted(number for number in numbers if number <= server_round - 2) or [0]
+    if older:
         context[f"{_NAME}{first}"] = ArrayRecord()
-    for number in old[:-1]:
+    for number in older[:-1]:
         del context[f"{_NAME}{number}"]
 
 
 def round_of(config: Mapping[str, Any]) -> int | None:
-    """The round that a message is of, as its settings have it."""
+    """The server round in the settings of a message."""
     number = config.get("server-round")
     return number if isinstance(number, int) else None
 

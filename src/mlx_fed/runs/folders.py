@@ -1,6 +1,6 @@
-"""Run folders as they are read afterwards, or while the run goes on: list, compare, export, remove.
+"""Run folders: list, read, compare, export and remove runs, also while they run.
 
-Nothing here writes to a run. What a crash left half-written is passed over and counted.
+Nothing here writes to a run. Lines that a crash left incomplete are skipped and counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import FedError
-from ..system.atomic_files import read_plain
+from ..system.atomic_files import read_regular_file
 from ..system.printable import printable
 from . import labels, round_record, status
 
@@ -25,14 +25,21 @@ _NOT_COMPARED = ("run-id", "pid", "host")
 
 
 class RunsError(FedError):
-    """A run that is not there, or not one to do that with."""
+    """A run that does not exist, or that cannot be read or removed."""
 
 
-class Recorded(NamedTuple):
-    """What a run's folder tells.
+class RunRecord(NamedTuple):
+    """The content of a run's folder.
 
-    ``damaged`` counts lines of its history that cannot be read, ``checkpoints`` are the rounds
-    that have one, and ``status`` is as :func:`mlx_fed.runs.status.read` gives it.
+    Attributes:
+        name (str): The folder's name, or its path where several runs have one name.
+        folder (Path): The folder.
+        settings (dict): The settings of ``settings.json``.
+        rounds (list): The records of ``history.jsonl``.
+        damaged (int): The number of its lines that cannot be read.
+        status (dict): The status, as :func:`mlx_fed.runs.status.read` returns it.
+        checkpoints (list): The rounds with a checkpoint.
+        labels (dict, optional): The label counts, as :func:`mlx_fed.runs.labels.read` returns them.
     """
 
     name: str
@@ -46,90 +53,92 @@ class Recorded(NamedTuple):
 
     @property
     def state(self) -> str:
-        """``"waiting"``, ``"running"``, ``"finished"`` or ``"stopped"``; empty of old runs that
-        never said."""
+        """``"waiting"``, ``"running"``, ``"finished"`` or ``"stopped"``; empty for runs of old
+        versions, which have no status."""
         return str(self.status.get("state", ""))
 
 
 def is_run(folder: Path) -> bool:
     """Whether the folder is a run's."""
-    return any(_is_plain(folder / name) for name in FILES)
+    return any(_is_regular_file(folder / name) for name in FILES)
 
 
-def _is_plain(path: Path) -> bool:
+def _is_regular_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def folders(runs: Path) -> list[Path]:
-    """The runs below a folder, the newest first.
+def list_runs(runs: Path) -> list[Path]:
+    """The runs in a folder, the last changed first.
 
     Raises:
         RunsError: If there is no such folder.
     """
     if not runs.is_dir():
         raise RunsError(f"There is no folder {str(runs)!r}: say with --runs where runs are kept.")
-    found = [path for path in runs.iterdir() if is_run(path)]
-    return sorted(found, key=_changed, reverse=True)
+    return sorted(filter(is_run, runs.iterdir()), key=_last_change, reverse=True)
 
 
-def _changed(folder: Path) -> float:
-    times = [0.0]
+def _last_change(folder: Path) -> tuple[int, str]:
+    """The time of the last change in nanoseconds, and the name for runs of one time."""
+    times = [0]
     for name in FILES:
         with suppress(OSError):
-            times.append((folder / name).stat().st_mtime)
-    return max(times)
+            times.append((folder / name).stat().st_mtime_ns)
+    return max(times), folder.name
 
 
 def find(runs: Path, name: str) -> Path:
-    """The folder of a run, by its name below ``runs`` or by its path.
+    """The folder of a run, by its name in ``runs`` or by its path.
 
     Raises:
-        RunsError: If there is none, or one of each.
+        RunsError: If there is none, or both exist and differ.
     """
-    found: dict[Path, Path] = {}
+    matches: dict[Path, Path] = {}
     for path in (runs / name, Path(name)):
         if is_run(path):
-            found.setdefault(path.resolve(), path)
-    if len(found) > 1:
+            matches.setdefault(path.resolve(), path)
+    if len(matches) > 1:
         raise RunsError(
             f"{name!r} is a run in {runs}/ and another one here: write "
-            f"{' or '.join(str(path.resolve()) for path in found.values())}."
+            f"{' or '.join(map(str, matches))}."
         )
-    for path in found.values():
+    for path in matches.values():
         return path
-    near = ", ".join(path.name for path in folders(runs)[:5]) if runs.is_dir() else ""
-    known = f" The newest there: {near}." if near else ""
-    raise RunsError(f"There is no run {name!r}, neither in {runs}/ nor as a path.{known}")
+    names = ", ".join(path.name for path in list_runs(runs)[:5]) if runs.is_dir() else ""
+    hint = f" The newest there: {names}." if names else ""
+    raise RunsError(f"There is no run {name!r}, neither in {runs}/ nor as a path.{hint}")
 
 
-def read(folder: Path, name: str | None = None) -> Recorded:
-    """All that a run's folder tells, of a run of any version.
+def read(folder: Path, name: str | None = None) -> RunRecord:
+    """The content of a run's folder, written by any version of mlx-fed.
 
     Raises:
         RunsError: If a file cannot be read.
     """
     try:
-        known = about(folder)
-        rounds, damaged = _rounds(folder)
+        state = read_state(folder)
+        rounds, num_damaged = _rounds(folder)
     except OSError as error:
         raise RunsError(f"Cannot read the run in {folder}: {error.strerror or error}.") from error
     name = name or folder.resolve().name
-    found = labels.read(folder)
-    return Recorded(name=name, folder=folder, rounds=rounds, damaged=damaged, labels=found, **known)
+    label_counts = labels.read(folder)
+    return RunRecord(
+        name=name, folder=folder, rounds=rounds, damaged=num_damaged, labels=label_counts, **state
+    )
 
 
-def read_all(found: Sequence[Path]) -> list[Recorded]:
-    """Several runs, each with a name of its own: by their paths, where two have one name."""
-    paths = list(dict.fromkeys(path.resolve() for path in found))
+def read_all(folders: Sequence[Path]) -> list[RunRecord]:
+    """Several runs with unique names: relative paths, where two folders have one name."""
+    paths = list(dict.fromkeys(path.resolve() for path in folders))
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
-        shared = Path(os.path.commonpath([path.parent for path in paths]))
-        names = [str(path.relative_to(shared)) for path in paths]
+        parent = Path(os.path.commonpath([path.parent for path in paths]))
+        names = [str(path.relative_to(parent)) for path in paths]
     return [read(path, name) for path, name in zip(paths, names, strict=True)]
 
 
-def about(folder: Path) -> dict[str, Any]:
-    """What a run's folder tells beside its rounds and labels, as plain values."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """Settings, status and checkpoints of a run, as plain values."""
     return {
         "settings": _settings(folder),
         "status": status.read(folder),
@@ -138,78 +147,78 @@ def about(folder: Path) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path) -> list[int]:
-    """The rounds that have a checkpoint."""
-    place = folder / "checkpoints"
-    names = [] if place.is_symlink() else [path.name[:5] for path in place.glob("*.safetensors")]
+    """The rounds with a checkpoint."""
+    path = folder / "checkpoints"
+    names = [] if path.is_symlink() else [file.name[:5] for file in path.glob("*.safetensors")]
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "settings.json"
     try:
-        found = round_record.from_json(read_plain(path))
+        settings = round_record.from_json(read_regular_file(path))
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _rounds(folder: Path) -> tuple[list[dict[str, Any]], int]:
     path = folder / "history.jsonl"
     rounds: dict[int, dict[str, Any]] = {}
-    damaged = 0
+    num_damaged = 0
     try:
-        lines = read_plain(path).splitlines()
+        lines = read_regular_file(path).splitlines()
     except FileNotFoundError:
         lines = []
     for line in lines:
         try:
             record = round_record.from_line(line)
-            rounds[record["round"]] = record  # of a repeated round, the last
+            rounds[record["round"]] = record  # the last of a repeated round
         except ValueError:
-            damaged += 1
-    return [rounds[number] for number in sorted(rounds)], damaged
+            num_damaged += 1
+    return [rounds[number] for number in sorted(rounds)], num_damaged
 
 
-# -- what runs have in common, and what not --------------------------------------------------
+# -- comparison and export ---------------------------------------------------------------------
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings by flat names, such as ``strategy.fraction_train``."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            values |= flatten_settings(value, f"{prefix}{key}.")
         elif key not in _NOT_COMPARED:
-            found[f"{prefix}{key}"] = value
-    return found
+            values[f"{prefix}{key}"] = value
+    return values
 
 
-def differences(runs: Sequence[Recorded]) -> dict[str, list[Any]]:
-    """The settings in which runs differ, with each one's value, or None where it has none."""
-    each = [flat(run.settings) for run in runs]
-    names = dict.fromkeys(name for settings in each for name in settings)
-    rows = {name: [settings.get(name) for settings in each] for name in names}
+def differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """The settings in which runs differ, with the value of each run, or None if it has none."""
+    columns = [flatten_settings(run.settings) for run in runs]
+    names = dict.fromkeys(name for settings in columns for name in settings)
+    rows = {name: [settings.get(name) for settings in columns] for name in names}
     return {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
 
 
-def troubles(run: Recorded) -> Iterator[str]:
-    """Why a run stopped, who was not let in, and who was left out of a round that has no record."""
+def list_problems(run: RunRecord) -> Iterator[str]:
+    """Why a run stopped, which nodes were refused, and which failed in a round without a record."""
     if run.state == "stopped" and (reason := run.status.get("reason")):
         yield f"Stopped: {reason}"
-    if run.state == "finished" and isinstance(stopped := run.settings.get("stopped"), dict):
-        yield f"Ended after round {stopped.get('round')}: {stopped.get('reason')}"
-    refused, failed = run.status.get("refused"), run.status.get("failed")
-    if isinstance(refused, dict):
-        yield from (f"{node} is not let in: {why}" for node, why in refused.items())
-    if isinstance(failed, list) and run.state != "finished":
-        for each in failed:
-            if isinstance(each, dict):
-                node, phase, reason = (each.get(name, "?") for name in ("node", "phase", "reason"))
+    if run.state == "finished" and isinstance(stop := run.settings.get("stopped"), dict):
+        yield f"Ended after round {stop.get('round')}: {stop.get('reason')}"
+    refusals, failures = run.status.get("refused"), run.status.get("failed")
+    if isinstance(refusals, dict):
+        yield from (f"{node} is not let in: {reason}" for node, reason in refusals.items())
+    if isinstance(failures, list) and run.state != "finished":
+        for failure in failures:
+            if isinstance(failure, dict):
+                node, phase, reason = (failure.get(key, "?") for key in ("node", "phase", "reason"))
                 yield f"{node} is left out of {phase}: {reason}"
 
 
-def to_csv(runs: Iterable[Recorded]) -> str:
-    """A line for each round of each run, a column for each of its figures."""
+def to_csv(runs: Iterable[RunRecord]) -> str:
+    """CSV with a line for each round of each run, and a column for each figure."""
     rows: list[dict[str, Any]] = []
     for run in runs:
         name = printable(run.name)
@@ -217,20 +226,20 @@ def to_csv(runs: Iterable[Recorded]) -> str:
             row = {"run": name, "round": record["round"], **round_record.figures(record)}
             rows.append({printable(name): value for name, value in row.items()})
     columns = dict.fromkeys(name for row in rows for name in row) or {"run": None, "round": None}
-    written = io.StringIO()
-    writer = csv.DictWriter(written, list(columns), lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return written.getvalue()
+    return text.getvalue()
 
 
-def to_json(runs: Iterable[Recorded]) -> str:
-    """All that the runs' folders tell, as a list."""
+def to_json(runs: Iterable[RunRecord]) -> str:
+    """JSON with the content of the runs' folders, as a list."""
     return round_record.to_json([as_plain(run) for run in runs])
 
 
-def as_plain(run: Recorded) -> dict[str, Any]:
-    """What a run's folder tells as plain values, without where it is."""
+def as_plain(run: RunRecord) -> dict[str, Any]:
+    """The content of a run's folder as plain values, without its path."""
     return {key: value for key, value in run._asdict().items() if key != "folder"}
 
 
@@ -238,32 +247,25 @@ def as_plain(run: Recorded) -> dict[str, Any]:
 
 
 def remove(folder: Path) -> None:
-    """Removes a run's folder with all that is in it.
+    """Removes a run's folder with its content.
 
     Raises:
-        RunsError: If it is no run's, is led by a process, or cannot be removed.
+        RunsError: If it is no run's folder, a process has locked it, or it cannot be removed.
     """
     if not is_run(folder) or folder.is_symlink():
         raise RunsError(f"{folder} is no run's folder: nothing is removed.")
-    for opened in _opened(folder):
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunsError(f"The run in {folder} is going on: end it first.") from error
-        except OSError:  # some network drives hold nothing for anyone
-            pass
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            raise RunsError(f"Cannot remove {folder}: {error.strerror or error}.") from error
-
-
-def _opened(folder: Path) -> Iterator[int]:
     try:
-        opened = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise RunsError(f"Cannot open {folder}: {error.strerror or error}.") from error
     try:
-        yield opened
+        with suppress(OSError):  # some network drives have no locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunsError(f"The run in {folder} is running: end it first.") from error
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise RunsError(f"Cannot remove {folder}: {error.strerror or error}.") from error
     finally:
-        os.close(opened)
+        os.close(descriptor)

@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from ..arrays.named_arrays import Arrays
 from ..errors import FedError
-from ..system.atomic_files import read_plain, replacing, sync
+from ..system.atomic_files import atomic_write, read_regular_file, sync
 from . import round_record
 from .status import Status
 
@@ -90,7 +90,7 @@ class History:
     def _write_settings(self) -> None:
         text = json.dumps(self.settings, indent=2, default=str) + "\n"
         path = self.folder / "settings.json"
-        with errors_named(path), replacing(path) as part:
+        with errors_named(path), atomic_write(path) as part:
             part.write_text(text, encoding="utf-8")
 
     def add_round(self, record: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ class History:
         """
         path = self.folder / "history.jsonl"
         with errors_named(path):
-            lines = read_plain(path).splitlines() if path.exists() else []
+            lines = read_regular_file(path).splitlines() if path.exists() else []
         rounds = {}
         for line in lines:
             with suppress(ValueError):  # half a line of a run that was killed
@@ -154,7 +154,7 @@ class History:
         self.rounds = [rounds[n] for n in sorted(rounds) if n <= number]
         self.moved = sum(map(_bytes, self.rounds))
         text = "".join(round_record.to_line(record) + "\n" for record in self.rounds)
-        with errors_named(path), replacing(path) as part:
+        with errors_named(path), atomic_write(path) as part:
             part.write_text(text, encoding="utf-8")
         self.notify("resumed", round=number)
 
@@ -192,7 +192,7 @@ class History:
         """
         path = self.folder / name
         # Through a file of Python's, whose errors say what was wrong.
-        with errors_named(path), replacing(path) as part, part.open("wb") as file:
+        with errors_named(path), atomic_write(path) as part, part.open("wb") as file:
             mx.save_safetensors(file, arrays, {"format": "mlx"})
         return path
 
@@ -323,7 +323,7 @@ def previous_of(folder: Path) -> Previous:
     """What the run in the folder was started with; what cannot be read is as if it was not."""
     settings: Any = {}
     with suppress(OSError, ValueError):
-        settings = round_record.from_json(read_plain(folder / "settings.json"))
+        settings = round_record.from_json(read_regular_file(folder / "settings.json"))
     if not isinstance(settings, dict):
         return Previous()
     stopped = settings.get("stopped")

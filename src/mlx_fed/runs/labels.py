@@ -1,7 +1,7 @@
-"""Which labels simulated clients hold, in the run's folder for whoever watches.
+"""Label counts of simulated clients, in the run's folder for the dashboard.
 
-They are counted as clients take part, so that nobody is loaded for it. The nodes of a federation
-are not asked: how many examples they have of a kind is theirs to know.
+A client is counted when it participates, so that no data is loaded for it. The nodes of a
+federation are not counted: their label counts are private.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 import numpy as np
 
 from ..arrays.examples import leaves
-from ..system.atomic_files import read_plain, replacing
+from ..system.atomic_files import atomic_write, read_regular_file
 from ..task import Data
 from . import round_record
 
 MOST_CLIENTS = 1000
-"""Clients that are counted: those that take part first."""
+"""Clients that are counted: the first participants."""
 _MOST_CLASSES = 100
-"""More are no classes, but numbers of another kind."""
+"""Labels with more values are no classes, but numbers of another kind."""
 _FILE = "labels.json"
 _PAUSE = 1.0
-"""Seconds until the file is written again."""
+"""Seconds between writes of the file."""
 
 
 def labels_of(split: Any) -> np.ndarray | None:
-    """The labels of examples: the last of their arrays, if it has an integer for each.
+    """The labels of examples, shape (examples,): the last array, if it has an integer for each.
 
     Args:
         split (tuple or callable): ``Data.train`` or ``Data.test``.
@@ -45,31 +45,31 @@ def labels_of(split: Any) -> np.ndarray | None:
 
 
 def count(data: Data) -> dict[int, int]:
-    """How many of a client's examples, held-out ones included, have each label; empty where they
-    have none."""
-    found = [
+    """The number of a client's examples with each label, held-out ones included; empty without
+    labels."""
+    arrays = [
         labels for split in (data.train, data.test) if (labels := labels_of(split)) is not None
     ]
-    if not found:
+    if not arrays:
         return {}
-    classes, counts = np.unique(np.concatenate(found), return_counts=True)
+    classes, counts = np.unique(np.concatenate(arrays), return_counts=True)
     if len(classes) > _MOST_CLASSES:
         return {}
     return dict(zip(classes.tolist(), counts.tolist(), strict=True))
 
 
 class LabelsFile:
-    """Listens to a simulation and keeps ``labels.json`` in its folder; the run goes on without it.
+    """Listener that writes ``labels.json`` in a simulation's folder; errors do not stop the run.
 
     Args:
-        folder (Path): The run's; what it has of the run before it was resumed is kept.
-        num_clients (int): How many clients there are.
+        folder (Path): The run's folder. The counts of a resumed run are continued.
+        num_clients (int): The number of clients.
     """
 
     def __init__(self, folder: Path, num_clients: int):
         self.path, self.num_clients = folder / _FILE, num_clients
         self.counts: dict[int, dict[int, int]] = {}
-        self.is_new, self.written = False, 0.0
+        self.is_new, self.last_write = False, 0.0
         if before := read(folder):
             for client, counts in before["clients"]:
                 self.counts[client] = dict(zip(before["classes"], counts, strict=True))
@@ -77,9 +77,9 @@ class LabelsFile:
     def __call__(self, event: str, fields: Mapping[str, Any]) -> None:
         if event == "labels":
             self._add(fields["clients"])
-        over = event in ("finished", "stopped")
-        rested = event == "round" and time.monotonic() - self.written > _PAUSE
-        if self.is_new and (over or rested):
+        is_over = event in ("finished", "stopped")
+        is_due = event == "round" and time.monotonic() - self.last_write > _PAUSE
+        if self.is_new and (is_over or is_due):
             self._write()
 
     def _add(self, clients: Mapping[int, Mapping[int, int]]) -> None:
@@ -89,31 +89,35 @@ class LabelsFile:
                 self.is_new = True
 
     def _write(self) -> None:
-        self.is_new, self.written = False, time.monotonic()
+        self.is_new, self.last_write = False, time.monotonic()
         classes = sorted({label for counts in self.counts.values() for label in counts})
         if len(classes) > _MOST_CLASSES:
             return
         rows = [[k, [self.counts[k].get(c, 0) for c in classes]] for k in sorted(self.counts)]
         text = json.dumps({"of": self.num_clients, "classes": classes, "clients": rows})
-        with suppress(OSError), replacing(self.path, on_disk=False) as part:
-            part.write_text(text, encoding="utf-8")
+        with suppress(OSError), atomic_write(self.path, durable=False) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What a simulation has counted, if it has: ``classes``, for each client that took part its
-    number and counts, and how many clients there are (``of``)."""
+    """The label counts of a simulation, if there are any.
+
+    Returns:
+        dict: ``classes``; ``clients``, a number and counts by class for each participant; and
+            ``of``, the number of clients.
+    """
     try:
-        found = round_record.from_json(read_plain(folder / _FILE))
-        whole = all(len(counts) == len(found["classes"]) for _, counts in found["clients"])
+        content = round_record.from_json(read_regular_file(folder / _FILE))
+        is_valid = all(len(counts) == len(content["classes"]) for _, counts in content["clients"])
     except (KeyError, OSError, TypeError, ValueError):
         return None
-    return dict(found) if whole and found["clients"] else None
+    return dict(content) if is_valid and content["clients"] else None
 
 
-def changed(folder: Path) -> str:
-    """What tells one state of the file from another; empty where there is none."""
+def version(folder: Path) -> str:
+    """The version of the file: another after each write; empty if there is none."""
     try:
         stat = (folder / _FILE).lstat()
     except OSError:
         return ""
-    return f"{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_size}"  # each is a file of its own
+    return f"{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_size}"  # each write creates a file

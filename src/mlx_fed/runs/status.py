@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..system.atomic_files import read_plain, replacing
+from ..system.atomic_files import atomic_write, read_regular_file
 from . import round_record
 
 _PAUSE = 0.5
@@ -102,7 +102,7 @@ class Status:
         self.written = time.monotonic()
         known = {"refused": self.refused, "failed": self.failed, "notices": self.notices}
         text = json.dumps({**self.now, "time": time.time(), **known}, default=str)
-        with suppress(OSError), replacing(self.path, on_disk=False) as part:
+        with suppress(OSError), atomic_write(self.path, durable=False) as part:
             part.write_text(text, encoding="utf-8")
 
 
@@ -112,7 +112,7 @@ def read(folder: Path) -> dict[str, Any]:
     A run whose process is gone without a word is ``"stopped"``.
     """
     try:
-        status = round_record.from_json(read_plain(folder / "status.json", _LARGEST))
+        status = round_record.from_json(read_regular_file(folder / "status.json", _LARGEST))
         for name, kind in (("refused", dict), ("failed", list), ("notices", list)):
             if not isinstance(status.get(name, kind()), kind):
                 return {}

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..arrays.named_arrays import Arrays
-from ..system.atomic_files import replacing
+from ..system.atomic_files import atomic_write
 
 
 class ClientStateStore:
@@ -40,8 +40,8 @@ class ClientStateStore:
         self.folder.joinpath(str(client)).mkdir(parents=True, exist_ok=True)
         path = self._path(client, number)
         # A worker of a process that was killed may still be at the same one.
-        client_state = path.with_suffix(f".{os.getpid()}")
-        with replacing(path, client_state, on_disk=False) as part, part.open("wb") as file:
+        temporary = path.with_suffix(f".{os.getpid()}")
+        with atomic_write(path, temporary, durable=False) as part, part.open("wb") as file:
             mx.save_safetensors(file, dict(arrays))
         # The last checkpoint is of two rounds before, or newer, and one of those to keep.
         start = number - self.keep - 2

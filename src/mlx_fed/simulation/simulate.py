@@ -30,7 +30,7 @@ from .worker_pool import InProcessPool, Pool, data_bytes, default_workers
 from .worker_progress import received
 
 
-@devices.put_back()
+@devices.restore_default()
 def simulate(
     task: TaskSource,
     strategy: Strategy | str | None = None,

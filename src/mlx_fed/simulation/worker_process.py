@@ -29,7 +29,7 @@ def start(job: bytes, device: str | None, parent: int, folder: Path) -> None:
     """Sets the process up, once. What goes wrong is told when it is given work."""
     global _worker, _failure
     threading.Thread(target=_end_after, args=(parent, folder), daemon=True).start()
-    loading.watch([worker_progress.sender(folder)])
+    loading.set_listeners([worker_progress.sender(folder)])
     try:
         devices.use(device)
         made: WorkerConfig = cloudpickle.loads(job)

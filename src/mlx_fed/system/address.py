@@ -1,4 +1,4 @@
-"""Where a server is: host and port as people write them, and what stays on this machine."""
+"""Address of a server: host and port."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def parse(address: str) -> tuple[str, int]:
 
 
 def join(host: str, port: int) -> str:
-    """What :func:`parse` takes apart: ``"127.0.0.1:8080"``, ``"[::1]:8080"``."""
+    """An address from host and port, the inverse of :func:`parse`: ``"[::1]:8080"``."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether what is sent there stays on this machine."""
+    """Whether a host is this machine's loopback interface."""
     if host == "localhost":
         return True
     try:

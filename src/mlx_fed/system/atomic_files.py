@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whatever ends the process that writes them.
+"""Atomic files: complete or absent, also after a crash while they are written.
 
 Secrets are not written here: see :mod:`mlx_fed.fleet.private_files`.
 """
@@ -14,82 +14,83 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
-_LARGEST = 2**30
-"""Bytes of a file that is read whole."""
+_MAX_SIZE = 2**30
+"""Bytes of a file, at most."""
 
 
 @contextmanager
-def replacing(path: Path, part: Path | None = None, on_disk: bool = True) -> Iterator[Path]:
-    """A file to write, which takes the place of ``path`` when the context ends; if that raises, it
-    is removed, and what was there stays.
+def atomic_write(path: Path, temporary: Path | None = None, durable: bool = True) -> Iterator[Path]:
+    """Atomic write: yields a temporary file, which replaces ``path`` at the end of the context.
+
+    If the context raises, the temporary file is removed and ``path`` is unchanged.
 
     Args:
-        path (Path): The file that is to be.
-        part (Path, optional): What is written first, in the same folder. Default: the name with
-            ``.part``, for files that one process writes; another one's half is written over.
-        on_disk (bool): Whether the file is on disk when the context has ended. If not, it outlives
-            the process, and after the machine's own end it may be empty. Default: ``True``.
+        path (Path): The file to write.
+        temporary (Path, optional): The temporary file, in the same folder. Default: the name with
+            ``.part``, for files that one process writes; one left by a crash is overwritten.
+        durable (bool): Whether the file is on disk at the end of the context (``fsync``). If not,
+            it survives the process, and may be empty after a power failure. Default: ``True``.
 
     Raises:
         OSError: If it cannot be written.
     """
-    part = part or path.with_name(f"{path.name}.part")
+    temporary = temporary or path.with_name(f"{path.name}.part")
     try:
-        yield part
-        if on_disk:
-            put(part, path)
+        yield temporary
+        if durable:
+            commit(temporary, path)
         else:
-            part.replace(path)
+            temporary.replace(path)
     finally:
         with suppress(OSError):
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
-def open_plain(path: Path, largest: int = _LARGEST) -> BinaryIO:
-    """Opens a file for reading in which a run was written down.
+def open_regular_file(path: Path, max_size: int = _MAX_SIZE) -> BinaryIO:
+    """Opens a regular file of a run's folder for reading.
 
-    Whoever can write into a run's folder may have put something else there: a link leads out of
-    it, and a pipe or a device has no end.
+    Whoever can write into the folder may have put something else there: a link leads out of it, and
+    a pipe or a device has no end.
 
     Args:
         path (Path): The file.
-        largest (int): Bytes that it may have.
+        max_size (int): Bytes that it may have.
 
     Raises:
-        OSError: If there is none, it is no plain file, or it is larger.
+        OSError: If there is none, it is no regular file, or it is larger.
     """
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
-    about = os.fstat(file.fileno())
-    if not stat.S_ISREG(about.st_mode) or about.st_size > largest:
+    status = os.fstat(file.fileno())
+    is_regular = stat.S_ISREG(status.st_mode)
+    if not is_regular or status.st_size > max_size:
         file.close()
-        why = "it is too large" if stat.S_ISREG(about.st_mode) else "it is no plain file"
-        raise OSError(errno.EINVAL, why, str(path))
+        reason = "it is too large" if is_regular else "it is no regular file"
+        raise OSError(errno.EINVAL, reason, str(path))
     return file
 
 
-def read_plain(path: Path, largest: int = _LARGEST) -> bytes:
-    """The bytes of a file that :func:`open_plain` opens."""
-    with open_plain(path, largest) as file:
-        return file.read(largest)
+def read_regular_file(path: Path, max_size: int = _MAX_SIZE) -> bytes:
+    """The bytes of a file that :func:`open_regular_file` opens."""
+    with open_regular_file(path, max_size) as file:
+        return file.read(max_size)
 
 
-def put(part: Path, path: Path) -> None:
-    """Gives a file that was written its name, once all of it is on disk; then that is, too.
+def commit(temporary: Path, path: Path) -> None:
+    """Renames a temporary file to ``path`` once it is on disk, and brings the name to disk.
 
     Raises:
-        OSError: If it cannot be brought to disk. There is nothing of that name then, or what was
-            there before.
+        OSError: If the file cannot be brought to disk; ``path`` is unchanged then.
     """
-    with part.open("rb") as file:
+    with temporary.open("rb") as file:
         sync(file)
-    part.replace(path)
+    temporary.replace(path)
     sync_folder(path.parent)
 
 
 def sync(file: IO) -> None:
-    """Brings a file to disk, past the system's memory."""
+    """Brings a file from the system's memory to disk (``fsync``)."""
     file.flush()
-    # macOS leaves it in the drive's memory unless it is asked for more, which not all drives do.
+    # On macOS fsync may leave it in the drive's cache. Not all drives support the full one.
     if full := getattr(fcntl, "F_FULLFSYNC", None):
         with suppress(OSError):
             fcntl.fcntl(file, full)
@@ -99,8 +100,8 @@ def sync(file: IO) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Brings the names of a folder's files to disk."""
-    opened = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)

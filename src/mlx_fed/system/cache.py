@@ -1,91 +1,89 @@
-"""The user's cache folder, and the state of files on which what is cached depends."""
+"""Cache folder of the user, and the state of files as part of a cache key."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from stat import S_ISDIR
 
-from .atomic_files import put
+from .atomic_files import atomic_write
 
-State = tuple[tuple[str, int, int, int, int], ...]
-"""Of each file its path, size in bytes, inode, and the times of its last change in nanoseconds."""
+FileStates = tuple[tuple[str, int, int, int, int], ...]
+"""Of each file its path, size in bytes, inode, and mtime and ctime in nanoseconds."""
 
 _TICK = 20_000_000
-"""Nanoseconds in which two changes of a file may be given one time: two ticks of a kernel."""
+"""Nanoseconds in which two changes of a file may have the same time: two ticks of a kernel."""
 _COARSE_TICK = 2_000_000_000
-"""The same where a file system keeps whole seconds, as FAT and HFS+ do."""
-_LOOKS = 5
+"""The same where a file system stores whole seconds, as FAT and HFS+ do."""
+_MAX_ATTEMPTS = 5
 
 
-def state_of(*paths: Path) -> State:
-    """What tells one content of files from another without reading them: equal states, equal
-    content.
+def file_states(*paths: Path) -> FileStates:
+    """States of files without reading them, as a cache key: equal states, equal content.
 
-    A file that has just changed is looked at again a moment later, once whatever is written to it
-    next has another time.
+    If a file has just changed, the states are read again a moment later, so that the next write to
+    it has another time.
 
     Args:
         paths (Path): Files, and folders for all files below them but the hidden ones.
     """
-    for _ in range(_LOOKS):
-        state = tuple(sorted(_stats(paths, set())))
-        changed = max((times[-1] for times in state), default=0)
-        tick = _TICK if changed % 10**9 else _COARSE_TICK
-        if not 0 <= time.time_ns() - changed < tick:
+    for _ in range(_MAX_ATTEMPTS):
+        states = tuple(sorted(_stats(paths, set())))
+        last_change = max((times[-1] for times in states), default=0)
+        tick = _TICK if last_change % 10**9 else _COARSE_TICK
+        if not 0 <= time.time_ns() - last_change < tick:
             break
         time.sleep(tick / 1e9)
-    return state
+    return states
 
 
 def _stats(
-    paths: Iterable[Path], seen: set[tuple[int, int]]
+    paths: Iterable[Path], visited_folders: set[tuple[int, int]]
 ) -> Iterator[tuple[str, int, int, int, int]]:
     for path in paths:
         try:
             stat = path.stat()
-            folder = stat.st_dev, stat.st_ino
+            folder_id = stat.st_dev, stat.st_ino
             if not S_ISDIR(stat.st_mode):
                 times = stat.st_mtime_ns, stat.st_ctime_ns
                 yield str(path), stat.st_size, stat.st_ino, *times
-            elif folder not in seen:  # links may go round in a circle
-                seen.add(folder)
-                yield from _stats((p for p in path.iterdir() if not p.name.startswith(".")), seen)
-        except FileNotFoundError:  # removed meanwhile, which another look tells
+            elif folder_id not in visited_folders:  # links may form a cycle
+                visited_folders.add(folder_id)
+                children = (p for p in path.iterdir() if not p.name.startswith("."))
+                yield from _stats(children, visited_folders)
+        except FileNotFoundError:  # removed meanwhile; the next attempt has another state
             continue
 
 
-def path_of(name: str) -> Path:
-    """Where a file of the folder lies: below ``MLX_FED_CACHE``, or else in the user's own cache.
+def cache_path(name: str) -> Path:
+    """The path of a file in the cache folder: ``MLX_FED_CACHE``, or the user's cache folder.
 
     Raises:
         OSError: If the user has no home.
     """
-    if own := os.environ.get("MLX_FED_CACHE"):
-        return Path(own, name)
+    if folder := os.environ.get("MLX_FED_CACHE"):
+        return Path(folder, name)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mlx-fed", name)
     except RuntimeError as error:
         raise OSError(str(error)) from error
 
 
-def make(path: Path, write: Callable[[Path], object]) -> None:
-    """Makes a file, which is there as a whole or not at all, also after a crash and while other
-    processes make it as well.
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Atomic write of a file of the cache, also while other processes write the same.
 
     Args:
-        path (Path): One of :func:`path_of`.
-        write (Callable[[Path], object]): Is given a path beside it, of the same name.
+        path (Path): A path of :func:`cache_path`.
+        save (callable): ``save(temporary)`` writes to a path in the same folder, with the same
+            suffix.
 
     Raises:
         OSError: If the folder cannot be written.
     """
-    import tempfile  # which costs a sixth of our own import
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as folder:
-        part = Path(folder, path.name)
-        write(part)
-        put(part, path)
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    with atomic_write(path, path.with_name(f".{writer}-{path.name}")) as temporary:
+        save(temporary)

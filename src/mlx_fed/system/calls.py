@@ -20,7 +20,7 @@ def call(what: str, function: Callable[..., Any], *arguments: Any, **settings: A
 
     Raises:
         TaskError: If it does not take these arguments, with the line that defines it.
-        Exception: What the function raises.
+        Exception: Any that the function raises.
     """
     try:
         return function(*arguments, **settings)

@@ -1,4 +1,4 @@
-"""Where MLX computes: the GPU or the CPU."""
+"""MLX's device: the GPU or the CPU."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .blas import load_fast_blas
 
 
 class DeviceError(FedError):
-    """The device that was asked for is not there."""
+    """The requested device does not exist on this machine."""
 
 
 def require_backend() -> None:
-    """Says what to install where MLX's own part is missing, as it is on Linux without an extra.
+    """Checks that MLX has a backend, which on Linux is installed by an extra.
 
     Raises:
         ImportError: If MLX cannot be imported.
@@ -30,7 +30,7 @@ def require_backend() -> None:
     if any(Path(folder, "lib", "libmlx.so").exists() for folder in folders or ()):
         return
     try:
-        importlib.import_module("mlx.core")  # one that was built otherwise is as good
+        importlib.import_module("mlx.core")  # a local build has other files
     except ImportError as error:
         raise ImportError(
             f"MLX has no backend here ({error}). On Linux, install mlx-fed with one of its extras "
@@ -69,8 +69,8 @@ def use(device: str | None) -> str:
 
 
 @contextmanager
-def put_back() -> Iterator[None]:
-    """Puts MLX's default device back at the end, as it was before somebody else's code ran."""
+def restore_default() -> Iterator[None]:
+    """Restores MLX's default device at the end, which the user's code may change."""
     import mlx.core as mx
 
     before = mx.default_device()

@@ -1,4 +1,4 @@
-"""An HTTP server that runs in a thread of this process, for as long as a context lasts."""
+"""HTTP server in a thread of this process."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ from contextlib import contextmanager
 import uvicorn
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A socket at which connections may come, on IPv4 or IPv6.
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket on IPv4 or IPv6.
 
     Raises:
-        OSError: If the port is taken, or the host is none of this machine's.
+        OSError: If the port is in use, or the host is no address of this machine.
     """
-    opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        opened.bind((host, port))
-        opened.listen(1024)
+        listener.bind((host, port))
+        listener.listen(1024)
     except OSError:
-        opened.close()
+        listener.close()
         raise
-    return opened
+    return listener
 
 
 @contextmanager
-def running(server: uvicorn.Server, listening: socket.socket, failed: Exception) -> Iterator[None]:
-    """Serves from a thread; the context begins when the server has started.
+def serve_in_thread(
+    server: uvicorn.Server, listener: socket.socket, error: Exception
+) -> Iterator[None]:
+    """Runs a server in a thread; the context begins when the server has started.
 
     Args:
-        server (uvicorn.Server): What is served, and how.
-        listening (socket.socket): Where.
-        failed (Exception): Raised if the server ends before it has started.
+        server (uvicorn.Server): The server.
+        listener (socket.socket): A socket of :func:`listen`.
+        error (Exception): Raised if the server ends before it has started.
     """
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
         while not server.started:
             if not thread.is_alive():
-                raise failed
+                raise error
             time.sleep(0.01)
         yield
     finally:

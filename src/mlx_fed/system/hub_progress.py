@@ -1,8 +1,7 @@
-"""The progress bars of Hugging Face's libraries, told like all else that takes long.
+"""Progress bars of Hugging Face's libraries, reported like other loading.
 
-``datasets`` and ``huggingface_hub`` draw what they download and prepare with tqdm, each with a
-class of its own. While one of ours tells what they do, their bars say how far it has come and draw
-nothing; where nobody watches they draw nothing either.
+``datasets`` and ``huggingface_hub`` show downloads by tqdm, each with its own class. Within
+:func:`loading_with_tqdm` their bars report their progress and draw nothing.
 """
 
 from __future__ import annotations
@@ -14,44 +13,44 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from .loading import Loading, loading
+from .loading import LoadingProgress, loading
 
-_at_work = threading.Lock()
-"""Held while the libraries' classes are changed: of several threads one tells."""
+_patch_lock = threading.Lock()
+"""Held while the libraries' classes are patched: of several threads one reports."""
 
 
 @contextmanager
-def loading_with_bars(what: str, *bars: Any) -> Iterator[None]:
-    """Tells of something that a library does, and how far by what its bars say.
+def loading_with_tqdm(what: str, *bars: Any) -> Iterator[None]:
+    """Reports the loading of a library, with the progress of its bars.
 
     Args:
         what (str): As for :func:`~mlx_fed.system.loading.loading`.
-        bars (type): The library's classes of bars, which are tqdm's.
+        bars (type): The library's classes of bars, subclasses of tqdm's.
     """
-    with loading(what) as progress, ExitStack() as until_the_end:
-        if _at_work.acquire(blocking=False):
-            until_the_end.callback(_at_work.release)
-            nowhere = until_the_end.enter_context(Path(os.devnull).open("w"))
-            for kind in bars:
-                until_the_end.enter_context(_telling(kind, progress, nowhere))
+    with loading(what) as progress, ExitStack() as stack:
+        if _patch_lock.acquire(blocking=False):
+            stack.callback(_patch_lock.release)
+            null_file = stack.enter_context(Path(os.devnull).open("w"))
+            for bar_class in bars:
+                stack.enter_context(_patch(bar_class, progress, null_file))
         yield
 
 
 @contextmanager
-def _telling(kind: Any, progress: Loading, nowhere: Any) -> Iterator[None]:
-    begin = kind.__init__
+def _patch(bar_class: Any, progress: LoadingProgress, null_file: Any) -> Iterator[None]:
+    original_init = bar_class.__init__
 
     def __init__(bar: Any, *args: Any, **options: Any) -> None:
-        # None is "only on a terminal"; and what bars write at their end is for none.
-        options |= {"disable": bool(options.get("disable")), "file": nowhere}
-        begin(bar, *args, **options)
+        # disable=None is "unless on a terminal". A bar writes to its file at its end.
+        options |= {"disable": bool(options.get("disable")), "file": null_file}
+        original_init(bar, *args, **options)
 
     def display(bar: Any, *args: Any, **options: Any) -> None:
-        progress.reached(int(bar.n), int(bar.total) if bar.total else None, bar.unit.strip())
+        progress.update(int(bar.n), int(bar.total) if bar.total else None, bar.unit.strip())
 
-    kind.__init__, kind.display = __init__, display
+    bar_class.__init__, bar_class.display = __init__, display
     try:
         yield
     finally:
-        kind.__init__ = begin
-        del kind.display  # it is tqdm's own again
+        bar_class.__init__ = original_init
+        del bar_class.display  # tqdm's own is in effect again

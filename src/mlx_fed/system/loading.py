@@ -1,7 +1,6 @@
-"""What takes long before anything trains: told, as it goes, to whoever watches in this process.
+"""Progress of loading: downloads, decoding and tokenization, reported to this process's listeners.
 
-Downloads, decoding and the like are deep in what a task calls, and know no run. Where nobody
-watches, nothing is told.
+They happen deep in a task's functions, which know no run, so the listeners are a context variable.
 """
 
 from __future__ import annotations
@@ -17,95 +16,93 @@ if TYPE_CHECKING:
     from ..runs.history import Listener
 
 _LONG = 1.0
-"""Seconds that something takes before it is worth telling."""
+"""Seconds before the first report."""
 _PAUSE = 0.1
-"""Seconds until it is told again how far it has come."""
+"""Seconds between reports."""
 
-_watching: ContextVar[tuple[Listener, ...]] = ContextVar("watching", default=())
+_listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
 
 
-def watch(listeners: Sequence[Listener]) -> None:
-    """Tells these listeners from now on, in place of those before."""
-    _watching.set(tuple(listeners))
+def set_listeners(listeners: Sequence[Listener]) -> None:
+    """Replaces the listeners from now on."""
+    _listeners.set(tuple(listeners))
 
 
 @contextmanager
-def watched(*listeners: Listener) -> Iterator[None]:
-    """Tells these listeners for as long as the context lasts, in place of those before.
+def loading_listeners(*listeners: Listener) -> Iterator[None]:
+    """Replaces the listeners within the context.
 
     Each is called ``listener(event, fields)``, perhaps from another thread: with ``"loading"``
-    once something has taken a while and as it goes on, and with ``"loaded"`` when that is over.
-    ``fields`` has ``what``; ``done``, ``of`` (None where it is not known) and their ``unit``, or
-    the ``seconds`` it took.
+    after a second and then repeatedly, and with ``"loaded"`` at the end. ``fields`` has ``what``;
+    ``done``, ``of`` (None if unknown) and their ``unit``, or the duration in ``seconds``.
     """
-    before = _watching.set(listeners)
+    token = _listeners.set(listeners)
     try:
         yield
     finally:
-        _watching.reset(before)
+        _listeners.reset(token)
 
 
-class Loading:
-    """Something that takes long, and how far it has come."""
+class LoadingProgress:
+    """The progress of one loading: ``count`` of ``total`` in a ``unit``."""
 
-    def __init__(self, what: str, of: int | None, unit: str, listeners: tuple[Listener, ...]):
-        self.what, self.of, self.unit, self.listeners = what, of, unit, listeners
-        self.done = 0
-        self.began = time.monotonic()
-        self.next = self.began + _LONG
-        self.told = self.over = False
+    def __init__(self, what: str, total: int | None, unit: str, listeners: tuple[Listener, ...]):
+        self.what, self.total, self.unit, self.listeners = what, total, unit, listeners
+        self.count = 0
+        self.start_time = time.monotonic()
+        self.next_report = self.start_time + _LONG
+        self.is_reported = self.is_over = False
         self.lock = threading.Lock()
 
-    def reached(self, done: int, of: int | None = None, unit: str | None = None) -> None:
-        """Says how far it has come, of how much if that is known only now."""
-        self.done = done
-        if of is not None or unit is not None:
-            self.of, self.unit = of, unit or ""
-        if self.listeners and time.monotonic() >= self.next:
-            self.tell()
+    def update(self, count: int, total: int | None = None, unit: str | None = None) -> None:
+        """Sets the count, and the total and unit if they become known."""
+        self.count = count
+        if total is not None or unit is not None:
+            self.total, self.unit = total, unit or ""
+        if self.listeners and time.monotonic() >= self.next_report:
+            self.report()
 
-    def tell(self) -> None:
+    def report(self) -> None:
         with self.lock:
-            if self.over:
+            if self.is_over:
                 return
-            self.told, self.next = True, time.monotonic() + _PAUSE
-            fields = {"what": self.what, "done": self.done, "of": self.of, "unit": self.unit}
+            self.is_reported, self.next_report = True, time.monotonic() + _PAUSE
+            fields = {"what": self.what, "done": self.count, "of": self.total, "unit": self.unit}
             for listener in self.listeners:
                 listener("loading", fields)
 
     def end(self) -> None:
         with self.lock:
-            self.over = True
-            if self.told:
-                fields = {"what": self.what, "seconds": time.monotonic() - self.began}
+            self.is_over = True
+            if self.is_reported:
+                fields = {"what": self.what, "seconds": time.monotonic() - self.start_time}
                 for listener in self.listeners:
                     listener("loaded", fields)
 
 
 @contextmanager
-def loading(what: str, of: int | None = None, unit: str = "") -> Iterator[Loading]:
-    """Tells of something for as long as the context lasts, if that is longer than a moment.
+def loading(what: str, total: int | None = None, unit: str = "") -> Iterator[LoadingProgress]:
+    """Reports the progress of the context to the listeners, if it takes longer than a second.
 
     Args:
-        what (str): What is done, as the beginning of a line: ``"Decoding 'image'"``.
-        of (int, optional): How much there is to do. Default: that is not known.
-        unit (str): Of what: ``"B"`` for bytes, or a plural. Default: ``""``.
+        what (str): The activity, as the beginning of a line: ``"Decoding 'image'"``.
+        total (int, optional): The final count. Default: unknown.
+        unit (str): Of the count: ``"B"`` for bytes, or a plural. Default: ``""``.
 
     Example:
         >>> with loading("Reading files", len(paths), "files") as progress:
         ...     for number, path in enumerate(paths, 1):
         ...         read(path)
-        ...         progress.reached(number)
+        ...         progress.update(number)
     """
-    listeners = _watching.get()
-    started = Loading(what, of, unit, listeners)
-    # Something may be long without a word of how far it has come.
-    alarm = threading.Timer(_LONG, started.tell)
-    alarm.daemon = True
+    listeners = _listeners.get()
+    progress = LoadingProgress(what, total, unit, listeners)
+    timer = threading.Timer(_LONG, progress.report)  # the context may never call update
+    timer.daemon = True
     if listeners:
-        alarm.start()
+        timer.start()
     try:
-        yield started
+        yield progress
     finally:
-        alarm.cancel()
-        started.end()
+        timer.cancel()
+        progress.end()

@@ -1,4 +1,4 @@
-"""How a process that moves large arrays uses the system's memory."""
+"""Memory allocator of a process that moves large arrays."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import sys
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's names for mallopt
 _SPARE = 2**30
-"""Bytes that stay with the process beyond what it uses."""
+"""Freed bytes that stay with the process."""
 
 
-def keep_what_is_freed() -> None:
-    """Lets the process use again what it frees, rather than give it back to the system.
+def retain_freed_memory() -> None:
+    """Retains freed memory in the process for the next allocation (glibc's ``mallopt``).
 
-    Messages and sums are megabytes that come and go with each round. glibc by itself returns such
-    blocks at once, and the system takes several times as long to give out their pages again as it
-    takes to add numbers up in them.
+    Messages and sums are megabytes that are allocated in each round. glibc by default returns such
+    blocks to the system at once, and new pages take several times as long as the sums in them.
     """
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # musl has none
-        mallopt(_MMAP_MAX, 0)  # what is mapped by itself is returned when it is freed
+        mallopt(_MMAP_MAX, 0)  # a mapped block would be returned when it is freed
         mallopt(_TRIM_THRESHOLD, _SPARE)
-        mallopt(_ARENA_MAX, 1)  # or each thread would keep its own
+        mallopt(_ARENA_MAX, 1)  # each thread would retain its own

@@ -1,4 +1,4 @@
-"""Text from elsewhere, as a terminal or a table may show it."""
+"""Text from users and nodes, safe for a terminal or a table."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ _LONGEST = 1000
 
 
 def printable(text: str) -> str:
-    """One line that is safe to show: what the other side sends may steer a terminal.
+    """One line that is safe for a terminal, which control characters would steer.
 
-    Line breaks become spaces, other control characters a mark, and what is very long is cut.
+    Line breaks become spaces, other control characters a mark, and a very long text is cut.
     """
     line = " ".join(text.replace("\t", " ").splitlines())
-    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
-    return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + "..."
+    clean = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
+    return clean if len(clean) <= _LONGEST else clean[:_LONGEST] + "..."
