@@ -107,7 +107,7 @@ def test_a_partitioner_of_flowers_own(folder):
     labels = [data.columns(split, "label")[0] for split in (train, test)]
     assert len({*labels[0], *labels[1]}) == 1
     assert not partitioner.is_dataset_assigned()
-    with pytest.raises(DataError, match="make it with the argument shuffle"):
+    with pytest.raises(DataError, match="create it with the argument shuffle"):
         data.load_partition(folder, 2, 5, partitioner=partitioner, shuffle=False)
     with pytest.raises(DataError, match="PathologicalPartitioner makes 5 partitions of it, not 4"):
         data.load_partition(folder, 2, 4, partitioner=partitioner)

@@ -200,7 +200,7 @@ def test_a_run_is_removed_if_it_is_one_and_is_over(tmp_path: Path):
     assert "Aborted" in command("runs", "remove", "one", "--runs", tmp_path, code=1)
     with History(folder).held():
         message = command("runs", "remove", "one", "-y", "--runs", tmp_path, code=1)
-    assert "is going on: end it first" in message
+    assert "is running: end it first" in message
     assert folder.is_dir()
     command("runs", "remove", "one", "-y", "--runs", tmp_path)
     assert not folder.exists()
@@ -267,3 +267,15 @@ def test_a_run_whose_process_is_gone_has_stopped(tmp_path: Path):
     assert status.read(tmp_path)["state"] == "stopped"
     path.write_text("[")
     assert status.read(tmp_path) == {}
+
+
+@pytest.mark.parametrize("newest", ["a", "b", "c"])
+def test_runs_that_changed_within_a_microsecond_are_in_order(newest: str, tmp_path: Path):
+    """As a float of seconds their times would be equal."""
+    time = 1_700_000_000_000_000_000
+    for name in ("a", "b", "c"):
+        path = tmp_path / name / "settings.json"
+        path.parent.mkdir()
+        path.touch()
+        os.utime(path, ns=(time, time + 100 * (name == newest)))
+    assert folders.list_runs(tmp_path)[0].name == newest

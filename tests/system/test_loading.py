@@ -126,7 +126,7 @@ def test_programs_are_not_told(at_once):
 
 def test_decoding_is_told_and_gives_the_same_in_parts(at_once, monkeypatch, tmp_path: Path):
     monkeypatch.setenv("MLX_FED_CACHE", str(tmp_path))
-    monkeypatch.setattr(sources, "_AT_ONCE", 2000)
+    monkeypatch.setattr(sources, "_DECODE_BATCH", 2000)
     source = sources.Source("digits", "train")
     told: Told = []
     with loading.loading_listeners(lambda event, fields: told.append((event, fields))):
@@ -144,7 +144,7 @@ def test_images_of_several_sizes_stay_apart(monkeypatch, tmp_path: Path, at_a_ti
     from datasets import Dataset
 
     monkeypatch.setenv("MLX_FED_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "_AT_ONCE", at_a_time)
+    monkeypatch.setattr(sources, "_DECODE_BATCH", at_a_time)
     sizes = [(4, 4), (4, 4), (4, 4), (2, 3), (4, 4)]
     rows = [np.full(size, k).tolist() for k, size in enumerate(sizes)]
     (tmp_path / "data").mkdir()
