@@ -28,6 +28,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
 
 import mlx.core as mx
@@ -47,8 +48,10 @@ def our_server(port: int, rounds: int, federation: str | None = None) -> list[fl
     """When the first round began, and when each round ended."""
     ticks: list[float] = []
 
-    def listen(event: str, fields: dict) -> None:
-        if event == "round" or (event == "phase" and not ticks):
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.RoundFinished) or (
+            isinstance(event, events.PhaseStarted) and not ticks
+        ):
             ticks.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as runs:
@@ -74,7 +77,7 @@ def our_node(port: int, partition: int, token: str | None = None) -> Seconds:
         token=token,
         partition_id=partition,
         device="cpu",
-        notify=lambda event, **fields: None,
+        listener=lambda event: None,
     )
     return trainers[-1].seconds
 

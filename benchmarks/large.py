@@ -31,6 +31,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
 
 import mlx.core as mx
@@ -46,7 +47,7 @@ _RUNS = Path("runs")
 """On disk, which the system's temporary folder need not be."""
 _CHUNK = 2 * 2**20
 """Bytes of an array that Flower sends at once."""
-QUIET = {"notify": lambda event, **fields: None}
+QUIET = {"listener": lambda event: None}
 
 
 class Memory:
@@ -95,8 +96,8 @@ def server(port: int, megabytes: int, rounds: int, nodes: int, keep: int) -> dic
     """Each round's seconds from its beginning to its end, its record, and the peak of memory."""
     ends: list[float] = []
 
-    def listen(event: str, fields: dict) -> None:
-        if event == "round":
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.RoundFinished):
             ends.append(time.perf_counter())
 
     _RUNS.mkdir(exist_ok=True)

@@ -23,6 +23,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
 
 import flower_app.app
@@ -48,13 +49,13 @@ def server(port: int, nodes: int, rounds: int) -> dict:
     memory: dict[int, int] = {}
     left: list[str] = []
 
-    def listen(event: str, fields: dict) -> None:
-        if event == "round":
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.RoundFinished):
             ends.append(time.perf_counter())
-            if fields["round"] in (EARLY, rounds):
-                memory[fields["round"]] = resident(os.getpid())
-        elif event in ("left", "refused") and len(ends) < rounds:
-            left.append(fields["node"])
+            if event.record["round"] in (EARLY, rounds):
+                memory[event.record["round"]] = resident(os.getpid())
+        elif isinstance(event, (events.NodeLeft, events.NodeRefused)) and len(ends) < rounds:
+            left.append(event.record["node"])
 
     with tempfile.TemporaryDirectory() as runs:
         result = fed.serve(
@@ -85,7 +86,7 @@ def crowd(port: int, partitions: range) -> None:
             f"127.0.0.1:{port}",
             partition_id=partition,
             device="cpu",
-            notify=lambda event, **fields: None,
+            listener=lambda event: None,
         )
 
     nodes = [threading.Thread(target=join, args=(partition,)) for partition in partitions]

@@ -33,6 +33,7 @@ from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from typing import NamedTuple
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
 
 import mlx.core as mx
@@ -197,16 +198,14 @@ def our_node(model: Path, data: Path, length: Length, port: int) -> dict:
     rates: list[float] = []
     steps_alone: list[float] = []
 
-    def listen(event: str, **fields) -> None:
-        if event == "answered" and fields["kind"] == "train":
-            rates.append(length.iters / fields["seconds"])
-            tokens, a_second = (
-                fields["metrics"][key] for key in ("num-tokens", "tokens-per-second")
-            )
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.MessageAnswered) and event.kind == "train":
+            rates.append(length.iters / event.seconds)
+            tokens, a_second = (event.metrics[key] for key in ("num-tokens", "tokens-per-second"))
             steps_alone.append(length.iters / tokens * a_second)
 
     task = lora_task(configure(model, data, length), note=lambda text: None)
-    fed.join(task, f"127.0.0.1:{port}", notify=listen)
+    fed.join(task, f"127.0.0.1:{port}", listener=listen)
     return {"rates": rates, "steps alone": steps_alone, **peak()}
 
 

@@ -7,6 +7,7 @@
 The browser is chromium (``apt install chromium``; playwright is among the tests' requirements).
 """
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core: on Linux it brings a fast BLAS
 
 import json
@@ -57,8 +58,8 @@ def writing(rounds: int = 1000) -> None:
             kept, own = record(number)
             began = time.perf_counter()
             for phase in ("train", "evaluate"):
-                now = {"phase": phase, "round": number, "of": rounds, "nodes": CLIENTS}
-                history.notify("phase", **now, answered=0, **history.so_far(rounds - number + 1))
+                now = (phase, number, rounds, CLIENTS)
+                history.notify(events.PhaseStarted(*now, 0, *history.so_far(rounds - number + 1)))
             kept["spread"] = {"train": round_record.spread(own)}
             history.add_round(kept)
             took.append(1000 * (time.perf_counter() - began))
@@ -92,7 +93,7 @@ def stuttering(rounds: int = 1000) -> None:
                 "evaluate": round_record.spread(own[::3]),
             }
             now = {"phase": "train", "round": number, "of": rounds + 5, "nodes": CLIENTS}
-            history.notify("phase", **now, answered=0)
+            history.notify(events.PhaseStarted(**now, answered=0))
             history.add_round(kept)
 
         for number in range(1, rounds + 1):

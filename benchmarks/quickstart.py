@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_fed import events
 import mlx_fed as fed
 
 import mlx.core as mx
@@ -51,8 +52,8 @@ ROUNDS, BATCH_SIZE, LEARNING_RATE = 3, 256, 0.1
 def our_server(port: int, data: str, seed: int) -> dict[str, Any]:
     times: dict[str, float] = {}
 
-    def listen(event: str, fields: dict) -> None:
-        if event in ("joined", "finished"):
+    def listen(event: events.Event) -> None:
+        if isinstance(event, (events.NodeJoined, events.RunFinished)):
             times[event] = time.perf_counter()  # of the last node that joined
 
     with tempfile.TemporaryDirectory() as runs:
@@ -79,7 +80,7 @@ def our_node(port: int, data: str, partition: int) -> None:
         num_partitions=3,
         device="cpu",
         config={"dataset": data},
-        notify=lambda event, **fields: None,
+        listener=lambda event: None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -45,8 +46,8 @@ def test_it_learns_digits(statistics: str, tmp_path):
         num_rounds=3,
         config={"statistics": statistics},
         runs=tmp_path,
-        listeners=(lambda event, fields: told.append((event, fields)),),
+        listeners=(told.append,),
     )
     assert result.rounds[-1]["evaluate"]["accuracy"] > 0.85
-    (note,) = [fields["text"] for event, fields in told if event == "note"]
+    (note,) = [event.text for event in told if isinstance(event, events.Notice)]
     assert "one after another" in note

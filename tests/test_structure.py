@@ -7,7 +7,7 @@ import mlx_fed
 
 ROOT = Path(mlx_fed.__file__).parent
 LAYERS = [
-    {"errors", "tracebacks", "task_settings", "settings_check", "task"},
+    {"errors", "events", "tracebacks", "task_settings", "settings_check", "task"},
     {"system"},
     {"arrays"},
     {"training", "data", "flower"},

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -489,17 +490,17 @@ def test_settings_of_flwr_run_are_free_but_for_slips(tmp_path: Path):
 )
 def test_what_a_node_refuses(source: Any, config: dict, message: str):
     with pytest.raises(fed.FedError, match=message):
-        fed.join(source, "127.0.0.1:1", wait=0.0, config=config, notify=lambda *_, **__: None)
+        fed.join(source, "127.0.0.1:1", wait=0.0, config=config, listener=lambda event: None)
 
 
 def test_a_node_says_which_settings_are_the_servers():
     told: list[str] = []
 
-    def tell(event: str, **fields: Any) -> None:
-        told.extend([fields["text"]] if event == "note" else [])
+    def listen(event: events.Event) -> None:
+        told.extend([event.text] if isinstance(event, events.Notice) else [])
 
     with pytest.raises(fed.FedError, match="No server at"):
-        fed.join(TASK, "127.0.0.1:1", wait=0.0, config={"learning_rate": 0.5}, notify=tell)
+        fed.join(TASK, "127.0.0.1:1", wait=0.0, config={"learning_rate": 0.5}, listener=listen)
     assert told == ["learning-rate: the server's values are trained with, not this node's"]
 
 

@@ -12,6 +12,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
+from .events import Event
 from .monitoring.server_terminal import server_line
 from .rounds import loop, named_strategies, strategies
 from .rounds.settings import VALUES, decide_rounds, settings_of
@@ -112,9 +113,9 @@ def _name(config: Config) -> str | None:
     return name or None
 
 
-def _log(event: str, fields: dict[str, Any]) -> None:
+def _log(event: Event) -> None:
     """Flower gathers a ServerApp's log lines and shows them with ``flwr run --stream``."""
-    line = server_line(event, fields)
+    line = server_line(event)
     if line:
         _FLOWER.info("%s", line)
 

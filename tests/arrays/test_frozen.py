@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -169,7 +170,7 @@ def test_a_model_is_the_same_whichever_global_generator_it_is_drawn_from():
 
 
 def test_a_node_with_another_frozen_array_is_turned_away(tmp_path: Path):
-    told: list[tuple[str, dict]] = []
+    told: list[events.Event] = []
     head = replace(TASK, model=lambda: trained_otherwise(Net(VALUES)))
     apps = [fed.client_app(each) for each in (task(), head, task(changed()), task())]
     result = federate(
@@ -178,12 +179,14 @@ def test_a_node_with_another_frozen_array_is_turned_away(tmp_path: Path):
         apps,
         task=task(),
         num_rounds=1,
-        listener=lambda event, fields: told.append((event, fields)),
+        listener=told.append,
     )
     assert result.rounds[0]["train"]["nodes"] == ["node-0", "node-1", "node-3"]
-    ((name, reason),) = (fields.values() for event, fields in told if event == "refused")
-    assert name == "node-2"
-    assert "frozen array 'back.weight' has other values: read it from the same file" in reason
+    (refused,) = (event for event in told if isinstance(event, events.NodeRefused))
+    assert refused.node == "node-2"
+    assert (
+        "frozen array 'back.weight' has other values: read it from the same file" in refused.reason
+    )
 
 
 def trained_otherwise(net: Net) -> Net:
@@ -194,9 +197,9 @@ def trained_otherwise(net: Net) -> Net:
 def test_a_node_with_other_rounding_takes_part_and_that_is_said(tmp_path: Path):
     notes: list[str] = []
 
-    def listener(event: str, fields: dict) -> None:
-        if event == "note":
-            notes.append(fields["text"])
+    def listener(event: events.Event) -> None:
+        if isinstance(event, events.Notice):
+            notes.append(event.text)
 
     apps = [fed.client_app(task()), fed.client_app(task(np.nextafter(VALUES, np.float32(9))))]
     result = federate(FedAvg(), tmp_path, apps, task=task(), num_rounds=1, listener=listener)
@@ -214,17 +217,20 @@ def test_a_node_that_says_nothing_of_its_frozen_arrays_is_turned_away(tmp_path: 
         return reply
 
     app = fed.client_app(task())
-    told: list[dict] = []
+    told: list[events.Event] = []
     federate(
         FedAvg(min_available_nodes=1),
         tmp_path,
         [app, app, silent],
         task=task(),
         num_rounds=1,
-        listener=lambda event, fields: told.append(fields) if event == "refused" else None,
+        listener=lambda event: (
+            told.append(event) if isinstance(event, events.NodeRefused) else None
+        ),
     )
-    assert [fields["node"] for fields in told] == ["node-2"]
-    assert "frozen array 'back.weight' is missing" in told[0]["reason"]
+    told = [event for event in told if isinstance(event, events.NodeRefused)]
+    assert [event.node for event in told] == ["node-2"]
+    assert "frozen array 'back.weight' is missing" in told[0].reason
 
 
 def test_what_the_fingerprint_covers_is_not_read(tmp_path: Path):

@@ -8,6 +8,7 @@ import itertools
 import pickle
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_a_run_has_the_same_bits_and_leaves_nothing(kind, monkeypatch, tmp_path:
     (folder / "waiting" / "of-a-run-that-was-killed").write_text("half")
     seen = 0
 
-    def listener(event: str, fields: dict) -> None:
+    def listener(event: events.Event) -> None:
         nonlocal seen
         seen = max(seen, len(list((folder / "waiting").glob("[0-9]*"))))
 

@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 from flwr.serverapp.strategy import FedAdam
@@ -22,8 +23,8 @@ def main() -> None:
     runs, number, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would go on with an error
 
-    def limit(event: str, fields: dict) -> None:
-        if event == "round" and fields["round"] == number:
+    def limit(event: events.Event) -> None:
+        if isinstance(event, events.RoundFinished) and event.record["round"] == number:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     place = {"resume": "run"} if (runs / "run").exists() else {"name": "run"}

@@ -13,6 +13,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -293,8 +294,8 @@ def test_a_server_that_answers_now_and_then_is_not_given_up(monkeypatch):
         connection.register()
         told: list[str] = []
 
-        def tell(event: str, **fields: object) -> None:
-            told.append(event)
+        def tell(event: events.Event) -> None:
+            told.append(event.name)
 
         node = _Node(connection, None, {}, from_files(address, None, None), 0.5, tell)
         tries: list[bool] = []
@@ -331,7 +332,7 @@ def test_a_node_holds_its_examples_once(start, tmp_path):
 
     _, address = serve(start, tmp_path, "--min-nodes", 1, "--rounds", 1)
     holding = replace(task, data=load, optimizer=optimizer)
-    fed.join(holding, address, wait=60, notify=lambda *_, **__: None)
+    fed.join(holding, address, wait=60, listener=lambda event: None)
     assert alive
     assert not any(alive)
 
@@ -366,7 +367,7 @@ def test_a_node_cannot_steer_the_servers_terminal(start, tmp_path):
     assert "[bold]x[/bold] y joined" in server.text
     # A node of another make may have any name.
     for sent in ("\x1b[2Jred", "a\nround 9   accuracy 1.0000", "\N{RIGHT-TO-LEFT OVERRIDE}x"):
-        shown = printable(server_line("joined", {"node": sent, "nodes": 1}))
+        shown = printable(server_line(events.NodeJoined(sent, 1)))
         assert shown.isprintable()
     assert len(printable("A" * 10_000_000)) < 2000
 

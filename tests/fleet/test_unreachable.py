@@ -151,7 +151,7 @@ def test_a_node_whose_activation_is_not_answered_is_not_another_one(tmp_path, mo
 
     monkeypatch.setattr(connection._transport, "ActivateNode", lose_the_answer)
     told: list[str] = []
-    joining = _Node(connection, None, {}, who, 60.0, lambda event, **_: told.append(event))
+    joining = _Node(connection, None, {}, who, 60.0, lambda event: told.append(event.name))
     thread = threading.Thread(target=joining._register, daemon=True)
     thread.start()
     time.sleep(node._TAKEN + 0.5)  # its server is started later

@@ -183,7 +183,7 @@ def test_a_node_that_was_started_again_is_asked_again(server):
     """What a process before it was asked, has answered, or was sent away for is not its own."""
     who = server.identity()
     told = []
-    roster = Roster(server.grid, {}, {}, {}, lambda event, **_: told.append(event))
+    roster = Roster(server.grid, {}, {}, {}, lambda event: told.append(event.name))
 
     def started() -> tuple[FleetClient, Message]:
         one = joined(who)
@@ -275,7 +275,7 @@ def test_a_node_that_is_back_while_replies_are_read_has_an_answer(server, monkey
 def test_a_node_has_the_name_that_it_enrolled_with(server):
     one = joined(server.identity("honest"))
     told = []
-    roster = Roster(server.grid, {}, {}, {}, lambda event, **fields: told.append((event, fields)))
+    roster = Roster(server.grid, {}, {}, {}, told.append)
     roster.update()
     asked = one.receive()
     answer = {"name": "another", "partition-id": 0, "parameters": "{}", "statistics": "{}"}

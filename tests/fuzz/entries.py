@@ -366,7 +366,7 @@ def roll_call(data: bytes) -> bool:
     message_id, node_id = question.metadata.message_id, here.node.node_id
     told: list[str] = []
     roster = Roster(
-        here.grid, SPEC, {}, {}, lambda event, **fields: told.append(event), {"base": "3f2a"}
+        here.grid, SPEC, {}, {}, lambda event: told.append(event.name), {"base": "3f2a"}
     )
     roster.asked = {message_id: node_id}
     given = dict(zip(_ANSWERED, data.decode("utf-8", "replace").split("\0"), strict=False))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -59,11 +60,11 @@ def simulate(drawn: Drawn, runs: Path, name: str = "run", **options: Any) -> Run
     notes: list[str] = []
     failed: list[str] = []
 
-    def listen(event: str, fields: Mapping[str, Any]) -> None:
-        if event == "note":
-            notes.append(str(fields["text"]))
-        if event == "failed":
-            failed.append(f"{fields['phase']} of {fields['node']}: {fields['reason']}")
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.Notice):
+            notes.append(str(event.text))
+        if isinstance(event, events.ReplyRefused):
+            failed.append(f"{event.phase} of {event.node}: {event.reason}")
 
     options = {"workers": 0, "num_rounds": drawn.num_rounds, "keep": 0, **options}
     try:
@@ -90,9 +91,9 @@ def nodes(drawn: Drawn, runs: Path) -> Run:
     """Runs the task on nodes of their own, which get messages and answer them."""
     failed: list[str] = []
 
-    def listen(event: str, fields: Mapping[str, Any]) -> None:
-        if event == "failed":
-            failed.append(f"{fields['phase']} of {fields['node']}: {fields['reason']}")
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.ReplyRefused):
+            failed.append(f"{event.phase} of {event.node}: {event.reason}")
 
     folder = runs / "nodes"
     folder.mkdir()

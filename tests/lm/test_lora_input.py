@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -563,9 +564,9 @@ def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path
     apps = [fed.client_app(with_all_texts(lora_task(c))) for c in (config, config, other)]
     told: list[tuple[str, str]] = []
 
-    def listen(event: str, fields: dict) -> None:
-        if event == "refused":
-            told.append((fields["node"], fields["reason"]))
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.NodeRefused):
+            told.append((event.node, event.reason))
 
     history = History(tmp_path, (listen,))
     loop.run(LoopbackGrid(apps), find(), Trainer(task), Settings(num_rounds=1), history)

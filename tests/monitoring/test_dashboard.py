@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from mlx_fed import events
 from mlx_fed.monitoring.dashboard import DashboardError, serving
 from mlx_fed.runs.history import History
 
@@ -58,7 +59,7 @@ def test_a_history_is_told_from_where_it_was_left(ask, runs: Path):
     path = f"/api/runs/one?start={first['end']}&file_id={first['file_id']}"
     assert ask(path).json()["lines"] == []
     history.add_round({"round": 3})
-    history.notify("phase", phase="train", round=4, of=4, nodes=1)
+    history.notify(events.PhaseStarted(phase="train", round=4, of=4, nodes=1))
     with (runs / "one" / "history.jsonl").open("a") as file:
         file.write('{"round": 4, "tr')
     news = ask(path).json()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_fed import events
 from mlx_fed.runs import folders, round_record
 from mlx_fed.monitoring.dashboard import serving
 from mlx_fed.runs.history import History
@@ -79,8 +80,8 @@ def add_round(history: History, number: int, of: int, clients: int, left_out: li
     few = clients <= round_record.MANY
     for phase in ("train", "evaluate"):
         now = {"phase": phase, "round": number, "of": of, "nodes": clients}
-        history.notify("phase", **now, answered=0)
-        history.notify("replies", **now, answered=clients)
+        history.notify(events.PhaseStarted(**now, answered=0))
+        history.notify(events.RepliesArrived(**now, answered=clients))
     history.add_round(
         {
             "round": number,
@@ -107,7 +108,7 @@ def make(
         refused = {"node": NASTY, "phase": "train", "reason": f"cannot {NASTY}"}
         add_round(history, number, rounds, clients, [late, refused] if number == 2 else [])
     if finish:
-        history.notify("finished", model=folder, seconds=1.0)
+        history.notify(events.RunFinished(model=folder, seconds=1.0))
     return history
 
 
@@ -198,7 +199,9 @@ def test_who_is_not_let_in_is_shown_with_the_reason(visit, tmp_path: Path):
     with serving(tmp_path / "runs", port=0) as address:
         folder = tmp_path / "runs" / "one"
         history = begun(folder, 3)
-        history.notify("refused", node=NASTY, reason=f"its model is not the server's: {NASTY}")
+        history.notify(
+            events.NodeRefused(node=NASTY, reason=f"its model is not the server's: {NASTY}")
+        )
         page = visit(address)  # it waits for nodes, and no round has begun
         said = f"{NASTY} is not let in: its model is not the server's: {NASTY}"
         page.locator("#reasons").get_by_text(said, exact=True).wait_for()
@@ -206,17 +209,17 @@ def test_who_is_not_let_in_is_shown_with_the_reason(visit, tmp_path: Path):
         page.get_by_text("Each node").click()
         row = page.locator("#nodes tr", has_text=NASTY)
         assert f"not let in: its model is not the server's: {NASTY}" in row.inner_text()
-        history.notify("joined", node=NASTY, nodes=5)
-        history.notify("note", text="it has the right model now")
+        history.notify(events.NodeJoined(node=NASTY, nodes=5))
+        history.notify(events.Notice(text="it has the right model now"))
         page.locator("#reasons").get_by_text(said, exact=True).wait_for(state="detached")
 
 
 def test_who_is_left_out_of_the_round_that_goes_on_is_shown(visit, tmp_path: Path):
     with serving(tmp_path / "runs", port=0) as address:
         history = begun(tmp_path / "runs" / "one", 3)
-        history.notify("phase", phase="train", round=1, of=3, nodes=2, answered=0)
-        history.notify("failed", node=NASTY, phase="train", reason=f"no {NASTY}")
-        history.notify("note", text="written at once")
+        history.notify(events.PhaseStarted(phase="train", round=1, of=3, nodes=2, answered=0))
+        history.notify(events.ReplyRefused(node=NASTY, phase="train", reason=f"no {NASTY}"))
+        history.notify(events.Notice(text="written at once"))
         page = visit(address)
         said = f"{NASTY} left out of round 1, train: no {NASTY}"
         page.locator("#reasons").get_by_text(said, exact=True).wait_for()
@@ -365,14 +368,14 @@ def test_the_page_follows_a_run_as_it_goes(visit, tmp_path: Path):
         page.get_by_text("No run yet").wait_for()
         history = make(tmp_path / "runs" / "one", rounds=2, finish=False)
         time.sleep(0.2)  # a phase that one can see
-        history.notify("phase", phase="evaluate", round=2, of=2, nodes=4, answered=0)
+        history.notify(events.PhaseStarted(phase="evaluate", round=2, of=2, nodes=4, answered=0))
         page.get_by_text("round 2 of 2: evaluate").wait_for()
         add_round(history, 3, 4, 4, [])
         page.locator("#runs").get_by_text("3 of 2").wait_for()
         page.locator("#curves").get_by_text("round 3").first.wait_for()
         history.go_on_after(1)  # it was resumed from an earlier round
         page.locator("#runs").get_by_text("1 of 2").wait_for()
-        history.notify("finished", model="x", seconds=1.0)
+        history.notify(events.RunFinished(model="x", seconds=1.0))
         page.locator("#now").get_by_text("finished").wait_for()
         # A newer run is shown at once, unless someone has chosen.
         make(tmp_path / "runs" / "two")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -45,34 +46,35 @@ def test_the_median_stands_beside_a_mean_that_is_far_from_it():
         for node, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True))
     }
     shown = record(1, -2.5e29, 0.7) | {"each": {"evaluate": each}}
-    line = server_line("round", shown)
+    line = server_line(events.RoundFinished(shown))
     assert "   loss -250000000000000" in line
     assert " (median 0.3750)   accuracy 0.7000   0.50 s" in line
-    assert "median" not in server_line("round", record(1, 0.5, 0.7))
+    assert "median" not in server_line(events.RoundFinished(record(1, 0.5, 0.7)))
 
 
 def show(folder: Path, progress: Listener, rounds: int) -> None:
     """A run of one node, in a folder that need not be there."""
     folder.mkdir(exist_ok=True)
     history = History(folder, (progress,))
-    history.notify("serving", address="127.0.0.1:8080", secure=False)
+    history.notify(events.ServerReady(address="127.0.0.1:8080", secure=False))
     history.write_settings({"num_rounds": rounds})
-    history.notify("waiting", nodes=0, needed=1)
-    history.notify("joined", node="[red]node-0", nodes=1)
+    history.notify(events.NodesAwaited(nodes=0, needed=1))
+    history.notify(events.NodeJoined(node="[red]node-0", nodes=1))
     for number in range(len(history.rounds) + 1, rounds + 1):
         begin(history, "train", number, rounds, answered=1)
         begin(history, "evaluate", number, rounds, answered=1)
         history.add_round(record(number, 1 / number, 1 - 0.5 / number))
-    history.notify("finished", seconds=12.34, model="runs/one/model.safetensors")
+    history.notify(events.RunFinished(seconds=12.34, model="runs/one/model.safetensors"))
 
 
 def begin(
     history: History, phase: str, number: int, of: int, nodes: int = 1, answered: int = 0
 ) -> None:
+    moved, seconds_left = history.so_far(of - number + 1)
     now = {"phase": phase, "round": number, "of": of, "nodes": nodes}
-    now |= history.so_far(of - number + 1)
-    history.notify("phase", **now, answered=0)
-    history.notify("replies", **now, answered=answered)
+    now |= {"bytes": moved, "seconds_left": seconds_left}
+    history.notify(events.PhaseStarted(**now, answered=0))
+    history.notify(events.RepliesArrived(**now, answered=answered))
 
 
 def test_a_file_gets_plain_lines_and_a_summary(tmp_path: Path):
@@ -101,9 +103,9 @@ def test_the_summary_is_of_the_whole_run_that_was_resumed(tmp_path: Path):
     history = History(tmp_path, (ServerTerminal(Console(file=written, highlight=False)),))
     history.write_settings({"num_rounds": 5})
     history.go_on_after(4)
-    assert history.so_far(2) == {"bytes": 16_000_000, "seconds_left": 1.0}
+    assert history.so_far(2) == (16_000_000, 1.0)
     history.add_round(record(5, 0.25, 0.75))
-    history.notify("finished", seconds=1.0, model="model.safetensors")
+    history.notify(events.RunFinished(seconds=1.0, model="model.safetensors"))
     assert "In 5 rounds: train loss 2.0000 -> 0.5000, loss 1.0000 -> 0.2500" in written.getvalue()
 
 
@@ -115,7 +117,7 @@ def test_of_many_that_are_left_out_a_few_are_named_and_the_others_counted(tmp_pa
         begin(history, phase, 1, 1, nodes=100)
         for number in range(failures):
             refused.append({"node": f"node-{number}", "phase": phase, "reason": "no answer"})
-            history.notify("failed", **refused[-1])
+            history.notify(events.ReplyRefused(**refused[-1]))
     history.add_round({**record(1, 1, 1), "refused": refused})
     lines = written.getvalue().splitlines()
     assert lines[:10] == [f"node-{k} left out of train: no answer" for k in range(10)]
@@ -195,12 +197,12 @@ def test_a_run_whose_output_fails_goes_on(output: str, said: str, tmp_path: Path
 def test_a_node_whose_output_fails_goes_on(option: tuple[str, ...], tmp_path: Path):
     nodes: list[subprocess.Popen[str]] = []
 
-    def join(event: str, fields: dict) -> None:
-        if event == "serving":
+    def join(event: events.Event) -> None:
+        if isinstance(event, events.ServerReady):
             unread, output = os.pipe()
             os.close(unread)
             command = [sys.executable, "-m", "mlx_fed", "join", "tests.tasks:moons", *option]
-            command += ["--server", fields["address"]]
+            command += ["--server", event.address]
             streams = {"stdout": output, "stderr": subprocess.PIPE, "text": True}
             nodes.append(subprocess.Popen(command, cwd=ROOT, **streams))
             os.close(output)

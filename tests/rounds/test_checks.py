@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -139,11 +140,11 @@ def without_node_0() -> dict[str, mx.array]:
 @pytest.mark.parametrize("case", UNFIT)
 def test_an_unfit_reply_is_refused_and_the_run_goes_on(case: str, tmp_path: Path, without_node_0):
     change, reason = UNFIT[case]
-    told: list[dict] = []
+    told: list[events.ReplyRefused] = []
 
-    def listener(event: str, fields: dict) -> None:
-        if event == "failed":
-            told.append(fields)
+    def listener(event: events.Event) -> None:
+        if isinstance(event, events.ReplyRefused):
+            told.append(event)
 
     # The first reply, whose names and metrics a strategy may take for everybody's.
     apps = [on_train(change), CLIENT, CLIENT]
@@ -155,8 +156,8 @@ def test_an_unfit_reply_is_refused_and_the_run_goes_on(case: str, tmp_path: Path
         assert reason in refused["reason"]
         assert record["train"]["nodes"] == ["node-1", "node-2"]
         assert record["evaluate"]["nodes"] == ["node-0", "node-1", "node-2"]
-    assert [fields["node"] for fields in told] == ["node-0", "node-0"]
-    assert reason in told[0]["reason"]
+    assert [event.node for event in told] == ["node-0", "node-0"]
+    assert reason in told[0].reason
     assert difference(result.parameters, without_node_0) < 3e-7
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -237,9 +238,9 @@ def test_of_two_ways_to_name_things_the_tasks_own_counts(kind, change, phase, tm
 def test_a_node_is_left_out_after_three_refusals_running_and_that_is_said(tmp_path: Path):
     told: list[dict] = []
 
-    def listener(event: str, fields: dict) -> None:
-        if event == "refused":
-            told.append(fields)
+    def listener(event: events.Event) -> None:
+        if isinstance(event, events.NodeRefused):
+            told.append(event)
 
     apps = [CLIENT, unfit_in({1, 2, 4, 5, 6, 7}), CLIENT]
     result = federate(FedAvg(), tmp_path, apps, num_rounds=7, listener=listener)
@@ -248,9 +249,9 @@ def test_a_node_is_left_out_after_three_refusals_running_and_that_is_said(tmp_pa
     assert [record.get("left_out") for record in result.rounds] == [None] * 5 + [["node-1"], None]
     assert [len(record["refused"]) for record in result.rounds] == [1, 1, 0, 1, 1, 1, 0]
     assert result.rounds[6]["evaluate"]["nodes"] == ["node-0", "node-2"]
-    (fields,) = told
-    assert fields["node"] == "node-1"
-    assert fields["reason"].startswith("3 replies running were refused, the last for this: ")
+    (event,) = told
+    assert event.node == "node-1"
+    assert event.reason.startswith("3 replies running were refused, the last for this: ")
 
 
 def test_a_strategy_that_wants_all_nodes_does_not_wait_for_one_left_out(tmp_path: Path):
@@ -318,9 +319,9 @@ def test_a_repeated_round_ends_as_if_it_had_been_well(kind, number, keep, tmp_pa
     expected = federate(kind(), tmp_path / "well", (CLIENT,) * 3)
     notes: list[str] = []
 
-    def listener(event: str, fields: dict) -> None:
-        if event == "note":
-            notes.append(fields["text"])
+    def listener(event: events.Event) -> None:
+        if isinstance(event, events.Notice):
+            notes.append(event.text)
 
     apps = [unfit_in({number}, times=1) for _ in range(3)]
     result = federate(kind(), tmp_path / "ill", apps, listener=listener, keep=keep)

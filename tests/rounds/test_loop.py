@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -36,9 +37,9 @@ def read_history(folder: Path) -> list[dict]:
 def test_one_node_is_enough_where_one_is_asked_for(start, tmp_path: Path):
     nodes = []
 
-    def join(event: str, fields: dict) -> None:
-        if event == "serving":
-            arguments = ("join", "tests.tasks:moons", "--server", fields["address"])
+    def join(event: events.Event) -> None:
+        if isinstance(event, events.ServerReady):
+            arguments = ("join", "tests.tasks:moons", "--server", event.address)
             nodes.append(start("-m", "mlx_fed", *arguments))
 
     result = fed.serve(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import pytest
@@ -43,9 +44,9 @@ def test_running_statistics_are_not_sent_around_a_strategys_noise(kind, tmp_path
 def test_statistics_that_stay_with_clients_are_no_matter(kind, tmp_path: Path):
     notes: list[str] = []
 
-    def listener(event: str, fields: dict) -> None:
-        if event == "note":
-            notes.append(fields["text"])
+    def listener(event: events.Event) -> None:
+        if isinstance(event, events.Notice):
+            notes.append(event.text)
 
     mods = [MODS[kind]] if kind in MODS else None
     apps = [fed.client_app(LOCAL, mods)] * 7

@@ -13,6 +13,7 @@ from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -124,8 +125,8 @@ class Stopped(Exception):
 
 
 def stop_in(number: int, phase: str) -> Callable[[str, dict], None]:
-    def listen(event: str, fields: dict) -> None:
-        if event == "phase" and (fields["round"], fields["phase"]) == (number, phase):
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and (event.round, event.phase) == (number, phase):
             raise Stopped
 
     return listen
@@ -188,7 +189,7 @@ def test_a_run_that_is_done_can_be_asked_for_more_rounds_only(tmp_path: Path):
         tmp_path / "run",
         num_rounds=1,
         resume=True,
-        listener=lambda event, _: told.append(event),
+        listener=lambda event: told.append(event.name),
     )
     assert_same_end(again, expected)
     assert told == ["resumed", "started", "finished"]
@@ -327,8 +328,8 @@ def test_a_strategy_that_cannot_be_kept_is_refused_at_the_start(tmp_path: Path):
 
 
 def test_a_run_has_one_leader(tmp_path: Path):
-    def lead_too(event: str, fields: dict) -> None:
-        if event == "round":
+    def lead_too(event: events.Event) -> None:
+        if isinstance(event, events.RoundFinished):
             with pytest.raises(HistoryError, match="is being led by another process"):
                 federate(FedAvg(), tmp_path, num_rounds=1, resume=True)
 
@@ -371,7 +372,7 @@ def copy_of(stopped: tuple[Path, fed.Result], tmp_path: Path) -> Path:
 
 def resume_to(expected: fed.Result, folder: Path) -> list[tuple[str, dict]]:
     told: list[tuple[str, dict]] = []
-    listeners = (lambda event, fields: told.append((event, fields)),)
+    listeners = (told.append,)
     resumed = simulated(FedAdam(), folder.parent, resume=folder.name, listeners=listeners)
     assert_same_end(resumed, expected)
     return told
@@ -406,10 +407,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, tmp_p
         assert (last.round, named) == (2, [newest]), (kind, place)
 
     told = resume_to(stopped[1], folder)
-    (note,) = [fields["text"] for event, fields in told if event == "note"]
+    (note,) = [event.text for event in told if isinstance(event, events.Notice)]
     assert newest.name in note
     assert "its bytes do not have the checksum of its name" in note
-    assert ("resumed", {"round": 2}) in told
+    assert events.RunResumed(2) in told
 
 
 def test_a_file_that_was_given_a_checkpoints_name_is_not_read(stopped, tmp_path: Path):
@@ -418,7 +419,7 @@ def test_a_file_that_was_given_a_checkpoints_name_is_not_read(stopped, tmp_path:
     (folder / "checkpoints" / "00003.part").write_bytes(b"half")
     (folder / "checkpoints" / "notes.safetensors").write_bytes(b"mine")
     told = resume_to(stopped[1], folder)
-    assert ("resumed", {"round": 3}) in told
+    assert events.RunResumed(3) in told
     left = {path.name.partition("-")[0] for path in (folder / "checkpoints").iterdir()}
     assert left == {"00002", "00003", "00004", "notes.safetensors"}
 
@@ -445,7 +446,7 @@ def test_rounds_after_the_checkpoint_are_dropped(stopped, tmp_path: Path):
     checkpoints(folder)[3].unlink()
     assert len(read_history(folder)) == 3
     told = resume_to(stopped[1], folder)
-    assert ("resumed", {"round": 2}) in told
+    assert events.RunResumed(2) in told
 
 
 # -- what is kept --------------------------------------------------------------------------
@@ -493,8 +494,8 @@ def test_large_parameters_of_a_checkpoint_wait_on_disk(tmp_path: Path):
 
 
 def test_a_disk_that_is_full_ends_the_run_with_what_was_reached(tmp_path: Path):
-    def fill(event: str, fields: dict) -> None:
-        if event == "round" and fields["round"] == 2:
+    def fill(event: events.Event) -> None:
+        if isinstance(event, events.RoundFinished) and event.record["round"] == 2:
             while not (tmp_path / "checkpoints").exists():  # it is made beside the rounds
                 time.sleep(0.01)
             (tmp_path / "checkpoints" / "00003.part").symlink_to("/dev/full")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -27,6 +28,14 @@ from ..loopback import LoopbackGrid
 from .test_strategies import CLIENT, SEED, TASK, federate
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
+
+
+def appending(told: list[events.Event], kind: type[events.Event]) -> events.Listener:
+    def listen(event: events.Event) -> None:
+        if isinstance(event, kind):
+            told.append(event)
+
+    return listen
 
 
 def lead(grid: Grid, folder: Path, listener=None, **settings) -> loop.Result:
@@ -67,10 +76,12 @@ def test_a_node_that_could_not_be_sent_a_message_is_left_out(kind: str, tmp_path
     grid = Forgetful([CLIENT] * 3)
     grid.kind = kind
     result = lead(
-        grid, tmp_path, lambda event, fields: told.append(fields) if event == "failed" else None
+        grid,
+        tmp_path,
+        appending(told, events.ReplyRefused),
     )
     expected = {"node": "node-1", "phase": kind, "reason": "the message to it could not be sent"}
-    assert told == [expected]
+    assert [event.to_dict() for event in told] == [expected]
     assert result.rounds[0]["refused"] == [{**expected, "missing": True}]
     assert result.rounds[0][kind]["nodes"] == ["node-0", "node-2"]
 
@@ -135,8 +146,8 @@ def test_a_node_that_left_when_it_was_refused_is_remembered(tmp_path: Path):
     """As our nodes do."""
     grid = LoopbackGrid([CLIENT])
 
-    def leaves(event: str, fields: dict) -> None:
-        if event == "refused":
+    def leaves(event: events.Event) -> None:
+        if isinstance(event, events.NodeRefused):
             grid.apps.clear()
 
     with pytest.raises(loop.RunError, match="left out: node-0: its model is not the server's"):
@@ -156,11 +167,13 @@ def test_a_name_is_one_nodes_alone(tmp_path: Path):
         grid.contexts[node_id].node_config["name"] = "mac"
     told: list[dict] = []
     result = lead(
-        grid, tmp_path, lambda event, fields: told.append(fields) if event == "refused" else None
+        grid,
+        tmp_path,
+        appending(told, events.NodeRefused),
     )
-    ((name, reason),) = (fields.values() for fields in told)
-    assert name == "mac"
-    assert "its name is taken by the node with id 0" in reason
+    (refused,) = told
+    assert refused.node == "mac"
+    assert "its name is taken by the node with id 0" in refused.reason
     assert result.rounds[0]["train"]["nodes"] == ["mac", "node-2"]
 
 
@@ -168,9 +181,9 @@ def test_a_node_with_another_fingerprint_is_turned_away(tmp_path: Path):
     """Whatever a task says has to be the same, beside its parameters' names and shapes."""
     told: list[dict] = []
 
-    def listen(event: str, fields: dict) -> None:
-        if event == "refused":
-            told.append(fields)
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.NodeRefused):
+            told.append(event)
 
     same, other = (
         replace(TASK, fingerprint=lambda digest=digest: {"base model": digest})
@@ -181,7 +194,7 @@ def test_a_node_with_another_fingerprint_is_turned_away(tmp_path: Path):
     leading = Settings(num_rounds=1, seed=SEED)
     result = loop.run(LoopbackGrid(apps), FedAvg(), Trainer(same, SEED), leading, history)
     assert result.rounds[0]["train"]["nodes"] == ["node-0", "node-1"]
-    assert [fields["reason"] for fields in told] == [
+    assert [event.reason for event in told] == [
         "its base model is not the server's: 9c1b, expected 3f2a",
         "its base model is not the server's: None, expected 3f2a",
     ]
@@ -226,11 +239,11 @@ def test_an_answer_to_the_roll_call_that_is_no_answer(what: str, answer: str, tm
             reply.content["node"][what] = answer
         return reply
 
-    def listen(event: str, fields: dict) -> None:
-        if event == "refused":
-            told.append(fields)
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.NodeRefused):
+            told.append(event)
 
     grid, history = LoopbackGrid([node, node, odd]), History(tmp_path, (listen,))
     loop.run(grid, FedAvg(), Trainer(task, SEED), Settings(num_rounds=1, seed=SEED), history)
-    assert [fields["node"] for fields in told] == ["node-2"]
-    assert "unreadable answer" in told[0]["reason"]
+    assert [event.node for event in told] == ["node-2"]
+    assert "unreadable answer" in told[0].reason

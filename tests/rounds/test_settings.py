@@ -21,6 +21,7 @@ import pytest
 from flwr.app import Context, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
+from mlx_fed import events
 from mlx_fed.rounds.settings import Settings
 
 from ..loopback import LoopbackGrid
@@ -252,8 +253,8 @@ def test_a_model_that_is_saved_without_a_path_is_in_the_runs_folder(tmp_path: Pa
 def test_derived_metrics_that_fail_name_the_line(derived: Any, reason: str, tmp_path: Path):
     notes: list[str] = []
 
-    def listen(event: str, fields: dict[str, Any]) -> None:
-        notes.extend([fields["text"]] if event == "note" else [])
+    def listen(event: events.Event) -> None:
+        notes.extend([event.text] if isinstance(event, events.Notice) else [])
 
     task = replace(TASK, derived=derived)
     simulate(None, tmp_path, task, 2, num_rounds=1, listeners=(listen,))

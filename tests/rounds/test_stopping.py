@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -78,12 +79,12 @@ def test_what_ends_a_run(name: str, tmp_path: Path):
     options, rounds, reason = RULES[name]
     told: list[dict] = []
 
-    def listen(event: str, fields: dict) -> None:
-        told.extend([fields] if event == "finished" else [])
+    def listen(event: events.Event) -> None:
+        told.extend([event] if isinstance(event, events.RunFinished) else [])
 
     result = simulate(tmp_path, **options, listeners=(listen,))
     assert len(result.rounds) == rounds
-    assert [fields["stopped"] for fields in told] == [result.stopped]
+    assert [event.stopped for event in told] == [result.stopped]
     stopped = settings_of(result).get("stopped")
     if reason is None:
         assert result.stopped is stopped is None
@@ -155,8 +156,8 @@ def test_more_rounds_are_kept_over_another_stop(tmp_path: Path):
     class Killed(Exception):
         pass
 
-    def kill(event: str, fields: dict) -> None:
-        if event == "phase" and fields["round"] == 4:
+    def kill(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and event.round == 4:
             raise Killed
 
     with pytest.raises(Killed):

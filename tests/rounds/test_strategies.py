@@ -49,6 +49,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
+from mlx_fed import events
 import mlx_fed as fed
 from mlx_fed.rounds import messages, loop, strategies
 from mlx_fed.runs.history import History
@@ -144,7 +145,7 @@ def federate(
     num_rounds: int = 3,
     seed: int = SEED,
     node_ids: Sequence[int] | None = None,
-    listener: Callable[[str, dict], None] | None = None,
+    listener: events.Listener | None = None,
     resume: bool = False,
     **settings: Any,
 ) -> loop.Result:
@@ -320,8 +321,8 @@ def test_replies_are_gone_once_they_are_aggregated(name: str, tmp_path: Path):
         replied.extend(weakref.ref(array) for some in arrays for array in some)
         return aggregate(server_round, replies)
 
-    def listener(event: str, fields: dict) -> None:
-        if event == "phase" and fields["phase"] == "evaluate":
+    def listener(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and event.phase == "evaluate":
             assert [each() for each in replied] == [None] * len(replied)
 
     strategy.aggregate_train = aggregate_train

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from mlx_fed import events
 from mlx_fed.runs import folders, status
 from mlx_fed.cli.main import app
 from mlx_fed.runs.history import History
@@ -31,7 +32,7 @@ def make_run(folder: Path, rounds: int = 2, **settings: object) -> Path:
         history.add_round(
             {"round": number, "train": train, "seconds": {"train": 0.5}, "refused": []}
         )
-    history.notify("finished", model=folder, seconds=1.0)
+    history.notify(events.RunFinished(model=folder, seconds=1.0))
     return folder
 
 
@@ -82,13 +83,13 @@ def test_one_run_is_shown(tmp_path: Path):
 def test_why_a_run_stopped_and_who_was_kept_out_is_shown(tmp_path: Path):
     history = History(make_run(tmp_path / "one"))
     history.write_settings({"num_rounds": 5})
-    history.notify("refused", node="\x1b[2Jnode-3", reason="its model is another")
+    history.notify(events.NodeRefused(node="\x1b[2Jnode-3", reason="its model is another"))
     left_out = [
         {"node": f"node-{k}", "phase": "train", "reason": f"no water in {k}"} for k in (1, 2)
     ]
-    history.notify("failed", **left_out[0])
+    history.notify(events.ReplyRefused(**left_out[0]))
     history.add_round({"round": 3, "refused": left_out[:1]})
-    history.notify("failed", **left_out[1])
+    history.notify(events.ReplyRefused(**left_out[1]))
     with pytest.raises(RuntimeError), history.held():
         raise RuntimeError("Round 4: none of 2 nodes")
     shown = command("runs", "show", "one", "--runs", tmp_path).splitlines()
@@ -214,9 +215,9 @@ def test_a_run_is_removed_if_it_is_one_and_is_over(tmp_path: Path):
 
 def test_a_run_says_what_it_is_doing(tmp_path: Path):
     history = History(tmp_path)
-    history.notify("invited", node="a", token="secret", command="join")
-    history.notify("joined", node="a", nodes=1)
-    history.notify("phase", phase="train", round=1, of=3, nodes=2, answered=0)
+    history.notify(events.NodeInvited(node="a", token="secret", command="join"))
+    history.notify(events.NodeJoined(node="a", nodes=1))
+    history.notify(events.PhaseStarted(phase="train", round=1, of=3, nodes=2, answered=0))
     history.write_settings({})
     now = status.read(tmp_path)
     assert (now["state"], now["round"], now["of"], now["answered"]) == ("running", 1, 3, 0)
@@ -237,10 +238,10 @@ def test_phases_that_nobody_sees_are_not_written(
     history.write_settings({})
     for number in range(1, 10):
         for phase in ("train", "evaluate"):
-            history.notify("phase", phase=phase, round=number, of=9, nodes=1)
+            history.notify(events.PhaseStarted(phase=phase, round=number, of=9, nodes=1))
     now = status.read(tmp_path)
     assert (now["round"], now["phase"]) == seen
-    history.notify("finished", model=tmp_path, seconds=1.0)
+    history.notify(events.RunFinished(model=tmp_path, seconds=1.0))
     now = status.read(tmp_path)
     assert (now["state"], now["round"], now["phase"]) == ("finished", 9, "evaluate")
 
@@ -249,11 +250,11 @@ def test_who_is_not_let_in_is_remembered_until_it_is(tmp_path: Path):
     history = History(tmp_path)
     history.write_settings({})
     for number in range(150):
-        history.notify("refused", node=f"node-{number}", reason="its model is another")
+        history.notify(events.NodeRefused(node=f"node-{number}", reason="its model is another"))
     assert len(status.read(tmp_path)["refused"]) == 100
-    history.notify("refused", node="node-1", reason="its name is taken")
-    history.notify("joined", node="node-0", nodes=1)
-    history.notify("note", text="written at once")
+    history.notify(events.NodeRefused(node="node-1", reason="its name is taken"))
+    history.notify(events.NodeJoined(node="node-0", nodes=1))
+    history.notify(events.Notice(text="written at once"))
     refused = status.read(tmp_path)["refused"]
     assert "node-0" not in refused
     assert refused["node-1"] == "its name is taken"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_fed import events
 from mlx_fed.runs.history import History, HistoryError, new_run_folder
 
 
@@ -46,8 +47,8 @@ def test_a_place_that_takes_no_folder_is_an_error(tmp_path):
 
 def test_rounds_are_written_as_they_end_and_told(tmp_path):
     told = []
-    history = History(tmp_path, (lambda event, fields: told.append((event, fields)),))
-    history.notify("joined", node="a")
+    history = History(tmp_path, (told.append,))
+    history.notify(events.NodeJoined("a", 1))
     first = {"round": 1, "train": {"loss": 0.5, "nodes": ["a"]}}
     history.add_round(first)
     assert first["time"] > 0
@@ -57,8 +58,8 @@ def test_rounds_are_written_as_they_end_and_told(tmp_path):
     written = json.loads(lines[1])
     assert written.pop("time") > 0
     assert written == {"round": 2, "central": {"a": 0.25, "b": 0.5}}
-    assert [event for event, _ in told] == ["joined", "round", "round"]
-    assert told[0][1] == {"node": "a"}
+    assert [event.name for event in told] == ["joined", "round", "round"]
+    assert told[0] == events.NodeJoined("a", 1)
     assert history.rounds[0] is first
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -77,8 +78,8 @@ def test_what_are_no_labels_is_not_counted(split: Any, tmp_path: Path):
     for client in range(40):
         examples = split(*load(client, 40).train)
         counts = labels.count(fed.Data(tuple(map(mx.array, examples))))
-        file("labels", {"clients": {client: counts}})
-    file("finished", {})
+        file(events.LabelsCounted({client: counts}))
+    file(events.RunFinished(tmp_path, 1.0))
     assert labels.read(tmp_path) is None
 
 
@@ -112,8 +113,8 @@ def test_a_damaged_file_is_no_file(tmp_path: Path, text: str):
 def test_a_place_that_cannot_be_written_ends_no_simulation(tmp_path: Path):
     (tmp_path / "labels.json.part").mkdir()
     file = labels.LabelsFile(tmp_path, 1)
-    file("labels", {"clients": {0: {1: 2}}})
-    file("finished", {})
+    file(events.LabelsCounted({0: {1: 2}}))
+    file(events.RunFinished(tmp_path, 1.0))
     assert labels.read(tmp_path) is None
 
 
@@ -121,8 +122,8 @@ def test_a_file_written_again_in_the_same_moment_has_changed(tmp_path: Path):
     told = labels.LabelsFile(tmp_path, 3)
     states = []
     for client in range(2):
-        told("labels", {"clients": {client: {0: 1}}})
-        told("finished", {})
+        told(events.LabelsCounted({client: {0: 1}}))
+        told(events.RunFinished(tmp_path, 1.0))
         os.utime(tmp_path / "labels.json", ns=(10**18, 10**18))
         states.append(labels.version(tmp_path))
     assert states[0] != states[1]

@@ -8,6 +8,7 @@ from functools import partial
 from filecmp import cmp
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -250,9 +251,9 @@ def test_another_seed_gives_another_result(plain, tmp_path: Path):
 def test_the_servers_own_examples_are_evaluated(plain, tmp_path: Path):
     told = []
 
-    def listen(event: str, fields: dict) -> None:
-        if event in ("phase", "replies"):
-            told.append((fields["phase"], fields["answered"], fields["nodes"]))
+    def listen(event: events.Event) -> None:
+        if isinstance(event, (events.PhaseStarted, events.RepliesArrived)):
+            told.append((event.phase, event.answered, event.nodes))
 
     test = load(1000, None).test
     one = simulate(STRATEGIES["FedAvg"](), tmp_path, test=test, listeners=(listen,))
@@ -276,9 +277,9 @@ def test_a_simulation_ends_as_a_fleet(strategy, start, tmp_path: Path):
     num_clients, nodes = 5, []
     make = {"FedAvg": FedAvg, "FedMedian": FedMedian}[strategy]
 
-    def join(event: str, fields: dict) -> None:
-        if event == "serving":
-            where = ("--server", fields["address"], "--num-partitions", num_clients)
+    def join(event: events.Event) -> None:
+        if isinstance(event, events.ServerReady):
+            where = ("--server", event.address, "--num-partitions", num_clients)
             for k in range(num_clients):
                 task = "tests.simulated:LOCAL"
                 nodes.append(start("-m", "mlx_fed", "join", task, "--node-id", k, *where))

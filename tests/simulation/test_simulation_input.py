@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -44,7 +45,7 @@ def test_more_clients_than_examples(tmp_path: Path):
             tmp_path,
             replace(TASK, data=digits),
             num_clients=6000,
-            listeners=(lambda event, fields: told.append(fields.get("reason", "")),),
+            listeners=(lambda event: told.append(getattr(event, "reason", "")),),
         )
     assert any("Cannot partition 'digits'" in reason and "6000" in reason for reason in told), told
 
@@ -156,9 +157,9 @@ def test_a_client_that_fails_in_company_leaves_the_others_as_they_are(tmp_path: 
     )
     notes: list[str] = []
 
-    def listen(event: str, fields: dict) -> None:
-        if event == "note":
-            notes.append(fields["text"])
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.Notice):
+            notes.append(event.text)
 
     one = simulate(FedAvg(), tmp_path, task, name="one", listeners=(listen,))
     odd = {f"node-{k}" for k in range(CLIENTS) if len(load(k, None).train[0]) % 8 == 1}
@@ -179,7 +180,7 @@ def test_a_task_that_raises_on_all_ends_the_run(workers: int, tmp_path: Path):
             workers=workers,
             name="run",
             max_repeats=1,
-            listeners=(lambda event, fields: told.append(fields.get("reason", "")),),
+            listeners=(lambda event: told.append(getattr(event, "reason", "")),),
         )
     assert told.count("OSError: the disk is not mounted") == CLIENTS  # nor repeated
     assert (tmp_path / "run" / "model.safetensors").exists()
@@ -351,9 +352,9 @@ class Adapted(nn.Module):
 def test_a_model_that_does_not_train_together_is_told_of_once(model, workers, tmp_path: Path):
     notes: list[str] = []
 
-    def listen(event: str, fields: dict) -> None:
-        if event == "note":
-            notes.append(fields["text"])
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.Notice):
+            notes.append(event.text)
 
     task = replace(TASK, model=model)
     one = simulate(
@@ -369,7 +370,7 @@ def test_a_model_that_does_not_train_together_is_told_of_once(model, workers, tm
 def test_a_loss_that_cannot_be_masked_trains_together(tmp_path: Path):
     task = replace(TASK, loss=lambda module, x, y: loss(module, x, y).mean())
     told: list[str] = []
-    listeners = (lambda event, fields: told.append(event),)
+    listeners = (lambda event: told.append(event.name),)
     one = simulate(FedAvg(), tmp_path, task, name="one", listeners=listeners)
     assert "note" not in told
     assert_same(one, simulate(FedAvg(), tmp_path, task, name="other", batched=False))

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -85,8 +86,8 @@ def test_workers_that_are_killed_while_they_wait_are_replaced(phase: str, tmp_pa
         (tmp_path / "workers" / str(os.getpid())).touch()
         return load(partition_id, num_partitions)
 
-    def kill(event: str, fields: dict) -> None:
-        if event == "phase" and fields["phase"] == phase and fields["round"] > 1:
+    def kill(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and event.phase == phase and event.round > 1:
             for path in (tmp_path / "workers").iterdir():
                 os.kill(int(path.name), signal.SIGKILL)
                 path.unlink()

@@ -36,7 +36,7 @@ def test_a_slow_blas_is_told_of_in_a_run(tmp_path):
         import mlx_fed as fed
         from tests.simulated import simulate
         from pathlib import Path
-        told = lambda event, fields: event == "note" and print(fields["text"])
+        told = lambda event: event.name == "note" and print(event.text)
         simulate(None, Path("."), num_clients=1, num_rounds=1, device="cpu", listeners=(told,))
         """
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -11,8 +11,8 @@ import time
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import numpy as np
@@ -31,7 +31,7 @@ from rich.console import Console
 from .. import hub, tiny_llama
 from ..simulated import TASK, load, simulate
 
-Told = list[tuple[str, dict[str, Any]]]
+Told = list[events.Event]
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_what_says_nothing_is_told_all_the_same(monkeypatch):
     monkeypatch.setattr(loading, "_LONG", 0.01)
     begun = threading.Event()
     with (
-        loading.loading_listeners(lambda event, fields: begun.set()),
+        loading.loading_listeners(lambda event: begun.set()),
         loading.loading("Waiting for a library"),
     ):
         assert begun.wait(30)
@@ -83,8 +83,7 @@ def test_what_says_nothing_is_told_all_the_same(monkeypatch):
 def test_a_terminal_has_a_bar_beside_that_of_the_run(at_once):
     written = io.StringIO()
     shown = ServerTerminal(Console(file=written, force_terminal=True, width=120))
-    now = {"phase": "train", "round": 1, "of": 3, "nodes": 4, "answered": 0}
-    shown("phase", now)
+    shown(events.PhaseStarted("train", 1, of=3, nodes=4))
     with loading.loading_listeners(shown), loading.loading("Downloading", unit="B") as progress:
         progress.update(1_500_000, 3_000_000, "B")
         lines = [(task.description, task.total) for task in shown.bars.progress.tasks]
@@ -99,19 +98,19 @@ def test_a_terminal_has_a_bar_beside_that_of_the_run(at_once):
 
 def test_a_node_shows_what_it_is_at():
     shown = NodeTerminal(Console(file=io.StringIO(), force_terminal=True, width=120))
-    shown("joined", server="127.0.0.1:8080")
-    shown("working", kind="train", round=3)
+    shown(events.ServerJoined("127.0.0.1:8080"))
+    shown(events.MessageReceived("train", 3))
     assert shown.bars.progress.tasks[0].description == "round 3 train"
-    shown("answered", kind="train", round=3, seconds=1.0, metrics={})
+    shown(events.MessageAnswered("train", 3, 1.0))
     assert shown.bars.progress.tasks[0].description == "waiting for the server"
     shown.close()
 
 
 def test_whom_a_node_was_told_to_tell_is_told_of_loading_too(at_once):
     told: Told = []
-    with node_listener_or_terminal(lambda event, **fields: told.append((event, fields))):
+    with node_listener_or_terminal(told.append):
         read_files()
-    assert {event for event, _ in told} == {"loading", "loaded"}
+    assert {event.name for event in told} == {"loading", "loaded"}
 
 
 def test_programs_are_not_told(at_once):
@@ -129,11 +128,11 @@ def test_decoding_is_told_and_gives_the_same_in_parts(at_once, monkeypatch, tmp_
     monkeypatch.setattr(sources, "_DECODE_BATCH", 2000)
     source = sources.Source("digits", "train")
     told: Told = []
-    with loading.loading_listeners(lambda event, fields: told.append((event, fields))):
+    with loading.loading_listeners(told.append):
         images = source.read("image", np.arange(5000))
-    decoding = [f for event, f in told if event == "loading" and "'image'" in f["what"]]
-    assert [f["done"] for f in decoding if f["of"] == 5000 and f["done"]] == [2000, 4000, 5000]
-    assert decoding[0]["what"] == "Decoding 'image' of 'digits'"
+    decoding = [e for e in told if isinstance(e, events.LoadProgress) and "'image'" in e.what]
+    assert [e.done for e in decoding if e.of == 5000 and e.done] == [2000, 4000, 5000]
+    assert decoding[0].what == "Decoding 'image' of 'digits'"
     whole = np.asarray(source.dataset.with_format("numpy")["image"][:], np.uint8)
     assert images.dtype == whole.dtype
     assert np.array_equal(images, whole)
@@ -160,13 +159,13 @@ def test_bars_of_hugging_face_are_told_and_not_drawn(at_once, capfd):
 
     told: Told = []
     with (
-        loading.loading_listeners(lambda event, fields: told.append((event, fields))),
+        loading.loading_listeners(told.append),
         loading_with_tqdm("Downloading", tqdm),
         tqdm(total=10_000, unit="B", disable=None) as bar,
     ):
         bar.update(2_500)
         bar.refresh()
-    assert {"what": "Downloading", "done": 2_500, "of": 10_000, "unit": "B"} in [f for _, f in told]
+    assert events.LoadProgress("Downloading", 2_500, 10_000, "B") in told
     with loading_with_tqdm("Downloading", tqdm), tqdm(total=10, disable=False) as bar:
         bar.update(5)
     assert capfd.readouterr() == ("", "")
@@ -186,30 +185,34 @@ def slow_wards(partition_id: int, num_partitions: int | None) -> fed.Data:
 def test_what_workers_load_is_told_of_one_at_a_time(tmp_path: Path):
     told: Told = []
     task = replace(TASK, data=slow_wards)
-    listeners = (lambda event, fields: told.append((event, fields)),)
+    listeners = (told.append,)
     simulate(None, tmp_path, task, 2, num_rounds=1, workers=2, listeners=listeners)
-    ward = [event for event, fields in told if fields.get("what") == "Reading wards"]
+    ward = [event.name for event in told if getattr(event, "what", "") == "Reading wards"]
     assert ward[0] == "loading"
     assert ward.count("loaded") == [event for event, _ in groupby(ward)].count("loaded") > 0
 
 
 def test_the_first_worker_speaks_for_all(tmp_path: Path):
     told: Told = []
-    fields = {"what": "Reading wards", "done": 1, "of": 2, "unit": "wards"}
-    with worker_progress.received(tmp_path, [lambda event, fields: told.append((event, fields))]):
-        worker_progress.sender(tmp_path)("loading", fields)
+    progress = events.LoadProgress("Reading wards", 1, 2, "wards")
+    end = events.LoadFinished("Reading wards", 1.0)
+    with worker_progress.received(tmp_path, [told.append]):
+        worker_progress.sender(tmp_path)(progress)
         other = (
-            "import sys; from pathlib import Path; from mlx_fed.simulation import worker_progress;"
-            f"worker_progress.sender(Path({str(tmp_path)!r}))('loading', {fields!r})"
+            "from pathlib import Path; from mlx_fed.events import LoadProgress;"
+            "from mlx_fed.simulation import worker_progress;"
+            f"worker_progress.sender(Path({str(tmp_path)!r}))({progress!r})"
         )
         subprocess.run([sys.executable, "-c", other], check=True)
-        worker_progress.sender(tmp_path)("loaded", {"what": "Reading wards", "seconds": 1.0})
-    assert told == [("loading", fields), ("loaded", {"what": "Reading wards", "seconds": 1.0})]
+        worker_progress.sender(tmp_path)(end)
+    assert told == [progress, end]
 
 
 def test_a_simulation_whose_folder_has_too_long_a_name_goes_without(tmp_path: Path):
     with worker_progress.received(tmp_path / ("x" * 200), []):
-        worker_progress.sender(tmp_path / ("x" * 200))("loading", {"what": "Reading wards"})
+        worker_progress.sender(tmp_path / ("x" * 200))(
+            events.LoadProgress("Reading wards", 1, 2, "wards")
+        )
 
 
 @pytest.mark.slow

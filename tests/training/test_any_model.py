@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_fed import events
 import mlx_fed as fed
 
 import mlx.core as mx
@@ -49,9 +50,9 @@ def simulate(of: fed.Task, folder: Path, **options: Any) -> tuple[fed.Result, li
     """A simulation's result, and the notes that it gave."""
     notes: list[str] = []
 
-    def listen(event: str, fields: dict) -> None:
-        if event == "note":
-            notes.append(fields["text"])
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.Notice):
+            notes.append(event.text)
 
     options = {"workers": 0, "num_clients": CLIENTS, "num_rounds": ROUNDS, **options}
     return fed.simulate(of, runs=folder, listeners=(listen,), **options), notes

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
@@ -385,9 +386,9 @@ def test_an_unfit_metric_is_named_and_the_others_count(case: str):
 def test_a_metric_that_fails_is_told_once(tmp_path: Path):
     told: list[str] = []
 
-    def listener(event: str, fields: dict) -> None:
-        if event == "note":
-            told.append(fields["text"])
+    def listener(event: events.Event) -> None:
+        if isinstance(event, events.Notice):
+            told.append(event.text)
 
     task = plain_task({"metric": raising})
     result = simulate(task, 3, tmp_path, num_rounds=3, listeners=(listener,))
@@ -516,7 +517,7 @@ def test_a_derived_metric_that_raises_costs_only_itself(tmp_path: Path):
 def test_derived_metrics_with_a_mistake_are_told(tmp_path: Path):
     told: list[str] = []
     task = plain_task({}, derived=lambda metrics: {"error": 1 - metrics["accuracy"]})
-    listener = lambda event, fields: told.append(fields.get("text", ""))  # noqa: E731
+    listener = lambda event: told.append(getattr(event, "text", ""))  # noqa: E731
     record = simulate(task, 2, tmp_path, listeners=(listener,)).rounds[0]
     assert record["evaluate"]["loss"] > 0
     assert any("'derived'" in text and "KeyError: 'accuracy'" in text for text in told)
@@ -626,7 +627,7 @@ def test_a_stranger_costs_a_metric_no_more_than_its_own_part(tmp_path: Path):
     strange = {"number": "x" * 10_000, "loss": [1], "other": "what is not in the metrics"}
     apps = [changed(weights={"number": 0, "other": "x"}, undefined=strange), honest, honest]
     told: list[str] = []
-    listener = lambda event, fields: told.append(fields.get("text", ""))  # noqa: E731
+    listener = lambda event: told.append(getattr(event, "text", ""))  # noqa: E731
     record = federate(FedAvg(), tmp_path, apps, task=task, num_rounds=1, listener=listener).rounds[
         0
     ]

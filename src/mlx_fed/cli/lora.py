@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from ..arrays import randomness
+from ..events import Notice
 from ..lm.base_model import is_folder, require_mlx_lm
 from ..lm.config import ConfigError, LoraConfig, LoraFederation, load_config
 from ..task_settings import kebab_case
@@ -118,7 +119,7 @@ def simulate(
 
         def note(text: str) -> None:
             for listener in listeners:
-                listener("note", {"text": text})
+                listener(Notice(text))
 
         task = lora_task(config, note)
         # All texts are checked before the first round.
@@ -221,10 +222,10 @@ def join(
         name = f"{socket.gethostname().split('.')[0]}-{Path(config.data).resolve().name}"[:64]
     if node_id is None:
         node_id = randomness.derive(0, str(name)) % 2**31
-    with node_listener_or_terminal(node_listener(**vars(output))) as notify:
+    with node_listener_or_terminal(node_listener(**vars(output))) as listener:
         # The server sends the adapters to start from.
         node_config = replace(config, resume_adapter_file=None)
-        task = lora_task(node_config, note=lambda text: notify("note", text=text))
+        task = lora_task(node_config, note=lambda text: listener(Notice(text)))
         data = task.data(node_id, num_partitions)
         if is_folder(config.model):  # of a model on the hub, weights come after the roll call
             task.model()  # reports an error of the model now, not at the server's first request
@@ -235,7 +236,7 @@ def join(
             num_partitions=num_partitions,
             name=name,
             device=_device(gpu),
-            notify=notify,
+            listener=listener,
             **vars(connection),
         )
 

@@ -266,7 +266,7 @@ def join(
         name=name,
         device="gpu" if gpu else "cpu",
         config=parse_settings(config),
-        notify=node_listener(**vars(output)),
+        listener=node_listener(**vars(output)),
         **vars(connection),
     )
 

@@ -22,6 +22,18 @@ from .. import clientapp
 from ..arrays.flower_records import records_in
 from ..arrays.spool import Spool
 from ..errors import FedError
+from ..events import (
+    Listener,
+    MessageAnswered,
+    MessageFailed,
+    MessageReceived,
+    NodeFinished,
+    NodeReady,
+    Notice,
+    ServerAwaited,
+    ServerJoined,
+    ServerLost,
+)
 from ..flower import headers
 from ..flower.error_replies import error_reply
 from ..flower.fleet_client import FleetClient, Refused, Unavailable, Unreachable, Untrusted
@@ -81,7 +93,7 @@ def join(
     share_errors: bool = False,
     policy: Policy | Path | str | None = None,
     audit: Path | str | None = None,
-    notify: Callable[..., None] | None = None,
+    listener: Listener | None = None,
 ) -> None:
     """Takes part in a run with this machine's data, and returns when the run is over.
 
@@ -117,7 +129,8 @@ def join(
             has it: see :mod:`mlx_fed.fleet.policy`.
         audit (Path, optional): The audit log, to which each request, reply and refusal is appended.
             Default: beside the policy's file, ``policy.audit.jsonl``; none without a policy's file.
-        notify (callable, optional): Told what happens, in place of the lines on the terminal.
+        listener (callable, optional): Called with each event of the node (see
+            :mod:`mlx_fed.events`), in place of the lines on the terminal.
 
     Raises:
         PolicyRefusal: If the policy does not allow the server, or the data has too few examples.
@@ -168,9 +181,9 @@ def join(
         node_config["num-partitions"] = num_partitions
     if name is not None:
         node_config["name"] = name
-    with node_listener_or_terminal(notify) as tell:
+    with node_listener_or_terminal(listener) as notify:
         if is_open:
-            tell("note", text=f"not encrypted: {who.host} and all between may read and change it")
+            notify(Notice(f"not encrypted: {who.host} and all between may read and change it"))
         settings = TracedConfig.of(config)
         made = make_task(task, settings)
         data = batches.load(made, partition_id, num_partitions)
@@ -178,18 +191,18 @@ def join(
         servers = (KINDS.keys() | made.config.keys()) & dict.keys(settings) - settings.looked_up
         if servers:
             names = ", ".join(sorted(servers))
-            tell("note", text=f"{names}: the server's values are trained with, not this node's")
-        tell("ready", device=where, partition=partition_id)
+            notify(Notice(f"{names}: the server's values are trained with, not this node's"))
+        notify(NodeReady(where, partition_id))
         if private := privacy.name_of_private(mods or ()):
-            tell("note", text=privacy.note(private, made))
+            notify(Notice(privacy.note(private, made)))
         rules.check_data(data)
         gate = [Gate(rules, server, log, ask_at_terminal)] if log or rules != Policy() else []
         app = clientapp.raising_app(_with_data(made, data), mods, gate)
         if (proxy := who.proxy) is not None:
-            tell("note", text=f"through the proxy {address.join(proxy.host, proxy.port)}")
+            notify(Notice(f"through the proxy {address.join(proxy.host, proxy.port)}"))
         client = FleetClient(who.host, who.port, who.context, who.key, who.invitation, proxy)
         with logged(log, server=server, node=name):
-            _Node(client, app, node_config, who, wait, tell).run()
+            _Node(client, app, node_config, who, wait, notify).run()
 
 
 def _with_data(task: Task, data: Data) -> Task:
@@ -206,10 +219,10 @@ class _Node:
         node_config: dict[str, Any],
         who: Identity,
         wait: float,
-        notify: Callable[..., None],
+        listener: Listener,
     ):
         self.client, self.app, self.node_config = client, app, node_config
-        self.who, self.wait, self.notify = who, wait, notify
+        self.who, self.wait, self.listener = who, wait, listener
         self.server = address.join(who.host, who.port)
         self.kept: dict[str, RecordDict] = {}
         self.spool = Spool()
@@ -226,7 +239,7 @@ class _Node:
             raise RunStopped(f"The run was stopped on its server, {self.server}.")
         if self.client.outcome == headers.FAILED:
             raise RunFailed(f"The run failed. Its server, {self.server}, says why.")
-        self.notify("finished")
+        self.listener(NodeFinished())
 
     def _answer_messages(self) -> None:
         pause = 0.0
@@ -253,29 +266,25 @@ class _Node:
         kept = self.kept.setdefault(str(config.get("run-id", run_id)), RecordDict())
         context = Context(run_id, self.client.node_id, self.node_config, kept, {})
         number = config.get("server-round")
-        what = {"kind": kind, "round": number if isinstance(number, int) else None}
-        self.notify("working", **what)
+        server_round = number if isinstance(number, int) else None
+        self.listener(MessageReceived(kind, server_round))
         started = time.monotonic()
         # The node stays when it fails: it may be the data of one round, or one bad message. Here
         # it is told what the exception says, whatever the server is told.
         try:
             reply = self.app(message, context)
             if reply.has_error():
-                self.notify("failed", **what, reason=reply.error.reason)
+                self.listener(MessageFailed(kind, server_round, reply.error.reason or ""))
         except Exception as error:
-            self.notify("failed", **what, reason=f"{type(error).__name__}: {error}")
+            self.listener(MessageFailed(kind, server_round, f"{type(error).__name__}: {error}"))
             shared = bool(self.node_config.get(clientapp.SHARE_ERRORS))
             reply = error_reply(message, error, shared)
         self.spool.put_message(kept)
         seconds = time.monotonic() - started
         self._persist(lambda: self.client.send(reply, seconds))
         records = records_in(reply.content, MetricRecord) if reply.has_content() else {}
-        self.notify(
-            "answered",
-            **what,
-            seconds=seconds,
-            metrics=dict(next(iter(records.values()), {})),
-        )
+        metrics = dict(next(iter(records.values()), {}))
+        self.listener(MessageAnswered(kind, server_round, seconds, metrics))
 
     # -- the connection --------------------------------------------------------------------
 
@@ -301,7 +310,7 @@ class _Node:
                         f"({error}). Start it, or name another with --server HOST:PORT."
                     ) from error
                 if not told:
-                    self.notify("waiting", server=self.server, wait=self.wait, reason=str(error))
+                    self.listener(ServerAwaited(self.server, self.wait, str(error)))
                     told = True
                 time.sleep(pause)
                 pause = min(2 * pause, _MAX_PAUSE)
@@ -317,7 +326,7 @@ class _Node:
                     f"The server at {self.server} refused this node: {error}"
                 ) from error
             else:
-                self.notify("joined", server=self.server)
+                self.listener(ServerJoined(self.server))
                 return
 
     def _require_plaintext(self) -> None:
@@ -342,7 +351,7 @@ class _Node:
                     return None
                 if lost is None:
                     lost = time.monotonic()
-                    self.notify("lost", server=self.server, reason=str(error))
+                    self.listener(ServerLost(self.server, str(error)))
                 # One that answers other requests, or parts of this one, is there; not so where its
                 # answer to this one is that it cannot.
                 heard = lost if isinstance(error, Unavailable) else max(lost, self.client.heard)

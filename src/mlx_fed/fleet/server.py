@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from ..arrays import weights
 from ..arrays.spool import Spool
 from ..errors import FedError, RunError
+from ..events import Listener, NodeInvited, Notice, ServerReady
 from ..flower import headers as ours
 from ..flower.connections import BoundedConnection, Server, make_room
 from ..flower.fleet_routes import FleetRoutes
@@ -25,7 +26,7 @@ from ..flower.log import silence_flower
 from ..monitoring.server_terminal import listeners_or_terminal
 from ..rounds import loop, named_strategies, strategies
 from ..rounds.settings import Settings, decide_rounds, make_checked_task, settings_of
-from ..runs.history import History, Listener, Previous, Result, previous_of, run_folder
+from ..runs.history import History, Previous, Result, previous_of, run_folder
 from ..system import address, devices, http, memory
 from ..task import TaskSource
 from ..training.trainer import Trainer
@@ -100,7 +101,7 @@ def serve(
             started with.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
         listeners (tuple, optional): Who is told what happens (see
-            :class:`~mlx_fed.runs.history.History`), in place of the progress display.
+            :mod:`mlx_fed.events`), in place of the progress display.
         settings: ``config``, ``seed``, ``min_nodes``, ``wait``, ``round_timeout``, ``keep``,
             ``min_replies``, ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test``,
             ``evaluate_fn``, ``patience``, ``target`` and ``stop``, as
@@ -137,13 +138,13 @@ def serve(
             known = Federation(federation, announcement(announce, host, port))
         with _serving(listening, known, host, Spool(folder / "waiting")) as link:
             link.reply_limit = _reply_limit(trainer)
-            history.notify("serving", address=address.join(host, port), secure=secure)
+            history.notify(ServerReady(address.join(host, port), secure))
             if insecure:
-                history.notify("note", text=_WARNING)
-            for each in _invitations(known, strategy, leading):
-                history.notify("invited", **each, command=join_command)
+                history.notify(Notice(_WARNING))
+            for node, token in _invitations(known, strategy, leading).items():
+                history.notify(NodeInvited(node, token, join_command))
             if devices.is_slow(computing_on):
-                history.notify("note", text=f"computing on {computing_on}")
+                history.notify(Notice(f"computing on {computing_on}"))
             with _telling_the_outcome(link):
                 return loop.run(
                     LinkGrid(link),
@@ -167,13 +168,12 @@ def _socket(host: str, port: int) -> socket.socket:
 
 def _invitations(
     federation: Federation | None, strategy: Strategy, settings: Settings
-) -> Iterator[dict[str, str]]:
+) -> dict[str, str]:
     """A token for each node that the run needs and that the federation does not know yet."""
     if federation is None:
-        return
+        return {}
     needed = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
-    for name, token in federation.invite_missing(needed).items():
-        yield {"node": name, "token": token}
+    return dict(federation.invite_missing(needed))
 
 
 def _reply_limit(trainer: Trainer) -> int:

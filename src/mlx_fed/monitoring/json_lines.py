@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import IO, Any
+from typing import IO
 
+from ..events import Event, LabelsCounted, LoadFinished, LoadProgress, RepliesArrived
 from ..runs import round_record
 from .output import Output, stops_at_failure
 
-_OMITTED = ("replies", "labels", "loading", "loaded")
+_OMITTED = (RepliesArrived, LabelsCounted, LoadProgress, LoadFinished)
 """Events of progress within a phase, and of content that the run's folder has."""
 
 
@@ -23,6 +24,7 @@ class JsonLines(Output):
         super().__init__(file or sys.stdout)
 
     @stops_at_failure
-    def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        if event not in _OMITTED:
-            print(round_record.to_json({"event": event, **fields}), file=self.file, flush=True)
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, _OMITTED):
+            line = round_record.to_json({"event": event.name, **event.to_dict()})
+            print(line, file=self.file, flush=True)

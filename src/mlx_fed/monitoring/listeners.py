@@ -5,13 +5,12 @@ A run knows none of them. They get the events of its history, or read its folder
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..errors import FedError
-from ..runs.history import Listener
+from ..events import DashboardReady, Event, Listener, RunStarted
 from ..system.loading import loading_listeners
 
 
@@ -20,9 +19,9 @@ class StartedRun:
 
     folder: Path | None = None
 
-    def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        if event == "started":
-            self.folder = fields["folder"]
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self.folder = event.folder
 
 
 @contextmanager
@@ -75,7 +74,7 @@ def run_listeners(
 
             address = stack.enter_context(serving(runs, port=dashboard_port))
             for listener in listeners:
-                listener("dashboard", {"address": address})
+                listener(DashboardReady(address))
         stack.enter_context(loading_listeners(*listeners))
         try:
             yield tuple(listeners)
@@ -85,7 +84,7 @@ def run_listeners(
             raise
 
 
-def node_listener(quiet: bool = False, json: bool = False) -> Callable[..., None] | None:
+def node_listener(quiet: bool = False, json: bool = False) -> Listener | None:
     """The listener of a node, by the options of a command; ``None`` is the terminal.
 
     Raises:
@@ -93,13 +92,16 @@ def node_listener(quiet: bool = False, json: bool = False) -> Callable[..., None
     """
     _require_one(quiet, json)
     if quiet:
-        return lambda event, **fields: None
+        return _ignore
     if json:
         from .json_lines import JsonLines
 
-        lines = JsonLines()
-        return lambda event, **fields: lines(event, fields)
+        return JsonLines()
     return None
+
+
+def _ignore(event: Event) -> None:
+    """The listener of a quiet node."""
 
 
 def _require_one(quiet: bool, json: bool) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 
+from ..events import Event, LoadFinished, LoadProgress
 from ..system.loading import loading_listeners
 from ..system.printable import printable
 from .output import print_line
@@ -22,16 +22,18 @@ class LoadingBars:
         self.console, self.bars = console, bars
         self.started: set[str] = set()
 
-    def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        name = printable(fields["what"])
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, (LoadProgress, LoadFinished)):
+            return
+        name = printable(event.what)
         if self.bars.is_shown:
-            if event == "loading":
-                self.bars.update(name, f"{name}{_amount(**fields)}", fields["done"], fields["of"])
+            if isinstance(event, LoadProgress):
+                self.bars.update(name, f"{name}{_amount(event)}", event.done, event.of)
             else:
                 self.bars.remove(name)
-        elif event == "loaded":
+        elif isinstance(event, LoadFinished):
             self.started.discard(name)
-            print_line(self.console, f"{name}: done in {format_seconds(fields['seconds'])}")
+            print_line(self.console, f"{name}: done in {format_seconds(event.seconds)}")
         elif name not in self.started:
             self.started.add(name)
             print_line(self.console, f"{name} ...")
@@ -48,7 +50,8 @@ def show_loading(console: Console) -> Iterator[None]:
         bars.close()
 
 
-def _amount(what: str, done: int, of: int | None, unit: str) -> str:
+def _amount(event: LoadProgress) -> str:
+    done, of, unit = event.done, event.of, event.unit
     if not done and not of:
         return ""
     if unit == "B":

@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 
+from .. import events
+from ..events import Event, Listener
 from ..system.loading import loading_listeners
 from .loading_bars import LoadingBars
 from .output import RUN_BAR, STYLES, TerminalOutput, print_line, stops_at_failure
 
 
-def node_line(event: str, fields: dict[str, Any]) -> str:
+def node_line(event: Event) -> str:
     """A node's event as a line of text; empty for events without one."""
     match event:
-        case "ready":
-            return f"Data ready (node id {fields['partition']}), computing on {fields['device']}"
-        case "waiting":
+        case events.NodeReady():
+            return f"Data ready (node id {event.partition}), computing on {event.device}"
+        case events.ServerAwaited():
             return (
-                f"No server at {fields['server']} yet: trying again "
-                f"for {fields['wait']:.0f} seconds ({fields['reason']})"
+                f"No server at {event.server} yet: trying again "
+                f"for {event.wait:.0f} seconds ({event.reason})"
             )
-        case "note":
-            return f"Note: {fields['text']}"
-        case "joined":
-            return f"Joined {fields['server']}"
-        case "lost":
-            return f"Lost {fields['server']} ({fields['reason']}): trying again"
-        case "failed":
-            return f"{_work(fields)} failed: {fields['reason']}"
-        case "answered":
+        case events.Notice():
+            return f"Note: {event.text}"
+        case events.ServerJoined():
+            return f"Joined {event.server}"
+        case events.ServerLost():
+            return f"Lost {event.server} ({event.reason}): trying again"
+        case events.MessageFailed():
+            return f"{_work(event)} failed: {event.reason}"
+        case events.MessageAnswered():
             metrics = [
                 f"{name} {value:.4f}"
-                for name, value in fields["metrics"].items()
+                for name, value in event.metrics.items()
                 if isinstance(value, float)
             ]
             if not metrics:
                 return ""
-            return "   ".join([_work(fields), *metrics, f"{fields['seconds']:.2f} s"])
-        case "finished":
+            return "   ".join([_work(event), *metrics, f"{event.seconds:.2f} s"])
+        case events.NodeFinished():
             return "The run is over."
     return ""
 
 
-def _work(fields: dict[str, Any]) -> str:
-    return f"round {fields['round']} {fields['kind']}" if fields["round"] else str(fields["kind"])
+def _work(event: events.MessageEvent) -> str:
+    return f"round {event.round} {event.kind}" if event.round else event.kind
 
 
 class NodeTerminal(TerminalOutput):
@@ -57,32 +58,31 @@ class NodeTerminal(TerminalOutput):
         self.loading = LoadingBars(self.console, self.bars)
 
     @stops_at_failure
-    def __call__(self, event: str, **fields: Any) -> None:
-        if event in ("loading", "loaded"):
-            self.loading(event, fields)
-        elif event == "working":
-            self.bars.update(RUN_BAR, _work(fields))
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, (events.LoadProgress, events.LoadFinished)):
+            self.loading(event)
+        elif isinstance(event, events.MessageReceived):
+            self.bars.update(RUN_BAR, _work(event))
         else:
-            if event in ("joined", "answered"):
+            if isinstance(event, (events.ServerJoined, events.MessageAnswered)):
                 self.bars.update(RUN_BAR, "waiting for the server")
-            if line := node_line(event, fields):
-                print_line(self.console, line, STYLES.get(event, ""))
+            if line := node_line(event):
+                print_line(self.console, line, STYLES.get(event.name, ""))
 
 
 @contextmanager
-def node_listener_or_terminal(
-    listener: Callable[..., None] | None,
-) -> Iterator[Callable[..., None]]:
+def node_listener_or_terminal(listener: Listener | None) -> Iterator[Listener]:
     """A node's listener, or the terminal where there is none, until the context ends.
 
     It gets loading events, too.
     """
-    terminal = NodeTerminal() if listener is None else None
-    notify = listener or terminal
-    assert notify is not None
+    if listener is not None:
+        with loading_listeners(listener):
+            yield listener
+        return
+    terminal = NodeTerminal()
     try:
-        with loading_listeners(lambda event, fields: notify(event, **fields)):
-            yield notify
+        with loading_listeners(terminal):
+            yield terminal
     finally:
-        if terminal:
-            terminal.close()
+        terminal.close()

@@ -6,10 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
+from .. import events
+from ..events import Event, Listener
 from ..runs import folders, round_record
 from ..system.loading import loading_listeners
 from ..tracebacks import is_exception
@@ -17,49 +19,45 @@ from .loading_bars import LoadingBars
 from .output import RUN_BAR, STYLES, TerminalOutput, print_line, stops_at_failure
 from .units import format_bytes, format_seconds
 
-if TYPE_CHECKING:
-    from ..runs.history import Listener
-
 _MAX_FAILURES = 10
 """Lines about nodes that are left out of a phase; an exception is shown once."""
 
 
-def server_line(event: str, fields: dict[str, Any]) -> str:
+def server_line(event: Event, num_rounds: int = 0) -> str:
     """A run's event as a line of text; empty for events without one."""
     match event:
-        case "serving":
-            security = "  (encrypted; nodes are known by their keys)" if fields["secure"] else ""
-            return f"Server ready on {fields['address']}{security}"
-        case "dashboard":
-            return f"Dashboard on {fields['address']}"
-        case "invited":
-            return f"{fields['node']} joins with:  {fields['command']} {fields['token']}"
-        case "waiting":
-            return f"Waiting for nodes: {fields['nodes']} of {fields['needed']}"
-        case "joined":
-            return f"{fields['node']} joined ({fields['nodes']} in all)"
-        case "left":
-            return f"{fields['node']} left"
-        case "refused":
-            return f"{fields['node']} refused: {fields['reason']}"
-        case "resumed":
-            number = fields["round"]
+        case events.ServerReady():
+            security = "  (encrypted; nodes are known by their keys)" if event.secure else ""
+            return f"Server ready on {event.address}{security}"
+        case events.DashboardReady():
+            return f"Dashboard on {event.address}"
+        case events.NodeInvited():
+            return f"{event.node} joins with:  {event.command} {event.token}"
+        case events.NodesAwaited():
+            return f"Waiting for nodes: {event.nodes} of {event.needed}"
+        case events.NodeJoined():
+            return f"{event.node} joined ({event.nodes} in all)"
+        case events.NodeLeft():
+            return f"{event.node} left"
+        case events.NodeRefused():
+            return f"{event.node} refused: {event.reason}"
+        case events.RunResumed(round=number):
             return f"Resuming after round {number}" if number else "Starting again from round 1"
-        case "note":
-            return f"Note: {fields['text']}"
-        case "failed":
-            return f"{fields['node']} left out of {fields['phase']}: {fields['reason']}"
-        case "round":
-            return _round_line(fields)
-        case "finished":
-            reason = f" ({fields['stopped']})" if fields.get("stopped") else ""
-            return f"Finished in {fields['seconds']:.1f} s{reason}. The model: {fields['model']}"
+        case events.Notice():
+            return f"Note: {event.text}"
+        case events.ReplyRefused():
+            return f"{event.node} left out of {event.phase}: {event.reason}"
+        case events.RoundFinished():
+            return _round_line(event.record, num_rounds)
+        case events.RunFinished():
+            reason = f" ({event.stopped})" if event.stopped else ""
+            return f"Finished in {event.seconds:.1f} s{reason}. The model: {event.model}"
     return ""
 
 
-def _round_line(record: dict[str, Any]) -> str:
+def _round_line(record: dict[str, Any], num_rounds: int) -> str:
     # As wide as the last round's, so that the figures of all rounds are in columns.
-    number = f"round {record['round']}".ljust(len(f"round {record.get('of', 0)}"))
+    number = f"round {record['round']}".ljust(len(f"round {num_rounds}"))
     figures = round_record.figures(record)
     metrics = [
         f"{name} {value:.4f}{_median(figures, name, value)}"
@@ -97,64 +95,56 @@ class ServerTerminal(TerminalOutput):
         self.failures: dict[str, list[str]] = defaultdict(list)
 
     @stops_at_failure
-    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         match event:
-            case "loading" | "loaded":
-                self.loading(event, fields)
-            case "phase" | "replies":
-                self._show_phase(**fields)
-            case "waiting" if self.bars.is_shown:
-                self.bars.update(RUN_BAR, server_line(event, fields))
-            case "failed":
-                phase, reason = fields["phase"], fields["reason"]
+            case events.LoadProgress() | events.LoadFinished():
+                self.loading(event)
+            case events.PhaseProgress():
+                self._show_phase(event)
+            case events.NodesAwaited() if self.bars.is_shown:
+                self.bars.update(RUN_BAR, server_line(event))
+            case events.ReplyRefused(phase=phase, reason=reason):
                 reasons = self.failures[phase]
                 is_repeated = reason in reasons and is_exception(reason)
                 if len(reasons) < _MAX_FAILURES and not is_repeated:
                     reasons.append(reason)
-                    self._print(event, fields)
-            case "traceback":
-                for line in fields["text"].splitlines():
+                    self._print(event)
+            case events.ClientTraceback():
+                for line in event.text.splitlines():
                     print_line(self.console, line, STYLES["failed"])
-            case "started":
-                self.folder = fields["folder"]
-                self.num_rounds = fields["settings"].get("num_rounds", 0)
-            case "round":
-                self._print_num_failures(fields)
-                self._print(event, {**fields, "of": self.num_rounds})
-            case "finished":
+            case events.RunStarted():
+                self.folder = event.folder
+                self.num_rounds = event.settings.get("num_rounds", 0)
+            case events.RoundFinished():
+                self._print_num_failures(event.record)
+                self._print(event)
+                for name, text in event.record.get("central", {}).items():
+                    if isinstance(text, str):  # such as a sample of a model's text
+                        print_line(self.console, f"{name}: {text}", "dim")
+            case events.RunFinished():
                 self.close()
                 if line := self._summary():
                     print_line(self.console, line, "bold")
-                self._print(event, fields)
+                self._print(event)
             case _:
-                self._print(event, fields)
+                self._print(event)
 
-    def _print(self, event: str, fields: dict[str, Any]) -> None:
-        if line := server_line(event, fields):
-            print_line(self.console, line, STYLES.get(event, ""))
-        for name, text in fields.get("central", {}).items():
-            if isinstance(text, str):  # such as a sample of a model's text
-                print_line(self.console, f"{name}: {text}", "dim")
+    def _print(self, event: Event) -> None:
+        if line := server_line(event, self.num_rounds):
+            print_line(self.console, line, STYLES.get(event.name, ""))
 
-    def _show_phase(
-        self,
-        phase: str,
-        round: int,
-        of: int,
-        nodes: int,
-        answered: int,
-        bytes: int = 0,
-        seconds_left: float | None = None,
-    ) -> None:
-        texts = [f"round {round}/{of}", phase]
-        if nodes:
-            texts.append(f"{answered} of {nodes} nodes")
-        if seconds_left is not None:
-            texts += [format_bytes(bytes), f"about {format_seconds(seconds_left)} left"]
+    def _show_phase(self, event: events.PhaseProgress) -> None:
+        texts = [f"round {event.round}/{event.of}", event.phase]
+        if event.nodes:
+            texts.append(f"{event.answered} of {event.nodes} nodes")
+        if event.seconds_left is not None:
+            time_left = format_seconds(event.seconds_left)
+            texts += [format_bytes(event.bytes), f"about {time_left} left"]
         # Training counts as the first half of a round, evaluation as the second.
-        half = 0.0 if phase == "train" else 1.0
-        share = min(1.0, answered / nodes) if nodes else 1.0
-        self.bars.update(RUN_BAR, "  ".join(texts), round - 1 + (half + share) / 2, of)
+        half = 0.0 if event.phase == "train" else 1.0
+        share = min(1.0, event.answered / event.nodes) if event.nodes else 1.0
+        position = event.round - 1 + (half + share) / 2
+        self.bars.update(RUN_BAR, "  ".join(texts), position, event.of)
 
     def _print_num_failures(self, record: dict[str, Any]) -> None:
         """Prints how many nodes were left out of a round beyond those with a line."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import FedError
+from ..events import Event, RoundFinished, RunStarted
 from ..runs.round_record import figures
 from .output import print_failure
 
@@ -119,14 +120,14 @@ class Tracking:
         self.tracker: Tracker | None = tracker
         self.started = False
 
-    def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        if event == "started":
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
             self.started = True
-            folder = Path(fields["folder"])
-            name, settings = folder.resolve().name, fields["settings"]
+            name, folder, settings = event.folder.resolve().name, event.folder, event.settings
             self._call(lambda tracker: tracker.start(name, folder, settings))
-        elif event == "round":
-            self._call(lambda tracker: tracker.log(fields["round"], figures(fields)))
+        elif isinstance(event, RoundFinished):
+            record = event.record
+            self._call(lambda tracker: tracker.log(record["round"], figures(record)))
 
     def close(self) -> None:
         """Tells the tracker that the run has ended."""

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 from flwr.app import Message
 
+from ..events import Notice
 from ..training.metrics import Evaluation, derive_metrics, is_defined
 from . import checks, messages, strategies
 from .phase import Model, Phase, Run
@@ -123,5 +124,5 @@ def _record_undefined(
         if num_nodes is not None:
             where = f"{counts[name]} of {num_nodes} nodes, which do not count in it: {node}"
         text = f"round {phase.number}: {what} is undefined on {where}: {why}"
-        history.notify("note", text=text)
+        history.notify(Notice(text))
     phase.record.setdefault("undefined", {})[phase.name] = counts

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from ..arrays import master_weights, named_arrays, weights
 from ..arrays.spool import Spool
 from ..errors import RunError, TooFewReplies
+from ..events import Notice, RunFinished
 from ..runs.history import History, Previous, Result, previous_of
 from ..training.trainer import Trainer
 from . import privacy, strategies, strategy_state
@@ -78,7 +79,7 @@ def run(
     checkpoints = Checkpoints(history.folder, settings.keep)
     if private := strategies.name_of_private(strategy):
         privacy.require_covered(private, run.averaged)
-        history.notify("note", text=privacy.note(private, trainer.task))
+        history.notify(Notice(privacy.note(private, trainer.task)))
     identity = identity_of(run)
     if settings.keep:
         strategy_state.snapshot(strategy)  # what cannot be kept is refused now, not after a round
@@ -132,7 +133,7 @@ def run(
         if stopped:
             history.write_end(stopped)
     seconds = time.monotonic() - started
-    history.notify("finished", model=path, seconds=seconds, stopped=stopped)
+    history.notify(RunFinished(path, seconds, stopped))
     return Result(
         trainer.parameters(),
         position.model.statistics,
@@ -227,7 +228,7 @@ def _round(run: Run, position: Position, number: int, again: Callable[[int], Non
             _leave_out(run, record)
             record["repeats"] = repeats + 1
             text = f"{error} The round is repeated, for time {repeats + 1} of {most}."
-            run.history.notify("note", text=text)
+            run.history.notify(Notice(text))
             again(number)
     evaluate(run, model, record)
     evaluate_centrally(run, model, record)

@@ -18,6 +18,7 @@ from ..arrays import master_weights
 from ..arrays.named_arrays import Arrays, Spec
 from ..arrays.spool import Spool
 from ..errors import RunError
+from ..events import PhaseProgress, PhaseStarted, RepliesArrived, ReplyRefused
 from ..flower.error_replies import is_missing
 from ..runs import round_record
 from ..runs.history import History
@@ -76,7 +77,7 @@ class Phase:
         self.asked = self.came = 0
         self.record_name = "arrays"
         self.not_finite: list[dict[str, Any]] = []
-        self.now: dict[str, Any] = {}
+        self.progress: PhaseProgress
 
     def configure(self, model: Model) -> list[Message]:
         """The strategy's messages, as they travel and in the roster's order."""
@@ -118,20 +119,16 @@ class Phase:
     def begin(self, outgoing: list[Message]) -> None:
         """Says that the messages are on their way."""
         history, of = self.run.history, self.run.settings.num_rounds
-        self.now = {
-            "phase": self.name,
-            "round": self.number,
-            "of": of,
-            "nodes": len(outgoing),
-            "answered": 0,
-            **history.so_far(of - self.number + 1),
-        }
-        history.notify("phase", **self.now)
+        self.progress = PhaseStarted(
+            self.name, self.number, of, len(outgoing), 0, *history.so_far(of - self.number + 1)
+        )
+        history.notify(self.progress)
 
     def answered(self, count: int) -> None:
         """Says that so many more nodes have answered, with an update or without."""
-        self.now["answered"] += count
-        self.run.history.notify("replies", **self.now)
+        answered = self.progress.answered + count
+        self.progress = RepliesArrived(**{**self.progress.to_dict(), "answered": answered})
+        self.run.history.notify(self.progress)
 
     def exchange(self, outgoing: list[Message]) -> Iterator[tuple[str, Message]]:
         """The replies in the roster's order, each as it comes; who has none is left out.
@@ -236,7 +233,7 @@ class Phase:
         flags = {"missing": missing, "excused": excused}
         entry |= {flag: True for flag, is_set in flags.items() if is_set}
         self.record["refused"].append(entry)
-        self.run.history.notify("failed", node=node, phase=self.name, reason=reason)
+        self.run.history.notify(ReplyRefused(node, self.name, reason))
         return entry
 
     def excuse_not_finite(self) -> None:

@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import Strategy
 
 from ..arrays import frozen, named_arrays, weights
 from ..arrays.flower_records import copy_record
+from ..events import Notice
 from ..task_settings import kebab_case
 from . import strategies, strategy_state
 from .checkpoint import Best, Checkpoint, CheckpointError, Checkpoints
@@ -76,7 +77,7 @@ def resume(run: Run, checkpoints: Checkpoints, identity: dict[str, Any]) -> Posi
     """
 
     def damaged(path: Path, why: str) -> None:
-        run.history.notify("note", text=f"checkpoint {path} is damaged, {why}: trying another")
+        run.history.notify(Notice(f"checkpoint {path} is damaged, {why}: trying another"))
 
     checkpoint = checkpoints.last(damaged, run.spool)
     if checkpoint is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from ..arrays import frozen, named_arrays
 from ..arrays.named_arrays import Spec
 from ..errors import FedError, RunError
+from ..events import Listener, NodeJoined, NodeLeft, NodeRefused, NodesAwaited, Notice
 from . import checks, messages
 from .exchange import pause, push
 
@@ -72,7 +73,7 @@ class Roster:
         parameters (dict): The shape and dtype of each parameter of the server's model.
         statistics (dict): The same of its running statistics.
         config (dict): Sent with the roll call.
-        notify (callable): Told what happens: ``notify("joined", node="node-0")``.
+        listener (callable): Called with the events of nodes that come and go.
         fingerprint (dict, optional): What else has to be the same on a node as on the server.
         identities (dict, optional): What the frozen arrays are known by, which have to be the same.
 
@@ -91,7 +92,7 @@ class Roster:
         parameters: Spec,
         statistics: Spec,
         config: dict[str, Any],
-        notify: Callable[..., None],
+        listener: Listener,
         fingerprint: Mapping[str, str] | None = None,
         identities: Mapping[str, frozen.ArrayDigest] | None = None,
     ):
@@ -99,7 +100,7 @@ class Roster:
         self.fingerprint, self.identities = fingerprint or {}, identities or {}
         self.specs = {"parameters": parameters, "statistics": statistics}
         self.config = config
-        self.notify = notify
+        self.listener = listener
         self.nodes: dict[int, Node] = {}
         self.asked: dict[str, int] = {}
         self.heard = 0.0
@@ -111,7 +112,7 @@ class Roster:
         """Asks newcomers for their names, takes in answers, drops who has gone."""
         online = set(self.grid.get_node_ids())
         for node_id in self.nodes.keys() - online:
-            self.notify("left", node=self.nodes.pop(node_id).name)
+            self.listener(NodeLeft(self.nodes.pop(node_id).name))
         self.left_out &= online
         self._ask(online - self.nodes.keys() - self.left_out)
         if self.asked:
@@ -144,7 +145,7 @@ class Roster:
                 )
             if present != told:
                 told = present
-                self.notify("waiting", nodes=present, needed=needed)
+                self.listener(NodesAwaited(present, needed))
             pause(self.grid)
 
     def leave_out(self, name: str, why: str) -> bool:
@@ -206,9 +207,9 @@ class Roster:
         self.nodes[node_id] = node
         by_place = sorted(self.nodes.values(), key=lambda node: (node.partition, node.name))
         self.nodes = {node.id: node for node in by_place}
-        self.notify("joined", node=node.name, nodes=len(self.nodes))
+        self.listener(NodeJoined(node.name, len(self.nodes)))
         if rounding is not None:
-            self.notify("note", text=f"{node.name}: its {rounding}, as devices differ")
+            self.listener(Notice(f"{node.name}: its {rounding}, as devices differ"))
 
     def _check_name(self, node: Node) -> None:
         """A node that a grid knows by name has no other one."""
@@ -272,7 +273,7 @@ class Roster:
         self.reasons[name] = why
         for oldest in list(self.reasons)[:-_MOST_REASONS]:
             del self.reasons[oldest]
-        self.notify("refused", node=name, reason=why)
+        self.listener(NodeRefused(name, why))
         content = RecordDict({"config": ConfigRecord({"reason": why})})
         if node_id in set(self.grid.get_node_ids()):
             self.unread |= push(self.grid, [Message(content, node_id, messages.LEAVE)]).keys()

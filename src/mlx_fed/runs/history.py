@@ -22,11 +22,10 @@ import mlx.core as mx
 
 from ..arrays.named_arrays import Arrays
 from ..errors import FedError
+from ..events import Event, Listener, RoundFinished, RunAborted, RunResumed, RunStarted
 from ..system.atomic_files import atomic_write, read_regular_file, sync
 from . import round_record
 from .status import Status
-
-Listener = Callable[[str, dict[str, Any]], None]
 
 _LATELY = 5
 """Rounds by which the time of those to come is told."""
@@ -41,12 +40,9 @@ class History:
 
     Args:
         folder (Path): Where the run is kept, from :func:`new_run_folder`.
-        listeners (tuple): Each is called ``listener(event, fields)`` for what happens, with
-            the events ``started``, ``serving``, ``invited``, ``joined``, ``left``, ``refused``,
-            ``waiting``, ``resumed``, ``phase``, ``replies`` (how many have answered, as they do),
-            ``labels`` (of simulated clients), ``failed``, ``note``, ``round``, ``finished`` and
-            ``stopped``. Only rounds are written down, and in ``status.json`` what the run is
-            doing now: a listener that wants what was told before reads it there.
+        listeners (tuple): Each is called with the run's events, of :mod:`mlx_fed.events`. Only
+            rounds are written down, and in ``status.json`` what the run is doing now: a listener
+            that wants earlier events reads it there.
         about (dict, optional): What is known of the run beside its settings, for the record.
     """
 
@@ -63,10 +59,10 @@ class History:
         self.rounds: list[dict[str, Any]] = []
         self.moved = 0
 
-    def notify(self, event: str, **fields: Any) -> None:
-        """Tells the listeners."""
+    def notify(self, event: Event) -> None:
+        """Calls the listeners with an event."""
         for listener in self.listeners:
-            listener(event, fields)
+            listener(event)
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         """Writes ``settings.json``.
@@ -76,7 +72,7 @@ class History:
         """
         self.settings = {**settings, **self.about}
         self._write_settings()
-        self.notify("started", folder=self.folder, settings=self.settings)
+        self.notify(RunStarted(self.folder, self.settings))
 
     def write_end(self, reason: str) -> None:
         """Adds to ``settings.json`` why the run ended after this round, before its last.
@@ -113,9 +109,9 @@ class History:
                 raise
         self.rounds.append(record)
         self.moved += _bytes(record)
-        self.notify("round", **record)
+        self.notify(RoundFinished(record))
 
-    def so_far(self, left: int) -> dict[str, Any]:
+    def so_far(self, left: int) -> tuple[int, float | None]:
         """The bytes that the rounds so far moved, and about how many seconds those to come take,
         or None while there is none to go by.
 
@@ -125,7 +121,7 @@ class History:
         lately = self.rounds[1:][-_LATELY:] or self.rounds  # the first may compile and load
         took = [sum(record.get("seconds", {}).values()) for record in lately]
         seconds = left * sum(took) / len(took) if took else None
-        return {"bytes": self.moved, "seconds_left": seconds}
+        return self.moved, seconds
 
     def sync(self) -> None:
         """Brings the rounds so far to disk, past the system's memory.
@@ -156,7 +152,7 @@ class History:
         text = "".join(round_record.to_line(record) + "\n" for record in self.rounds)
         with errors_named(path), atomic_write(path) as part:
             part.write_text(text, encoding="utf-8")
-        self.notify("resumed", round=number)
+        self.notify(RunResumed(number))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -179,7 +175,7 @@ class History:
             try:
                 yield
             except BaseException as error:
-                self.notify("stopped", reason=str(error) or type(error).__name__)
+                self.notify(RunAborted(str(error) or type(error).__name__))
                 raise
         finally:
             os.close(folder)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.examples import leaves
+from ..events import Event, LabelsCounted, RoundFinished, RunAborted, RunFinished
 from ..system.atomic_files import atomic_write, read_regular_file
 from ..task import Data
 from . import round_record
@@ -74,11 +75,11 @@ class LabelsFile:
             for client, counts in before["clients"]:
                 self.counts[client] = dict(zip(before["classes"], counts, strict=True))
 
-    def __call__(self, event: str, fields: Mapping[str, Any]) -> None:
-        if event == "labels":
-            self._add(fields["clients"])
-        is_over = event in ("finished", "stopped")
-        is_due = event == "round" and time.monotonic() - self.last_write > _PAUSE
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, LabelsCounted):
+            self._add(event.clients)
+        is_over = isinstance(event, (RunFinished, RunAborted))
+        is_due = isinstance(event, RoundFinished) and time.monotonic() - self.last_write > _PAUSE
         if self.is_new and (is_over or is_due):
             self._write()
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .. import events
 from ..system.atomic_files import atomic_write, read_regular_file
 from . import round_record
 
@@ -26,9 +27,12 @@ _LARGEST = 2**24
 """Bytes of the file."""
 _MOST_NOTICES = 100
 _MOST_REFUSED = 100
-_OFTEN = ("replies", "failed", "joined", "left")
-_TOLD = ("joined", "left", "refused", "note", "resumed")
-"""What is worth a notice. What is secret, such as an invitation's token, is not among them."""
+_FREQUENT = (events.RepliesArrived, events.ReplyRefused, events.NodeJoined, events.NodeLeft)
+_NOTICES = (
+    *(events.NodeJoined, events.NodeLeft, events.NodeRefused),
+    *(events.Notice, events.RunResumed),
+)
+"""Events that are kept. What is secret, such as an invitation's token, is not among them."""
 
 
 class Status:
@@ -52,47 +56,48 @@ class Status:
             "started": time.time(),
         }
 
-    def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        if event in _TOLD:
-            notice: dict[str, Any] = {"time": time.time(), "event": event}
+    def __call__(self, event: events.Event) -> None:
+        if isinstance(event, _NOTICES):
+            fields = event.to_dict()
+            notice: dict[str, Any] = {"time": time.time(), "event": event.name}
             notice |= {key: fields[key] for key in ("node", "reason", "text") if key in fields}
             self.notices.append(notice)
             del self.notices[:-_MOST_NOTICES]
         match event:
-            case "waiting":
-                self.now |= {"state": "waiting", "nodes": fields["nodes"], "of": fields["needed"]}
-            case "phase" | "replies":
-                self.now |= {"state": "running", **fields}
-            case "finished":
+            case events.NodesAwaited():
+                self.now |= {"state": "waiting", "nodes": event.nodes, "of": event.needed}
+            case events.PhaseProgress():
+                self.now |= {"state": "running", **event.to_dict()}
+            case events.RunFinished():
                 self.now["state"] = "finished"
-                if reason := fields.get("stopped"):
-                    self.now["reason"] = reason
-            case "stopped":
-                self.now |= {"state": "stopped", "reason": fields["reason"]}
-            case "refused":
-                self.refused.pop(fields["node"], None)
+                if event.stopped:
+                    self.now["reason"] = event.stopped
+            case events.RunAborted():
+                self.now |= {"state": "stopped", "reason": event.reason}
+            case events.NodeRefused():
+                self.refused.pop(event.node, None)
                 if len(self.refused) < _MOST_REFUSED:
-                    self.refused[fields["node"]] = fields["reason"]
-            case "joined":
-                self.refused.pop(fields["node"], None)
-            case "failed":
+                    self.refused[event.node] = event.reason
+            case events.NodeJoined():
+                self.refused.pop(event.node, None)
+            case events.ReplyRefused():
                 if len(self.failed) < _MOST_REFUSED:
-                    self.failed.append({key: fields[key] for key in ("node", "phase", "reason")})
-            case "round":
+                    self.failed.append(event.to_dict())
+            case events.RoundFinished():
                 self.failed.clear()  # its record has them
                 return
-            case "left" | "note" | "resumed" | "started":
+            case events.NodeLeft() | events.Notice() | events.RunResumed() | events.RunStarted():
                 pass
             case _:
                 return
         # A run that is refused before it goes on stays as it was.
-        self.begun = self.begun or event == "started"
+        self.begun = self.begun or isinstance(event, events.RunStarted)
         if not self.begun:
             return
         now = time.monotonic()
-        if event in _OFTEN and now - self.written < _PAUSE:
+        if isinstance(event, _FREQUENT) and now - self.written < _PAUSE:
             return
-        if event == "phase":
+        if isinstance(event, events.PhaseStarted):
             if now - self.phase_written < _GLANCE:
                 return
             self.phase_written = now

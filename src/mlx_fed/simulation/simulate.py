@@ -11,11 +11,12 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 
 from ..errors import SettingsError
+from ..events import Event, Listener, Notice, RunResumed
 from ..flower.log import silence_flower
 from ..monitoring.server_terminal import listeners_or_terminal
 from ..rounds import loop, named_strategies
 from ..rounds.settings import decide_rounds, make_checked_task, settings_of
-from ..runs.history import History, Listener, Previous, previous_of, run_folder
+from ..runs.history import History, Previous, previous_of, run_folder
 from ..runs.labels import LabelsFile
 from ..settings_check import whole_number
 from ..system import devices
@@ -78,7 +79,7 @@ def simulate(
             started with.
         device (str, optional): ``"cpu"`` or ``"gpu"``. Default: MLX's own choice.
         listeners (tuple, optional): Who is told what happens (see
-            :class:`~mlx_fed.runs.history.History`), in place of the progress display.
+            :mod:`mlx_fed.events`), in place of the progress display.
         settings: ``config``, ``seed``, ``round_timeout``, ``keep``, ``min_replies``,
             ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test``, ``evaluate_fn``,
             ``patience``, ``target`` and ``stop``, as
@@ -121,14 +122,14 @@ def simulate(
         run = run_folder(runs, name, resume)
         kept = ClientStateStore(run.resolve() / "clients", leading.keep)
 
-        def forget(event: str, fields: dict[str, Any]) -> None:
-            if event == "resumed":
-                kept.forget_after(fields["round"])
+        def forget(event: Event) -> None:
+            if isinstance(event, RunResumed):
+                kept.forget_after(event.round)
 
         about = {"engine": "simulation", "clients": num_clients, "faults": vars(faults)}
         history = History(run, (forget, LabelsFile(run, num_clients), *watching), about)
         if devices.is_slow(computing_on):
-            history.notify("note", text=f"computing on {computing_on}")
+            history.notify(Notice(f"computing on {computing_on}"))
         job = WorkerConfig(
             task,
             made_from,

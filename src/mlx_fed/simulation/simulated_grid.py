@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count, pairwise
 from pathlib import Path
 
 from flwr.app import Message
 
 from ..arrays.weighted_mean import block_size
+from ..events import ClientTraceback, LabelsCounted, Listener, Notice
 from ..flower import one_run_grid
 from ..flower.error_replies import failed_reply
 from . import worker_process
@@ -33,7 +34,7 @@ class SimulationGrid(one_run_grid.OneRunGrid):
         pool (Pool or InProcess): Who does their work.
         folder (Path): Where requests are written for the pool.
         timeout (float): Seconds that a client has; see ``Faults``.
-        notify (callable): Told what happens.
+        listener (callable): Called with the events of the clients' work.
     """
 
     virtual_time = True
@@ -44,11 +45,11 @@ class SimulationGrid(one_run_grid.OneRunGrid):
         pool: Pool | InProcessPool,
         folder: Path,
         timeout: float,
-        notify: Callable[..., None],
+        listener: Listener,
     ):
         one_run_grid.begin_run()
         self.num_clients = num_clients
-        self.pool, self.folder, self.timeout, self.notify = pool, folder, timeout, notify
+        self.pool, self.folder, self.timeout, self.listener = pool, folder, timeout, listener
         self._numbers = count(1)
         self._pushed: dict[str, Message] = {}
         self._coming: Iterator[list[Message]] = iter(())
@@ -128,12 +129,12 @@ class SimulationGrid(one_run_grid.OneRunGrid):
                 for text in outcome.notes:
                     if text not in self._noted:  # the other workers find the same
                         self._noted.add(text)
-                        self.notify("note", text=text)
+                        self.listener(Notice(text))
                 if outcome.traceback and not self._has_traceback:
                     self._has_traceback = True
-                    self.notify("traceback", text=outcome.traceback)
+                    self.listener(ClientTraceback(outcome.traceback))
                 if outcome.labels:
-                    self.notify("labels", clients=outcome.labels)
+                    self.listener(LabelsCounted(outcome.labels))
                 yield outcome
         finally:
             for path in by_request:

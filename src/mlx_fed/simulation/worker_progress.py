@@ -9,12 +9,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from ..runs.history import Listener
+from ..events import Event, Listener, LoadFinished, LoadProgress
 
 _SOCKET = "loading"
 _LONGEST = 2**16
+_KINDS: dict[str, type[Event]] = {kind.name: kind for kind in (LoadProgress, LoadFinished)}
 
 
 def sender(folder: Path) -> Listener:
@@ -26,10 +26,10 @@ def sender(folder: Path) -> Listener:
     outgoing = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     outgoing.setblocking(False)
 
-    def send(event: str, fields: dict[str, Any]) -> None:
+    def send(event: Event) -> None:
         with suppress(OSError):  # it is told for the eye only
-            told = json.dumps([os.getpid(), event, fields]).encode()
-            outgoing.sendto(told, str(folder / _SOCKET))
+            data = json.dumps([os.getpid(), event.name, event.to_dict()]).encode()
+            outgoing.sendto(data, str(folder / _SOCKET))
 
     return send
 
@@ -56,9 +56,9 @@ def received(folder: Path, listeners: Sequence[Listener]) -> Iterator[None]:
 
 def _tell(incoming: socket.socket, listeners: Sequence[Listener]) -> None:
     first: dict[str, int] = {}
-    while told := incoming.recv(_LONGEST):
-        worker, event, fields = json.loads(told)
+    while data := incoming.recv(_LONGEST):
+        worker, name, fields = json.loads(data)
         # Workers load the same at one time: the first of them speaks for all.
         if first.setdefault(fields["what"], worker) == worker:
             for listener in listeners:
-                listener(event, fields)
+                listener(_KINDS[name](**fields))

@@ -10,10 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..runs.history import Listener
+from ..events import Event, Listener, LoadFinished, LoadProgress
 
 _LONG = 1.0
 """Seconds before the first report."""
@@ -32,9 +30,8 @@ def set_listeners(listeners: Sequence[Listener]) -> None:
 def loading_listeners(*listeners: Listener) -> Iterator[None]:
     """Replaces the listeners within the context.
 
-    Each is called ``listener(event, fields)``, perhaps from another thread: with ``"loading"``
-    after a second and then repeatedly, and with ``"loaded"`` at the end. ``fields`` has ``what``;
-    ``done``, ``of`` (None if unknown) and their ``unit``, or the duration in ``seconds``.
+    Each is called, perhaps from another thread, with a :class:`~mlx_fed.events.LoadProgress` after
+    a second and then repeatedly, and with a :class:`~mlx_fed.events.LoadFinished` at the end.
     """
     token = _listeners.set(listeners)
     try:
@@ -67,17 +64,17 @@ class LoadingProgress:
             if self.is_over:
                 return
             self.is_reported, self.next_report = True, time.monotonic() + _PAUSE
-            fields = {"what": self.what, "done": self.count, "of": self.total, "unit": self.unit}
-            for listener in self.listeners:
-                listener("loading", fields)
+            self._notify(LoadProgress(self.what, self.count, self.total, self.unit))
 
     def end(self) -> None:
         with self.lock:
             self.is_over = True
             if self.is_reported:
-                fields = {"what": self.what, "seconds": time.monotonic() - self.start_time}
-                for listener in self.listeners:
-                    listener("loaded", fields)
+                self._notify(LoadFinished(self.what, time.monotonic() - self.start_time))
+
+    def _notify(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
 
 
 @contextmanager
