@@ -6,8 +6,10 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from mlx_fed import events
@@ -228,3 +230,44 @@ def test_sizes_and_times_are_written_as_people_do():
     assert [format_seconds(seconds) for seconds in (0.4, 59.6, 125, 7260)] == [
         *("0 s", "1 min 0 s", "2 min 5 s", "2 h 1 min"),
     ]
+
+
+RESIZED = """
+import time
+from rich.console import Console
+from mlx_fed.monitoring.progress_bars import ProgressBars
+
+bars = ProgressBars(Console())
+print("line\\n" * 30)
+for second in range(100):
+    bars.update("run", "round 1/3  train  3 of 8 nodes  8 MB  about 3 s left", second, 100)
+    bars.update("loading", f"Downloading a model of a hundred gigabytes {second}", second, 100)
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux")
+def test_progress_bars_are_drawn_once_after_the_terminal_was_resized(tmp_path: Path):
+    (tmp_path / "bars.py").write_text(RESIZED)
+    socket = f"mlx-fed-{os.getpid()}"
+
+    def tmux(*arguments: object) -> str:
+        command = ["tmux", "-L", socket, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    program = f"PYTHONPATH={path} {sys.executable} {tmp_path / 'bars.py'}"
+    tmux("new-session", "-d", "-x", 100, "-y", 24, program)
+    try:
+        for _ in range(300):
+            if "Downloading" in tmux("capture-pane", "-p"):
+                break
+            time.sleep(0.1)
+        for width in (60, 45, 100, 80):
+            tmux("resize-window", "-x", width, "-y", 24)
+            time.sleep(0.6)
+        screen = tmux("capture-pane", "-p", "-S", "-")
+    finally:
+        tmux("kill-server")
+    assert (screen.count("round 1/3"), screen.count("Downloading")) == (1, 1), screen

@@ -57,6 +57,45 @@ def test_runs_are_listed_the_newest_first(tmp_path: Path):
     assert lines[1].split()[-1] == "0.5"
 
 
+def listed(*options: object) -> list[str]:
+    """The names of runs that ``runs list`` prints, in order."""
+    lines = command("runs", "list", *options).splitlines()
+    return [line.split()[0] for line in lines[1:]]
+
+
+def test_runs_are_sorted_and_filtered(tmp_path: Path):
+    for number, rate in ((1, 0.1), (2, 0.02), (3, 0.3)):
+        make_run(tmp_path / f"run-{number}", rounds=number, config={"lr": rate})
+    History(make_run(tmp_path / "empty", rounds=0))
+    runs = ("--runs", tmp_path)
+    by_rate = ["run-2", "run-1", "run-3"]
+    assert listed(*runs, "--sort", "config.lr") == [*by_rate, "empty"]  # which has no value
+    assert listed(*runs, "--sort", "config.lr", "--reverse") == ["empty", *by_rate[::-1]]
+    assert listed(*runs, "--where", "config.lr<0.2", "--sort", "run") == ["run-1", "run-2"]
+    assert listed(*runs, "--where", "train/loss<=0.5", "--where", "config.lr!=0.3") == ["run-2"]
+    assert listed(*runs, "--where", "run=empty") == ["empty"]
+    assert listed(*runs, "--where", "strategy.name=FedAdam") == []
+    message = command("runs", "list", *runs, "--sort", "lr", code=1)
+    assert "No run has a column 'lr'" in message
+    message = command("runs", "list", *runs, "--where", "config.lr", code=1)
+    assert "is not a condition, such as" in message
+
+
+def test_columns_that_fit_are_shown_and_others_named(tmp_path: Path):
+    History(make_run(tmp_path / "one")).add_round(
+        {"round": 3, "evaluate": {f"a-metric-of-a-long-name-{k}": 0.5 for k in range(5)}}
+    )
+    runner = CliRunner()
+    show = ["runs", "show", "one", "--runs", str(tmp_path)]
+    text = runner.invoke(app, show, env={"COLUMNS": "80"}).output
+    rows = text[text.index("round  train/loss") :].splitlines()
+    assert all(len(line) <= 80 for line in rows[:4])
+    assert rows[4].startswith("More with --columns: evaluate/a-metric-of-a-long-name-1")
+    text = runner.invoke(app, [*show, "--columns", "seconds/*,refused"]).output
+    assert "round  seconds/train  refused" in text
+    assert "train/loss" not in text
+
+
 def test_no_runs(tmp_path: Path):
     assert "No runs in" in command("runs", "list", "--runs", tmp_path)
     message = command("runs", "list", "--runs", tmp_path / "none", code=1)

@@ -292,7 +292,7 @@ def test_ctrl_c_ends_it_all_and_leaves_what_was_reached(moment: str, tmp_path: P
     assert workers
     os.write(run.file, b"\x03")
     assert run.ends() == 130, run.shown
-    assert "Interrupted." in run.shown
+    assert "Interrupted. To resume: " in run.shown
     assert "Traceback" not in run.shown
     assert "resource_tracker" not in run.shown
     assert all_end(workers)

@@ -2,8 +2,56 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderResult
+from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.segment import ControlType, Segment
+
+
+def _control(text: str) -> Segment:
+    return Segment(text, None, [(ControlType.CARRIAGE_RETURN,)])
+
+
+class _Erasure:
+    """Erases the cursor's line and all lines below it."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # From the second column: tmux takes an erasure from the first cell on for a new screen.
+        yield _control("\r \x1b[J\r")
+
+
+@dataclass
+class _Lines:
+    """Lines of text; the cursor returns to the start of the first one."""
+
+    content: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self.content, options, pad=False)[: options.size.height - 1]
+        # Without automatic wrapping: the terminal may already be narrower than it has told.
+        yield _control("\x1b[?7l")
+        for number, line in enumerate(lines):
+            if number:
+                yield Segment.line()
+            yield from line
+        yield _control("\r" + "\x1b[A" * (len(lines) - 1) + "\x1b[?7h")
+
+
+class _ResizableLive(Live):
+    """Live display that a change of the terminal's width does not duplicate.
+
+    rich leaves the cursor after the last line and moves it up by as many rows as it has drawn; in
+    a narrower terminal the same lines have more rows. Here the cursor is at the start of the first
+    line, where terminals keep it, and all below it is erased before the next drawing.
+    """
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        if not self.console.is_interactive:
+            return renderables
+        display = [_Lines(self.get_renderable())] if self.is_started else []
+        return [_Erasure(), *renderables, *display]
 
 
 class ProgressBars:
@@ -21,8 +69,10 @@ class ProgressBars:
             TextColumn("{task.description}", style="cyan", markup=False),
             TimeElapsedColumn(),
             console=console,
-            transient=True,
             disable=not self.is_shown,
+        )
+        self.progress.live = _ResizableLive(
+            console=console, transient=True, get_renderable=self.progress.get_renderable
         )
         self.tasks: dict[str, Task] = {}
 
