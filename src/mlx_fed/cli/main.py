@@ -11,6 +11,7 @@ from .. import __version__
 from .app import App
 from .arguments import find_strategy, find_task, load_test, parse_settings
 from .audit import audit_app
+from .check import check
 from .lora import lora_app
 from .nodes import certs_app, nodes_app
 from .options import (
@@ -274,6 +275,7 @@ def join(
 app.add_typer(lora_app, name="lora")
 app.add_typer(runs_app, name="runs")
 app.command()(report)
+app.command()(check)
 
 
 @app.command("dashboard")

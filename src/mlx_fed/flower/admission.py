@@ -64,9 +64,9 @@ class Admission:
             return known
         try:
             key = b64decode(signed[0], validate=True)
+            _check_clock(headers.get(TIMESTAMP_HEADER, ""))
             if self._link.door is not None and ours.TOKEN not in headers:
                 self._link.door.name_of(key)  # a stranger is not worth a signature's verification
-            _check_clock(headers.get(TIMESTAMP_HEADER, ""))
             authenticate_node(
                 SimpleNamespace(  # type: ignore[arg-type]  # the parts of a Request that it reads
                     headers=headers,
