@@ -349,8 +349,8 @@ def _check_values(data: Data) -> None:
             wrong = np.flatnonzero(np.asarray(rows))
             if len(wrong):
                 raise _Fault(
-                    f"Data.{name}, array {path}: {len(wrong)} of {len(array)} examples have values that "
-                    f"are not finite, the first at {wrong[0]}",
+                    f"Data.{name}, array {path}: {len(wrong)} of {len(array)} examples have "
+                    f"values that are not finite, the first at {wrong[0]}",
                     "leave these examples out, or fill in their missing values",
                 )
 
