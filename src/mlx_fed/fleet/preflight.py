@@ -148,7 +148,7 @@ def check_server(
     """
     yield from _check(
         "port",
-        lambda: http.listening(host, port).close(),
+        lambda: http.listen(host, port).close(),
         lambda _: f"{address.join(host, port)} is free",
         "end what listens there, or choose another --host or --port",
     )
