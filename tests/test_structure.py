@@ -62,3 +62,13 @@ def test_flower_uses_arrays_and_errors_only():
 
 def test_at_most_twelve_files_lie_directly_in_the_package():
     assert len([*ROOT.glob("*.py")]) <= 12
+
+
+def test_no_test_file_imports_from_another():
+    """What several need is in ``tests/helpers``."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                is_ours = node.level or names[0] == "tests"
+                assert not (is_ours and any(name.startswith("test_") for name in names)), path

@@ -31,7 +31,7 @@ from mlx_fed.task_settings import TracedConfig
 from .conftest import command
 from .loopback import LoopbackGrid
 from .simulated import SEED, TASK, load, simulate
-from .rounds.test_strategies import federate
+from .helpers.federated import federate
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 

@@ -23,7 +23,7 @@ from mlx_fed.arrays.frozen import difference, digest_arrays
 from mlx_fed.training.trainer import Trainer
 
 from ..simulated import simulate
-from ..rounds.test_strategies import SEED, TASK, federate
+from ..helpers.federated import SEED, TASK, federate
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 

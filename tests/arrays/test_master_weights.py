@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlx_fed.arrays import master_weights, named_arrays
 from mlx_fed.arrays.named_arrays import WeightsError
 
-from .test_weights import FLOATS, bits, noise
+from ..helpers.random_arrays import FLOATS, bits, noise
 
 
 def numpy_record(**arrays) -> ArrayRecord:

@@ -30,8 +30,8 @@ from mlx_fed.arrays.flower_records import (
 )
 from mlx_fed.arrays.spool import Spool
 
-from ..rounds.test_strategies import CLIENT, NORMALIZED, difference, federate
-from ..flower.test_flower import assert_carried, reply_to, Fleet
+from ..helpers.federated import CLIENT, NORMALIZED, difference, federate
+from ..helpers.fleet_routes import assert_carried, reply_to, Fleet
 
 
 @pytest.fixture

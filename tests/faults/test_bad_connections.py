@@ -19,7 +19,8 @@ import pytest
 
 from ..conftest import Started
 from .proxy import HARMS, Proxy
-from ..fleet.test_fleet import assert_same_bits, history, join, serve
+from ..helpers.fleet_commands import assert_same_bits, join, serve
+from ..helpers.run_folders import read_history
 
 SLEEP = float(os.environ.get("MLX_FED_SLEEP", "0"))
 """Seconds that a node goes on sleeping after it has been given up."""
@@ -71,7 +72,7 @@ def test_a_bad_connection_does_not_change_a_bit(start, proxy, undisturbed, tmp_p
     assert server.ends(200) == 0, server.text
     assert [node.ends() for node in nodes] == [0, 0, 0], nodes[0].text
     done = sum((way.done for way in ways), Counter())
-    rounds = history(tmp_path / "run")
+    rounds = read_history(tmp_path / "run")
     missing = sum(len(record["refused"]) for record in rounds)
     repeats = sum(record.get("repeats", 0) for record in rounds)
     print(f"{dict(done)}, {missing} replies missing, {repeats} rounds repeated")
@@ -102,7 +103,7 @@ def test_connections_that_break_while_nodes_work_cost_no_reply(
     broken = sum(way.done["drop"] for way in ways)
     print(f"{broken} connections broken")
     assert broken >= len(NODES)  # how many there are depends on how long the rounds take
-    assert [r for record in history(tmp_path / "run") for r in record["refused"]] == []
+    assert [r for record in read_history(tmp_path / "run") for r in record["refused"]] == []
 
 
 @pytest.mark.parametrize("cut", [Proxy.refuse, Proxy.swallow], ids=["refused", "swallowed"])
@@ -138,14 +139,14 @@ def takes_part(server: Started, run: Path) -> None:
     server.line("node-2 joined")
     server.line("round 1 ")
     more_rounds(server, run)
-    assert history(run)[-1]["train"]["nodes"] == ["node-0", "node-1", "node-2"]
+    assert read_history(run)[-1]["train"]["nodes"] == ["node-0", "node-1", "node-2"]
 
 
 def is_given_up(server: Started, run: Path) -> None:
     """The server takes node-2 off its list, and rounds go on without it."""
     server.line("node-2 left\n")
     more_rounds(server, run)
-    assert history(run)[-1]["train"]["nodes"] == ["node-0", "node-1"]
+    assert read_history(run)[-1]["train"]["nodes"] == ["node-0", "node-1"]
 
 
 def comes_back(server: Started, run: Path) -> None:
@@ -156,11 +157,11 @@ def comes_back(server: Started, run: Path) -> None:
     more_rounds(server, run)
     server.interrupt()
     assert server.ends() == 130
-    rounds = history(run)
+    rounds = read_history(run)
     assert rounds[-1]["train"]["nodes"] == ["node-0", "node-1", "node-2"]
     missing = [entry for record in rounds for entry in record["refused"]]
     assert {(entry["node"], entry["missing"]) for entry in missing} == {("node-2", True)}
 
 
 def more_rounds(server: Started, run: Path) -> None:
-    server.line(rf"round {len(history(run)) + 3} ")
+    server.line(rf"round {len(read_history(run)) + 3} ")

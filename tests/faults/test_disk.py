@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from ..conftest import Started
-from .test_server_killed import FED, assert_same_end
-from ..fleet.test_fleet import join, serve
-from ..rounds.test_resume import checkpoints, read_history
+from ..helpers.run_folders import assert_same_end
+from ..helpers.fleet_commands import FED, join, serve
+from ..helpers.run_folders import checkpoints
+from ..helpers.run_folders import read_history
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 SIZE = ("-c", "hidden=200000", "-c", "local-steps=1")

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from ..conftest import Started, free_port
-from ..rounds.test_resume import checkpoints, figures, read_history
+from ..helpers.run_folders import checkpoints
+from ..helpers.run_folders import read_history
+from ..helpers.run_folders import assert_same_end
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("MLX_FED_KILLS", "20"))
@@ -46,12 +48,6 @@ def wait_for_half_a_checkpoint(folder: Path) -> None:
     deadline = time.monotonic() + 60
     while not has_half_a_checkpoint(folder):
         assert time.monotonic() < deadline, "no checkpoint is written"
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    assert figures(read_history(one)) == figures(read_history(other))
-    for name in ("model.safetensors", "best.safetensors"):
-        assert cmp(one / name, other / name, shallow=False), name
 
 
 @pytest.mark.timeout(60 + 12 * KILLS)

@@ -11,7 +11,6 @@ import socket
 import time
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
@@ -31,57 +30,10 @@ from mlx_fed.monitoring.server_terminal import server_line
 from mlx_fed.system.printable import printable
 from mlx_fed.training.trainer import Trainer
 
+from ..helpers.run_folders import read_history
 from ..conftest import ROOT, command, free_port
 from ..tasks import moons
-
-TASK = "tests.tasks:moons"
-FED = ("-m", "mlx_fed")
-
-
-def serve(start, tmp_path: Path, *arguments, name="run", task=TASK):
-    """A server on a free port, and where it is."""
-    server = start(
-        *FED,
-        "serve",
-        task,
-        "--port",
-        0,
-        "--runs",
-        tmp_path,
-        "--name",
-        name,
-        "--wait",
-        60,
-        *arguments,
-    )
-    return server, server.line(r"Server ready on (\S+)").group(1)
-
-
-def join(start, address: str, node_id: int, *arguments, task=TASK, **env):
-    return start(
-        *FED,
-        "join",
-        task,
-        "--server",
-        address,
-        "--node-id",
-        node_id,
-        "--wait",
-        60,
-        *arguments,
-        **env,
-    )
-
-
-def history(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-
-
-def assert_same_bits(one: Path, other: Path) -> None:
-    a, b = (mx.load(str(folder / "model.safetensors")) for folder in (one, other))
-    assert a.keys() == b.keys()
-    for name in a:
-        assert mx.array_equal(a[name], b[name]), name
+from ..helpers.fleet_commands import FED, TASK, assert_same_bits, join, serve
 
 
 def test_a_run_ends_by_itself_and_leaves_its_folder(start, tmp_path):
@@ -92,7 +44,7 @@ def test_a_run_ends_by_itself_and_leaves_its_folder(start, tmp_path):
     assert "The run is over." in nodes[0].text
     folder = tmp_path / "run"
     assert str(folder / "model.safetensors") in server.text
-    rounds = history(folder)
+    rounds = read_history(folder)
     assert [record["round"] for record in rounds] == [1, 2, 3]
     assert rounds[-1]["evaluate"]["accuracy"] > 0.8
     assert rounds[-1]["train"]["nodes"] == ["node-0", "node-1"]
@@ -112,7 +64,7 @@ def test_bytes_are_those_that_went_over_the_wire(start, tmp_path):
     assert server.ends() == 0, server.text
     assert node.ends() == 0
     size = (tmp_path / "run" / "model.safetensors").stat().st_size
-    first, *others = [record["bytes"]["down"] / size for record in history(tmp_path / "run")]
+    first, *others = [record["bytes"]["down"] / size for record in read_history(tmp_path / "run")]
     assert 1.9 < first < 2.1, "to train from, and to evaluate"
     assert all(0.9 < times < 1.1 for times in others), others
 
@@ -171,7 +123,7 @@ def test_a_node_that_raises_in_training_is_left_out_of_that_round(start, tmp_pat
     assert "round 2 train failed: RuntimeError: the disk of this node is full" in broken.text
     assert re.search(r"node-2 left out of train: RuntimeError in tasks\.py:\d+; ", server.text)
     assert "the disk" not in server.text, "what an exception says is the node's owner's to share"
-    rounds = history(tmp_path / "run")
+    rounds = read_history(tmp_path / "run")
     trained = [len(record["train"]["nodes"]) for record in rounds]
     assert trained == [3, 2, 3]
     (refused,) = rounds[1]["refused"]
@@ -186,7 +138,7 @@ def test_when_every_node_fails_the_run_stops_and_what_was_reached_is_kept(start,
     assert "Round 2: all 2 nodes failed with the same error" in server.text
     assert [node.ends() for node in nodes] == [4, 4]
     assert "The run failed." in nodes[0].text
-    assert len(history(tmp_path / "run")) == 1
+    assert len(read_history(tmp_path / "run")) == 1
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -202,7 +154,7 @@ def test_nodes_come_and_go_between_rounds(start, tmp_path):
     server.line("node-2 left")
     assert server.ends(120) == 0, server.text
     assert [node.ends() for node in nodes] == [0, 0]
-    took_part = [record["train"]["nodes"] for record in history(tmp_path / "run")]
+    took_part = [record["train"]["nodes"] for record in read_history(tmp_path / "run")]
     assert took_part[0] == ["node-0", "node-1"]
     assert ["node-0", "node-1", "node-2"] in took_part
     assert took_part[-1] == ["node-0", "node-1"]
@@ -235,7 +187,7 @@ def test_nodes_go_over_to_a_server_that_was_started_again(start, tmp_path):
     last = start(*serve_on, "--name", "last")
     assert last.ends() == 0, last.text
     assert [node.ends() for node in nodes] == [0, 0]
-    assert len(history(tmp_path / "last")) == 3
+    assert len(read_history(tmp_path / "last")) == 3
 
 
 def test_what_a_node_keeps_is_there_when_its_run_goes_on(start, tmp_path):
@@ -354,7 +306,7 @@ def test_a_run_outlives_a_server_that_sleeps_and_a_node_that_does(start, tmp_pat
     nodes[2].process.send_signal(signal.SIGCONT)
     assert server.ends(120) == 0, server.text
     assert [node.ends() for node in nodes] == [0, 0, 0]
-    trained = [record["train"]["nodes"] for record in history(tmp_path / "run")]
+    trained = [record["train"]["nodes"] for record in read_history(tmp_path / "run")]
     assert ["node-0", "node-1"] in trained[2:]
     assert trained[-1] == ["node-0", "node-1", "node-2"]
 
@@ -625,4 +577,4 @@ def test_a_new_app_runs(start, tmp_path, monkeypatch):
     assert server.ends() == 0, server.text
     assert [node.ends() for node in nodes] == [0, 0]
     (folder,) = (app / "runs").iterdir()
-    assert history(folder)[-1]["evaluate"]["accuracy"] > 0.9
+    assert read_history(folder)[-1]["evaluate"]["accuracy"] > 0.9

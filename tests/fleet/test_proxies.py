@@ -9,7 +9,7 @@ import pytest
 from mlx_fed.fleet.identity import Identity
 from mlx_fed.flower.proxies import Proxy, ProxyError, from_environment
 
-from . import test_fleet
+from ..helpers.fleet_commands import FED, TASK, serve
 from ..conftest import free_port
 from ..faults.proxy import Proxy as Passing
 
@@ -32,7 +32,7 @@ def test_a_run_through_a_proxy(start, tmp_path, encrypted: bool):
     way.asked = []
     secure = ("--secure", "--federation", tmp_path / "federation", "--announce", f"{HOST}:{port}")
     arguments = ("--port", port, "--min-nodes", 1, "--rounds", 2, *(secure if encrypted else ()))
-    server, _ = test_fleet.serve(start, tmp_path, *arguments)
+    server, _ = serve(start, tmp_path, *arguments)
     joins = ["--server", f"{HOST}:{port}"]
     if encrypted:
         joins = [server.line(r"(mlxfed-\S+)\n")[1]]
@@ -41,7 +41,7 @@ def test_a_run_through_a_proxy(start, tmp_path, encrypted: bool):
     }
     where = {"MLX_FED_HOME": str(tmp_path / "home"), **proxy}
     insecure = () if encrypted else ("--insecure",)
-    node = start(*test_fleet.FED, "join", test_fleet.TASK, *joins, *insecure, "--wait", 30, **where)
+    node = start(*FED, "join", TASK, *joins, *insecure, "--wait", 30, **where)
     assert server.ends() == 0, server.text
     assert node.ends() == 0, node.text
     assert f"through the proxy 127.0.0.1:{way.port}" in node.text

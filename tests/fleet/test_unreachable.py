@@ -30,7 +30,7 @@ from mlx_fed.flower.link_grid import LinkGrid
 
 from ..conftest import free_port
 from ..faults.proxy import Proxy
-from .test_fleet import join, serve
+from ..helpers.fleet_commands import join, serve
 
 _PAGE = b"<html><h1>It is not there</h1></html>"
 

@@ -21,7 +21,7 @@ from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower import fleet_client, incoming_replies, link_state, request_limits
 from mlx_fed.flower.fleet_client import FleetClient, Refused, Unreachable
 
-from .test_flower import Fleet, push_request
+from ..helpers.fleet_routes import Fleet, push_request
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from mlx_fed.monitoring.dashboard import DashboardError, serving
 from mlx_fed.runs.history import History
 
 from ..conftest import free_port
-from ..runs.test_folders import command, make_run
+from ..helpers.run_folders import command_output, make_run
 
 
 @pytest.fixture
@@ -134,19 +134,19 @@ def test_a_port_in_use_is_an_error(runs: Path, tmp_path: Path):
         with pytest.raises(DashboardError, match=what), serving(runs, port=port):
             pass
         runs.mkdir()
-        assert what in command("dashboard", runs, "--port", port, code=1)
+        assert what in command_output("dashboard", runs, "--port", port, code=1)
         task = ("simulate", "tests.simulated:TASK", "--runs", runs, "--dashboard")
-        assert what in command(*task, "--dashboard-port", port, code=1)
+        assert what in command_output(*task, "--dashboard-port", port, code=1)
         assert list(runs.iterdir()) == []
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.20", "example.org", "::"])
 def test_beyond_this_machine_it_has_to_be_told(runs: Path, host: str):
     runs.mkdir()
-    message = command("dashboard", runs, "--host", host, "--port", free_port(), code=1)
+    message = command_output("dashboard", runs, "--host", host, "--port", free_port(), code=1)
     assert "is not this machine only" in message
     assert "--insecure" in message
 
 
 def test_no_such_folder(tmp_path: Path):
-    assert "There is no folder" in command("dashboard", tmp_path / "none", code=1)
+    assert "There is no folder" in command_output("dashboard", tmp_path / "none", code=1)

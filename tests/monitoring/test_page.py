@@ -18,7 +18,7 @@ from mlx_fed.monitoring.dashboard import serving
 from mlx_fed.runs.history import History
 from mlx_fed.monitoring.report import report
 
-from ..runs.test_folders import OLD
+from ..helpers.run_folders import OLD
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)

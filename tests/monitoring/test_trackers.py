@@ -10,7 +10,7 @@ from mlx_fed.errors import FedError
 from mlx_fed.monitoring.trackers import Tracking, find_tracker
 
 from ..simulated import simulate
-from ..runs.test_folders import command
+from ..helpers.run_folders import command_output
 
 told: list[tuple[Any, ...]] = []
 
@@ -67,7 +67,9 @@ def test_a_tracker_that_fails_ends_no_run_and_says_so_once(tmp_path: Path, capsy
 
 def test_a_command_tracks_with_a_users_own(tmp_path: Path):
     shared = ("simulate", "tests.simulated:TASK", "--clients", 4, "--workers", 0, "--rounds", 1)
-    command(*shared, "--runs", tmp_path, "--quiet", "--track", "tests.monitoring.test_trackers:Own")
+    command_output(
+        *shared, "--runs", tmp_path, "--quiet", "--track", "tests.monitoring.test_trackers:Own"
+    )
     assert [each[0] for each in told] == ["start", "log", "finish"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mlx_fed import events
 import mlx_fed as fed  # before mlx.core
@@ -20,8 +19,8 @@ from mlx_fed.rounds import messages, loop
 from mlx_fed.training.trainer import Trainer
 
 from ..loopback import App
-from .test_loop import read_history
-from .test_strategies import (
+from ..helpers.run_folders import read_history
+from ..helpers.federated import (
     CLIENT,
     NORMALIZED,
     SEED,
@@ -35,28 +34,11 @@ from .test_strategies import (
     load,
     on_train,
 )
+from ..helpers.replies import with_arrays, with_metrics, with_weight
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
 VARIANCE = "layers.1.running_var"
-
-
-def with_arrays(change: Callable[[dict[str, mx.array]], Any]) -> Callable[[Message], None]:
-    def changed(reply: Message) -> None:
-        arrays = messages.unpack(reply.content["arrays"])
-        change(arrays)
-        reply.content["arrays"] = messages.pack(arrays)
-
-    return changed
-
-
-def with_weight(change: Callable[[mx.array], mx.array]) -> Callable[[Message], None]:
-    return with_arrays(lambda arrays: arrays.update({WEIGHT: change(arrays[WEIGHT])}))
-
-
-def with_metrics(**changed: Any) -> Callable[[Message], None]:
-    values = {name.replace("_", "-"): value for name, value in changed.items()}
-    return lambda reply: reply.content["metrics"].update(values)
 
 
 def in_numpy(reply: Message) -> None:

@@ -18,9 +18,10 @@ from mlx_fed.rounds import messages, loop
 from mlx_fed.flower.error_replies import failed_reply
 from mlx_fed.rounds.exclusion import refused_running, to_leave_out
 
-from .test_checks import with_metrics, with_weight
-from .test_loop import read_history
-from .test_strategies import CLIENT, NORMALIZED, App, difference, federate, on_train
+from ..helpers.replies import with_metrics, with_weight
+from ..helpers.run_folders import read_history
+from ..helpers.federated import CLIENT, NORMALIZED, difference, federate, on_train
+from .test_strategies import App
 
 NAN = with_weight(lambda w: w * mx.nan)
 

@@ -22,13 +22,10 @@ from mlx_fed.training.trainer import Trainer
 
 from ..loopback import LoopbackGrid
 from ..tasks import moons
-from .test_strategies import CLIENT, NORMALIZED, SEED, TASK, difference, federate, load
+from ..helpers.federated import CLIENT, NORMALIZED, SEED, TASK, difference, federate, load
+from ..helpers.run_folders import read_history
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
-
-
-def read_history(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
 # -- how many nodes ------------------------------------------------------------------------

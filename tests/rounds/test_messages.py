@@ -26,7 +26,7 @@ from mlx_fed.rounds.messages import MessageError
 from mlx_fed.arrays.flower_records import Segment
 from mlx_fed.arrays.spool import Spool
 
-from ..arrays.test_weights import bits, modules, noise
+from ..helpers.random_arrays import bits, modules, noise
 
 MiB = 2**20
 DTYPES = [

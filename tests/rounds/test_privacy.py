@@ -17,7 +17,8 @@ from mlx_fed.errors import RunError
 from mlx_fed.rounds.privacy import PrivacyError
 
 from ..simulated import simulate
-from .test_strategies import CLIENT, CLIPPING, MODS, NORMALIZED, TASK, clipped, federate
+from ..helpers.federated import CLIENT, NORMALIZED, TASK, federate
+from ..helpers.strategies import CLIPPING, MODS, clipped
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 

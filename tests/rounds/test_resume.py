@@ -30,30 +30,12 @@ from mlx_fed.arrays.spool import Spool
 from mlx_fed.rounds.strategy_state import State, StateError
 
 from ..conftest import command
-from .test_strategies import (
-    BFLOAT16,
-    NORMALIZED,
-    STRATEGIES,
-    TASK,
-    difference,
-    federate,
-    run_ours,
-)
+from ..helpers.run_folders import read_history
+from ..helpers.federated import BFLOAT16, NORMALIZED, TASK, difference, federate
+from ..helpers.strategies import STRATEGIES, run_ours
+from ..helpers.run_folders import checkpoints, figures
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
-
-
-def figures(rounds: list[dict]) -> list[dict]:
-    """What does not differ from run to run: all but the time it took."""
-    return [{k: v for k, v in record.items() if k not in ("seconds", "time")} for record in rounds]
-
-
-def read_history(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-
-
-def checkpoints(folder: Path) -> dict[int, Path]:
-    return {int(p.name[:5]): p for p in (folder / "checkpoints").iterdir()}
 
 
 def assert_same_end(resumed: fed.Result, expected: fed.Result) -> None:

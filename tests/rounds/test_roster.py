@@ -25,7 +25,7 @@ from mlx_fed.rounds.settings import Settings
 from mlx_fed.training.trainer import Trainer
 
 from ..loopback import LoopbackGrid
-from .test_strategies import CLIENT, SEED, TASK, federate
+from ..helpers.federated import CLIENT, SEED, TASK, federate
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 

@@ -26,7 +26,7 @@ from mlx_fed.rounds.settings import Settings
 
 from ..loopback import LoopbackGrid
 from ..simulated import LOCAL, TASK, load, simulate
-from .test_strategies import CLIENT, federate
+from ..helpers.federated import CLIENT, federate
 
 TWO_ROUNDS = replace(TASK, config={**TASK.config, "num-rounds": 2})
 TEST = load(99, None).test

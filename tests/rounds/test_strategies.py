@@ -5,14 +5,11 @@ from __future__ import annotations
 import gc
 import random
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
@@ -26,24 +23,13 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
-from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
-    Bulyan,
-    DifferentialPrivacyClientSideAdaptiveClipping,
-    DifferentialPrivacyClientSideFixedClipping,
-    DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
-    FedAdagrad,
     FedAdam,
     FedAvg,
-    FedAvgM,
     FedMedian,
-    FedProx,
-    FedTrimmedAvg,
-    FedYogi,
-    Krum,
-    MultiKrum,
     QFedAvg,
     Result,
     Strategy,
@@ -57,108 +43,26 @@ from mlx_fed.rounds.settings import Settings
 from mlx_fed.training.trainer import Trainer
 
 from ..loopback import App, LoopbackGrid
+from ..helpers.federated import (
+    BFLOAT16,
+    CLIENT,
+    NORMALIZED,
+    SEED,
+    SIZES,
+    TASK,
+    as_record,
+    difference,
+    federate,
+    float32,
+    load,
+    on_train,
+)
+from ..helpers.strategies import CLIPPING, FIXED, MODS, STRATEGIES, Wrapper, clipped, run_ours
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
-SEED = 7
-SIZES = (24, 40, 31, 16, 50, 22, 35)
-WEIGHT = "layers.0.weight"
-
-
-def load(partition_id: int, num_partitions: int | None) -> fed.Data:
-    """Points of three classes; clients differ in how many they hold and where these lie."""
-    rng = np.random.default_rng(partition_id)
-    labels = rng.integers(0, 3, SIZES[partition_id] + 10).astype(np.int32)
-    points = rng.normal(0.1 * partition_id, 1.0, (len(labels), 5)) + np.eye(3, 5)[labels]
-    points = points.astype(np.float32)
-    return fed.Data((points[10:], labels[10:]), (points[:10], labels[:10]))
-
-
-def bfloat16_model() -> nn.Module:
-    model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3))
-    model.set_dtype(mx.bfloat16)
-    return model
-
-
-TASK = fed.Task(
-    model=lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)),
-    loss=lambda model, x, y: nn.losses.cross_entropy(model(x), y),
-    metrics={"accuracy": lambda model, x, y: mx.argmax(model(x), axis=1) == y},
-    optimizer=lambda config: optim.SGD(config["learning-rate"]),
-    data=load,
-    batch_size=16,
-    config={"learning-rate": 0.2},
-)
-NORMALIZED = replace(
-    TASK,
-    model=lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm(8), nn.ReLU(), nn.Linear(8, 3)),
-)
-BFLOAT16 = replace(TASK, model=bfloat16_model)
-
-CLIENT = fed.client_app(TASK)
-FIXED, ADAPTIVE = (
-    DifferentialPrivacyClientSideFixedClipping,
-    DifferentialPrivacyClientSideAdaptiveClipping,
-)
-MODS = {FIXED: fixedclipping_mod, ADAPTIVE: adaptiveclipping_mod}
-CLIPPING = [
-    DifferentialPrivacyServerSideFixedClipping,
-    FIXED,
-    DifferentialPrivacyServerSideAdaptiveClipping,
-    ADAPTIVE,
-]
-
-
-def clipped(kind: type[Strategy], noise: float = 0.0) -> Strategy:
-    """FedAvg with clipping at norms that some updates of this task are above."""
-    if "Fixed" in kind.__name__:
-        return kind(FedAvg(), noise, clipping_norm=0.3, num_sampled_clients=7)
-    return kind(FedAvg(), noise, 7, initial_clipping_norm=0.2, clipped_count_stddev=noise)
-
-
-STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "FedAvg": FedAvg,
-    "FedAvgM": partial(FedAvgM, server_learning_rate=0.7, server_momentum=0.9),
-    "FedProx": partial(FedProx, proximal_mu=0.5),
-    "FedAdam": FedAdam,
-    "FedAdagrad": FedAdagrad,
-    "FedYogi": FedYogi,
-    "QFedAvg": partial(QFedAvg, client_learning_rate=0.2, q=0.5),
-    "FedMedian": FedMedian,
-    "FedTrimmedAvg": FedTrimmedAvg,
-    "Krum": partial(Krum, num_malicious_nodes=1),
-    "MultiKrum": partial(MultiKrum, num_malicious_nodes=1, num_nodes_to_select=4),
-    "Bulyan": partial(Bulyan, num_malicious_nodes=1),
-    **{kind.__name__: partial(clipped, kind) for kind in CLIPPING},
-}
-
 
 # -- the two loops -------------------------------------------------------------------------
-
-
-def federate(
-    strategy: Strategy,
-    folder: Path,
-    apps: Sequence[App] = (CLIENT,) * 7,
-    *,
-    task: fed.Task = TASK,
-    num_rounds: int = 3,
-    seed: int = SEED,
-    node_ids: Sequence[int] | None = None,
-    listener: events.Listener | None = None,
-    resume: bool = False,
-    **settings: Any,
-) -> loop.Result:
-    """Our loop. Its nodes are listed, and reply, in another order than that of partitions."""
-    folder.mkdir(exist_ok=True)
-    return loop.run(
-        LoopbackGrid(apps, node_ids=node_ids, backwards=True),
-        strategy,
-        Trainer(task, seed),
-        Settings(num_rounds=num_rounds, seed=seed, **settings),
-        History(folder, (listener,) if listener else ()),
-        resume=resume,
-    )
 
 
 def plain_app(task: fed.Task, mods: list | None, loss_key: str | None) -> ClientApp:
@@ -198,10 +102,6 @@ def plain_app(task: fed.Task, mods: list | None, loss_key: str | None) -> Client
     return app
 
 
-def as_record(arrays: dict[str, mx.array]) -> ArrayRecord:
-    return ArrayRecord({k: Array(np.array(a.astype(mx.float32))) for k, a in arrays.items()})
-
-
 def run_stock(strategy: Strategy, task: fed.Task = TASK, num_rounds: int = 3) -> Result:
     """Flower's own loop."""
     mods = [MODS[type(strategy)]] if type(strategy) in MODS else None
@@ -217,12 +117,6 @@ def run_stock(strategy: Strategy, task: fed.Task = TASK, num_rounds: int = 3) ->
         )
 
 
-def run_ours(strategy: Strategy, folder: Path, task: fed.Task = TASK, **settings) -> loop.Result:
-    mods = [MODS[type(strategy)]] if type(strategy) in MODS else None
-    app = fed.client_app(task, mods) if mods or task is not TASK else CLIENT
-    return federate(strategy, folder, [app] * 7, task=task, **settings)
-
-
 def watch(strategy: Strategy) -> list[dict[str, np.ndarray]]:
     """The global arrays after each round, as either loop hands them out to be evaluated."""
     seen: list[dict[str, np.ndarray]] = []
@@ -234,18 +128,6 @@ def watch(strategy: Strategy) -> list[dict[str, np.ndarray]]:
 
     strategy.configure_evaluate = watched
     return seen
-
-
-def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest difference between arrays in float32; 0 only if they are equal."""
-    assert one.keys() == other.keys()
-    return max(float(abs(float32(one[name]) - float32(other[name])).max()) for name in one)
-
-
-def float32(array: Any) -> np.ndarray:
-    if isinstance(array, mx.array):
-        return np.array(array.astype(mx.float32))
-    return np.asarray(array.numpy() if isinstance(array, Array) else array, dtype=np.float32)
 
 
 # -- every strategy, against Flower's loop -------------------------------------------------
@@ -375,19 +257,6 @@ def test_bfloat16_models_have_float32_masters(name: str, tmp_path: Path):
 
 
 # -- what strategies need of the loop and its clients --------------------------------------
-
-
-def on_train(change: Callable[[Message], None], app: App = CLIENT) -> App:
-    """A client whose replies to training messages are changed on their way."""
-
-    def changed(message: Message, context: Context) -> Message:
-        kind = message.metadata.message_type
-        reply = app(message, context)
-        if kind == "train":
-            change(reply)
-        return reply
-
-    return changed
 
 
 def test_optimizers_leave_statistics_alone(tmp_path: Path):
@@ -588,24 +457,3 @@ def test_a_strategy_of_ones_own_says_whether_its_noise_is_private(wrap, private)
             return np.random.normal()
 
     assert (draw() != draw()) == private
-
-
-class Wrapper(Strategy):
-    """A strategy of one's own around another, in the manner of Flower's."""
-
-    def __init__(self, strategy: Strategy):
-        self.strategy = strategy
-
-    def configure_train(self, *arguments: Any) -> Iterable[Message]:
-        return self.strategy.configure_train(*arguments)
-
-    def aggregate_train(self, *arguments: Any) -> Any:
-        return self.strategy.aggregate_train(*arguments)
-
-    def configure_evaluate(self, *arguments: Any) -> Iterable[Message]:
-        return self.strategy.configure_evaluate(*arguments)
-
-    def aggregate_evaluate(self, *arguments: Any) -> Any:
-        return self.strategy.aggregate_evaluate(*arguments)
-
-    def summary(self) -> None: ...

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as npst
 from mlx_fed.rounds.checkpoint import Checkpoint, Checkpoints
 from mlx_fed.rounds.strategy_state import State, StateError, restore, snapshot
 
-from .test_strategies import STRATEGIES, Wrapper
+from ..helpers.strategies import STRATEGIES, Wrapper
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 

@@ -9,37 +9,11 @@ import os
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from mlx_fed import events
 from mlx_fed.runs import folders, status
-from mlx_fed.cli.main import app
 from mlx_fed.runs.history import History
-
-OLD = (
-    '{"round": 1, "train": {"loss": 2.0, "nodes": ["a"]}, "evaluate": {"loss": 1.5, "nodes": '
-    '["a"]}, "seconds": {"train": 1.0}, "bytes": {"down": 1, "up": 2}, "refused": []}\n'
-)
-"""A line of the first version."""
-
-
-def make_run(folder: Path, rounds: int = 2, **settings: object) -> Path:
-    folder.mkdir(parents=True)
-    history = History(folder)
-    history.write_settings({"num_rounds": rounds, "strategy": {"name": "FedAvg"}, **settings})
-    for number in range(1, rounds + 1):
-        train = {"loss": 1 / number, "nodes": ["a", "b"]}
-        history.add_round(
-            {"round": number, "train": train, "seconds": {"train": 0.5}, "refused": []}
-        )
-    history.notify(events.RunFinished(model=folder, seconds=1.0))
-    return folder
-
-
-def command(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "200"})
-    assert result.exit_code == code, result.output
-    return result.output
+from ..helpers.run_folders import OLD, command_output, make_run
 
 
 def test_runs_are_listed_the_newest_first(tmp_path: Path):
@@ -48,7 +22,7 @@ def test_runs_are_listed_the_newest_first(tmp_path: Path):
     os.utime(tmp_path / "one" / "history.jsonl", (1, 1))
     os.utime(tmp_path / "one" / "settings.json", (1, 1))
     (tmp_path / "no-run").mkdir()
-    lines = command("runs", "list", "--runs", tmp_path).splitlines()
+    lines = command_output("runs", "list", "--runs", tmp_path).splitlines()
     assert [line.split()[:4] for line in lines[1:]] == [
         ["two", "finished", "2", "of"],
         ["one", "finished", "2", "of"],
@@ -97,8 +71,8 @@ def test_columns_that_fit_are_shown_and_others_named(tmp_path: Path):
 
 
 def test_no_runs(tmp_path: Path):
-    assert "No runs in" in command("runs", "list", "--runs", tmp_path)
-    message = command("runs", "list", "--runs", tmp_path / "none", code=1)
+    assert "No runs in" in command_output("runs", "list", "--runs", tmp_path)
+    message = command_output("runs", "list", "--runs", tmp_path / "none", code=1)
     assert "There is no folder" in message
     assert "--runs" in message
 
@@ -106,14 +80,14 @@ def test_no_runs(tmp_path: Path):
 @pytest.mark.parametrize("what", ["show", "compare", "export", "remove"])
 def test_no_such_run(tmp_path: Path, what: str):
     make_run(tmp_path / "one")
-    message = command("runs", what, "two", "--runs", tmp_path, code=1)
+    message = command_output("runs", what, "two", "--runs", tmp_path, code=1)
     assert "There is no run 'two'" in message
     assert "The newest there: one." in message
 
 
 def test_one_run_is_shown(tmp_path: Path):
     make_run(tmp_path / "one", seed=7)
-    shown = command("runs", "show", "one", "--runs", tmp_path)
+    shown = command_output("runs", "show", "one", "--runs", tmp_path)
     assert "strategy.name" in shown
     assert "seed" in shown
     assert "train/loss" in shown
@@ -131,7 +105,7 @@ def test_why_a_run_stopped_and_who_was_kept_out_is_shown(tmp_path: Path):
     history.notify(events.ReplyRefused(**left_out[1]))
     with pytest.raises(RuntimeError), history.held():
         raise RuntimeError("Round 4: none of 2 nodes")
-    shown = command("runs", "show", "one", "--runs", tmp_path).splitlines()
+    shown = command_output("runs", "show", "one", "--runs", tmp_path).splitlines()
     assert shown[1:4] == [
         "Stopped: Round 4: none of 2 nodes",
         "\N{REPLACEMENT CHARACTER}[2Jnode-3 is not let in: its model is another",
@@ -145,7 +119,7 @@ def test_what_settings_differ_in_is_compared(tmp_path: Path):
     make_run(tmp_path / "two", config={"lr": 0.2, "run-id": "y"}, seed=1)
     found = folders.read_all([tmp_path / "one", tmp_path / "two"])
     assert folders.differences(found) == {"config.lr": [0.1, 0.2]}
-    shown = command("runs", "compare", "one", "two", "--runs", tmp_path)
+    shown = command_output("runs", "compare", "one", "two", "--runs", tmp_path)
     assert "config.lr" in shown
     assert "seed" not in shown
 
@@ -163,9 +137,9 @@ def test_a_name_that_could_be_two_runs_is_asked_about(tmp_path: Path, monkeypatc
     make_run(tmp_path / "runs" / "x")
     make_run(tmp_path / "x")
     monkeypatch.chdir(tmp_path)
-    message = command("runs", "show", "x", code=1)
+    message = command_output("runs", "show", "x", code=1)
     assert "'x' is a run in runs/ and another one here: write" in message
-    assert command("runs", "show", tmp_path / "x")
+    assert command_output("runs", "show", tmp_path / "x")
 
 
 def test_a_half_written_line_is_passed_over_and_said(tmp_path: Path):
@@ -175,7 +149,7 @@ def test_a_half_written_line_is_passed_over_and_said(tmp_path: Path):
     found = folders.read(folder)
     assert [record["round"] for record in found.rounds] == [1, 2]
     assert found.damaged == 3
-    assert "3 damaged lines" in command("runs", "show", "one", "--runs", tmp_path)
+    assert "3 damaged lines" in command_output("runs", "show", "one", "--runs", tmp_path)
 
 
 def test_a_run_of_an_older_version_is_read(tmp_path: Path):
@@ -186,7 +160,7 @@ def test_a_run_of_an_older_version_is_read(tmp_path: Path):
     found = folders.read(folder)
     assert (found.state, found.settings, found.damaged) == ("", {}, 0)
     assert found.rounds[0]["evaluate"]["loss"] == 1.5
-    assert "old" in command("runs", "list", "--runs", tmp_path)
+    assert "old" in command_output("runs", "list", "--runs", tmp_path)
 
 
 def test_figures_are_exported(tmp_path: Path):
@@ -194,7 +168,9 @@ def test_figures_are_exported(tmp_path: Path):
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "history.jsonl").write_text(OLD)
     rows = list(
-        csv.DictReader(io.StringIO(command("runs", "export", "one", "two", "--runs", tmp_path)))
+        csv.DictReader(
+            io.StringIO(command_output("runs", "export", "one", "two", "--runs", tmp_path))
+        )
     )
     assert [(row["run"], row["round"]) for row in rows] == [
         ("one", "1"),
@@ -204,7 +180,7 @@ def test_figures_are_exported(tmp_path: Path):
     assert [row["train/loss"] for row in rows] == ["1.0", "0.5", "2.0"]
     assert [row["evaluate/loss"] for row in rows] == ["", "", "1.5"]
     output = tmp_path / "all.json"
-    command("runs", "export", "one", "--json", "-o", output, "--runs", tmp_path)
+    command_output("runs", "export", "one", "--json", "-o", output, "--runs", tmp_path)
     (exported,) = json.loads(output.read_text())
     assert exported["rounds"][1]["train"]["loss"] == 0.5
 
@@ -212,7 +188,7 @@ def test_figures_are_exported(tmp_path: Path):
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path):
     make_run(tmp_path / "one")
     output = tmp_path / "no" / "where.csv"
-    message = command("runs", "export", "one", "-o", output, "--runs", tmp_path, code=1)
+    message = command_output("runs", "export", "one", "-o", output, "--runs", tmp_path, code=1)
     assert "Cannot write" in message
     assert "-o" in message
 
@@ -222,7 +198,7 @@ def test_a_place_for_runs_that_takes_no_folder_is_an_error(tmp_path: Path, what:
     (tmp_path / "file").write_text("")
     port = ("--port", 0) if what == "serve" else ()
     task = ("tests.simulated:TASK", "--runs", tmp_path / "file", *port)
-    message = command(what, *task, code=1)
+    message = command_output(what, *task, code=1)
     assert "Cannot make the run's folder" in message
     assert "Choose another place with --runs." in message
 
@@ -231,18 +207,18 @@ def test_a_name_that_is_taken_is_an_error(tmp_path: Path):
     folder = make_run(tmp_path / "one")
     before = (folder / "settings.json").read_bytes()
     task = ("simulate", "tests.simulated:TASK", "--runs", tmp_path, "--name", "one")
-    assert "There is a run named 'one' in" in command(*task, code=1)
+    assert "There is a run named 'one' in" in command_output(*task, code=1)
     assert (folder / "settings.json").read_bytes() == before
 
 
 def test_a_run_is_removed_if_it_is_one_and_is_over(tmp_path: Path):
     folder = make_run(tmp_path / "one")
-    assert "Aborted" in command("runs", "remove", "one", "--runs", tmp_path, code=1)
+    assert "Aborted" in command_output("runs", "remove", "one", "--runs", tmp_path, code=1)
     with History(folder).held():
-        message = command("runs", "remove", "one", "-y", "--runs", tmp_path, code=1)
+        message = command_output("runs", "remove", "one", "-y", "--runs", tmp_path, code=1)
     assert "is running: end it first" in message
     assert folder.is_dir()
-    command("runs", "remove", "one", "-y", "--runs", tmp_path)
+    command_output("runs", "remove", "one", "-y", "--runs", tmp_path)
     assert not folder.exists()
     (tmp_path / "mine").mkdir()
     with pytest.raises(folders.RunsError, match="no run's folder"):

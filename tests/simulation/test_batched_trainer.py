@@ -20,7 +20,7 @@ import mlx_fed as fed
 from mlx_fed.simulation import batched_trainer as batched_module
 from mlx_fed.simulation.batched_trainer import BatchedTrainer, ClientInput
 from mlx_fed.training.trainer import Trainer, ClientUpdate
-from ..training.test_trainer import (
+from ..helpers.trainers import (
     MLP,
     OPTIMIZERS,
     OTHERS,

@@ -23,7 +23,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian, Strategy
 
 from ..conftest import ROOT
 from ..simulated import CLIENTS, TASK, assert_same, load, simulate
-from ..rounds.test_loop import read_history
+from ..helpers.run_folders import read_history
 
 pytestmark = pytest.mark.slow
 

@@ -28,7 +28,7 @@ from mlx_fed.rounds.resume import Position
 from mlx_fed.training.trainer import Trainer
 
 from ..loopback import LoopbackGrid
-from ..rounds.test_strategies import federate
+from ..helpers.federated import federate
 
 DOCS = Path(__file__).parents[2] / "docs" / "tasks.md"
 

@@ -1,0 +1,1 @@
+"""What tests share: tasks, grids, servers and runs, a file for each subject."""
