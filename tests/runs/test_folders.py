@@ -33,7 +33,7 @@ def test_runs_are_listed_the_newest_first(tmp_path: Path):
 
 def listed(*options: object) -> list[str]:
     """The names of runs that ``runs list`` prints, in order."""
-    lines = command("runs", "list", *options).splitlines()
+    lines = command_output("runs", "list", *options).splitlines()
     return [line.split()[0] for line in lines[1:]]
 
 
@@ -49,9 +49,9 @@ def test_runs_are_sorted_and_filtered(tmp_path: Path):
     assert listed(*runs, "--where", "train/loss<=0.5", "--where", "config.lr!=0.3") == ["run-2"]
     assert listed(*runs, "--where", "run=empty") == ["empty"]
     assert listed(*runs, "--where", "strategy.name=FedAdam") == []
-    message = command("runs", "list", *runs, "--sort", "lr", code=1)
+    message = command_output("runs", "list", *runs, "--sort", "lr", code=1)
     assert "No run has a column 'lr'" in message
-    message = command("runs", "list", *runs, "--where", "config.lr", code=1)
+    message = command_output("runs", "list", *runs, "--where", "config.lr", code=1)
     assert "is not a condition, such as" in message
 
 
