@@ -13,6 +13,7 @@ import pytest
 from mlx_fed import events
 from mlx_fed.runs import folders, status
 from mlx_fed.runs.history import History
+from ..conftest import command
 from ..helpers.run_folders import OLD, command_output, make_run
 
 
@@ -59,13 +60,12 @@ def test_columns_that_fit_are_shown_and_others_named(tmp_path: Path):
     History(make_run(tmp_path / "one")).add_round(
         {"round": 3, "evaluate": {f"a-metric-of-a-long-name-{k}": 0.5 for k in range(5)}}
     )
-    runner = CliRunner()
-    show = ["runs", "show", "one", "--runs", str(tmp_path)]
-    text = runner.invoke(app, show, env={"COLUMNS": "80"}).output
+    show = ("runs", "show", "one", "--runs", tmp_path)
+    text = command(*show, columns=80).text
     rows = text[text.index("round  train/loss") :].splitlines()
     assert all(len(line) <= 80 for line in rows[:4])
     assert rows[4].startswith("More with --columns: evaluate/a-metric-of-a-long-name-1")
-    text = runner.invoke(app, [*show, "--columns", "seconds/*,refused"]).output
+    text = command(*show, "--columns", "seconds/*,refused").text
     assert "round  seconds/train  refused" in text
     assert "train/loss" not in text
 
