@@ -18,7 +18,7 @@ pytest.importorskip("mlx_lm")
 from mlx_lm.utils import load as mlx_lm_load
 
 from mlx_fed.rounds import messages
-from mlx_fed.lm import adapters, base_model, base_identity, texts
+from mlx_fed.lm import adapters, base_model, base_fingerprint, texts
 from mlx_fed.lm.config import load_config
 from mlx_fed.lm.lora_task import lora_task
 from mlx_fed.training.trainer import Trainer
@@ -286,12 +286,12 @@ def test_texts_with_nothing_to_learn_are_left_out_and_named_once(empty, whole, t
         assert len(loaded.train) == 2
         assert loaded.test is None
     left_out, no_validation = notes
-    assert left_out.startswith("5 texts have nothing to learn within max_seq_length 2048 and are")
+    assert left_out.startswith("5 texts have no tokens to train on within max_seq_length 2048 and")
     assert [f"train.jsonl, line {line} (" in left_out for line in range(1, 7)] == [
         *(True, False, True, False, True, False)
     ]
     assert left_out.endswith(" and others.")
-    assert f"nothing to validate on beside {folder}/train.jsonl" in no_validation
+    assert f"no validation text beside {folder}/train.jsonl can be used" in no_validation
 
 
 def test_prompts_that_fill_a_text_are_left_out(llama, tmp_path):
@@ -300,7 +300,9 @@ def test_prompts_that_fill_a_text_are_left_out(llama, tmp_path):
     notes: list[str] = []
     config = configure(llama, folder, mask_prompt=True, max_seq_length=32)
     assert len(lora_task(config, note=notes.append).data(0, None).train) == 2
-    assert "1 texts have nothing to learn within max_seq_length 32 and are left out: " in notes[0]
+    assert (
+        "1 texts have no tokens to train on within max_seq_length 32 and are left out: " in notes[0]
+    )
     assert "train.jsonl, line 2 (its prompt takes 68 of 70 tokens)" in notes[0]
 
 
@@ -369,7 +371,7 @@ def test_a_node_without_texts_to_validate_on_is_named(llama, tmp_path):
     folder = tiny_llama.write_texts(tmp_path / "all", tiny_llama.lines("anna", 4))
     notes: list[str] = []
     assert lora_task(configure(llama, folder), note=notes.append).data(0, None).test is None
-    assert f"no valid.jsonl beside {folder}/train.jsonl: its node trains" in notes[0]
+    assert f"no valid.jsonl beside {folder}/train.jsonl: the node trains" in notes[0]
 
 
 def test_a_folder_of_texts_is_dealt_out(llama, tmp_path):
@@ -392,7 +394,7 @@ def test_a_dataset_is_partitioned(llama, tmp_path):
     task = lora_task(configure(llama, folder))
     parts = [task.data(number, 2) for number in range(2)]
     assert [(len(part.train), len(part.test)) for part in parts] == [(8, 2), (8, 2)]
-    with pytest.raises(fed.FedError, match="say which part of how many is this node's"):
+    with pytest.raises(fed.FedError, match="set this node's partition"):
         task.data(0, None)
 
 
@@ -458,8 +460,8 @@ def test_the_identity_of_a_base_tells_values_and_not_files(llama, tmp_path):
     for number, part in enumerate((names[::2], names[1::2])):
         shard = {name: arrays[name] for name in part}
         mx.save_safetensors(str(same / f"model-{number}.safetensors"), shard)
-    assert base_identity.of_weights(same) == base_identity.of_weights(llama)
-    assert base_identity.of_weights(other) != base_identity.of_weights(llama)
+    assert base_fingerprint.hash_weights(same) == base_fingerprint.hash_weights(llama)
+    assert base_fingerprint.hash_weights(other) != base_fingerprint.hash_weights(llama)
 
 
 def test_the_identity_of_a_config_tells_what_is_computed_and_not_how_it_is_written(llama, tmp_path):
@@ -467,11 +469,11 @@ def test_the_identity_of_a_config_tells_what_is_computed_and_not_how_it_is_writt
     written = json.loads((same / "config.json").read_text())
     spelled_out = {"rope_theta": 10000.0, "transformers_version": "9", "torch_dtype": "float32"}
     (same / "config.json").write_text(json.dumps({**written, **spelled_out}))
-    assert base_identity.of_config(same) == base_identity.of_config(llama)
+    assert base_fingerprint.describe_config(same) == base_fingerprint.describe_config(llama)
     (same / "config.json").write_text(json.dumps({**written, "rope_scaling": {"factor": 8.0}}))
-    found = base_identity.of_config(same)
+    found = base_fingerprint.describe_config(same)
     assert found["rope_scaling.factor"] == "8"
-    assert base_identity.of_config(llama)["rope_scaling"] == "null"
+    assert base_fingerprint.describe_config(llama)["rope_scaling"] == "null"
 
 
 def test_a_base_that_changes_in_its_folder_is_loaded_anew(data, tmp_path):
@@ -510,7 +512,7 @@ def test_no_validation_is_asked_for(llama, data, tmp_path):
 def test_the_identity_of_a_tokenizer_tells_its_words(llama, tmp_path):
     longer = tiny_llama.write_model(tmp_path / "longer", words=["anna"])
     found = [
-        base_identity.of_tokenizer(base_model.load_tokenizer(path)) for path in (llama, longer)
+        base_fingerprint.hash_tokenizer(base_model.load_tokenizer(path)) for path in (llama, longer)
     ]
     assert found[0] != found[1]
-    assert found[0] == base_identity.of_tokenizer(base_model.load_tokenizer(llama))
+    assert found[0] == base_fingerprint.hash_tokenizer(base_model.load_tokenizer(llama))

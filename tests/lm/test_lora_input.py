@@ -113,17 +113,17 @@ def test_a_file_of_mlx_lms_is_taken_with_flags_over_it(tmp_path):
         ("lora_parameters: [q_proj]", "lora_parameters is a section of keys, not ['q_proj']"),
         (
             "federation: {local_epochs: 1, local_iters: 5}",
-            "federation.local_epochs and federation.local_iters are two ways",
+            "federation.local_epochs and federation.local_iters exclude each other",
         ),
         (
             "fine_tune_type: full\nfederation: {freeze_a: true}",
-            "federation.freeze_a is for adapters, which fine_tune_type full has none of",
+            "federation.freeze_a needs adapters, and fine_tune_type full has none",
         ),
         ("num_layers: 0", "num_layers is 1 or more, or -1 for all, not 0"),
         ("val_batches: -2", "val_batches is 0 or more, or -1 for all, not -2"),
         ("learning_rate: -1e-5", "learning_rate is above 0, not -1e-05"),
         ("lr_schedule: {nmae: x}", "unknown key lr_schedule.nmae. Did you mean lr_schedule.name?"),
-        ("hf_dataset: {path: x}", "hf_dataset is not supported: give the dataset's id as data"),
+        ("hf_dataset: {path: x}", "hf_dataset is not supported: set data to the dataset's id"),
         ("federation: 3", "federation is a section of keys, not 3"),
         ("- model", "has no keys"),
         ("model: [", "is not YAML"),
@@ -166,10 +166,14 @@ OTHERS = [
     (
         "lora_parameters: {lora_layers: [q_proj, v_proj]}",
         {"lora_parameters": {**LORA, "keys": ["q_proj", "v_proj"]}},
-        ["lora_parameters.lora_layers is taken for lora_parameters.keys"],
+        ["lora_parameters.lora_layers is read as lora_parameters.keys"],
     ),
-    ("adapter_file: a.npz\nsteps_per_save: 50", {}, ["over adapter_file", "over steps_per_save"]),
-    ("use_chat_template: false", {}, ["mlx-lm passes over use_chat_template, and so does"]),
+    (
+        "adapter_file: a.npz\nsteps_per_save: 50",
+        {},
+        ["ignores adapter_file", "ignores steps_per_save"],
+    ),
+    ("use_chat_template: false", {}, ["mlx-lm ignores use_chat_template, and so does"]),
     # With words of other libraries.
     (
         "lora_parameters: {rank: 16, alpha: 32, dropout: 0.05}",
@@ -179,7 +183,7 @@ OTHERS = [
     (
         "lora_parameters: {rank: 16, alpha: 32, scale: 10.0}",
         {"lora_parameters": {"rank": 16, "dropout": 0.0, "scale": 10.0}},
-        ["over lora_parameters.alpha, and so does mlx-fed. What it has is lora_parameters.scale"],
+        ["ignores lora_parameters.alpha, and so does mlx-fed. Its key is lora_parameters.scale"],
     ),
     ("lora_parameters: {lora_alpha: 4}", {"lora_parameters": {**LORA, "scale": 0.5}}, ["of 0.5"]),
     (
@@ -187,13 +191,17 @@ OTHERS = [
         {"lora_parameters": LORA},
         ["lora_parameters.rank", "ters.dropout", "schedule.warmup", "_config", "local_epochs"],
     ),
-    ("lora_parameters: {r: 4, bias: none}", {}, ["is lora_parameters.rank", "over lora_parameter"]),
+    (
+        "lora_parameters: {r: 4, bias: none}",
+        {},
+        ["is lora_parameters.rank", "ignores lora_parameter"],
+    ),
     (
         "lr_schedule: {name: cosine_decay, warmup: 9, warmup_steps: 5, arguments: [1e-5, 9]}",
         {"lr_schedule": {"name": "cosine_decay", "warmup": 9, "arguments": [1e-5, 9]}},
-        ["mlx-lm passes over lr_schedule.warmup_steps, and so does mlx-fed"],
+        ["mlx-lm ignores lr_schedule.warmup_steps, and so does mlx-fed"],
     ),
-    ("wandb: {project: x}\ndescription: a test", {}, ["over wandb", "over description"]),
+    ("wandb: {project: x}\ndescription: a test", {}, ["ignores wandb", "ignores description"]),
 ]
 """Configuration files as they are written for mlx-lm, with what they mean and what is noted."""
 
@@ -210,7 +218,7 @@ def test_files_for_mlx_lm_are_taken_as_mlx_lm_takes_them(text, meant, noted, tmp
 
 
 def test_a_key_that_is_passed_over_is_warned_of_where_the_file_is_loaded(tmp_path):
-    with pytest.warns(UserWarning, match="mlx-lm passes over wandb") as told:
+    with pytest.warns(UserWarning, match="mlx-lm ignores wandb") as told:
         load_config(written(tmp_path, "wandb: x"))
     assert [warning.filename for warning in told] == [__file__]
 
@@ -277,7 +285,7 @@ def test_a_folder_without_texts(tmp_path):
     with refused(f"There is no train.jsonl in {tmp_path}."):
         lora_task(config).data(0, None)
     tiny_llama.write_texts(tmp_path / "anna", ["a"])
-    with refused("but in anna: name one of these"):
+    with refused("but in anna: choose one of these"):
         lora_task(config).data(0, None)
     with refused("has 1 folders of texts, for as many nodes, not 3"):
         lora_task(config).data(0, 3)
@@ -302,8 +310,7 @@ def test_only_texts_that_have_nothing_to_learn(record, why, llama, tmp_path):
     flags |= {"model": str(llama), "data": str(folder)}
     place = folder / "train.jsonl"
     with refused(
-        f"No text of {place} has anything to learn within max_seq_length 32: "
-        f"{place}, line 1 ({why})."
+        f"No text of {place} can be trained within max_seq_length 32: {place}, line 1 ({why})."
     ):
         lora_task(load_config(None, flags)).data(0, None)
 
@@ -478,7 +485,7 @@ def test_adapters_of_the_same_kind_in_other_words(llama, tmp_path):
     folder = adapters.save(lora_task(before).model(), tmp_path, before)
     path = folder / "adapter_config.json"
     known = json.loads(path.read_text())
-    known["lora_parameters"]["keys"].append("mlp.gate")  # which mlx-lm passes over
+    known["lora_parameters"]["keys"].append("mlp.gate")  # which mlx-lm ignores
     path.write_text(json.dumps(known))
     file = str(folder / "adapters.safetensors")
     now = lora_config(llama, {"keys": ["v_proj", "q_proj"], "scale": 10.0})
@@ -606,5 +613,5 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     forget_what_was_found()
-    with refused("neither a folder nobody/nothing nor a model of that name to be had"):
+    with refused("There is no folder nobody/nothing, and the Hugging Face hub does not provide"):
         build("nobody/nothing")

@@ -58,12 +58,12 @@ def add(
     """Add a node: print its token, or register its public key."""
     from ..flower import keys
 
-    federation_files = _open(federation)
+    files = _open(federation)
     if key is None:
-        token = federation_files.invite(name, node_id, hours * 3600)
+        token = files.invite(name, node_id, hours * 3600)
         typer.echo(f"{name} joins with:  mlx-fed join MODULE:TASK {token}")
     else:
-        member = federation_files.members.add(name, keys.public(_read(key), key), node_id)
+        member = files.members.add(name, keys.public(_read(key), key), node_id)
         typer.echo(f"{name} may join, with node id {member.number}.")
 
 
@@ -79,12 +79,12 @@ def show(federation: FederationFolder = _FOLDER) -> None:
     """Show the certificates' files and the authority's fingerprint."""
     from ..fleet import certificates
 
-    federation_files = _open(federation)
-    typer.echo(f"The authority:   {federation_files.authority}")
-    digest = certificates.fingerprint(federation_files.authority.read_bytes()).hex()
+    files = _open(federation)
+    typer.echo(f"The authority:   {files.authority}")
+    digest = certificates.fingerprint(files.authority.read_bytes()).hex()
     typer.echo(f"Its fingerprint: {digest}")
-    origin = "" if federation_files.authority_key.exists() else "  (imported)"
-    typer.echo(f"The server's:    {federation_files.certificate}{origin}")
+    origin = "" if files.authority_key.exists() else "  (imported)"
+    typer.echo(f"The server's:    {files.certificate}{origin}")
 
 
 @certs_app.command()
@@ -99,11 +99,9 @@ def make(
     from ..fleet.federation import Federation, announcement
 
     host = announce.rpartition(":")[0] or announce
-    created = Federation(federation, announcement(announce, host, 8080))
-    created.context(host)
-    typer.echo(
-        f"Created {created.folder}/. Copy {created.authority} to nodes; keep secret/ secret."
-    )
+    files = Federation(federation, announcement(announce, host, 8080))
+    files.context(host)
+    typer.echo(f"Created {files.folder}/. Copy {files.authority} to nodes; keep secret/ secret.")
 
 
 @certs_app.command()
@@ -120,11 +118,9 @@ def bring(
     """Import certificates that another authority issued."""
     from ..fleet.federation import Federation
 
-    federation_files = Federation(federation)
-    federation_files.bring(certificate, key, authority)
-    typer.echo(
-        f"Imported into {federation_files.folder}/. Renew them yourself; old tokens are invalid."
-    )
+    files = Federation(federation)
+    files.bring(certificate, key, authority)
+    typer.echo(f"Imported into {files.folder}/. Renew them yourself; old tokens are invalid.")
 
 
 @certs_app.command("key")

@@ -344,8 +344,8 @@ def with_parameters(
     del function.__wrapped__
     function.__signature__ = inspect.Signature(keywords)
     function.__annotations__ = {item.name: item.annotation for item in keywords}
-    typed: Callable[..., None] = function
-    return typed
+    result: Callable[..., None] = function
+    return result
 
 
 def to_arguments(options: OptionGroup) -> list[str]:

@@ -1,4 +1,4 @@
-"""``mlx-fed runs`` and ``mlx-fed report``: recorded runs as tables, CSV, JSON and HTML."""
+"""``mlx-fed runs`` and ``mlx-fed report``: records runs as tables, CSV, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -108,17 +108,17 @@ def show(
     from ..runs import folders
     from ..runs.round_record import figures
 
-    recorded = folders.read(folders.find(runs, run))
-    typer.echo(printable(f"{recorded.name}  {recorded.state}  {recorded.folder}"))
-    for line in folders.list_problems(recorded):
+    records = folders.read(folders.find(runs, run))
+    typer.echo(printable(f"{records.name}  {records.state}  {records.folder}"))
+    for line in folders.list_problems(records):
         typer.echo(printable(line))
-    settings = folders.flatten_settings(recorded.settings).items()
+    settings = folders.flatten_settings(records.settings).items()
     _print_table([(name, value) for name, value in settings if value not in (None, {}, [])])
     typer.echo("")
-    rows = [{"round": record["round"], **figures(record)} for record in recorded.rounds]
+    rows = [{"round": record["round"], **figures(record)} for record in records.rounds]
     _print_rows(rows, ("round",), columns, ("train/", "evaluate/", "central/"))
-    if recorded.damaged:
-        typer.echo(f"{recorded.damaged} damaged lines of history.jsonl were skipped.")
+    if records.damaged:
+        typer.echo(f"{records.damaged} damaged lines of history.jsonl were skipped.")
 
 
 @runs_app.command()
@@ -126,13 +126,13 @@ def compare(names: Names, runs: RunsFolder = Path("runs")) -> None:
     """Compare runs: settings that differ, and last figures."""
     from ..runs import folders
 
-    recorded = folders.read_all([folders.find(runs, name) for name in names])
-    rows = [_run_row(run) for run in recorded]
+    records = folders.read_all([folders.find(runs, name) for name in names])
+    rows = [_run_row(run) for run in records]
     figures = _metric_names(rows, ("train/", "evaluate/", "central/"))
     _print_table(
         [
-            ("", *(run.name for run in recorded)),
-            *((name, *values) for name, values in folders.differences(recorded).items()),
+            ("", *(run.name for run in records)),
+            *((name, *values) for name, values in folders.differences(records).items()),
             *((name, *(row.get(name) for row in rows)) for name in ("rounds", *figures)),
         ]
     )
@@ -148,8 +148,8 @@ def export(
     """Write the figures of runs as CSV, or all data as JSON."""
     from ..runs import folders
 
-    recorded = folders.read_all([folders.find(runs, name) for name in names])
-    _write(folders.to_json(recorded) + "\n" if json else folders.to_csv(recorded), output)
+    records = folders.read_all([folders.find(runs, name) for name in names])
+    _write(folders.to_json(records) + "\n" if json else folders.to_csv(records), output)
 
 
 @runs_app.command()
@@ -179,12 +179,12 @@ def report(
     from ..monitoring.report import report
     from ..runs import folders
 
-    recorded = folders.read_all([folders.find(runs, name) for name in names])
+    records = folders.read_all([folders.find(runs, name) for name in names])
     if csv:
-        _write(folders.to_csv(recorded), output)
+        _write(folders.to_csv(records), output)
     else:
-        name = recorded[0].folder.name if len(recorded) == 1 else "runs"
-        _write(report(recorded), output or Path(f"{name}.html"))
+        name = records[0].folder.name if len(records) == 1 else "runs"
+        _write(report(records), output or Path(f"{name}.html"))
 
 
 def _write(text: str, output: Path | None) -> None:
@@ -221,15 +221,15 @@ def _run_row(run: RunRecord) -> Row:
 
 def _matches(row: Row, condition: str, rows: Iterable[Row]) -> bool:
     """Whether a row meets a condition such as ``evaluate/loss<0.5``; numbers compare as such."""
-    parts = re.fullmatch(r"([^<>=!]+)(<=|>=|!=|=|<|>)(.+)", condition)
-    if parts is None:
+    match = re.fullmatch(r"([^<>=!]+)(<=|>=|!=|=|<|>)(.+)", condition)
+    if match is None:
         raise FedError(f"--where {condition!r} is not a condition, such as evaluate/loss<0.5.")
-    name, symbol, text = (part.strip() for part in parts.groups())
+    name, symbol, text = (group.strip() for group in match.groups())
     _require_column(name, rows)
-    left, right = _sort_key(row.get(name)), _sort_key(text)
+    value, bound = _sort_key(row.get(name)), _sort_key(text)
     if symbol in ("=", "!="):
-        return bool(_OPERATORS[symbol](left, right))
-    return left[0] == right[0] and bool(_OPERATORS[symbol](left, right))
+        return bool(_OPERATORS[symbol](value, bound))
+    return value[0] == bound[0] and bool(_OPERATORS[symbol](value, bound))
 
 
 def _sort_key(value: Any) -> tuple[int, float, str]:
@@ -269,13 +269,13 @@ def _print_rows(
         _print_table(_cells(rows, dict.fromkeys([*head, *metrics])))
         return
     metrics = _metric_names(rows, prefixes)
-    shown = len(metrics)
+    count = len(metrics)
     width = shutil.get_terminal_size().columns
-    while shown and _width(_cells(rows, [*head, *metrics[:shown]])) > width:
-        shown -= 1
-    _print_table(_cells(rows, [*head, *metrics[:shown]]))
-    if metrics[shown:]:
-        typer.echo(printable(f"More with --columns: {', '.join(metrics[shown:])}"))
+    while count and _width(_cells(rows, [*head, *metrics[:count]])) > width:
+        count -= 1
+    _print_table(_cells(rows, [*head, *metrics[:count]]))
+    if metrics[count:]:
+        typer.echo(printable(f"More with --columns: {', '.join(metrics[count:])}"))
 
 
 def _cells(rows: Sequence[Row], names: Iterable[str]) -> list[Sequence[Any]]:

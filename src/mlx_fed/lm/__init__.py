@@ -1,7 +1,6 @@
-"""Federated fine-tuning of language models with mlx-lm: LoRA, DoRA or whole layers.
+"""Federated fine-tuning of language models with mlx-lm: LoRA, DoRA or full layers.
 
-A configuration file is mlx-lm's own with one more section, ``federation:``;
-:func:`~mlx_fed.lm.lora_task.lora_task` makes an ordinary :class:`~mlx_fed.Task` of it. Nothing
-outside
-this folder and the command line knows that there are language models.
+The configuration file is mlx-lm's, with a section ``federation:``.
+:func:`~mlx_fed.lm.lora_task.lora_task` makes a :class:`~mlx_fed.Task` of it. Only this folder and
+the command line depend on language models.
 """

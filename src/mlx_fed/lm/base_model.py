@@ -1,7 +1,7 @@
-"""The base model and its tokenizer: found, loaded once a process, shared by all who fine-tune it.
+"""Base model and tokenizer: downloaded on demand, loaded once a process, shared by its clients.
 
-Of a model on the hub its config.json is downloaded first, then all that the tokenizer may need, and
-then the weights: each when it is asked for.
+Of a model on the hub, config.json is downloaded first, then the tokenizer's files, then the
+weights, each at its first use.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class BaseModelError(FedError):
-    """A base model that is not there, or cannot be loaded."""
+    """A base model that is missing or cannot be loaded."""
 
 
 def require_mlx_lm() -> None:
-    """Says what to install where mlx-lm is not.
+    """Checks that mlx-lm is installed.
 
     Raises:
         FedError: If it is not installed.
@@ -38,37 +38,36 @@ def require_mlx_lm() -> None:
 
 
 def find(name: str) -> Path:
-    """The folder of a model, which is looked at before any of its weights is downloaded or read.
+    """The folder of a model with its weights; config.json is checked before they are downloaded.
 
     Args:
         name (str): A folder, or an id on the Hugging Face hub.
 
     Raises:
-        BaseModelError: If it is not there, has no weights, or is of an architecture that mlx-lm
-            does not know.
+        BaseModelError: If the model is missing, has no weights, or has an architecture that
+            mlx-lm does not support.
     """
     folder = folder_of_tokenizer(name)
     if not is_folder(name):
         folder = download(name, f"the model {name}")
     if not weight_files(folder):
         raise BaseModelError(
-            f"{folder} has no weights: no file model*.safetensors. Download all of it, or make "
-            "one of another format with mlx_lm.convert."
+            f"{folder} has no weights: no file model*.safetensors. Download the whole model, or "
+            "convert one of another format with mlx_lm.convert."
         )
     return folder
 
 
 def outline(name: str) -> nn.Module | None:
-    """A model's modules without its weights, for which nothing but its config.json is needed.
+    """A model's modules without weights, from its config.json; ``None`` for a model with code.
 
-    Nothing of it takes memory before something is computed with it. A model that comes with code
-    of its own has none.
+    Its arrays are lazy and take no memory.
 
     Args:
         name (str): As for :func:`find`.
 
     Raises:
-        BaseModelError: If the model is not there, or of an architecture that mlx-lm does not know.
+        BaseModelError: If the model is missing or mlx-lm does not support its architecture.
     """
     folder = folder_of_config(name)
     config = read_config(folder)
@@ -77,15 +76,15 @@ def outline(name: str) -> nn.Module | None:
     model, arguments = kinds
     try:
         module: nn.Module = model(arguments.from_dict(config))
-    except Exception as error:  # whatever values that are none bring about
+    except Exception as error:  # any error that invalid values cause
         raise BaseModelError(
-            f"mlx-lm cannot make a model of {folder}/config.json: {error}"
+            f"mlx-lm cannot create a model from {folder}/config.json: {error}"
         ) from error
     return module.freeze()
 
 
 def folder_of_config(name: str) -> Path:
-    """The folder where a model's config.json is, and perhaps nothing else yet."""
+    """The folder with a model's config.json; other files may be missing yet."""
     require_mlx_lm()
     if is_folder(name):
         return Path(name).expanduser().resolve()
@@ -95,10 +94,10 @@ def folder_of_config(name: str) -> Path:
 
 
 def folder_of_tokenizer(name: str) -> Path:
-    """The folder where all of a model is but perhaps its weights.
+    """The folder with a model's config.json and tokenizer; weights may be missing yet.
 
     Raises:
-        BaseModelError: If it is not there, or of an architecture that mlx-lm does not know.
+        BaseModelError: If the model is missing or mlx-lm does not support its architecture.
     """
     folder = folder_of_config(name)
     classes(folder, read_config(folder))
@@ -111,21 +110,21 @@ def folder_of_tokenizer(name: str) -> Path:
 
 
 def is_folder(name: str) -> bool:
-    """Whether a model is on this machine under its name, and nothing of it is downloaded."""
+    """Whether a model's name is a local path, so that nothing is downloaded."""
     return Path(name).expanduser().exists()
 
 
 @lru_cache
 def download(name: str, what: str, patterns: tuple[str, ...] | None = None) -> Path:
-    """The folder of a model's files from the hub, of which a process sees one revision.
+    """The folder of a model's files from the hub; a process uses one revision.
 
     Args:
         name (str): The model's id.
-        what (str): What is downloaded, to those who watch.
-        patterns (tuple, optional): Of which files. Default: of all that mlx-lm needs.
+        what (str): The text of the progress bar.
+        patterns (tuple, optional): Patterns of file names. Default: all files of mlx-lm.
 
     Raises:
-        BaseModelError: If they are not to be had.
+        BaseModelError: If they cannot be downloaded.
     """
     from huggingface_hub.utils import tqdm
     from mlx_lm.utils import _download
@@ -133,20 +132,20 @@ def download(name: str, what: str, patterns: tuple[str, ...] | None = None) -> P
     try:
         with loading_with_tqdm(f"Downloading {what}", tqdm):
             folder: Path = _download(name, allow_patterns=list(patterns) if patterns else None)
-    except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
-        why = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception as error:  # of the hub's client or its HTTP library
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BaseModelError(
-            f"There is neither a folder {name} nor a model of that name to be had from the "
-            f"Hugging Face hub: {why[0]}"
+            f"There is no folder {name}, and the Hugging Face hub does not provide a model of "
+            f"that name: {lines[0]}"
         ) from error
     return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model's config.json, as mlx-lm reads it.
+    """A model's config.json, by mlx-lm.
 
     Raises:
-        BaseModelError: If there is none that says of what type the model is.
+        BaseModelError: If there is none with the model's type.
     """
     from mlx_lm.utils import load_config
 
@@ -154,13 +153,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = load_config(folder)
         config["model_type"]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        why = "it has no model_type" if isinstance(error, (KeyError, TypeError)) else error
-        raise BaseModelError(f"{folder} is no model: its config.json: {why}") from error
+        cause = "it has no model_type" if isinstance(error, (KeyError, TypeError)) else error
+        raise BaseModelError(f"{folder} is no model: its config.json: {cause}") from error
     return config
 
 
 def classes(folder: Path, config: dict[str, Any]) -> tuple[Any, Any] | None:
-    """mlx-lm's classes of a model and its arguments; none where the model comes with code.
+    """mlx-lm's classes of a model and its arguments; ``None`` for a model with code.
 
     Raises:
         BaseModelError: If mlx-lm has none.
@@ -170,26 +169,26 @@ def classes(folder: Path, config: dict[str, Any]) -> tuple[Any, Any] | None:
     from mlx_lm.utils import _get_classes
 
     if "model_file" in config:
-        return None  # which mlx-lm asks trust_remote_code for
+        return None  # mlx-lm requires trust_remote_code
     try:
         kinds: tuple[Any, Any] = _get_classes(config)
     except (AttributeError, ValueError) as error:
         raise BaseModelError(
             f"{folder} is a model of type {config['model_type']!r}, which mlx-lm "
-            f"{version('mlx-lm')} does not know: choose another, or try a newer mlx-lm."
+            f"{version('mlx-lm')} does not support: choose another, or try a newer mlx-lm."
         ) from error
     return kinds
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a model's weights, as mlx-lm looks for them."""
+    """The files of a model's weights, by mlx-lm's pattern."""
     return sorted(folder.glob("model*.safetensors"))
 
 
 def load(folder: Path, trust_remote_code: bool = False) -> nn.Module:
-    """The base model, of which nothing is trained, loaded once a process while its files stay.
+    """The frozen base model, loaded once a process unless its files change.
 
-    Arrays are read when they are first computed with.
+    Arrays are read lazily.
 
     Raises:
         BaseModelError: If mlx-lm cannot load it.
@@ -204,16 +203,16 @@ def _load(folder: Path, trust_remote_code: bool, files: FileStates) -> nn.Module
 
     try:
         model, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever files that are not a model's bring about
+    except Exception as error:  # any error that invalid files cause
         raise BaseModelError(f"mlx-lm cannot load {folder}: {error}") from error
     return model.freeze()
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a base model, loaded once a process while its files stay.
+    """The tokenizer of a base model, loaded once a process unless its files change.
 
     Raises:
-        BaseModelError: If there is none that can be loaded.
+        BaseModelError: If it cannot be loaded.
     """
     files = (path for path in folder.glob("*") if path.suffix != ".safetensors" and path.is_file())
     state = file_states(*files, folder / "additional_chat_templates")
@@ -227,14 +226,14 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool, files: FileStates) ->
     eos = read_config(folder).get("eos_token_id")
     try:
         return load(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
-    except Exception as error:  # transformers' many kinds
+    except Exception as error:  # of transformers
         raise BaseModelError(f"Cannot load the tokenizer in {folder}: {error}") from error
 
 
 def share(model: nn.Module) -> nn.Module:
-    """A copy of a module that has modules of its own and the same arrays."""
+    """A copy of a module tree that shares the arrays."""
     from mlx.utils import tree_flatten
 
     arrays: Any = tree_flatten(model.parameters())
-    shared: nn.Module = copy.deepcopy(model, {id(array): array for _, array in arrays})
-    return shared
+    module: nn.Module = copy.deepcopy(model, {id(array): array for _, array in arrays})
+    return module

@@ -1,4 +1,4 @@
-"""The configuration: mlx-lm's YAML, one section for the federation, and flags over both."""
+"""Configuration: mlx-lm's YAML file with a section ``federation:``, and command-line options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import FedError
 
 
 class ConfigError(FedError):
-    """A configuration that cannot be; the message names the key."""
+    """An invalid configuration; the message names the key."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,24 @@ class LoraFederation:
 
     rounds: Annotated[int, "Rounds to train."] = 10
     local_iters: Annotated[
-        int | None, "Iterations a node takes in a round; else iters / rounds."
+        int | None, "Iterations of a node in a round; default: iters / rounds."
     ] = None
-    local_epochs: Annotated[int | None, "Passes over a node's texts in a round, instead."] = None
+    local_epochs: Annotated[int | None, "Or: passes over a node's texts in a round."] = None
     nodes: Annotated[int | None, "Nodes that a round needs, or clients of a simulation."] = None
-    fraction: Annotated[float, "The share of nodes that train in a round."] = 1.0
-    strategy: Annotated[str, "A Flower strategy's name, or MODULE:STRATEGY of your own."] = "FedAvg"
+    fraction: Annotated[float, "Share of the nodes that train in a round."] = 1.0
+    strategy: Annotated[str, "A Flower strategy, or MODULE:STRATEGY."] = "FedAvg"
     strategy_options: Annotated[dict, "Its arguments."] = field(default_factory=dict, hash=False)
-    weighting: Annotated[str, "What weighs a node in the average: examples or tokens."] = "examples"
-    freeze_a: Annotated[bool, "Train and average B alone, as FFA-LoRA does."] = False
-    partitioner: Annotated[str, "How a Hugging Face dataset is partitioned (see the docs)."] = "iid"
+    weighting: Annotated[str, "Weights of nodes in the average: examples or tokens."] = "examples"
+    freeze_a: Annotated[bool, "Train and average B only (FFA-LoRA)."] = False
+    partitioner: Annotated[str, "Partitioner of a Hugging Face dataset."] = "iid"
     partitioner_options: Annotated[dict, "The partitioner's arguments."] = field(
         default_factory=dict, hash=False
     )
-    sample_prompt: Annotated[str | None, "A prompt that the server continues after rounds."] = None
-    sample_every: Annotated[int, "After which rounds."] = 1
-    sample_tokens: Annotated[int, "With how many tokens."] = 64
+    sample_prompt: Annotated[
+        str | None, "A prompt; the server prints the model's continuation."
+    ] = None
+    sample_every: Annotated[int, "Rounds between two continuations."] = 1
+    sample_tokens: Annotated[int, "Tokens of a continuation."] = 64
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,18 @@ class LoraConfig:
     optimizer_config: Annotated[dict, "Arguments of each optimizer, by its name."] = field(
         default_factory=dict, hash=False
     )
-    seed: Annotated[int, "Decides initial adapters, shuffling, dropout and sampling."] = 0
+    seed: Annotated[int, "The seed of adapters, shuffling, dropout and sampling."] = 0
     num_layers: Annotated[int, "Layers to fine-tune, from the last; -1 is all."] = 16
     batch_size: Annotated[int, "Texts in a training step."] = 4
-    iters: Annotated[int, "Iterations that a node takes in all."] = 1000
-    val_batches: Annotated[int, "Batches to validate on; -1 is all."] = 25
+    iters: Annotated[int, "Iterations of a node in all rounds."] = 1000
+    val_batches: Annotated[int, "Batches of a validation; -1 is all."] = 25
     learning_rate: Annotated[float, "The optimizer's learning rate."] = 1e-5
     lr_schedule: Annotated[dict | None, "A schedule over all iterations."] = field(
         default=None, hash=False
     )
-    max_seq_length: Annotated[int, "Tokens of a text; what is longer is cut."] = 2048
+    max_seq_length: Annotated[int, "Maximum number of tokens; longer texts are cut."] = 2048
     mask_prompt: Annotated[bool, "Leave prompts out of the loss."] = False
-    grad_checkpoint: Annotated[bool, "Use less memory, and more time."] = False
+    grad_checkpoint: Annotated[bool, "Trade time for memory."] = False
     lora_parameters: Annotated[dict, "rank, scale, dropout and keys."] = field(
         default_factory=lambda: {"rank": 8, "dropout": 0.0, "scale": 20.0}, hash=False
     )
@@ -80,13 +82,13 @@ class LoraConfig:
     federation: LoraFederation = field(default_factory=LoraFederation)
 
     def local_steps(self) -> int | None:
-        """Iterations of a node in a round; ``None`` where it takes whole epochs."""
+        """Iterations of a node in a round; ``None`` with ``local_epochs``."""
         if self.federation.local_epochs:
             return None
         return self.federation.local_iters or math.ceil(self.iters / self.federation.rounds)
 
     def for_mlx_lm(self) -> dict[str, Any]:
-        """The configuration as ``adapter_config.json`` has it."""
+        """The configuration in the format of ``adapter_config.json``."""
         plain = asdict(self)
         if self.fine_tune_type == "full":
             plain["lora_parameters"] = None
@@ -106,12 +108,12 @@ IDLE = {
     "test_batches",
     "train",
 }
-"""Keys of mlx-lm's that have no meaning in a federation; a file may have them all the same."""
+"""Keys of mlx-lm without meaning in a federation; a file may have them."""
 
 _OF_LORA = {"rank": int, "scale": float, "dropout": float, "keys": list}
 _OF_SCHEDULE = ("name", "arguments", "warmup", "warmup_init")
 _ALPHAS = ("alpha", "lora_alpha")
-"""What other libraries have in place of mlx-lm's scale: it is alpha / rank."""
+"""Other libraries' keys for mlx-lm's scale, which is alpha / rank."""
 _HINTS = {
     "epochs": "federation.local_epochs",
     "lora_dropout": "lora_parameters.dropout",
@@ -125,10 +127,10 @@ _HINTS = {
     "weight_decay": "optimizer_config",
     **dict.fromkeys(_ALPHAS, "lora_parameters.scale, which is alpha / rank"),
 }
-"""What mlx-lm has for keys of other libraries."""
+"""mlx-lm's keys for keys of other libraries."""
 _TYPO = (0.8, 0.75)
-"""How like a known key another has to be to be a slip of the pen, at the top and in sections, whose
-keys are short."""
+"""Similarity from which an unknown key counts as misspelled: at the top level, and in sections,
+whose keys are short."""
 
 _CHOICES = {
     "fine_tune_type": ("lora", "dora", "full"),
@@ -147,7 +149,7 @@ _POSITIVE = {
     "max_seq_length",
 }
 _OR_ALL = {"num_layers": 1, "val_batches": 0}
-"""Keys of which -1 is all, and the least that they may be else."""
+"""Keys of which -1 is all, and their minimum otherwise."""
 _SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")
 _KINDS = {
     int: "a whole number",
@@ -168,25 +170,23 @@ def _warn(text: str) -> None:
 def load_config(
     path: Path | str | None, flags: Mapping[str, Any] | None = None, note: Note = _warn
 ) -> LoraConfig:
-    """The configuration in a file, with flags over it.
+    """Configuration from a file and options, which have precedence.
 
-    A file of mlx-lm's is taken as mlx-lm takes it: a key without a value is one that is left out,
-    and one that mlx-lm does not know is passed over with a note, unless it is almost one that it
-    knows.
+    As in mlx-lm, a key without a value has its default, and an unknown key is ignored, here with a
+    note. A key that is similar to a known one is an error.
 
     Args:
         path (Path, optional): A YAML file.
-        flags (dict, optional): Values by key, the federation's among the others; those that are
-            ``None`` were not given.
-        note (callable, optional): Told of each key that is passed over, or taken for another.
-            Default: warns.
+        flags (dict, optional): Values by key, of both sections; ``None`` is no value.
+        note (callable, optional): Called with a note for each key that is ignored or replaced.
+            Default: a warning.
 
     Raises:
-        ConfigError: If the file cannot be read, or a key or a value is not one that there is.
+        ConfigError: If the file cannot be read, or a key or a value is invalid.
     """
     where = str(path) if path else "the configuration"
     notes: list[str] = []
-    values = _keyed(_read(Path(path)), where, "") if path else {}
+    values = _normalize(_read(Path(path)), where, "") if path else {}
     section = _section(values, where, "federation")
     for key, value in (flags or {}).items():
         if value is not None:
@@ -194,12 +194,12 @@ def load_config(
     if (steps := values.get("grad_accumulation_steps", 1)) != 1:
         raise ConfigError(
             f"{where}: grad_accumulation_steps is not supported yet: leave it out, or for the same "
-            f"steps take batch_size times {steps}, iters divided by {steps} and grad_checkpoint."
+            f"steps set batch_size times {steps}, iters divided by {steps} and grad_checkpoint."
         )
     if "hf_dataset" in values:
         raise ConfigError(
-            f"{where}: hf_dataset is not supported: give the dataset's id as data, and "
-            "what its columns are called as prompt_feature, completion_feature, chat_feature or "
+            f"{where}: hf_dataset is not supported: set data to the dataset's id, and the "
+            "names of its columns as prompt_feature, completion_feature, chat_feature or "
             "text_feature."
         )
     values = {k: v for k, v in values.items() if k not in IDLE | {"grad_accumulation_steps"}}
@@ -207,73 +207,73 @@ def load_config(
         values["optimizer"] = optimizer.lower()
     values["lora_parameters"] = _lora_parameters(values, where, notes)
     if (layers := values.pop("lora_layers", None)) is not None:
-        notes.append("lora_layers is num_layers, as older versions of mlx-lm called it.")
+        notes.append("lora_layers is num_layers of older versions of mlx-lm.")
         values.setdefault("num_layers", layers)
-    _pass_over(values, _names(LoraConfig) | IDLE, where, "", notes)
+    _remove_unknown(values, _names(LoraConfig) | IDLE, where, "", notes)
     _check(LoraConfig, values, where, "")
     _check(LoraFederation, section, where, "federation.")
     _check_schedule(values, where, section, notes)
     if "local_epochs" in section and "local_iters" in section:
         raise ConfigError(
-            f"{where}: federation.local_epochs and federation.local_iters are two ways to say how "
-            "long a round is: leave out one."
+            f"{where}: federation.local_epochs and federation.local_iters exclude each other: "
+            "leave out one."
         )
     if values.get("fine_tune_type") == "full" and section.get("freeze_a"):
         raise ConfigError(
-            f"{where}: federation.freeze_a is for adapters, which fine_tune_type full has none of: "
-            "leave it out, or use lora or dora."
+            f"{where}: federation.freeze_a needs adapters, and fine_tune_type full has none: leave "
+            "it out, or use lora or dora."
         )
     for text in notes:
         note(f"{where}: {text}")
     return LoraConfig(**values, federation=LoraFederation(**section))
 
 
-def _keyed(values: Mapping[Any, Any], where: str, section: str) -> dict[str, Any]:
-    """Values by keys with underscores, those that have one."""
-    keyed: dict[str, Any] = {}
+def _normalize(values: Mapping[Any, Any], where: str, section: str) -> dict[str, Any]:
+    """Values by keys with underscores, without keys of no value."""
+    normal: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if value is not None and keyed.setdefault(name, value) != value:
+        if value is not None and normal.setdefault(name, value) != value:
             raise ConfigError(f"{where} has {section}{name} twice, with hyphens and underscores.")
-    return keyed
+    return normal
 
 
 def _section(values: dict[str, Any], where: str, name: str) -> dict[str, Any]:
-    """A section's values by key, taken out of all values."""
+    """Removes a section from all values and returns its values by key."""
     section = values.pop(name, {})
     if not isinstance(section, dict):
         raise ConfigError(f"{where}: {name} is a section of keys, not {section!r}.")
-    return _keyed(section, where, f"{name}.")
+    return _normalize(section, where, f"{name}.")
 
 
-def _pass_over(
-    values: dict[str, Any], known: Iterable[str], where: str, section: str, notes: list[str]
+def _remove_unknown(
+    values: dict[str, Any], valid_keys: Iterable[str], where: str, section: str, notes: list[str]
 ) -> None:
-    """Removes keys that are not known, as mlx-lm does, with a note for each.
+    """Removes unknown keys, as mlx-lm does, with a note for each.
 
     Raises:
-        ConfigError: If one is almost a known one, or belongs elsewhere.
+        ConfigError: If one is similar to a known key, or belongs to another section.
     """
-    for key in [key for key in values if key not in known]:
+    for key in [key for key in values if key not in valid_keys]:
         if key in _HINTS:
-            hint = f" What it has is {_HINTS[key]}."
+            hint = f" Its key is {_HINTS[key]}."
         elif not section and key in _names(LoraFederation):
             raise ConfigError(
                 f"{where} has an unknown key {key}. Put it below federation: as federation.{key}."
             )
-        elif near := difflib.get_close_matches(key, sorted(known), 1, _TYPO[bool(section)]):
+        elif matches := difflib.get_close_matches(key, sorted(valid_keys), 1, _TYPO[bool(section)]):
             raise ConfigError(
-                f"{where} has an unknown key {section}{key}. Did you mean {section}{near[0]}?"
+                f"{where} has an unknown key {section}{key}. Did you mean {section}{matches[0]}?"
             )
         else:
             hint = ""
-        notes.append(f"mlx-lm passes over {section}{key}, and so does mlx-fed.{hint}")
+        notes.append(f"mlx-lm ignores {section}{key}, and so does mlx-fed.{hint}")
         del values[key]
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
-    """The known name that is most like ``key``."""
-    return difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
+def nearest(key: str, names: Iterable[str]) -> str:
+    """The name that is most similar to ``key``."""
+    return difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.0)[0]
 
 
 def _names(cls: type) -> set[str]:
@@ -284,7 +284,7 @@ def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """As mlx-lm's: ``1e-5`` is a number, which YAML 1.1 takes for text."""
+        """Like mlx-lm's: ``1e-5`` is a number, in YAML 1.1 it is a text."""
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float",
@@ -305,16 +305,16 @@ def _read(path: Path) -> dict[str, Any]:
 def _check(cls: type, values: Mapping[str, Any], where: str, section: str) -> None:
     kinds = get_type_hints(cls)
     for key, value in values.items():
-        if key not in kinds:  # of the federation: others are passed over
-            raise ConfigError(f"{where} has an unknown key {section}{key}. {_meant(key)}")
+        if key not in kinds:  # of federation; others were removed
+            raise ConfigError(f"{where} has an unknown key {section}{key}. {_suggestion(key)}")
         _check_value(where, section + key, value, kinds[key])
         if key in _CHOICES and value not in _CHOICES[key]:
             choices = ", ".join(_CHOICES[key])
             raise ConfigError(f"{where}: {section}{key} is one of {choices}, not {value!r}.")
         if key in _POSITIVE and value is not None and value < 1:
             raise ConfigError(f"{where}: {section}{key} is 1 or more, not {value}.")
-        if key in _OR_ALL and value != -1 and value < (least := _OR_ALL[key]):
-            raise ConfigError(f"{where}: {key} is {least} or more, or -1 for all, not {value}.")
+        if key in _OR_ALL and value != -1 and value < (minimum := _OR_ALL[key]):
+            raise ConfigError(f"{where}: {key} is {minimum} or more, or -1 for all, not {value}.")
         if key == "learning_rate" and not 0 < value < math.inf:
             raise ConfigError(f"{where}: learning_rate is above 0, not {value}.")
     if not 0 < values.get("fraction", 1) <= 1:
@@ -322,7 +322,7 @@ def _check(cls: type, values: Mapping[str, Any], where: str, section: str) -> No
         raise ConfigError(f"{where}: {section}fraction is above 0 and at most 1, not {share}.")
 
 
-def _meant(key: str) -> str:
+def _suggestion(key: str) -> str:
     if key in _names(LoraConfig):
         return f"Put {key} at the top, beside model and data."
     return f"Did you mean federation.{nearest(key, _names(LoraFederation))}?"
@@ -335,17 +335,17 @@ def _check_value(where: str, key: str, value: Any, kind: Any) -> None:
         kinds += (int,)
     if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
         return
-    named = _KINDS.get(next(k for k in kinds if k is not type(None)), "a section of keys")
-    raise ConfigError(f"{where}: {key} is {named}, not {value!r}.")
+    description = _KINDS.get(next(k for k in kinds if k is not type(None)), "a section of keys")
+    raise ConfigError(f"{where}: {key} is {description}, not {value!r}.")
 
 
 def _lora_parameters(values: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    """mlx-lm's section ``lora_parameters``, with defaults for what it leaves out."""
+    """mlx-lm's section ``lora_parameters`` with its defaults."""
     lora = _section(values, where, "lora_parameters")
     if isinstance(layers := lora.pop("lora_layers", None), int):
         values.setdefault("lora_layers", layers)
     elif layers is not None:
-        notes.append("lora_parameters.lora_layers is taken for lora_parameters.keys.")
+        notes.append("lora_parameters.lora_layers is read as lora_parameters.keys.")
         lora.setdefault("keys", layers)
     for name in _ALPHAS:
         if name in lora and "scale" not in lora:
@@ -356,7 +356,7 @@ def _lora_parameters(values: dict[str, Any], where: str, notes: list[str]) -> di
             notes.append(
                 f"lora_parameters.{name} {alpha} is a scale of {lora['scale']}: alpha / rank."
             )
-    _pass_over(lora, _OF_LORA, where, "lora_parameters.", notes)
+    _remove_unknown(lora, _OF_LORA, where, "lora_parameters.", notes)
     lora = {**LoraConfig().lora_parameters, **lora}
     for key, value in lora.items():
         _check_value(where, f"lora_parameters.{key}", value, _OF_LORA[key])
@@ -378,7 +378,7 @@ def _check_schedule(
             f"{where}: lr_schedule counts iterations: give iters or federation.local_iters, "
             "not federation.local_epochs."
         )
-    _pass_over(schedule, _OF_SCHEDULE, where, "lr_schedule.", notes)
+    _remove_unknown(schedule, _OF_SCHEDULE, where, "lr_schedule.", notes)
     if schedule.get("name") not in _SCHEDULES or not isinstance(schedule.get("arguments"), list):
         raise ConfigError(
             f"{where}: lr_schedule has a name, one of {', '.join(_SCHEDULES)}, and a list of "

@@ -1,4 +1,4 @@
-"""A language model's fine-tuning as a task like any other."""
+"""Fine-tuning of a language model as a :class:`~mlx_fed.Task`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..system.cache import FileStates, file_states
 from ..task import Config, Data, Task
-from . import base_identity, base_model, texts
-from .config import ConfigError, LoraConfig
+from . import base_fingerprint, base_model, texts
+from .config import ConfigError, LoraConfig, Note
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
 
-Note = Callable[[str], None]
-_SHOWN = 3
-"""Texts that a message names, of those that are left out."""
+_MAX_NAMES = 3
+"""Texts that a note names."""
 
 
 def _print(text: str) -> None:
@@ -30,30 +29,29 @@ def _print(text: str) -> None:
 
 
 class _Once:
-    """Tells each note once, however often a run loads the texts that it is about."""
+    """Passes each note on once, however often texts are loaded."""
 
     def __init__(self, note: Note):
         self.note = note
-        self.told: set[str] = set()
+        self.notes: set[str] = set()
 
     def __call__(self, text: str) -> None:
-        if text not in self.told:
-            self.told.add(text)
+        if text not in self.notes:
+            self.notes.add(text)
             self.note(text)
 
 
 def lora_task(config: LoraConfig, note: Note = _print) -> Task:
-    """The task that a configuration describes.
+    """Task of a configuration.
 
-    A node's texts are read and checked before its base model is looked for, and that before any of
-    it is loaded.
+    A node checks its texts first, then the base model's configuration, and then loads the model.
 
     Args:
         config (LoraConfig): From :func:`~mlx_fed.lm.config.load_config`.
-        note (callable): Told what is worth knowing of the data. Default: prints it.
+        note (callable): Called with notes about the data. Default: prints them.
 
     Raises:
-        ConfigError: If MLX cannot make an optimizer or a schedule of what is said of them.
+        ConfigError: If MLX cannot create the optimizer or the schedule.
 
     Example:
         >>> task = lora_task(load_config("lora.yaml"))
@@ -67,7 +65,7 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
         else {"local-steps": steps}
     )
     task = Task(
-        model=partial(build, config, note),
+        model=partial(build_model, config, note),
         loss=token_loss,
         optimizer=make_optimizer,
         data=partial(load_texts, config, note),
@@ -83,28 +81,28 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
         weight_unit="tokens",
         derived=perplexity,
         fingerprint=partial(fingerprint, config),
-        fingerprint_covers=is_of_base,
+        fingerprint_covers=is_base_array,
         save=partial(_save, config),
     )
     _check_optimizer(config, task.config)
     return task
 
 
-def build(config: LoraConfig, note: Note = _print) -> nn.Module:
-    """The base model with new adapters, drawn from MLX's random state as it is now.
+def build_model(config: LoraConfig, note: Note = _print) -> nn.Module:
+    """The base model with new adapters, initialized from MLX's random state.
 
     Args:
-        config (LoraConfig): Which model, and what is trained of it.
-        note (callable): Told what is not known of adapters that were trained before.
+        config (LoraConfig): The configuration.
+        note (callable): Called with notes about ``resume_adapter_file``.
 
     Raises:
-        FedError: If there is no such base model, or it has no place for the adapters.
+        FedError: If the base model is missing or the adapters do not fit.
     """
     import mlx.core as mx
 
     from . import adapters
 
-    # Loading draws numbers, too, and only the first time: what is drawn here comes before it.
+    # The first loading draws random numbers, too: this seed is drawn before it.
     seed: Any = mx.random.randint(0, 2**31 - 1).item()
     outline(config)
     model = base_model.share(
@@ -113,24 +111,24 @@ def build(config: LoraConfig, note: Note = _print) -> nn.Module:
     mx.random.seed(seed)
     adapters.attach(model, config)
     if config.resume_adapter_file:
-        adapters.start_from(model, Path(config.resume_adapter_file).expanduser(), config, note)
+        adapters.load_adapters(model, Path(config.resume_adapter_file).expanduser(), config, note)
     return model
 
 
 def load_tokenizer(config: LoraConfig) -> Any:
-    """The base model's tokenizer, for which its weights are not looked for."""
+    """The base model's tokenizer; weights are not needed."""
     outline(config)
     folder = base_model.folder_of_tokenizer(config.model)
     return base_model.load_tokenizer(folder, config.trust_remote_code)
 
 
 def outline(config: LoraConfig) -> nn.Module | None:
-    """The model with its adapters and without weights, none of a model that comes with code.
+    """The model with its adapters and without weights; ``None`` for a model with code.
 
-    It is looked at before more is downloaded or read of a model that cannot be trained as asked.
+    It checks the configuration before more of the model is downloaded or read.
 
     Raises:
-        FedError: As :func:`build`.
+        FedError: As :func:`build_model`.
     """
     return _outline(config, file_states(base_model.folder_of_config(config.model) / "config.json"))
 
@@ -140,10 +138,8 @@ def _outline(config: LoraConfig, file: FileStates) -> nn.Module | None:
     from . import adapters
 
     if (model := base_model.outline(config.model)) is not None:
-        quantized = base_model.read_config(base_model.folder_of_config(config.model)).get(
-            "quantization"
-        )
-        if config.fine_tune_type == "full" and quantized:
+        base_config = base_model.read_config(base_model.folder_of_config(config.model))
+        if config.fine_tune_type == "full" and base_config.get("quantization"):
             raise adapters.AdapterError(adapters.FULL_ON_QUANTIZED)
         adapters.attach(model, config)
     return model
@@ -156,7 +152,7 @@ def _save(config: LoraConfig, model: nn.Module, folder: Path) -> Path:
 
 
 def token_loss(model: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[mx.array, mx.array]:
-    """mlx-lm's loss: the mean over tokens, and how many they are."""
+    """mlx-lm's loss: the mean over tokens, and their number."""
     from mlx_lm.tuner.trainer import default_loss
 
     mean, count = default_loss(model, tokens, spans)
@@ -168,23 +164,23 @@ def perplexity(metrics: Any) -> dict[str, float]:
 
 
 def fingerprint(config: LoraConfig) -> dict[str, str | Callable[[], str]]:
-    """What has to be the same on the server and its nodes; last what takes the model's weights.
+    """Properties that must be equal on the server and its nodes; those of the weights are last.
 
-    Layers and keys are those that are trained, however they are written.
+    Layers and keys are compared after resolution: ``num_layers: -1`` is 16 of 16.
     """
     prints: dict[str, str | Callable[[], str]] = {"fine_tune_type": config.fine_tune_type}
     if config.fine_tune_type != "full":
         rank, scale = (config.lora_parameters[key] for key in ("rank", "scale"))
         prints |= {"LoRA rank": str(rank), "LoRA scale": str(float(scale))}
         prints["freeze_a"] = str(config.federation.freeze_a)
-    known = base_identity.of_config(base_model.folder_of_config(config.model))
-    prints |= {f"base model's {key}": value for key, value in known.items()}
+    base_values = base_fingerprint.describe_config(base_model.folder_of_config(config.model))
+    prints |= {f"base model's {key}": value for key, value in base_values.items()}
     prints["num_layers"] = partial(_num_layers, config)
     if config.fine_tune_type != "full":
         prints["LoRA keys"] = partial(_keys, config)
     return prints | {
-        "tokenizer": lambda: base_identity.of_tokenizer(load_tokenizer(config)),
-        "base model": lambda: base_identity.of_weights(base_model.find(config.model)),
+        "tokenizer": lambda: base_fingerprint.hash_tokenizer(load_tokenizer(config)),
+        "base model": lambda: base_fingerprint.hash_weights(base_model.find(config.model)),
     }
 
 
@@ -197,32 +193,38 @@ def _keys(config: LoraConfig) -> str:
     from . import adapters
 
     model = outline(config)
-    keys = adapters.adapted(model) if model else config.lora_parameters.get("keys")
-    return base_identity.shown(keys)
+    keys = adapters.adapted_modules(model) if model else config.lora_parameters.get("keys")
+    return base_fingerprint.describe(keys)
 
 
-def is_of_base(name: str) -> bool:
-    """Whether an array of this name is the base model's, and none that ``freeze_a`` freezes."""
+def is_base_array(name: str) -> bool:
+    """Whether an array belongs to the base model: ``freeze_a`` freezes the others."""
     return not name.endswith(".lora_a")
 
 
 def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: int | None) -> Data:
-    """A node's texts, read and checked before its tokenizer is looked for."""
+    """Training and validation batches of a node's texts."""
     splits = texts.read_splits(config, partition, num_partitions)
     tokenizer = load_tokenizer(config)
-    most = None if config.val_batches < 0 else config.val_batches
+    max_batches = None if config.val_batches < 0 else config.val_batches
     train = texts.tokenize(splits.train, tokenizer, config)
-    valid = texts.tokenize(splits.valid, tokenizer, config) if splits.valid and most != 0 else None
-    limit, place = config.max_seq_length, splits.train.where(0).rsplit(",", 1)[0]
+    valid = (
+        texts.tokenize(splits.valid, tokenizer, config)
+        if splits.valid and max_batches != 0
+        else None
+    )
+    limit, location = config.max_seq_length, splits.train.where(0).rsplit(",", 1)[0]
     if left_out := [*train.left_out, *(valid.left_out if valid else [])]:
-        first = "; ".join(left_out[:_SHOWN]) + (" and others" if len(left_out) > _SHOWN else "")
+        first = "; ".join(left_out[:_MAX_NAMES]) + (
+            " and others" if len(left_out) > _MAX_NAMES else ""
+        )
         if not train.tokens:
             raise texts.TextError(
-                f"No text of {place} has anything to learn within max_seq_length {limit}: {first}."
+                f"No text of {location} can be trained within max_seq_length {limit}: {first}."
             )
         note(
-            f"{len(left_out)} texts have nothing to learn within max_seq_length {limit} and are "
-            f"left out: {first}."
+            f"{len(left_out)} texts have no tokens to train on within max_seq_length {limit} and "
+            f"are left out: {first}."
         )
     if cut := [*train.cut, *(valid.cut if valid else [])]:
         note(
@@ -230,12 +232,17 @@ def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: i
             f"are cut, the first is {cut[0]}."
         )
     if splits.valid is None:
-        note(f"there is no valid.jsonl beside {place}: its node trains and does not validate.")
+        note(f"there is no valid.jsonl beside {location}: the node trains, but does not validate.")
     elif valid and not valid.tokens:
-        note(f"there is nothing to validate on beside {place}: its node trains and does not.")
+        note(
+            f"no validation text beside {location} can be used: the node trains, but does not "
+            "validate."
+        )
     return Data(
-        train=texts.Batches(train, config.batch_size),
-        test=texts.Batches(valid, config.batch_size, most) if valid and valid.tokens else None,
+        train=texts.TextBatches(train, config.batch_size),
+        test=texts.TextBatches(valid, config.batch_size, max_batches)
+        if valid and valid.tokens
+        else None,
     )
 
 
@@ -244,10 +251,10 @@ def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: i
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate over all rounds, though the optimizer is new in each.
+    """Learning-rate schedule over all rounds, with a new optimizer in each round.
 
-    The steps before this round are in the state of the optimizer that it belongs to, so that one
-    compiled step serves all rounds. Two are equal that have the same settings.
+    The optimizer's state has the number of steps before the round, so that one compiled step
+    serves all rounds. Schedules with the same settings are equal.
     """
 
     settings: str
@@ -262,20 +269,23 @@ class Schedule:
 
 
 def _check_optimizer(config: LoraConfig, settings: Config) -> None:
-    """Takes a step, so that what the arguments lack is said at the start and not in a round."""
+    """Takes one step, so that invalid arguments are an error before the first round."""
     import mlx.core as mx
 
-    fixed = {**settings, "lr-schedule": "null"}
-    for key, tried in ((f"optimizer_config.{config.optimizer}", fixed), ("lr_schedule", settings)):
+    constant = {**settings, "lr-schedule": "null"}
+    for key, values in (
+        (f"optimizer_config.{config.optimizer}", constant),
+        ("lr_schedule", settings),
+    ):
         try:
             weight = {"weight": mx.ones((2, 2))}
-            mx.eval(make_optimizer(tried).apply_gradients(weight, weight))
-        except Exception as error:  # whatever arguments that are none bring about
+            mx.eval(make_optimizer(values).apply_gradients(weight, weight))
+        except Exception as error:  # any error that invalid arguments cause
             raise ConfigError(f"MLX cannot train with this {key}: {error}") from error
 
 
 def make_optimizer(config: Config) -> optim.Optimizer:
-    """mlx-lm's optimizer of that name, with the server's settings."""
+    """mlx-lm's optimizer with the server's settings."""
     import mlx.core as mx
     import mlx.optimizers as optim
 

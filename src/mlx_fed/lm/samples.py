@@ -1,4 +1,4 @@
-"""What the global model writes after a round, as the server sees it."""
+"""Sample of the global model's text after a round, on the server."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .lora_task import load_tokenizer
 
 
 def sampler(config: LoraConfig, task: Task) -> EvaluateFn | None:
-    """A function that continues the configuration's prompt, where it has one.
+    """Function that continues the configuration's prompt; ``None`` without a prompt.
 
-    The prompt goes to the model as it is, without a chat template, and the likeliest token is taken
-    each time, so that samples differ by the model alone.
+    The prompt has no chat template, and decoding is greedy, so that samples depend on the model
+    only.
     """
     federation = config.federation
     prompt = federation.sample_prompt
@@ -26,7 +26,7 @@ def sampler(config: LoraConfig, task: Task) -> EvaluateFn | None:
 
     @cache
     def model() -> Any:
-        # From the seed, as all build it: what is frozen of adapters does not come with the rest.
+        # From the seed, like the nodes' models: frozen arrays of adapters are not parameters.
         return weights.build_model(task.model, config.seed)
 
     def sample(number: int, parameters: Arrays, statistics: Arrays) -> dict[str, str]:
@@ -37,7 +37,7 @@ def sampler(config: LoraConfig, task: Task) -> EvaluateFn | None:
         model().load_weights(list(parameters.items()), strict=False)
         model().eval()
         tokenizer = load_tokenizer(config)
-        written = generate(model(), tokenizer, prompt, max_tokens=federation.sample_tokens)
-        return {"sample": prompt + written}
+        continuation = generate(model(), tokenizer, prompt, max_tokens=federation.sample_tokens)
+        return {"sample": prompt + continuation}
 
     return sample

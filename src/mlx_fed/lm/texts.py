@@ -1,4 +1,4 @@
-"""A node's texts: read, checked, tokenized by mlx-lm's datasets, given out in ragged batches."""
+"""A node's texts: read, checked, tokenized with mlx-lm's datasets, in batches by length."""
 
 from __future__ import annotations
 
@@ -17,69 +17,71 @@ from ..system.loading import loading
 from .config import LoraConfig
 
 _PAD_TO = 32
-"""Lengths of batches are multiples of it, as mlx-lm's: each length is one program to compile."""
+"""Batches' lengths are multiples of it, as in mlx-lm: each length compiles one program."""
 
 
 class TextError(FedError):
-    """Texts that cannot be trained on; the message says where they are."""
+    """Invalid texts; the message has their location."""
 
 
-class Rows(NamedTuple):
-    """Records of texts, and where each one is."""
+class TextRecords(NamedTuple):
+    """Records of texts, and a function that returns the location of each."""
 
     records: Sequence[dict[str, Any]]
     where: Callable[[int], str]
 
 
-class Splits(NamedTuple):
-    """A node's texts to train and to validate on, the latter none where it has none."""
+class TextSplits(NamedTuple):
+    """A node's training texts, and its validation texts if it has some."""
 
-    train: Rows
-    valid: Rows | None
+    train: TextRecords
+    valid: TextRecords | None
 
 
-def read_splits(config: LoraConfig, partition: int, num_partitions: int | None) -> Splits:
+def read_splits(config: LoraConfig, partition: int, num_partitions: int | None) -> TextSplits:
     """The texts of a node.
 
     Args:
         config (LoraConfig): Whose ``data`` is a folder with ``train.jsonl`` and perhaps
             ``valid.jsonl``, a folder of such folders, one for each partition, or a dataset on the
             hub or as parquet files.
-        partition (int): Which part is wanted.
-        num_partitions (int, optional): Of how many; ``None`` is a node with texts of its own.
+        partition (int): The partition.
+        num_partitions (int, optional): Number of partitions; ``None``: the data has none.
 
     Raises:
-        TextError: If a file is missing, empty or not laid out as mlx-lm's, with its line.
+        TextError: If a file is missing, empty or not in mlx-lm's format, with the line.
     """
     folder = Path(config.data).expanduser()
     if not folder.exists() or any(folder.rglob("*.parquet")):
         return _from_dataset(config, partition, num_partitions)
     if not (folder / "train.jsonl").exists():
-        return _from_one_of(folder, config, partition, num_partitions)
+        return _from_subfolder(folder, config, partition, num_partitions)
     splits = _from_folder(folder, config)
     if num_partitions is None:
         return splits
     train, valid = splits
-    return Splits(
-        _dealt(train, partition, num_partitions),
-        _dealt(valid, partition, num_partitions) if valid else None,
+    return TextSplits(
+        _every_nth(train, partition, num_partitions),
+        _every_nth(valid, partition, num_partitions) if valid else None,
     )
 
 
 def folders_of_texts(folder: Path) -> list[Path]:
-    """The folders below one that have texts, in the order of their names."""
+    """The subfolders with texts, by name."""
     return sorted(path.parent for path in folder.glob("*/train.jsonl"))
 
 
-def _from_one_of(
+def _from_subfolder(
     folder: Path, config: LoraConfig, partition: int, num_partitions: int | None
-) -> Splits:
+) -> TextSplits:
     folders = folders_of_texts(folder)
     if not folders:
         raise TextError(f"There is no train.jsonl in {folder}.")
     if num_partitions is None:
         names = ", ".join(path.name for path in folders[:5])
-        raise TextError(f"There is no train.jsonl in {folder}, but in {names}: name one of these.")
+        raise TextError(
+            f"There is no train.jsonl in {folder}, but in {names}: choose one of these."
+        )
     if num_partitions != len(folders):
         raise TextError(
             f"{folder} has {len(folders)} folders of texts, for as many nodes, "
@@ -88,52 +90,51 @@ def _from_one_of(
     return _from_folder(folders[partition], config)
 
 
-def _from_folder(folder: Path, config: LoraConfig) -> Splits:
+def _from_folder(folder: Path, config: LoraConfig) -> TextSplits:
     train = read_jsonl(folder / "train.jsonl", config)
     valid = folder / "valid.jsonl"
-    return Splits(train, read_jsonl(valid, config) if valid.exists() else None)
+    return TextSplits(train, read_jsonl(valid, config) if valid.exists() else None)
 
 
-def _from_dataset(config: LoraConfig, partition: int, num_partitions: int | None) -> Splits:
+def _from_dataset(config: LoraConfig, partition: int, num_partitions: int | None) -> TextSplits:
     from ..data import load_partition
 
     if num_partitions is None:
         raise TextError(
             f"{config.data} is no folder with train.jsonl. If it is a dataset, on the Hugging Face "
-            "hub or as parquet files, say which part of how many is this node's: --node-id and "
-            "--num-partitions."
+            "hub or as parquet files, set this node's partition: --node-id and --num-partitions."
         )
     federation = config.federation
     options = {k.replace("-", "_"): v for k, v in federation.partitioner_options.items()}
-    parts = load_partition(
+    partitions = load_partition(
         config.data, partition, num_partitions, partitioner=federation.partitioner, **options
     )
     where = f"{config.data}, partition {partition}"
-    train, valid = (part.dataset() for part in parts)
+    train, valid = (split.dataset() for split in partitions)
     rows = (
-        Rows(train, lambda i: f"{where}, training example {i}"),
-        Rows(valid, lambda i: f"{where}, held-out example {i}"),
+        TextRecords(train, lambda i: f"{where}, training example {i}"),
+        TextRecords(valid, lambda i: f"{where}, held-out example {i}"),
     )
-    for part in rows:
-        _check_record(part.records[0], part.where(0), config)
-    return Splits(*rows)
+    for split in rows:
+        _check_record(split.records[0], split.where(0), config)
+    return TextSplits(*rows)
 
 
-def _dealt(rows: Rows, partition: int, num_partitions: int) -> Rows:
+def _every_nth(rows: TextRecords, partition: int, num_partitions: int) -> TextRecords:
     mine = range(partition, len(rows.records), num_partitions)
     if not mine:
         raise TextError(
             f"{rows.where(0).rsplit(',', 1)[0]} has {len(rows.records)} texts, too few for "
             f"{num_partitions} nodes."
         )
-    return Rows([rows.records[i] for i in mine], lambda i: rows.where(mine[i]))
+    return TextRecords([rows.records[i] for i in mine], lambda i: rows.where(mine[i]))
 
 
-def read_jsonl(path: Path, config: LoraConfig) -> Rows:
-    """The records of a file, one a line.
+def read_jsonl(path: Path, config: LoraConfig) -> TextRecords:
+    """Records of a JSON Lines file.
 
     Raises:
-        TextError: Naming the first line that is wrong, and why.
+        TextError: With the first invalid line and the reason.
     """
     records: list[dict[str, Any]] = []
     lines: list[int] = []
@@ -153,14 +154,14 @@ def read_jsonl(path: Path, config: LoraConfig) -> Rows:
         lines.append(number)
     if not records:
         raise TextError(f'{path} is empty: it has a record such as {{"text": "..."}} a line.')
-    _check_alike(records, lines, path, config)
-    return Rows(records, lambda i: f"{path}, line {lines[i]}")
+    _check_one_form(records, lines, path, config)
+    return TextRecords(records, lambda i: f"{path}, line {lines[i]}")
 
 
 def _form(record: dict[str, Any], config: LoraConfig) -> tuple[str, ...]:
-    """The keys by which mlx-lm takes a record for a completion, a chat or a text.
+    """The keys of a record's form in mlx-lm: completion, chat or text.
 
-    A prompt alone is a completion that is missing.
+    A prompt without a completion has the completion's form.
     """
     completion = (config.prompt_feature, config.completion_feature)
     for keys in (completion, (config.chat_feature,), (config.text_feature,)):
@@ -182,7 +183,7 @@ def _check_record(record: Any, where: str, config: LoraConfig) -> None:
     for key in form:
         value = record.get(key)
         if value is None:
-            continue  # nothing to learn: see _lacks
+            continue  # left out later: see _empty_key
         if key == config.chat_feature:
             if not isinstance(value, list) or not all(map(_is_turn, value)):
                 raise TextError(f"{where}: {key!r} is a list of messages with a role and content.")
@@ -198,10 +199,10 @@ def _is_turn(message: Any) -> bool:
     return not message.keys().isdisjoint({"content", "tool_calls"})
 
 
-def _check_alike(
+def _check_one_form(
     records: list[dict[str, Any]], lines: list[int], path: Path, config: LoraConfig
 ) -> None:
-    """mlx-lm takes the first record's form for all."""
+    """Checks that all records have the first one's form, as mlx-lm assumes."""
     first = _form(records[0], config)
     for record, line in zip(records, lines, strict=True):
         if first[0] not in record:
@@ -211,8 +212,8 @@ def _check_alike(
             )
 
 
-def _lacks(record: dict[str, Any], form: tuple[str, ...], config: LoraConfig) -> str:
-    """Which of a record's keys has nothing, so that there is nothing to learn; empty if none."""
+def _empty_key(record: dict[str, Any], form: tuple[str, ...], config: LoraConfig) -> str:
+    """The key of a record that is empty, so that no token is trained; ``""`` if none."""
     for key in form:
         value = record.get(key)
         if key == config.chat_feature:
@@ -223,8 +224,8 @@ def _lacks(record: dict[str, Any], form: tuple[str, ...], config: LoraConfig) ->
     return ""
 
 
-class Tokenized(NamedTuple):
-    """Token ids of texts, where in each the loss begins, and which texts were cut or left out."""
+class TokenizedTexts(NamedTuple):
+    """Token ids of texts, the first position of each loss, and texts that were cut or left out."""
 
     tokens: list[np.ndarray]
     starts: list[int]
@@ -232,27 +233,27 @@ class Tokenized(NamedTuple):
     left_out: list[str]
 
 
-def tokenize(rows: Rows, tokenizer: Any, config: LoraConfig) -> Tokenized:
-    """Texts as tokens, cut to ``max_seq_length``, without those that have nothing to learn.
+def tokenize(rows: TextRecords, tokenizer: Any, config: LoraConfig) -> TokenizedTexts:
+    """Texts as token ids, cut to ``max_seq_length``, without texts that have no loss.
 
     Raises:
-        TextError: If a record is not laid out as mlx-lm's, or the tokenizer cannot take it.
+        TextError: If a record is not in mlx-lm's format, or the tokenizer raises.
     """
-    result = Tokenized([], [], [], [])
+    result = TokenizedTexts([], [], [], [])
     limit = config.max_seq_length
     form = _form(rows.records[0], config)
-    read = _reader(form, tokenizer, config)
+    read_record = _reader(form, tokenizer, config)
     with loading("Tokenizing texts", len(rows.records), "texts") as progress:
         for number, record in enumerate(rows.records):
             progress.update(number)
             where = rows.where(number)
             _check_record(record, where, config)
-            if key := _lacks(record, form, config):
+            if key := _empty_key(record, form, config):
                 result.left_out.append(f"{where} ({key!r} is empty)")
                 continue
             try:
-                ids, start = read(record)
-            except Exception as error:  # whatever a chat template raises
+                ids, start = read_record(record)
+            except Exception as error:  # of a chat template
                 raise TextError(f"{where} cannot be tokenized: {error}") from error
             if max(start, 1) >= min(len(ids), limit):
                 prompt = f"its prompt takes {start} of {len(ids)} tokens"
@@ -268,14 +269,14 @@ def tokenize(rows: Rows, tokenizer: Any, config: LoraConfig) -> Tokenized:
 def _reader(
     form: tuple[str, ...], tokenizer: Any, config: LoraConfig
 ) -> Callable[[dict[str, Any]], tuple[list[int], int]]:
-    """A function that gives a record's token ids, as mlx-lm does, and where its loss begins."""
+    """Function from a record to its token ids, by mlx-lm, and the first position of its loss."""
     from mlx_lm.tuner.datasets import create_dataset
 
-    nothing = tokenizer.encode("")
+    empty_ids = tokenizer.encode("")
 
     def read_text(record: dict[str, Any]) -> tuple[list[int], int]:
         ids = list(tokenizer.encode(record[config.text_feature]))
-        if ids == nothing:  # such as white space that a tokenizer strips
+        if ids == empty_ids:  # such as white space, which a tokenizer strips
             return [], 0
         return ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id], 0
 
@@ -301,12 +302,12 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def _start_of_answer(ids: list[int], turns: list[dict], tools: Any, tokenizer: Any) -> int:
-    """How many tokens of a conversation come before what its last turn says.
+    """Number of tokens of a conversation before the content of its last turn.
 
-    As with mlx-lm these are the prompt's, with which a model is asked to generate, where the
-    conversation begins with them. A template's prompt may have more, such as a block to think in
-    that finished answers do not have. Then they are what the conversation shares with one that
-    says something else in its last turn, so that no token of the answer is lost.
+    As in mlx-lm, these are the tokens of the generation prompt if the conversation starts with
+    them. A template's generation prompt may have more, such as an empty thinking block that
+    finished answers lack. Then it is the common prefix with conversations of another last turn, so
+    that no token of the answer is lost.
     """
     *before, last = turns
     if not before:
@@ -321,30 +322,30 @@ def _start_of_answer(ids: list[int], turns: list[dict], tools: Any, tokenizer: A
     prompt = render(before, last["role"] == "assistant")
     if ids[: len(prompt)] == prompt:
         return len(prompt)
-    others = (render([*before, _turn(last["role"], content)]) for content in "01")
-    return min(_num_common(ids, other) for other in others)
+    alternatives = (render([*before, _turn(last["role"], content)]) for content in "01")
+    return min(_num_common(ids, tokens) for tokens in alternatives)
 
 
-def _num_common(one: list[int], other: list[int]) -> int:
+def _num_common(first: list[int], second: list[int]) -> int:
     """The length of the longest common prefix."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-class Batches:
-    """Tokenized texts as a stream of batches: ``batches(key)`` goes through all of them once.
+class TextBatches:
+    """TokenizedTexts texts as a stream of batches: ``batches(key)`` is one pass in a random order.
 
-    Texts of about one length are together, as with mlx-lm; unlike there, the last batch may be
-    smaller, so that every text counts and a node may have fewer than a batch.
+    Texts of similar length are in one batch, as in mlx-lm; here the last batch may be smaller, so
+    that every text counts and a node may have fewer texts than a batch.
 
     Args:
-        texts (Tokenized): The texts.
+        texts (TokenizedTexts): The texts.
         batch_size (int): Texts in a batch.
-        most (int, optional): Batches in a pass, drawn from all.
+        max_batches (int, optional): Batches of a pass, drawn at random.
     """
 
-    def __init__(self, texts: Tokenized, batch_size: int, most: int | None = None):
-        self.texts, self.batch_size, self.most = texts, batch_size, most
+    def __init__(self, texts: TokenizedTexts, batch_size: int, max_batches: int | None = None):
+        self.texts, self.batch_size, self.max_batches = texts, batch_size, max_batches
         self.lengths = np.array([len(ids) for ids in texts.tokens])
 
     def __len__(self) -> int:
@@ -356,12 +357,12 @@ class Batches:
         order = order[np.argsort(self.lengths[order], kind="stable")]
         starts = range(0, len(order), self.batch_size)
         groups = [order[start : start + self.batch_size] for start in starts]
-        for number in islice(random.permutation(len(groups)), self.most):
+        for number in islice(random.permutation(len(groups)), self.max_batches):
             yield self._collate(groups[number])
 
     def _collate(self, group: np.ndarray) -> tuple[mx.array, mx.array]:
-        """Token ids of shape (texts, 1 + a multiple of 32), and of each text where its loss
-        begins and ends; the last token's own is the last: padding is never learnt."""
+        """Token ids of shape (texts, 1 + a multiple of 32), and the first and last position of
+        each text's loss, of shape (texts, 2): padding has no loss."""
         longest = int(self.lengths[group].max())
         tokens = np.zeros((len(group), 1 + _PAD_TO * -(-(longest - 1) // _PAD_TO)), np.int32)
         spans = np.zeros((len(group), 2), np.int32)

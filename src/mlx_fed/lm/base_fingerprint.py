@@ -1,4 +1,4 @@
-"""What a base model and a tokenizer are known by, so that a federation has but one of each."""
+"""Fingerprints of a base model and a tokenizer, which must be the same on all nodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from . import base_model
 
 _SAMPLES = 16
-"""Places in each array of a base model that its identity looks at."""
+"""Samples of each array."""
 _IDLE = {
     "_name_or_path",
     "architectures",
@@ -21,20 +21,20 @@ _IDLE = {
     "transformers_version",
     "use_cache",
 }
-"""Keys of a config.json that change nothing of what a model computes."""
+"""Keys of a config.json without influence on the model's output."""
 _LONGEST = 100
-"""Characters of a value in a config.json that are shown."""
+"""Characters of a value in a message."""
 _PROBES = (
     "The quick brown fox jumps over 13 lazy dogs.\n\n\tdef f(x): return x ** 2",
     "Zwölf Boxkämpfer, œuvre, Привет мир, 你好世界, こんにちは, مرحبا, 🙂",
 )
 
 
-def of_weights(folder: Path) -> str:
-    """A hash of the names, shapes, dtypes and a sample of the values of a model's weights.
+def hash_weights(folder: Path) -> str:
+    """SHA-256 of the names, shapes, dtypes and samples of the values of a model's weights.
 
-    It is read from the files, a few bytes of each array, so that it costs the same for a model of
-    any size; how many files the arrays are spread over does not matter.
+    It reads a few bytes of each array, so that its time does not depend on the model's size. The
+    distribution of arrays over files has no influence.
 
     Raises:
         BaseModelError: If a file is not safetensors.
@@ -49,8 +49,8 @@ def of_weights(folder: Path) -> str:
                 for name, array in header.items():
                     begin, end = array["data_offsets"]
                     digest = hashlib.sha256(repr((array["dtype"], array["shape"])).encode())
-                    for place in range(_SAMPLES):
-                        file.seek(8 + size + begin + (end - begin) * place // _SAMPLES)
+                    for number in range(_SAMPLES):
+                        file.seek(8 + size + begin + (end - begin) * number // _SAMPLES)
                         digest.update(file.read(min(16, (end - begin) // _SAMPLES + 1)))
                     arrays[name] = digest.digest()
         except (OSError, ValueError, KeyError, struct.error, MemoryError) as error:
@@ -60,19 +60,19 @@ def of_weights(folder: Path) -> str:
     return _short(b"".join(name.encode() + arrays[name] for name in sorted(arrays)))
 
 
-def of_config(folder: Path) -> dict[str, str]:
-    """What a model's config.json says of how it computes, by key, as mlx-lm understands it.
+def describe_config(folder: Path) -> dict[str, str]:
+    """The keys of a model's config.json with influence on its output, as mlx-lm reads them.
 
-    What is left out is there as mlx-lm's default, and what mlx-lm passes over is not. Values that
-    hold others have them under keys with dots.
+    Missing keys have mlx-lm's defaults; keys that mlx-lm ignores are absent. Nested values have
+    keys with dots.
     """
     config = base_model.read_config(folder)
     kinds = base_model.classes(folder, config)
-    known = vars(kinds[1].from_dict(config)) if kinds else config
-    found = {key: shown(value) for key, value in _flat(known) if not _says_nothing(key)}
+    values = vars(kinds[1].from_dict(config)) if kinds else config
+    texts = {key: describe(value) for key, value in _flat(values) if not _is_idle(key)}
     quantization = config.get("quantization") or config.get("quantization_config")
-    return {"model_type": shown(config.get("model_type")), **found} | {
-        "quantization": shown(quantization)
+    return {"model_type": describe(config.get("model_type")), **texts} | {
+        "quantization": describe(quantization)
     }
 
 
@@ -80,32 +80,32 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         value = vars(value) if hasattr(value, "__dict__") else value
         if isinstance(value, dict) and value:
-            yield from ((f"{key}.{inner}", held) for inner, held in _flat(value))
+            yield from ((f"{key}.{inner}", leaf) for inner, leaf in _flat(value))
         else:
             yield str(key), value
 
 
-def _says_nothing(key: str) -> bool:
+def _is_idle(key: str) -> bool:
     return key.rsplit(".", 1)[-1] in _IDLE or key.endswith("_token_id")
 
 
-def shown(value: Any) -> str:
-    """A value as JSON, cut where it is long, with a hash of all of it."""
+def describe(value: Any) -> str:
+    """A value as JSON; a long one is cut and has a hash of its full text."""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # 10000.0 in one file is the 10000 in another
+        value = int(value)  # 10000.0 in one file equals 10000 in another
     text = json.dumps(value, sort_keys=True, default=str)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({_short(text.encode())})"
 
 
-def of_tokenizer(tokenizer: Any) -> str:
-    """A hash of the vocabulary, the chat template, and how some text is split."""
-    known = {
+def hash_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 of the vocabulary, the chat template, and the tokens of sample texts."""
+    contents = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "template": tokenizer.chat_template,
         "end": tokenizer.eos_token_id,
         "probes": [tokenizer.encode(text) for text in _PROBES],
     }
-    return _short(json.dumps(known, sort_keys=True, default=str).encode())
+    return _short(json.dumps(contents, sort_keys=True, default=str).encode())
 
 
 def _short(content: bytes) -> str:
