@@ -149,7 +149,7 @@ def mnist() -> Path:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a language model of a few thousand parameters."""
-    from .tiny_llama import write_model
+    from .helpers.tiny_llama import write_model
 
     return write_model(tmp_path_factory.mktemp("llama"))
 

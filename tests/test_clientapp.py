@@ -14,7 +14,7 @@ from mlx_fed.rounds import messages
 from mlx_fed.training.trainer import Trainer
 from mlx_fed.flower import serialize, one_run_grid
 
-from .tasks import moons
+from .helpers.tasks import moons
 
 
 def test_what_is_answered_goes_at_once():

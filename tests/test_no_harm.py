@@ -105,10 +105,10 @@ def test_a_runs_name_is_a_plain_one(tmp_path, name):
 def test_a_nodes_name_is_nowhere_a_path(start, tmp_path):
     runs = tmp_path / "a" / "b" / "runs"
     where = ("--port", 0, "--runs", runs, "--name", "run", "--rounds", 1, "--min-nodes", 1)
-    server = start("-m", "mlx_fed", "serve", "tests.tasks:moons", *where)
+    server = start("-m", "mlx_fed", "serve", "tests.helpers.tasks:moons", *where)
     address = server.line(r"Server ready on (\S+)").group(1)
     named = ("--server", address, "--name", "../../../escaped")
-    node = start("-m", "mlx_fed", "join", "tests.tasks:moons", *named)
+    node = start("-m", "mlx_fed", "join", "tests.helpers.tasks:moons", *named)
     assert server.ends() == 0, server.text
     assert node.ends() == 0, node.text
     assert "../../../escaped joined" in server.text

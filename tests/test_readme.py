@@ -143,7 +143,7 @@ def test_a_thousand_clients(start, tmp_path):
 @pytest.mark.slow
 def test_language_models(start, tmp_path):
     pytest.importorskip("mlx_lm")
-    from . import tiny_llama
+    from .helpers import tiny_llama
 
     model = tiny_llama.write_model(tmp_path / "model")
     tiny_llama.write_texts(tmp_path / "my" / "texts", tiny_llama.lines("anna", 8), ["anna says"])

@@ -29,8 +29,8 @@ from mlx_fed.settings_check import KINDS, check_config
 from mlx_fed.task_settings import TracedConfig
 
 from .conftest import command
-from .loopback import LoopbackGrid
-from .simulated import SEED, TASK, load, simulate
+from .helpers.loopback import LoopbackGrid
+from .helpers.simulated import SEED, TASK, load, simulate
 from .helpers.federated import federate
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -410,7 +410,7 @@ def test_what_python_refuses(lead: Callable, arguments: dict, message: str, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def small(*arguments: object, task: str = "tests.simulated:TASK") -> tuple[int, str]:
+def small(*arguments: object, task: str = "tests.helpers.simulated:TASK") -> tuple[int, str]:
     run = command("simulate", task, "--clients", 4, "--rounds", 1, "--workers", 0, *arguments)
     return run.code, " ".join(run.text.split())
 
@@ -443,16 +443,16 @@ def test_what_commands_take(tmp_path: Path):
     assert code == 0, text
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["config"]["learning-rate"] == 0.1
-    code, text = small("--runs", tmp_path, "-c", "hidden=4", task="tests.tasks:moons")
+    code, text = small("--runs", tmp_path, "-c", "hidden=4", task="tests.helpers.tasks:moons")
     assert code == 0, text
-    texts = "tests.tasks:with_a_text"
+    texts = "tests.helpers.tasks:with_a_text"
     code, text = small("--runs", tmp_path, "-c", "name=12", task=texts)
     assert (code, "-c: name is text (in quotes" in text) == (1, True), text
     code, text = small("--runs", tmp_path, "-c", 'name="12"', "--name", "texts", task=texts)
     assert code == 0, text
     settings = json.loads((tmp_path / "texts" / "settings.json").read_text())
     assert settings["config"]["name"] == "12"
-    code, text = small("--runs", tmp_path, "-c", "hiden=4", task="tests.tasks:moons")
+    code, text = small("--runs", tmp_path, "-c", "hiden=4", task="tests.helpers.tasks:moons")
     assert (code, "Did you mean hidden?" in text) == (1, True), text
 
 

@@ -22,7 +22,7 @@ from mlx_fed.errors import SimulationError
 from mlx_fed.arrays.frozen import difference, digest_arrays
 from mlx_fed.training.trainer import Trainer
 
-from ..simulated import simulate
+from ..helpers.simulated import simulate
 from ..helpers.federated import SEED, TASK, federate
 
 pytestmark = pytest.mark.usefixtures("uncompiled")

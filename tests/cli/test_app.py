@@ -67,7 +67,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_prints_the_command_that_resumes_it(number: int, tmp_path: Path):
     options = ("--clients", 2, "--workers", 0, "--runs", tmp_path, "--name", "run", "--rounds")
-    task = ("simulate", "tests.tasks:moons", "-c", "slow=0.05", *options)
+    task = ("simulate", "tests.helpers.tasks:moons", "-c", "slow=0.05", *options)
     process = start(*task, 200)
     try:
         assert process.stdout is not None

@@ -33,7 +33,7 @@ def here(tmp_path: Path, monkeypatch) -> None:
 
 def simulate(*arguments: object) -> Ended:
     small = ("--clients", 4, "--rounds", 1, "--workers", 0, "--name", "run")
-    return command("simulate", "tests.simulated:TASK", *small, *arguments)
+    return command("simulate", "tests.helpers.simulated:TASK", *small, *arguments)
 
 
 def record(folder: Path) -> dict:
@@ -72,7 +72,7 @@ def test_what_a_module_does_not_find_is_not_the_module(tmp_path: Path):
 
 
 FROM_SETTINGS = """
-from tests.simulated import TASK
+from tests.helpers.simulated import TASK
 
 def make(config):
     config["hidden"]

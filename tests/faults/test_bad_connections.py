@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from ..conftest import Started
-from .proxy import HARMS, Proxy
+from ..helpers.proxy import HARMS, Proxy
 from ..helpers.fleet_commands import assert_same_bits, join, serve
 from ..helpers.run_folders import read_history
 

@@ -20,7 +20,7 @@ from ..helpers.run_folders import read_history
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 SIZE = ("-c", "hidden=200000", "-c", "local-steps=1")
 """A model of 4 MB, two of whose arrays wait on disk."""
-TASK = ("tests.tasks:moons", "--strategy", "FedAdam", *SIZE)
+TASK = ("tests.helpers.tasks:moons", "--strategy", "FedAdam", *SIZE)
 
 
 class Disk:

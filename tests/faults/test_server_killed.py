@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("MLX_FED_KILLS", "20"))
 FED = ("-m", "mlx_fed")
 SIZE = ("-c", "hidden=50000", "-c", "local-steps=1")
-TASK = ("tests.tasks:moons", "--strategy", "FedAdam", *SIZE)
+TASK = ("tests.helpers.tasks:moons", "--strategy", "FedAdam", *SIZE)
 """A model of which a checkpoint takes a while to write, so that kills come in the middle of it."""
 
 
@@ -89,7 +89,7 @@ def test_a_simulation_that_is_killed_again_and_again(start, tmp_path: Path):
 @pytest.mark.timeout(60 + 12 * KILLS)
 def test_a_simulation_that_is_killed_at_a_byte(start, tmp_path: Path):
     """The system ends the process as it writes that byte, of whichever file comes to it first."""
-    whole = start("-m", "tests.faults.limited", tmp_path / "whole", 0, 0)
+    whole = start("-m", "tests.helpers.limited", tmp_path / "whole", 0, 0)
     assert whole.ends() == 0, whole.text
     size = max(p.stat().st_size for p in checkpoints(tmp_path / "whole" / "run").values())
 
@@ -99,10 +99,10 @@ def test_a_simulation_that_is_killed_at_a_byte(start, tmp_path: Path):
     killed = 0
     for number, place in enumerate(places):
         runs = tmp_path / str(number)
-        run = start("-m", "tests.faults.limited", runs, rng.randint(1, 6), place)
+        run = start("-m", "tests.helpers.limited", runs, rng.randint(1, 6), place)
         killed += run.ends() == -signal.SIGXFSZ
         assert run.process.returncode in (0, -signal.SIGXFSZ), run.text
-        resumed = start("-m", "tests.faults.limited", runs, 0, 0)
+        resumed = start("-m", "tests.helpers.limited", runs, 0, 0)
         assert resumed.ends() == 0, resumed.text
         assert_same_end(runs / "run", tmp_path / "whole" / "run")
     print(f"{killed} of {len(places)} runs killed at a byte")

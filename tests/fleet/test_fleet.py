@@ -32,7 +32,7 @@ from mlx_fed.training.trainer import Trainer
 
 from ..helpers.run_folders import read_history
 from ..conftest import ROOT, command, free_port
-from ..tasks import moons
+from ..helpers.tasks import moons
 from ..helpers.fleet_commands import FED, TASK, assert_same_bits, join, serve
 
 
@@ -544,7 +544,9 @@ def test_a_server_says_what_is_wrong_with_its_arguments(tmp_path, arguments, mes
     assert message in text
 
 
-@pytest.mark.parametrize("task", ["tests.tasks", "tests.nothing:task", "tests.tasks:nothing"])
+@pytest.mark.parametrize(
+    "task", ["tests.helpers.tasks", "tests.nothing:task", "tests.helpers.tasks:nothing"]
+)
 def test_a_task_that_is_not_there(task):
     code, text = command("serve", task, "--port", 0)
     assert code == 1

@@ -19,7 +19,7 @@ from mlx_fed.flower.error_replies import error_reply
 from mlx_fed.rounds import messages
 
 from ..conftest import Started, free_port
-from ..tasks import moons
+from ..helpers.tasks import moons
 
 FED = ("-m", "mlx_fed")
 TASK = moons({})
@@ -270,13 +270,15 @@ def test_a_node_with_a_policy_in_a_federation(start, tmp_path):
     policy.write_text("[settings]\nlearning-rate = { max = 0.01 }\n[replies]\nmetrics = []\n")
     where = ("--server", f"127.0.0.1:{(port := free_port())}")
     server: Started = start(
-        *(*FED, "serve", "tests.tasks:moons", "--port", port, "--runs", tmp_path / "runs"),
+        *(*FED, "serve", "tests.helpers.tasks:moons", "--port", port, "--runs", tmp_path / "runs"),
         *("--min-nodes", 1, "--name", "run"),
     )
     server.line("Waiting for")
-    held = start(*FED, "join", "tests.tasks:moons", *where, "--node-id", 1, "--policy", policy)
+    held = start(
+        *FED, "join", "tests.helpers.tasks:moons", *where, "--node-id", 1, "--policy", policy
+    )
     server.line("(?i)refused")
-    free = start(*FED, "join", "tests.tasks:moons", *where)
+    free = start(*FED, "join", "tests.helpers.tasks:moons", *where)
     assert server.ends() == 0, server.text
     assert free.ends() == 0, free.text
     held.ends()
@@ -287,6 +289,6 @@ def test_a_node_with_a_policy_in_a_federation(start, tmp_path):
     assert events[-1] == "ended"
     assert "refused" in events
     (tmp_path / "policy.toml").write_text('[server]\nallowed = ["elsewhere:1"]\n')
-    other = start(*FED, "join", "tests.tasks:moons", *where, "--policy", policy)
+    other = start(*FED, "join", "tests.helpers.tasks:moons", *where, "--policy", policy)
     assert other.ends() == 1
     assert "allows the servers elsewhere:1" in other.text

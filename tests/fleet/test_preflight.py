@@ -14,7 +14,7 @@ from mlx_fed.flower import fleet_client
 
 from ..conftest import command, free_port
 
-TASK = "tests.tasks:moons"
+TASK = "tests.helpers.tasks:moons"
 
 OWN = """
 import mlx_fed as fed

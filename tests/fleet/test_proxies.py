@@ -11,7 +11,7 @@ from mlx_fed.flower.proxies import Proxy, ProxyError, from_environment
 
 from ..helpers.fleet_commands import FED, TASK, serve
 from ..conftest import free_port
-from ..faults.proxy import Proxy as Passing
+from ..helpers.proxy import Proxy as Passing
 
 HOST = "fed.example.org"
 NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")

@@ -13,7 +13,7 @@ from mlx_fed.fleet.federation import Federation
 
 from ..conftest import Ended, Started, command, free_port
 
-TASK = "tests.tasks:moons"
+TASK = "tests.helpers.tasks:moons"
 FED = ("-m", "mlx_fed")
 SLOW_ROUNDS = ("--rounds", 1000)
 

@@ -29,7 +29,7 @@ from mlx_fed.flower.fleet_client import FleetClient, Refused, Unreachable
 from mlx_fed.flower.link_grid import LinkGrid
 
 from ..conftest import free_port
-from ..faults.proxy import Proxy
+from ..helpers.proxy import Proxy
 from ..helpers.fleet_commands import join, serve
 
 _PAGE = b"<html><h1>It is not there</h1></html>"

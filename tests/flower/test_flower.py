@@ -51,7 +51,7 @@ from mlx_fed.flower.link_state import Link
 from mlx_fed.flower.error_replies import error_reply
 from mlx_fed.flower.fleet_routes import FleetRoutes
 
-from ..faults.proxy import Proxy
+from ..helpers.proxy import Proxy
 from ..helpers.fleet_routes import ARRAYS, Fleet, assert_carried, push_request, reply_to
 
 

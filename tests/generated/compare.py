@@ -22,7 +22,7 @@ from mlx_fed.rounds.settings import Settings
 from mlx_fed.training.trainer import Trainer
 
 from .. import oracle
-from ..loopback import LoopbackGrid
+from ..helpers.loopback import LoopbackGrid
 from .draw import Drawn
 
 TIGHT = 2e-5

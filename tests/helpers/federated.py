@@ -21,7 +21,7 @@ from mlx_fed.rounds.settings import Settings
 from mlx_fed.runs.history import History
 from mlx_fed.training.trainer import Trainer
 
-from ..loopback import App, LoopbackGrid
+from .loopback import App, LoopbackGrid
 
 SEED = 7
 SIZES = (24, 40, 31, 16, 50, 22, 35)

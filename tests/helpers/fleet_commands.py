@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-TASK = "tests.tasks:moons"
+TASK = "tests.helpers.tasks:moons"
 FED = ("-m", "mlx_fed")
 
 

@@ -22,7 +22,7 @@ from mlx_fed.flower.fleet_client import FleetClient
 
 from ..conftest import Started, free_port
 
-TASK = "tests.tasks:moons"
+TASK = "tests.helpers.tasks:moons"
 FED = ("-m", "mlx_fed")
 
 

@@ -23,7 +23,7 @@ from mlx_fed.lm.config import load_config
 from mlx_fed.lm.lora_task import lora_task
 from mlx_fed.training.trainer import Trainer
 
-from .. import tiny_llama
+from ..helpers import tiny_llama
 
 
 pytestmark = pytest.mark.usefixtures("uncompiled")

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("mlx_lm")
 
-from .. import hub, tiny_llama
+from ..helpers import hub, tiny_llama
 
 pytestmark = pytest.mark.slow
 LORA = ("-m", "mlx_fed", "lora")

@@ -27,8 +27,8 @@ from mlx_fed.rounds.named_strategies import find
 from mlx_fed.task import fingerprint_of
 from mlx_fed.training.trainer import Trainer
 
-from .. import tiny_llama
-from ..loopback import LoopbackGrid
+from ..helpers import tiny_llama
+from ..helpers.loopback import LoopbackGrid
 
 
 pytestmark = pytest.mark.usefixtures("uncompiled")

@@ -135,7 +135,7 @@ def test_a_port_in_use_is_an_error(runs: Path, tmp_path: Path):
             pass
         runs.mkdir()
         assert what in command_output("dashboard", runs, "--port", port, code=1)
-        task = ("simulate", "tests.simulated:TASK", "--runs", runs, "--dashboard")
+        task = ("simulate", "tests.helpers.simulated:TASK", "--runs", runs, "--dashboard")
         assert what in command_output(*task, "--dashboard-port", port, code=1)
         assert list(runs.iterdir()) == []
 

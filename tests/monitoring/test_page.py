@@ -404,7 +404,7 @@ def test_a_real_simulation_is_followed_in_a_browser(visit, start, tmp_path: Path
         "-m",
         "mlx_fed",
         "simulate",
-        "tests.simulated:TASK",
+        "tests.helpers.simulated:TASK",
         "--clients",
         40,
         "--rounds",

@@ -25,7 +25,7 @@ from mlx_fed.monitoring.server_terminal import ServerTerminal, server_line
 from mlx_fed.monitoring.units import format_bytes, format_seconds
 
 from ..conftest import ROOT
-from ..tasks import moons
+from ..helpers.tasks import moons
 
 FAILED = "The output failed and nothing more is shown; the run continues: "
 
@@ -180,7 +180,7 @@ def test_programs_get_an_object_a_line(tmp_path: Path):
 def test_a_run_whose_output_fails_goes_on(output: str, said: str, tmp_path: Path):
     if "/dev/full" in output and not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    simulate = [sys.executable, "-m", "mlx_fed", "simulate", "tests.tasks:moons"]
+    simulate = [sys.executable, "-m", "mlx_fed", "simulate", "tests.helpers.tasks:moons"]
     options = ["--clients", "2", "--workers", "0", "--runs", str(tmp_path), "--name", "run"]
     run = f"set -o pipefail; {shlex.join([*simulate, *options])} {output}"
     done = subprocess.run(
@@ -203,7 +203,14 @@ def test_a_node_whose_output_fails_goes_on(option: tuple[str, ...], tmp_path: Pa
         if isinstance(event, events.ServerReady):
             unread, output = os.pipe()
             os.close(unread)
-            command = [sys.executable, "-m", "mlx_fed", "join", "tests.tasks:moons", *option]
+            command = [
+                sys.executable,
+                "-m",
+                "mlx_fed",
+                "join",
+                "tests.helpers.tasks:moons",
+                *option,
+            ]
             command += ["--server", event.address]
             streams = {"stdout": output, "stderr": subprocess.PIPE, "text": True}
             nodes.append(subprocess.Popen(command, cwd=ROOT, **streams))

@@ -9,7 +9,7 @@ import pytest
 from mlx_fed.errors import FedError
 from mlx_fed.monitoring.trackers import Tracking, find_tracker
 
-from ..simulated import simulate
+from ..helpers.simulated import simulate
 from ..helpers.run_folders import command_output
 
 told: list[tuple[Any, ...]] = []
@@ -66,7 +66,16 @@ def test_a_tracker_that_fails_ends_no_run_and_says_so_once(tmp_path: Path, capsy
 
 
 def test_a_command_tracks_with_a_users_own(tmp_path: Path):
-    shared = ("simulate", "tests.simulated:TASK", "--clients", 4, "--workers", 0, "--rounds", 1)
+    shared = (
+        "simulate",
+        "tests.helpers.simulated:TASK",
+        "--clients",
+        4,
+        "--workers",
+        0,
+        "--rounds",
+        1,
+    )
     command_output(
         *shared, "--runs", tmp_path, "--quiet", "--track", "tests.monitoring.test_trackers:Own"
     )

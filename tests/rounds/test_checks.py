@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian
 from mlx_fed.rounds import messages, loop
 from mlx_fed.training.trainer import Trainer
 
-from ..loopback import App
+from ..helpers.loopback import App
 from ..helpers.run_folders import read_history
 from ..helpers.federated import (
     CLIENT,

@@ -20,8 +20,8 @@ from mlx_fed.runs.history import History, Result
 from mlx_fed.rounds.settings import Settings
 from mlx_fed.training.trainer import Trainer
 
-from ..loopback import App, LoopbackGrid
-from ..simulated import LOCAL, SEED, TASK, assert_same
+from ..helpers.loopback import App, LoopbackGrid
+from ..helpers.simulated import LOCAL, SEED, TASK, assert_same
 
 KEEPING = {
     "personal": replace(TASK, personal=lambda name: name.startswith("layers.4")),

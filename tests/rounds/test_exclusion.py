@@ -21,7 +21,7 @@ from mlx_fed.rounds.exclusion import refused_running, to_leave_out
 from ..helpers.replies import with_metrics, with_weight
 from ..helpers.run_folders import read_history
 from ..helpers.federated import CLIENT, NORMALIZED, difference, federate, on_train
-from ..loopback import App
+from ..helpers.loopback import App
 
 NAN = with_weight(lambda w: w * mx.nan)
 

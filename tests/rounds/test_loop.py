@@ -20,8 +20,8 @@ from mlx_fed.rounds import loop
 from mlx_fed.runs.history import HistoryError
 from mlx_fed.training.trainer import Trainer
 
-from ..loopback import LoopbackGrid
-from ..tasks import moons
+from ..helpers.loopback import LoopbackGrid
+from ..helpers.tasks import moons
 from ..helpers.federated import CLIENT, NORMALIZED, SEED, TASK, difference, federate, load
 from ..helpers.run_folders import read_history
 
@@ -36,7 +36,7 @@ def test_one_node_is_enough_where_one_is_asked_for(start, tmp_path: Path):
 
     def join(event: events.Event) -> None:
         if isinstance(event, events.ServerReady):
-            arguments = ("join", "tests.tasks:moons", "--server", event.address)
+            arguments = ("join", "tests.helpers.tasks:moons", "--server", event.address)
             nodes.append(start("-m", "mlx_fed", *arguments))
 
     result = fed.serve(

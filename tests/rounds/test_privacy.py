@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 from mlx_fed.errors import RunError
 from mlx_fed.rounds.privacy import PrivacyError
 
-from ..simulated import simulate
+from ..helpers.simulated import simulate
 from ..helpers.federated import CLIENT, NORMALIZED, TASK, federate
 from ..helpers.strategies import CLIPPING, MODS, clipped
 

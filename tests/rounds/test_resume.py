@@ -496,7 +496,7 @@ def test_a_disk_that_is_full_ends_the_run_with_what_was_reached(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["serve", "simulate"])
 def test_a_command_says_which_run_there_is_not(name: str, tmp_path: Path):
-    code, text = command(name, "tests.tasks:moons", "--runs", tmp_path, "--resume", "gone")
+    code, text = command(name, "tests.helpers.tasks:moons", "--runs", tmp_path, "--resume", "gone")
     assert code == 1
     assert "Error: There is no run 'gone' to resume" in text
 
@@ -508,7 +508,7 @@ def test_the_quickstarts_server_says_which_run_there_is_not(start, tmp_path: Pat
 
 
 def test_a_command_goes_on_with_its_run(tmp_path: Path):
-    simulate = ("simulate", "tests.tasks:moons", "--workers", "0", "--clients", "3")
+    simulate = ("simulate", "tests.helpers.tasks:moons", "--workers", "0", "--clients", "3")
     first = command(*simulate, "--runs", tmp_path, "--name", "run", "--rounds", 2, "--keep", 1)
     assert first.code == 0, first.text
     assert checkpoints(tmp_path / "run").keys() == {2}

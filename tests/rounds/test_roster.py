@@ -24,7 +24,7 @@ from mlx_fed.runs.history import History
 from mlx_fed.rounds.settings import Settings
 from mlx_fed.training.trainer import Trainer
 
-from ..loopback import LoopbackGrid
+from ..helpers.loopback import LoopbackGrid
 from ..helpers.federated import CLIENT, SEED, TASK, federate
 
 pytestmark = pytest.mark.usefixtures("uncompiled")

@@ -24,8 +24,8 @@ from flwr.serverapp.strategy import FedAvg
 from mlx_fed import events
 from mlx_fed.rounds.settings import Settings
 
-from ..loopback import LoopbackGrid
-from ..simulated import LOCAL, TASK, load, simulate
+from ..helpers.loopback import LoopbackGrid
+from ..helpers.simulated import LOCAL, TASK, load, simulate
 from ..helpers.federated import CLIENT, federate
 
 TWO_ROUNDS = replace(TASK, config={**TASK.config, "num-rounds": 2})

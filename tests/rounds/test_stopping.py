@@ -15,8 +15,8 @@ import pytest
 from flwr.serverapp.strategy import FedAvg
 
 from ..conftest import command, free_port
-from ..simulated import TASK
-from ..simulated import simulate as simulated
+from ..helpers.simulated import TASK
+from ..helpers.simulated import simulate as simulated
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -220,23 +220,29 @@ def test_a_function_that_fails_is_named(tmp_path: Path):
 
 def test_a_command_ends_early_and_says_why(tmp_path: Path):
     small = ("--clients", 2, "--rounds", 30, "--workers", 0, "--runs", tmp_path, "--name", "run")
-    run = command("simulate", "tests.simulated:TASK", *small, "--target", "loss=100", columns=400)
+    run = command(
+        "simulate", "tests.helpers.simulated:TASK", *small, "--target", "loss=100", columns=400
+    )
     assert run.code == 0, run.text
     assert "and the target was loss <= 100). The model:" in run.text
     shown = command("runs", "show", "run", "--runs", tmp_path, columns=400).text
     assert "Ended after round 1: loss is " in shown
     assert "finished" in command("runs", "list", "--runs", tmp_path, columns=400).text
-    bad = command("simulate", "tests.simulated:TASK", "--target", "loss", "--runs", tmp_path)
+    bad = command(
+        "simulate", "tests.helpers.simulated:TASK", "--target", "loss", "--runs", tmp_path
+    )
     assert (bad.code, "METRIC=VALUE" in bad.text) == (1, True)
 
 
 def test_nodes_are_told_that_a_run_has_ended_early(start, tmp_path: Path):
     port = free_port()
-    task = ("-m", "mlx_fed", "serve", "tests.tasks:moons", "--port", port, "--rounds", 50)
+    task = ("-m", "mlx_fed", "serve", "tests.helpers.tasks:moons", "--port", port, "--rounds", 50)
     server = start(
         *task, "--min-nodes", 1, "--patience", 1, "--runs", tmp_path, "-c", "learning-rate=0.0"
     )
-    node = start("-m", "mlx_fed", "join", "tests.tasks:moons", "--server", f"127.0.0.1:{port}")
+    node = start(
+        "-m", "mlx_fed", "join", "tests.helpers.tasks:moons", "--server", f"127.0.0.1:{port}"
+    )
     assert server.ends(60) == 0, server.text
     assert node.ends(30) == 0, node.text
     assert "no loss was below" in server.text

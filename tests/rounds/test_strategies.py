@@ -42,7 +42,7 @@ from mlx_fed.runs.history import History
 from mlx_fed.rounds.settings import Settings
 from mlx_fed.training.trainer import Trainer
 
-from ..loopback import App, LoopbackGrid
+from ..helpers.loopback import App, LoopbackGrid
 from ..helpers.federated import (
     BFLOAT16,
     CLIENT,

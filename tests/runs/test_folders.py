@@ -197,7 +197,7 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path):
 def test_a_place_for_runs_that_takes_no_folder_is_an_error(tmp_path: Path, what: str):
     (tmp_path / "file").write_text("")
     port = ("--port", 0) if what == "serve" else ()
-    task = ("tests.simulated:TASK", "--runs", tmp_path / "file", *port)
+    task = ("tests.helpers.simulated:TASK", "--runs", tmp_path / "file", *port)
     message = command_output(what, *task, code=1)
     assert "Cannot make the run's folder" in message
     assert "Choose another place with --runs." in message
@@ -206,7 +206,7 @@ def test_a_place_for_runs_that_takes_no_folder_is_an_error(tmp_path: Path, what:
 def test_a_name_that_is_taken_is_an_error(tmp_path: Path):
     folder = make_run(tmp_path / "one")
     before = (folder / "settings.json").read_bytes()
-    task = ("simulate", "tests.simulated:TASK", "--runs", tmp_path, "--name", "one")
+    task = ("simulate", "tests.helpers.simulated:TASK", "--runs", tmp_path, "--name", "one")
     assert "There is a run named 'one' in" in command_output(*task, code=1)
     assert (folder / "settings.json").read_bytes() == before
 

@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian
 
 from mlx_fed.runs import folders, labels
 
-from ..simulated import CLIENTS, TASK, load, simulate
+from ..helpers.simulated import CLIENTS, TASK, load, simulate
 
 
 def held(client: int) -> list[int]:

@@ -24,7 +24,7 @@ from flwr.serverapp.strategy import (
 
 from mlx_fed.training.trainer import Trainer
 
-from ..simulated import CLIENTS, SEED, TASK, assert_same, load, simulate
+from ..helpers.simulated import CLIENTS, SEED, TASK, assert_same, load, simulate
 
 TEST = tuple(
     np.concatenate(arrays)

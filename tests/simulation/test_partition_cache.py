@@ -21,7 +21,7 @@ from mlx_fed.simulation.client_states import ClientStateStore
 from mlx_fed.simulation.partition_cache import Partitions, size_of
 from mlx_fed.simulation.worker import WorkerConfig, WorkRequest, SampledClient, Worker
 
-from ..simulated import SEED, TASK, load
+from ..helpers.simulated import SEED, TASK, load
 
 SIZE = 4 * 100
 

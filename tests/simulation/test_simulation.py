@@ -34,8 +34,17 @@ from mlx_fed.runs.history import History
 from mlx_fed.rounds.settings import Settings
 from mlx_fed.training.trainer import Trainer
 
-from ..loopback import LoopbackGrid
-from ..simulated import CLIENTS, NORMALIZED, SEED, TASK, assert_same, load, raising_for, simulate
+from ..helpers.loopback import LoopbackGrid
+from ..helpers.simulated import (
+    CLIENTS,
+    NORMALIZED,
+    SEED,
+    TASK,
+    assert_same,
+    load,
+    raising_for,
+    simulate,
+)
 
 HALF = {"fraction_train": 0.6, "fraction_evaluate": 0.5}
 
@@ -281,10 +290,10 @@ def test_a_simulation_ends_as_a_fleet(strategy, start, tmp_path: Path):
         if isinstance(event, events.ServerReady):
             where = ("--server", event.address, "--num-partitions", num_clients)
             for k in range(num_clients):
-                task = "tests.simulated:LOCAL"
+                task = "tests.helpers.simulated:LOCAL"
                 nodes.append(start("-m", "mlx_fed", "join", task, "--node-id", k, *where))
 
-    from ..simulated import LOCAL
+    from ..helpers.simulated import LOCAL
 
     expected = fed.serve(
         LOCAL,

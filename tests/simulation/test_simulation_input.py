@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian
 
 from mlx_fed.data.partitions import columns, load_partition
 
-from ..simulated import CLIENTS, TASK, assert_same, load, loss, raising_for, simulate
+from ..helpers.simulated import CLIENTS, TASK, assert_same, load, loss, raising_for, simulate
 
 
 def refused(result: fed.Result, phase: str = "train") -> dict[str, str]:
@@ -194,7 +194,7 @@ from pathlib import Path
 import mlx_fed as fed
 import mlx.nn as nn
 import numpy as np
-from tests.simulated import TASK, load, simulate
+from tests.helpers.simulated import TASK, load, simulate
 
 
 def one_too_many(partition_id, num_partitions):

@@ -22,7 +22,7 @@ import pytest
 from flwr.serverapp.strategy import FedAvg, FedMedian, Strategy
 
 from ..conftest import ROOT
-from ..simulated import CLIENTS, TASK, assert_same, load, simulate
+from ..helpers.simulated import CLIENTS, TASK, assert_same, load, simulate
 from ..helpers.run_folders import read_history
 
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def test_a_worker_that_dies_is_replaced_and_its_clients_are_redone(
 
 def test_clients_are_redone_from_the_statistics_that_they_had(tmp_path: Path):
     """A worker is killed in round 2, when some of its clients have saved new ones already."""
-    from ..simulated import LOCAL
+    from ..helpers.simulated import LOCAL
 
     flag = tmp_path / "died"
 
@@ -276,7 +276,7 @@ def is_running(pid: int) -> bool:
     return bool(state.stdout.strip()) and not state.stdout.startswith("Z")
 
 
-SLOW = ["-m", "mlx_fed", "simulate", "tests.simulated:slow", "--clients", str(CLIENTS)]
+SLOW = ["-m", "mlx_fed", "simulate", "tests.helpers.simulated:slow", "--clients", str(CLIENTS)]
 SLOW += ["--rounds", "50", "--workers", "2", "--name", "run"]
 
 

@@ -34,7 +34,7 @@ def test_a_device_of_another_name_is_an_error(device: str):
 def test_a_slow_blas_is_told_of_in_a_run(tmp_path):
     code = """if True:
         import mlx_fed as fed
-        from tests.simulated import simulate
+        from tests.helpers.simulated import simulate
         from pathlib import Path
         told = lambda event: event.name == "note" and print(event.text)
         simulate(None, Path("."), num_clients=1, num_rounds=1, device="cpu", listeners=(told,))
@@ -57,7 +57,7 @@ def test_the_cpu_says_which_blas():
 
 def test_who_simulates_has_their_own_default_device_again(tmp_path):
     code = """if True:
-        from tests.simulated import simulate
+        from tests.helpers.simulated import simulate
         import mlx.core as mx
         from pathlib import Path
         mx.set_default_device(mx.Device(mx.cpu, 1))

@@ -28,8 +28,8 @@ from mlx_fed.monitoring.server_terminal import ServerTerminal
 from mlx_fed.simulation import worker_progress
 from rich.console import Console
 
-from .. import hub, tiny_llama
-from ..simulated import TASK, load, simulate
+from ..helpers import hub, tiny_llama
+from ..helpers.simulated import TASK, load, simulate
 
 Told = list[events.Event]
 

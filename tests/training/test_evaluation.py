@@ -27,7 +27,7 @@ from mlx_fed.rounds.phase import Model
 from mlx_fed.rounds.resume import Position
 from mlx_fed.training.trainer import Trainer
 
-from ..loopback import LoopbackGrid
+from ..helpers.loopback import LoopbackGrid
 from ..helpers.federated import federate
 
 DOCS = Path(__file__).parents[2] / "docs" / "tasks.md"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlx_fed.training import linear
 from mlx_fed.arrays import weights
 
-from ..simulated import SAME_BITS
+from ..helpers.simulated import SAME_BITS
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 

@@ -16,7 +16,7 @@ import mlx_fed as fed  # before mlx.core
 
 from flwr.serverapp.strategy import FedAdam
 
-from ..tasks import moons
+from .tasks import moons
 
 
 def main() -> None:
