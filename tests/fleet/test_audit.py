@@ -3,11 +3,15 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mlx_fed as fed
 import pytest
 
-from mlx_fed.fleet.audit import AuditError, AuditLog, entries
+from mlx_fed.fleet import tokens
+from mlx_fed.fleet.audit import AuditError, AuditListener, AuditLog, entries
+from mlx_fed.fleet.federation import Federation
 
 from ..conftest import command
+from ..simulated import TASK
 
 
 def write(path: Path, count: int) -> None:
@@ -90,3 +94,31 @@ def test_the_command_shows_and_verifies(tmp_path):
     assert found.code == 1
     assert "line 3, is not as it was written" in found.text
     assert "no audit log" in command("audit", "show", tmp_path / "missing.jsonl").text
+
+
+def test_a_federation_records_invitations_enrolment_and_revocation(tmp_path):
+    federation = Federation(tmp_path / "federation", "127.0.0.1:1")
+    token = tokens.decode(federation.invite("hospital"))
+    federation.members.enrol(token.invitation, b"key of the node")
+    federation.members.revoke("hospital")
+    events = [(entry.event, entry.fields["node"]) for entry in entries(federation.audit_log)]
+    assert events == [("invited", "hospital"), ("enrolled", "hospital"), ("revoked", "hospital")]
+
+
+def test_a_run_records_who_joined_what_was_refused_and_each_round(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    fed.simulate(
+        TASK,
+        "FedAvg",
+        3,
+        num_rounds=2,
+        workers=0,
+        runs=tmp_path,
+        listeners=(AuditListener(AuditLog(path)),),
+    )
+    started, *rounds, finished = entries(path)
+    assert started.event == "started"
+    assert started.fields["strategy"]
+    assert [entry.fields["round"] for entry in rounds if entry.event == "round"] == [1, 2]
+    assert finished.event == "finished"
+    assert {entry.fields["run"] for entry in entries(path)} == {finished.fields["run"]}

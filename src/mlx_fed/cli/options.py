@@ -196,6 +196,19 @@ class MonitorOptions(OutputOptions):
             help="Log to a tracker: tensorboard, wandb or MODULE:TRACKER; can be repeated.",
         ),
     ] = None
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST:]PORT", help="Serve /metrics for Prometheus, and /healthz, there."
+        ),
+    ] = None
+    hook: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="EVENT=COMMAND",
+            help="Run a command, or POST to a URL, at an event; can be repeated.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +237,15 @@ class ServerOptions(OptionGroup):
             metavar="HOST[:PORT]",
             help="The address at which nodes reach the server.",
             show_default="this machine's address",
+            rich_help_panel=_SECURITY,
+        ),
+    ] = None
+    audit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The audit log: who joined, what was refused and received.",
+            show_default="in the federation's folder",
             rich_help_panel=_SECURITY,
         ),
     ] = None

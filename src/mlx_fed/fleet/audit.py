@@ -8,6 +8,7 @@ compare the last hash, or the number of lines, with what was noted before.
 from __future__ import annotations
 
 import fcntl
+import getpass
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import events
 from ..errors import FedError
 
 _FIRST = "0" * 64
@@ -149,3 +151,50 @@ def _checked(path: Path, line: bytes, number: int, before: str) -> Entry:
             "removed or inserted. The lines before it are as they were."
         ) from None
     return Entry(number, time, event, content, digest)
+
+
+class AuditListener:
+    """Listener of a run that records its events: who joined, what was asked, refused and received.
+
+    Args:
+        log (AuditLog): Where.
+    """
+
+    def __init__(self, log: AuditLog):
+        self.log = log
+        self._run: str | None = None
+
+    def __call__(self, event: events.Event) -> None:
+        match event:
+            case events.RunStarted():
+                config = event.settings.get("config", {})
+                self._run = str(config.get("run-id"))
+                self._record(
+                    "started",
+                    folder=str(event.folder),
+                    strategy=event.settings.get("strategy"),
+                    settings=config,
+                )
+            case events.NodeJoined() | events.NodeLeft() | events.NodeRefused():
+                fields = event.to_dict()
+                fields.pop("nodes", None)
+                self._record(event.name, **fields)
+            case events.ReplyRefused():
+                self._record("reply-refused", **event.to_dict())
+            case events.RoundFinished():
+                record = event.record
+                self._record(
+                    "round",
+                    round=record["round"],
+                    train=record["train"].get("nodes", []),
+                    evaluate=record["evaluate"].get("nodes", []),
+                    excluded=record.get("left_out", []),
+                    bytes=record["bytes"],
+                )
+            case events.RunFinished():
+                self._record("finished", model=str(event.model), stopped=event.stopped)
+            case events.RunAborted():
+                self._record("aborted", reason=event.reason, user=getpass.getuser())
+
+    def _record(self, name: str, **fields: Any) -> None:
+        self.log.append(name, run=self._run, **fields)

@@ -5,6 +5,7 @@
       server.crt     the server's, issued by it
       address        HOST:PORT by which nodes reach the server
       nodes.json     names and public keys of nodes, hashes of invitations
+      audit.jsonl    the audit log: invitations, enrolment, revocation and runs
       secret/
         ca.key       who has it can pose as this federation's server
         server.key
@@ -48,7 +49,8 @@ class Federation:
         self.certificate = self.folder / "server.crt"
         self.authority_key = self.folder / "secret" / "ca.key"
         self.key = self.folder / "secret" / "server.key"
-        self.members = Members(self.folder / "nodes.json")
+        self.audit_log = self.folder / "audit.jsonl"
+        self.members = Members(self.folder / "nodes.json", self.audit_log)
         if announced is not None:
             address.parse(announced)
             private_files.publish(self.folder / "address", announced.encode() + b"\n")

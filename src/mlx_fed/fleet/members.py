@@ -22,6 +22,7 @@ from typing import Any
 from ..errors import FedError
 from ..flower.access import Denied
 from . import private_files, tokens
+from .audit import AuditLog
 
 INVITED = 7 * 24 * 3600.0
 """Seconds that an invitation is good for."""
@@ -69,10 +70,11 @@ class Members:
 
     Args:
         path (Path): ``nodes.json``; an empty list where there is no such file.
+        audit_log (Path, optional): Where changes are recorded.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, audit_log: Path | None = None):
+        self.path, self.audit_log = path, audit_log
         self._seen: tuple[int, ...] | None = None
         self._members: list[Member] = []
         self._by_key: dict[bytes, Member] = {}
@@ -220,6 +222,11 @@ class Members:
             if members != before:
                 text = json.dumps({"nodes": [asdict(member) for member in members]}, indent=1)
                 private_files.write(self.path, text.encode() + b"\n")
+                if self.audit_log is not None:
+                    log = AuditLog(self.audit_log)
+                    for member in members:
+                        if member not in before:
+                            log.append(member.state, node=member.name, number=member.number)
         finally:
             os.close(held)
 

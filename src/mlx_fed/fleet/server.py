@@ -30,6 +30,7 @@ from ..runs.history import History, Previous, Result, previous_of, run_folder
 from ..system import address, devices, http, memory
 from ..task import TaskSource
 from ..training.trainer import Trainer
+from .audit import AuditListener, AuditLog
 from .federation import DEFAULT_FOLDER, Federation, announcement
 
 _FAREWELL = 5.0
@@ -66,6 +67,7 @@ def serve(
     runs: Path | str = "runs",
     resume: Path | str | None = None,
     device: str | None = "cpu",
+    audit: Path | str | None = None,
     listeners: tuple[Listener, ...] | None = None,
     **settings: Any,
 ) -> Result:
@@ -100,6 +102,8 @@ def serve(
             ``num_rounds``, ``patience`` and ``target``, whose default is then what the run was
             started with.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
+        audit (Path, optional): The audit log, to which joins, refusals and rounds are appended.
+            Default: ``audit.jsonl`` in the federation's folder, if nodes are known by keys.
         listeners (tuple, optional): Who is told what happens (see
             :mod:`mlx_fed.events`), in place of the progress display.
         settings: ``config``, ``seed``, ``min_nodes``, ``wait``, ``round_timeout``, ``keep``,
@@ -132,10 +136,13 @@ def serve(
         computing_on = devices.use(device)
         trainer = Trainer(made, leading.seed)
         folder = run_folder(runs, name, resume)
-        history = History(folder, watching, {"engine": "fleet"})
         known = None
         if secure:
             known = Federation(federation, announcement(announce, host, port))
+            audit = audit or known.audit_log
+        if audit is not None:
+            watching = (*watching, AuditListener(AuditLog(audit)))
+        history = History(folder, watching, {"engine": "fleet"})
         with _serving(listening, known, host, Spool(folder / "waiting")) as link:
             link.reply_limit = _reply_limit(trainer)
             history.notify(ServerReady(address.join(host, port), secure))

@@ -31,6 +31,8 @@ def run_listeners(
     dashboard: bool = False,
     dashboard_port: int = 8000,
     track: Sequence[str] | None = None,
+    metrics: str | None = None,
+    hook: Sequence[str] | None = None,
     quiet: bool = False,
     json: bool = False,
 ) -> Iterator[tuple[Listener, ...]]:
@@ -43,6 +45,9 @@ def run_listeners(
         dashboard (bool): Serve the dashboard on this machine.
         dashboard_port (int): Its port; 0 is any free port.
         track (list, optional): Names of trackers.
+        metrics (str, optional): ``HOST:PORT``, or a port on this machine, at which ``/metrics`` is
+            served for Prometheus, and ``/healthz``.
+        hook (list, optional): Commands or URLs for events, each ``EVENT=COMMAND`` or ``EVENT=URL``.
         quiet (bool): Print errors only.
         json (bool): Print JSON Lines.
 
@@ -69,6 +74,14 @@ def run_listeners(
                 tracking = Tracking(name, find_tracker(name))
                 stack.callback(tracking.close)
                 listeners.append(tracking)
+        if hook:
+            from .hooks import run_hooks
+
+            listeners += stack.enter_context(run_hooks(hook))
+        if metrics:
+            from .prometheus import serve_metrics
+
+            listeners.append(stack.enter_context(serve_metrics(metrics)))
         if dashboard:
             from .dashboard import serving
 
