@@ -125,7 +125,7 @@ def _content(path: Path) -> bytes:
 
 def _line(number: int, event: str, fields: Mapping[str, Any], before: str) -> tuple[bytes, str]:
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    content = {"number": number, "time": now, "event": event, **fields, "before": before}
+    content = {"number": number, "time": now, "event": event, "fields": fields, "before": before}
     text = json.dumps(content, default=str, ensure_ascii=True)
     if len(text) > _LONGEST_LINE - 100:
         raise AuditError(f"A line of the audit log would have {len(text)} bytes: {event}.")
@@ -141,16 +141,16 @@ def _checked(path: Path, line: bytes, number: int, before: str) -> Entry:
         if tail != f'{digest}"}}\n'.encode():
             raise ValueError
         content = json.loads(line)
-        if content.pop("number") != number or content.pop("before") != before:
+        if (content["number"], content["before"]) != (number, before):
             raise ValueError
-        del content["hash"]
-        time, event = datetime.fromisoformat(content.pop("time")), str(content.pop("event"))
+        time, event = datetime.fromisoformat(content["time"]), str(content["event"])
+        fields = dict(content["fields"])
     except (ValueError, KeyError, TypeError, RecursionError):
         raise AuditError(
             f"{path}, line {number}, is not as it was written: it, or one before it, was changed, "
             "removed or inserted. The lines before it are as they were."
         ) from None
-    return Entry(number, time, event, content, digest)
+    return Entry(number, time, event, fields, digest)
 
 
 class AuditListener:
