@@ -11,7 +11,7 @@ from mlx_fed.fleet.audit import AuditError, AuditListener, AuditLog, entries
 from mlx_fed.fleet.federation import Federation
 
 from ..conftest import command
-from ..simulated import TASK
+from ..helpers.simulated import TASK
 
 
 def write(path: Path, count: int) -> None:
