@@ -132,8 +132,9 @@ def test_what_is_no_hook_is_refused(text):
 
 def test_a_simulation_with_both(tmp_path):
     run = command(
-        *("simulate", "tests.helpers.simulated:TASK", "--clients", 3, "--rounds", 1, "--workers", 0),
-        *("--runs", tmp_path, "--metrics", free_port(), "--hook", f"round=tee {tmp_path}/round"),
+        *("simulate", "tests.helpers.simulated:TASK", "--clients", 3, "--rounds", 1),
+        *("--workers", 0, "--runs", tmp_path),
+        *("--metrics", free_port(), "--hook", f"round=tee {tmp_path}/round"),
     )
     assert run.code == 0, run.text
     assert json.loads((tmp_path / "round").read_text())["round"] == 1
