@@ -11,7 +11,7 @@ import pytest
 from .generated.compare import check, extras, simulate, to_float
 from .generated.draw import Drawn, draw
 
-FEW, MANY = 300, 1300
+FEW, MANY = 200, 1200
 SERVED = [seed for seed in range(60) if 2 <= draw(seed).num_clients <= 3][:4]
 
 

@@ -86,6 +86,7 @@ def test_the_order_of_starting_does_not_change_a_bit(start, tmp_path):
     assert_same_bits(tmp_path / "late", tmp_path / "early")
 
 
+@pytest.mark.slow
 def test_the_seed_changes_the_run(start, tmp_path):
     for seed in (0, 1):
         few = ("--rounds", 1, "--min-nodes", 1)

@@ -119,12 +119,19 @@ def test_a_simulation_ends_as_a_federation(strategy, tmp_path: Path):
     assert_same(simulate(strategy(), tmp_path), federate(strategy(), tmp_path / "apps"))
 
 
-@pytest.mark.parametrize("statistics", ["average", "local"])
-@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
-def test_running_statistics_end_as_in_a_federation(strategy, statistics, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("strategy", "statistics", "workers"),
+    [
+        ("FedAvg", "average", 0),
+        ("FedAvg", "local", 2),
+        ("FedMedian", "average", 2),
+        ("FedMedian", "local", 0),
+    ],
+)
+def test_running_statistics_end_as_in_a_federation(strategy, statistics, workers, tmp_path: Path):
     task = replace(NORMALIZED, statistics=statistics)
     make = STRATEGIES[strategy]
-    one = simulate(make(), tmp_path, task, workers=2, num_rounds=UNTIL_LEFT_OUT)
+    one = simulate(make(), tmp_path, task, workers=workers, num_rounds=UNTIL_LEFT_OUT)
     other = federate(make(), tmp_path / "apps", task, num_rounds=UNTIL_LEFT_OUT)
     assert_same(one, other)
 
@@ -164,10 +171,10 @@ def half_precision() -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("strategy", ["FedAdam", "FedMedian"])
-def test_parameters_of_half_precision_end_as_in_a_federation(strategy, tmp_path: Path):
+@pytest.mark.parametrize(("strategy", "workers"), [("FedAdam", 2), ("FedMedian", 0)])
+def test_parameters_of_half_precision_end_as_in_a_federation(strategy, workers, tmp_path: Path):
     make, task = STRATEGIES[strategy], replace(TASK, model=half_precision)
-    one = simulate(make(), tmp_path, task, workers=2)
+    one = simulate(make(), tmp_path, task, workers=workers)
     assert one.parameters["layers.0.weight"].dtype == mx.bfloat16
     assert_same(one, federate(make(), tmp_path / "apps", task))
 
@@ -229,7 +236,7 @@ def plain(tmp_path_factory) -> fed.Result:
     return simulate(STRATEGIES["FedAvg"](), tmp_path_factory.mktemp("plain"), batched=False)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_any_number_of_workers_gives_the_same(workers, plain, tmp_path: Path):
     assert_same(simulate(STRATEGIES["FedAvg"](), tmp_path, workers=workers), plain)
 
