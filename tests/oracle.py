@@ -45,7 +45,7 @@ def run(task, strategy, options, num_clients, seed, nodes, config, touch=None):
             before = {key: evaluate(task, model, data.train, settings)["loss"]} if key else {}
             optimizer = task.optimizer(settings)
             parts.resume(optimizer, states.get(client), model)
-            examples = parts.batches(task, data.train, settings, client)
+            examples = parts.batches(task, model, data.train, settings, client)
             report = train(task, model, optimizer, examples, settings, shared, touch)
             reports[client] = before | report
             reports[client]["num-examples"] = length(data.train) or report["num-examples"]

@@ -2,9 +2,10 @@
 
 import inspect
 from functools import reduce
-from itertools import count, islice
+from itertools import count, islice, pairwise
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
@@ -52,25 +53,32 @@ def length(examples):
     return len(tree_flatten(examples)[0][1])
 
 
-def split(examples, size, order=None):
-    """Batches of just these examples, in order; what a stream gives."""
+def split(examples, size, order=None, merge=False):
+    """Batches of just these examples, in order; what a stream gives.
+
+    ``merge`` adds a last batch of one example to the batch before it.
+    """
     if callable(examples):
         key = order if order is not None else randomness.key(0, "evaluate")
         yield from (tree_map(mx.array, batch) for batch in examples(key))
         return
     whole = tree_map(mx.array, examples)
     order = np.arange(length(examples)) if order is None else order
-    for at in range(0, len(order), size):
-        chosen = mx.array(order[at : at + size])
+    starts = list(range(0, len(order), size))
+    if merge and len(starts) > 1 and starts[-1] == len(order) - 1 and size > 1:
+        starts.pop()
+    for start, end in pairwise([*starts, len(order)]):
+        chosen = mx.array(order[start:end])
         yield tree_map(lambda array, chosen=chosen: array[chosen], whole)
 
 
-def batches(task, examples, settings, client):
+def batches(task, model, examples, settings, client):
     """A client's batches in a round, by the library's convention."""
     size = settings.get("batch-size", task.batch_size)
     most = settings.get("local-steps", task.local_steps)
     epochs = settings.get("local-epochs", task.local_epochs)
     moment = settings["seed"], settings["server-round"], client
+    merge = any(isinstance(module, nn.BatchNorm) for module in model.modules())
 
     def passes():
         for number in count() if most else range(epochs):
@@ -79,7 +87,7 @@ def batches(task, examples, settings, client):
                 continue
             order = np.arange(length(examples), dtype=np.uint32)
             np.random.default_rng(randomness.derive(*moment, "shuffle", number)).shuffle(order)
-            yield from split(examples, size, order)
+            yield from split(examples, size, order, merge)
 
     return islice(passes(), most)
 

@@ -107,7 +107,7 @@ def test_workers_keep_an_eighth_of_the_memory_together(monkeypatch, tmp_path: Pa
     assert machine > 0
     assert worker_pool.data_bytes(4) == machine // 4
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(worker_pool, "_CONTAINERS_MEMORY", limit)
+    monkeypatch.setattr(worker_pool, "_CONTAINER_MEMORY", limit)
     limit.write_text("max\n")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert worker_pool.data_bytes(1) == memory // 8

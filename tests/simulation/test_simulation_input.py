@@ -150,11 +150,30 @@ def test_a_client_on_which_a_task_raises_fails_alone(data, workers, tmp_path: Pa
         assert mx.array_equal(one.parameters[name], array), name
 
 
-def test_a_client_that_fails_in_company_leaves_the_others_as_they_are(tmp_path: Path):
-    """BatchNorm cannot take a last batch of one example, which some of the clients have."""
-    task = replace(
-        TASK, model=lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm(8), nn.Linear(8, 3))
-    )
+NORMALIZED = replace(
+    TASK, model=lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm(8), nn.Linear(8, 3))
+)
+
+
+def test_batch_normalization_trains_on_any_number_of_examples_but_one(tmp_path: Path):
+    """A last batch of one example, which MLX's refuses, joins the one before."""
+    assert any(len(load(k, None).train[0]) % 8 == 1 for k in range(CLIENTS))
+    batched = simulate(FedAvg(), tmp_path, NORMALIZED, name="batched")
+    assert not refused(batched)
+    assert_same(batched, simulate(FedAvg(), tmp_path, NORMALIZED, name="plain", batched=False))
+
+
+def test_a_client_that_fails_in_a_chunk_leaves_the_others_as_they_are(tmp_path: Path):
+    """BatchNorm cannot train on one example, which is all that two of the clients have."""
+    singles = {3, 17}
+
+    def data(partition: int, num_partitions: int | None) -> fed.Data:
+        whole = load(partition, num_partitions)
+        if partition not in singles:
+            return whole
+        return fed.Data(tuple(array[:1] for array in whole.train), whole.test)
+
+    task = replace(NORMALIZED, data=data)
     notes: list[str] = []
 
     def listen(event: events.Event) -> None:
@@ -162,8 +181,7 @@ def test_a_client_that_fails_in_company_leaves_the_others_as_they_are(tmp_path: 
             notes.append(event.text)
 
     one = simulate(FedAvg(), tmp_path, task, name="one", listeners=(listen,))
-    odd = {f"node-{k}" for k in range(CLIENTS) if len(load(k, None).train[0]) % 8 == 1}
-    assert set(refused(one)) == odd
+    assert set(refused(one)) == {f"node-{k}" for k in singles}
     assert notes == []  # the model itself trains together
     assert_same(one, simulate(FedAvg(), tmp_path, task, name="other", batched=False))
 

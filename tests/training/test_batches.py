@@ -35,6 +35,16 @@ def test_an_epoch_has_every_example_once(num_examples, batch_size, padded, seed)
     assert sorted(seen) == list(range(num_examples))
 
 
+@given(st.integers(0, 100), st.integers(1, 12))
+def test_a_last_batch_of_one_example_joins_the_batch_before(num_examples, batch_size):
+    plain = [rows.size for rows in batches.epoch(num_examples, batch_size, False, None)]
+    merged = list(batches.epoch(num_examples, batch_size, False, None, merge_single=True))
+    if batch_size > 1 and len(plain) > 1 and plain[-1] == 1:
+        plain = [*plain[:-2], batch_size + 1]
+    assert [rows.size for rows in merged] == plain
+    assert [i for rows in merged for i in rows.indices] == list(range(num_examples))
+
+
 @given(st.integers(1, 300))
 def test_padded_batches_have_eight_sizes_at_most(batch_size):
     sizes = {batches.padded_size(count, batch_size) for count in range(1, batch_size + 1)}

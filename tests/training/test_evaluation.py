@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_fed.rounds.checkpoint import Best
-from mlx_fed.training.evaluation import mean_and_weight
+from mlx_fed.training.evaluation_step import mean_and_weight
 from mlx_fed.rounds.phase import Model
 from mlx_fed.rounds.resume import Position
 from mlx_fed.training.trainer import Trainer

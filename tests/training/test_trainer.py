@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import mlx_fed as fed
-from mlx_fed.training import linear
+from mlx_fed.training import linear_gradients
 from mlx_fed.arrays import named_arrays, randomness, weights
 from mlx_fed.arrays.randomness import Keys, draw_keys_from
 from mlx_fed.training.programs import compiled
@@ -82,7 +83,10 @@ def plain_train(of: Trainer, data: fed.Data, *, client: int = 0, **config) -> Cl
     for batch in islice(steps(), task.local_steps):
         if task.augment:
             batch = task.augment(keys.next(), *batch)
-        with draw_keys_from(keys), linear.in_order(linear.layers(weights.find_slots(model))):
+        with (
+            draw_keys_from(keys),
+            linear_gradients.in_weight_order(linear_gradients.layers(weights.find_slots(model))),
+        ):
             (loss, weight), grads = nn.value_and_grad(model, objective)(batch)
         if mu := config.get("proximal-mu"):
             now = model.trainable_parameters()
@@ -677,6 +681,29 @@ def test_personal_parameters_stay():
     assert (
         of.evaluate(update.parameters, {}, data.train, update.client_state).metrics["loss"] != first
     )
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [
+        (lambda m, x, y: mx.square(m(x)[:, :1] - y), "(8, 8)"),  # (batch, 1) - (batch,)
+        (lambda m, x, y: mx.square(m(x)), "(8, 3)"),
+        (lambda m, x, y: vector(m, x, y)[None], "(1, 8)"),
+    ],
+)
+def test_a_loss_of_a_matrix_is_refused(loss: Callable, shape: str):
+    of = trainer(loss=loss)
+    data = fed.Data(examples(24))
+    with pytest.raises(fed.FedError, match=re.escape(f"the shape {shape} for a batch of 8")):
+        train(of, data)
+    with pytest.raises(fed.FedError, match="returned the shape"):
+        of.evaluate(of.parameters(), {}, data.train)
+
+
+def test_a_loss_may_have_a_second_axis_of_one():
+    data = fed.Data(examples(24))
+    column = train(trainer(loss=lambda m, x, y: vector(m, x, y)[:, None]), data)
+    assert column.metrics == pytest.approx(train(trainer(), data).metrics)
 
 
 @pytest.mark.parametrize(

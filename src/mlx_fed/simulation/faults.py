@@ -1,4 +1,4 @@
-"""Clients that fail, straggle or attack, drawn from the run's seed."""
+"""Injected faults: clients that fail, straggle or attack, drawn from the run's seed."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ..training.trainer import ClientUpdate
 
 
 class FaultsError(FedError, ValueError):
-    """Faults that cannot be."""
+    """Invalid settings of faults."""
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong in a simulated federation.
+    """Faults of the clients in a simulated federation.
 
     Args:
         failure_rate (float): The share of messages that a client does not answer. Each one is
             drawn anew. Default: ``0``.
         mean_delay (float): Seconds that a client takes, beyond its training, on average; each
-            delay is drawn from an exponential distribution. Nobody waits for it: who would come
-            after the ``round_timeout`` is dropped. Default: ``0``.
+            delay is drawn from an exponential distribution. Nothing waits for it: a reply after
+            the ``round_timeout`` is dropped. Default: ``0``.
         hostile (float): The share of clients that attack, the same ones all the run.
             Default: ``0``.
-        attack (str): What they do: ``"label-flip"`` trains on labels counted from the other
-            end, ``"sign-flip"`` turns the update round, ``"scale"`` multiplies it.
+        attack (str): ``"label-flip"`` trains on labels counted from the other end, ``"sign-flip"``
+            reverses the update, ``"scale"`` multiplies it.
         scale (float): The factor of ``"sign-flip"`` and ``"scale"``. Default: ``1`` and ``10``.
-        num_classes (int, optional): How many labels there are, for ``"label-flip"``; labels are
+        num_classes (int, optional): Number of labels, for ``"label-flip"``; labels are
             the last array of a batch.
     """
 
@@ -58,11 +58,11 @@ class Faults:
         if self.hostile and self.attack == "label-flip" and not self.num_classes:
             raise FaultsError('Faults.attack = "label-flip" needs num_classes.')
 
-    def why_silent(self, moment: tuple[int, int, int], phase: str, timeout: float) -> str | None:
-        """Why a client's reply does not come in this phase, or None if it does."""
+    def why_silent(self, seed: tuple[int, int, int], phase: str, timeout: float) -> str | None:
+        """Reason of a client's missing reply in this phase, or ``None`` if it replies."""
         if not self.failure_rate and not self.mean_delay:
             return None
-        draws = np.random.default_rng(randomness.derive(*moment, phase, "faults"))
+        draws = np.random.default_rng(randomness.derive(*seed, phase, "faults"))
         if draws.random() < self.failure_rate:
             return "it did not answer (an injected failure)"
         delay = draws.exponential(self.mean_delay) if self.mean_delay else 0.0
@@ -78,26 +78,26 @@ class Faults:
         return bool(draws.random() < self.hostile)
 
     def on_data(self, data: Data) -> Data:
-        """What a hostile client trains on."""
+        """Training data of a hostile client."""
         if self.attack != "label-flip" or self.num_classes is None:
             return data
         highest = self.num_classes - 1
 
-        def flipped(batch: Examples) -> Examples:
+        def flip_labels(batch: Examples) -> Examples:
             *inputs, labels = leaves(batch)
             return replace_leaves(batch, [*inputs, (highest - labels).astype(labels.dtype)])
 
         train = data.train
         if callable(train):
-            return Data(lambda key: map(flipped, train(key)), data.test)
-        return Data(flipped(train), data.test)
+            return Data(lambda key: map(flip_labels, train(key)), data.test)
+        return Data(flip_labels(train), data.test)
 
     def on_update(self, update: ClientUpdate, start: Arrays) -> ClientUpdate:
-        """What a hostile client sends after it has trained from ``start``."""
+        """Update of a hostile client that has trained from ``start``."""
         if self.attack == "label-flip":
             return update
-        usual = 1.0 if self.attack == "sign-flip" else 10.0
-        scale = usual if self.scale is None else self.scale
+        default = 1.0 if self.attack == "sign-flip" else 10.0
+        scale = default if self.scale is None else self.scale
         factor = -scale if self.attack == "sign-flip" else scale
         parameters = {
             name: (start[name] + factor * (array - start[name])).astype(array.dtype)

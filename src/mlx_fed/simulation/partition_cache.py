@@ -1,4 +1,4 @@
-"""The partitions that a worker has loaded: as many as fit, the last used kept longest."""
+"""Cache of partitions in a worker: least recently used ones are dropped first."""
 
 from __future__ import annotations
 
@@ -16,59 +16,58 @@ from ..training import batches
 
 
 class Partitions:
-    """Loads clients' data when they are sampled.
+    """Cache of the data of partitions, loaded when clients are sampled.
 
     Args:
-        task (Task): Whose ``data`` loads a partition.
-        num_clients (int): How many partitions there are.
-        most_bytes (int): How many bytes of arrays to keep; the last partition is kept anyhow.
+        task (Task): The task, whose ``data`` loads a partition.
+        num_clients (int): Number of partitions.
+        max_bytes (int): Size of all arrays in the cache; the last partition is always in it.
     """
 
-    def __init__(self, task: Task, num_clients: int, most_bytes: int):
-        self.most_bytes = most_bytes
+    def __init__(self, task: Task, num_clients: int, max_bytes: int):
+        self.max_bytes = max_bytes
         self.task = task
         self.num_clients = num_clients
-        self._held: OrderedDict[int, tuple[Data, int]] = OrderedDict()
+        self._entries: OrderedDict[int, tuple[Data, int]] = OrderedDict()
         self._bytes = 0
-        self._seen: dict[int, int] = {}
+        self._fingerprints: dict[int, int] = {}
         self._labels: dict[int, dict[int, int]] = {}
 
     def get(self, client: int) -> Data:
-        """A client's data, its arrays as MLX's.
+        """Data of a client, as MLX arrays.
 
         Raises:
-            SimulationError: If the data is not what it was when it was loaded before.
+            SimulationError: If the data differs from that of an earlier load.
         """
-        if client in self._held:
-            self._held.move_to_end(client)
-            return self._held[client][0]
+        if client in self._entries:
+            self._entries.move_to_end(client)
+            return self._entries[client][0]
         data = self._load(client)
-        if client not in self._seen and len(self._seen) < labels.MOST_CLIENTS:
+        if client not in self._fingerprints and len(self._fingerprints) < labels.MOST_CLIENTS:
             self._labels[client] = labels.count(data)
-        if not self._seen:  # once, at the start: look whether it is the same again
+        if not self._fingerprints:  # once in a process: a second load must be the same
             self._check(client, data)
             data = self._load(client)
         self._check(client, data)
         size = size_of(data)
-        self._held[client] = (data, size)
+        self._entries[client] = (data, size)
         self._bytes += size
-        while self._bytes > self.most_bytes and len(self._held) > 1:
-            _, (_, freed) = self._held.popitem(last=False)
-            self._bytes -= freed
+        while self._bytes > self.max_bytes and len(self._entries) > 1:
+            _, (_, old_size) = self._entries.popitem(last=False)
+            self._bytes -= old_size
         return data
 
     def new_labels(self) -> dict[int, dict[int, int]]:
-        """How many examples of each label the clients have that were loaded for the first time
-        since this was last asked."""
-        new, self._labels = self._labels, {}
-        return new
+        """Number of examples of each label, by client, of first loads since the last call."""
+        labels, self._labels = self._labels, {}
+        return labels
 
     def _load(self, client: int) -> Data:
         return batches.load(self.task, client, self.num_clients)
 
     def _check(self, client: int, data: Data) -> None:
-        seen = self._seen.setdefault(client, now := _fingerprint(data))
-        if seen != now:
+        fingerprint = _fingerprint(data)
+        if self._fingerprints.setdefault(client, fingerprint) != fingerprint:
             raise SimulationError(
                 f"Task.data gave other examples for partition {client} than before. It must give "
                 "the same ones for the same arguments: let its random choices follow from the "
@@ -82,12 +81,12 @@ def _arrays(data: Data) -> list[mx.array]:
 
 
 def size_of(data: Data) -> int:
-    """The bytes of a client's arrays."""
+    """Size of a client's arrays in bytes."""
     return sum(array.nbytes for array in _arrays(data))
 
 
 def _fingerprint(data: Data) -> int:
-    """Of the shapes, and of the first and last example of each array."""
+    """Checksum of the shapes, and of the first and last example of each array."""
     value = 0
     for array in _arrays(data):
         value = zlib.crc32(repr((array.shape, array.dtype)).encode(), value)

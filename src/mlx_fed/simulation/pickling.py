@@ -1,4 +1,4 @@
-"""Tasks as bytes for other processes: lambdas, closures and what a script or notebook defines."""
+"""Pickling of tasks for other processes: lambdas, closures and definitions of a script."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ..arrays.named_arrays import dtype_name
 
 
 def dumps(value: Any) -> bytes:
-    """The value as bytes that ``pickle.loads`` reads in a process that has not run this script."""
+    """Bytes of a value that ``pickle.loads`` reads in a process that has not run this script."""
     file = BytesIO()
     _Pickler(file).dump(value)
     return file.getvalue()
 
 
 def _dtype(dtype: mx.Dtype) -> tuple[Any, ...]:
-    """MLX cannot pickle its dtypes."""
+    """Reduction of an MLX dtype, which MLX cannot pickle."""
     return getattr, (mx, dtype_name(dtype))
 
 
 def _cached(function: Any) -> str | tuple[Any, ...]:
-    """A script's function under ``functools.cache``, which pickle would look for in the script."""
+    """Reduction of a script's function under ``functools.cache``, which pickle would import."""
     if function.__module__ != "__main__":
         return str(function.__qualname__)
     return _cache_again, (function.__wrapped__, function.cache_parameters())

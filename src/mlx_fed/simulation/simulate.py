@@ -95,13 +95,13 @@ def simulate(
     Example:
         >>> result = simulate(task, FedAvg(fraction_train=0.1), num_clients=1000, num_rounds=20)
     """
-    for what, value, least in (
+    for argument, value, minimum in (
         ("num_clients", num_clients, 1),
         ("chunk_size", chunk_size, 1),
         ("workers", workers, 0),
     ):
         if value is not None:
-            whole_number(least).check("", what, value)
+            whole_number(minimum).check("", argument, value)
     if faults is not None and not isinstance(faults, Faults):
         raise SettingsError(f"faults is an mlx_fed.Faults, not {faults!r}.")
     silence_flower()
@@ -109,30 +109,30 @@ def simulate(
     leading = settings_of(simulate, settings)
     strategy = named_strategies.find(strategy, 1)
     previous = previous_of(run_folder(runs, name, resume)) if resume is not None else Previous()
-    made = make_checked_task(task, leading, strategy, previous.config, num_clients)
-    made_from = leading.config
-    decide_rounds(leading, made.config, num_rounds, previous.num_rounds or None)
+    checked_task = make_checked_task(task, leading, strategy, previous.config, num_clients)
+    task_config = leading.config
+    decide_rounds(leading, checked_task.config, num_rounds, previous.num_rounds or None)
     faults = faults or Faults()
     with (
         listeners_or_terminal(listeners) as watching,
         tempfile.TemporaryDirectory(prefix="mlx-fed-") as folder,
     ):
-        trainer = Trainer(made, leading.seed)
+        trainer = Trainer(checked_task, leading.seed)
         size = default_workers(device) if workers is None else workers
         run = run_folder(runs, name, resume)
-        kept = ClientStateStore(run.resolve() / "clients", leading.keep)
+        client_states = ClientStateStore(run.resolve() / "clients", leading.keep)
 
         def forget(event: Event) -> None:
             if isinstance(event, RunResumed):
-                kept.forget_after(event.round)
+                client_states.delete_after(event.round)
 
-        about = {"engine": "simulation", "clients": num_clients, "faults": vars(faults)}
-        history = History(run, (forget, LabelsFile(run, num_clients), *watching), about)
+        description = {"engine": "simulation", "clients": num_clients, "faults": vars(faults)}
+        history = History(run, (forget, LabelsFile(run, num_clients), *watching), description)
         if devices.is_slow(computing_on):
             history.notify(Notice(f"computing on {computing_on}"))
-        job = WorkerConfig(
+        worker_config = WorkerConfig(
             task,
-            made_from,
+            task_config,
             leading.seed,
             num_clients,
             batched,
@@ -140,12 +140,12 @@ def simulate(
             faults,
             Path(folder),
             data_bytes(size or 1),
-            kept,
+            client_states,
             trainer.frozen if size else {},
         )
         with (
             received(Path(folder), watching),
-            _pool(job, size, device, trainer) as pool,
+            _pool(worker_config, size, device, trainer) as pool,
         ):
             grid = SimulationGrid(
                 num_clients, pool, Path(folder), leading.round_timeout, history.notify
@@ -158,9 +158,9 @@ def simulate(
 
 @contextmanager
 def _pool(
-    job: WorkerConfig, size: int, device: str | None, trainer: Trainer
+    worker_config: WorkerConfig, size: int, device: str | None, trainer: Trainer
 ) -> Iterator[Pool | InProcessPool]:
-    pool = Pool(job, size, device) if size else InProcessPool(job, trainer)
+    pool = Pool(worker_config, size, device) if size else InProcessPool(worker_config, trainer)
     try:
         yield pool
     except BaseException:

@@ -16,11 +16,11 @@ from . import worker_process
 from .worker import SampledClient, WorkRequest, WorkResult
 from .worker_pool import InProcessPool, Pool, WorkUnit, by_block
 
-_SPANS_A_WORKER = 4
+_UNITS_PER_WORKER = 4
 """How finely a phase is cut for each worker: enough that none waits long for the others."""
-_SPAN = 16
+_MIN_UNIT = 16
 """Clients that make a span worth its while: they train together."""
-_LONGEST_SPAN = 256
+_MAX_UNIT = 256
 
 
 class SimulationGrid(one_run_grid.OneRunGrid):
@@ -144,8 +144,8 @@ class SimulationGrid(one_run_grid.OneRunGrid):
         """Spans of whole blocks: one for each worker, or several if they are long enough."""
         blocks = by_block(seats)
         workers = self.pool.size
-        spans = max(1, min(_SPANS_A_WORKER, len(seats) // (workers * _SPAN))) * workers
-        spans = max(spans, len(seats) // _LONGEST_SPAN)
+        spans = max(1, min(_UNITS_PER_WORKER, len(seats) // (workers * _MIN_UNIT))) * workers
+        spans = max(spans, len(seats) // _MAX_UNIT)
         ends = [len(blocks) * number // spans for number in range(spans + 1)]
         for start, end in pairwise(ends):
             if span := [seat for block in blocks[start:end] for seat in block]:

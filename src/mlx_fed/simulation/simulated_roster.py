@@ -1,4 +1,4 @@
-"""Simulated clients as a run's roster: all of them, always there, and no roll call."""
+"""Roster of simulated clients: all are always connected, and there is no roll call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..rounds.roster import Node
 
 
 class SimulatedNodes(Mapping[int, Node]):
-    """Nodes by id, made when they are asked for: a hundred thousand cost no more than one."""
+    """Nodes by id, created on access, so that memory does not grow with their number."""
 
     def __init__(self, num_clients: int):
         self.num_clients = num_clients
@@ -27,13 +27,13 @@ class SimulatedNodes(Mapping[int, Node]):
 
 
 class SimulatedRoster:
-    """What :class:`~mlx_fed.rounds.roster.Roster` is on a federation.
+    """Counterpart of :class:`~mlx_fed.rounds.roster.Roster` in a simulation.
 
     Args:
-        num_clients (int): How many clients there are.
+        num_clients (int): Number of clients.
 
     Attributes:
-        stays (bool): Clients stay, whatever they reply: that is what is simulated.
+        stays (bool): Clients stay whatever they reply, so that faults can be studied.
     """
 
     stays = True
@@ -42,18 +42,18 @@ class SimulatedRoster:
         self.nodes = SimulatedNodes(num_clients)
 
     def leave_out(self, name: str, why: str) -> bool:
-        """Nobody is left out."""
+        """Exclusion of a node, which does not happen in a simulation."""
         return False
 
-    def wait_for(self, needed: int, seconds: float) -> None:
-        """Nobody else will come.
+    def wait_for(self, min_nodes: int, seconds: float) -> None:
+        """Wait for nodes, which returns at once.
 
         Raises:
             RunError: If the strategy wants more clients than there are.
         """
-        if needed > len(self.nodes):
+        if min_nodes > len(self.nodes):
             raise RunError(
-                f"The strategy waits for {needed} clients, and there are {len(self.nodes)}. "
+                f"The strategy waits for {min_nodes} clients, and there are {len(self.nodes)}. "
                 "Simulate more clients, or lower the strategy's min_available_nodes, "
                 "min_train_nodes and min_evaluate_nodes."
             )

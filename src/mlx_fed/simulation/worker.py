@@ -1,4 +1,4 @@
-"""What one worker does: trains clients, together or one after another, and sums them up."""
+"""Worker of a simulation: trains and evaluates clients, and sums their updates by block."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from .client_states import ClientStateStore
 from .faults import Faults
 from .partition_cache import Partitions, size_of
 
-# A step's examples and the clients' parameters should stay in a core's cache; a GPU has to be
-# given enough to do.
+# A step's examples and the clients' parameters should stay in a core's cache; a GPU needs more work
+# at a time.
 _CHUNK_BYTES = {mx.DeviceType.cpu: 8 * 2**20, mx.DeviceType.gpu: 2**30}
-_LARGEST_CHUNK = {mx.DeviceType.cpu: 32, mx.DeviceType.gpu: 256}
+_MAX_CHUNK = {mx.DeviceType.cpu: 32, mx.DeviceType.gpu: 256}
 _WINDOW = 4
-"""Chunks of clients that are looked at together, so that those of one size are together: or fewer,
-when their data comes to as much as is kept."""
+"""Chunks of clients whose data is loaded at a time, so that clients of one size are grouped; fewer
+if their data exceeds ``max_bytes``."""
 
 
 class WorkerConfig(NamedTuple):
-    """What all workers of a run are set up with.
+    """Configuration of all workers of a run.
 
-    ``folder`` is for what lasts as long as the run, ``most_bytes`` how much of the data each
-    worker keeps, and about as much as it has at hand beside that. ``identities`` are what the
-    frozen arrays of the process that starts them are known by.
+    ``folder`` is a temporary one of the run, ``max_bytes`` the size of each worker's cache of
+    partitions, and of the data in use beside it. ``frozen_digests`` are those of the main process's
+    frozen arrays.
     """
 
     source: TaskSource
@@ -53,16 +53,16 @@ class WorkerConfig(NamedTuple):
     chunk_size: int | None
     faults: Faults
     folder: Path
-    most_bytes: int
-    kept: ClientStateStore
-    identities: frozen.Digests
+    max_bytes: int
+    client_states: ClientStateStore
+    frozen_digests: frozen.Digests
 
 
 class WorkRequest(NamedTuple):
-    """What clients are asked: a message's type and content, and the seconds they have.
+    """Request to clients: a message's type and content, and the timeout in seconds.
 
-    ``weighted_by`` names the metric that weighs updates which are to be summed; ``None`` asks
-    for each client's own.
+    ``weighted_by`` names the metric that is the weight of an update in a sum; ``None`` requests a
+    reply of each client.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class WorkRequest(NamedTuple):
 
 
 class DecodedRequest(NamedTuple):
-    """A request as the trainer takes it."""
+    """Request with its arrays and settings for the trainer."""
 
     request: WorkRequest
     record_name: str
@@ -80,19 +80,28 @@ class DecodedRequest(NamedTuple):
     statistics: Arrays
     config: Config
 
+    @property
+    def server_round(self) -> int:
+        """The round of the request."""
+        return int(self.config["server-round"])
+
 
 class SampledClient(NamedTuple):
-    """A client that is asked, its place in the phase and the block that it is summed in."""
+    """Client of a phase: its position among the sampled ones, its partition, its block of a sum."""
 
-    place: int
-    client: int
+    position: int
+    partition: int
     block: int
 
 
 class WorkResult(NamedTuple):
-    """The result of some clients: sums of all their blocks, or replies by place; who failed, and
-    why, with the traceback of the first failure in the process; and of those who were new, how many
-    examples of each label they have."""
+    """Result of some clients.
+
+    ``blocks`` are the sums of their blocks, ``replies`` the replies by position, ``failures`` the
+    reasons of failures, ``traceback`` that of the process's first failure, and ``labels`` the
+    number of examples of each label by partition, for partitions that are loaded for the first
+    time.
+    """
 
     blocks: list[Block]
     replies: list[tuple[int, RecordDict]]
@@ -103,237 +112,275 @@ class WorkResult(NamedTuple):
 
 
 class NoReply(FedError):
-    """A client that does not answer."""
+    """A client that does not reply, by an injected fault."""
 
 
 class Worker:
-    """A process's model, compiled programs and loaded partitions, from round to round.
+    """Worker of one process: a model, its compiled programs and a cache of partitions.
 
     Args:
-        job (Job): The run's set-up.
-        trainer (Trainer, optional): The task's, where there is one in this process already.
+        worker_config (WorkerConfig): The run's configuration.
+        trainer (Trainer, optional): The task's trainer, if there is one in this process.
+
+    Raises:
+        SimulationError: If the model's frozen arrays are not those of the main process.
     """
 
-    def __init__(self, job: WorkerConfig, trainer: Trainer | None = None):
-        self.job = job
-        self.trainer = trainer or Trainer(make_task(job.source, job.config), job.seed)
-        other = None if trainer else frozen.difference(job.identities, self.trainer.frozen)
-        if other is not None and not other.is_rounding:
-            raise SimulationError(f"its model is not the main process's: {other}")
-        may = job.batched and BatchedTrainer.why_not(self.trainer.task) is None
-        self.batched = BatchedTrainer(self.trainer) if may else None
-        self.partitions = Partitions(self.trainer.task, job.num_clients, job.most_bytes)
-        self.kept = job.kept if self.trainer.has_client_state else None
-        self.phase: DecodedRequest | None = None
+    def __init__(self, worker_config: WorkerConfig, trainer: Trainer | None = None):
+        self.worker_config = worker_config
+        self.faults, self.seed = worker_config.faults, worker_config.seed
+        if trainer is None:
+            task = make_task(worker_config.source, worker_config.config)
+            trainer = Trainer(task, self.seed)
+            difference = frozen.difference(worker_config.frozen_digests, trainer.frozen)
+            if difference is not None and not difference.is_rounding:
+                raise SimulationError(f"its model is not the main process's: {difference}")
+        self.trainer, max_bytes = trainer, worker_config.max_bytes
+        can_batch = worker_config.batched and BatchedTrainer.why_not(trainer.task) is None
+        self.batched_trainer = BatchedTrainer(trainer) if can_batch else None
+        self.partitions = Partitions(trainer.task, worker_config.num_clients, max_bytes)
+        has_client_state = self.trainer.client_arrays.has_client_state
+        self.client_states = worker_config.client_states if has_client_state else None
+        self.request: DecodedRequest | None = None
+        self.failures: list[Failed] = []
         self.traceback: str | None = None
         self.has_failed = False
 
-    def work(self, request: WorkRequest, seats: Sequence[SampledClient]) -> WorkResult:
-        """Lets clients train or evaluate, in the order of their places."""
-        if self.phase is None or self.phase.request is not request:
-            self.phase = self._phase(request)
-        phase = self.phase
-        failed: list[Failed] = []
-        if request.kind == MessageType.EVALUATE:
-            replies = list(self._evaluate(phase, seats, failed))
-            return self._outcome([], replies, failed)
-        updates = self._train(phase, seats, failed)
-        if request.weighted_by is None:
-            replies = [(place, _content(phase, update)) for place, update in updates]
-            return self._outcome([], replies, failed)
-        block = {seat.place: seat.block for seat in seats}
-        summed = {
-            number: _sum(number, list(group), request.weighted_by, failed)
-            for number, group in groupby(updates, lambda pair: block[pair[0]])
-        }
-        numbers = dict.fromkeys(block.values())
-        blocks = [summed.get(number) or weighted_mean.sum_block(number, ()) for number in numbers]
-        return self._outcome(blocks, [], failed)
-
-    def _outcome(
-        self, blocks: list[Block], replies: list[tuple[int, RecordDict]], failed: list[Failed]
-    ) -> WorkResult:
-        notes, labels = self.trainer.take_notes(), self.partitions.new_labels()
+    def work(self, work_request: WorkRequest, clients: Sequence[SampledClient]) -> WorkResult:
+        """Local training or evaluation of clients, in the order of their positions."""
+        if self.request is None or self.request.request is not work_request:
+            self.request = self._decode(work_request)
+        request, self.failures = self.request, []
+        blocks: list[Block] = []
+        replies: list[tuple[int, RecordDict]] = []
+        if work_request.kind == MessageType.EVALUATE:
+            replies = list(self._evaluate(request, clients))
+        elif work_request.weighted_by is None:
+            replies = [
+                (position, _reply_content(request, update))
+                for position, update in self._train(request, clients)
+            ]
+        else:
+            block_of = {client.position: client.block for client in clients}
+            groups = groupby(self._train(request, clients), lambda pair: block_of[pair[0]])
+            sums = {
+                number: self._sum(number, list(group), work_request.weighted_by)
+                for number, group in groups
+            }
+            blocks = [
+                sums.get(number) or weighted_mean.sum_block(number, ())
+                for number in dict.fromkeys(block_of.values())
+            ]
         traceback, self.traceback = self.traceback, None
-        return WorkResult(blocks, replies, failed, notes, traceback, labels)
+        notes, labels = self.trainer.take_notes(), self.partitions.new_labels()
+        return WorkResult(blocks, replies, self.failures, notes, traceback, labels)
 
-    def _failed(self, place: int, error: Exception) -> Failed:
-        """Why a client has no reply; the first traceback of the task's own code is kept."""
+    def _decode(self, work_request: WorkRequest) -> DecodedRequest:
+        content = work_request.content
+        name, record = messages.parameters_of(content)
+        config = kebab_case(messages.config_of(content)[1])  # strategies add to it
+        statistics = self.trainer.statistics()
+        if messages.STATISTICS in content:
+            statistics = messages.unpack(content.array_records[messages.STATISTICS])
+        parameters = master_weights.cast(messages.unpack(record), self.trainer.spec)
+        return DecodedRequest(work_request, name, parameters, statistics, config)
+
+    def _fail(self, position: int, error: Exception) -> None:
+        """Adds a failure; the process's first traceback of the task's code is part of a result."""
         if not self.has_failed and not isinstance(error, FedError):
             self.has_failed = True
             self.traceback = user_traceback(error)
-        return _failed(place, error)
-
-    def _phase(self, request: WorkRequest) -> DecodedRequest:
-        name, record = messages.parameters_of(request.content)
-        config = kebab_case(messages.config_of(request.content)[1])  # strategies add to it
-        statistics = self.trainer.statistics()
-        if messages.STATISTICS in request.content:
-            statistics = messages.unpack(request.content.array_records[messages.STATISTICS])
-        parameters = master_weights.cast(messages.unpack(record), self.trainer.spec)
-        return DecodedRequest(request, name, parameters, statistics, config)
+        self.failures.append(Failed(position, reason(error), missing=isinstance(error, NoReply)))
 
     # -- evaluation ------------------------------------------------------------------------
 
     def _evaluate(
-        self, phase: DecodedRequest, seats: Sequence[SampledClient], failed: list[Failed]
+        self, request: DecodedRequest, clients: Sequence[SampledClient]
     ) -> Iterator[tuple[int, RecordDict]]:
-        for place, client, _ in seats:
+        for position, partition, _ in clients:
             try:
-                self._require_answer(phase, client)
-                data = self.partitions.get(client)
+                self._inject_silence(request, partition)
+                data = self.partitions.get(partition)
                 if data.test is None:
-                    yield place, messages.nothing_to_evaluate()
+                    yield position, messages.nothing_to_evaluate()
                     continue
-                client_state = self._client_state(phase, client, later=True)
-                start = phase.parameters, phase.statistics
-                evaluation = self.trainer.evaluate(*start, data.test, client_state, phase.config)
+                client_state = self._client_state(request, partition, after=True)
+                arrays = request.parameters, request.statistics
+                evaluation = self.trainer.evaluate(*arrays, data.test, client_state, request.config)
             except SimulationError:
                 raise
             except Exception as error:
-                failed.append(self._failed(place, error))
+                self._fail(position, error)
             else:
-                yield place, messages.pack_evaluation(evaluation)
+                yield position, messages.pack_evaluation(evaluation)
 
     # -- training --------------------------------------------------------------------------
 
     def _train(
-        self, phase: DecodedRequest, seats: Sequence[SampledClient], failed: list[Failed]
+        self, request: DecodedRequest, clients: Sequence[SampledClient]
     ) -> Iterator[tuple[int, ClientUpdate]]:
-        """Updates in the order of places; what they need is loaded a window at a time."""
+        """Updates in the order of positions; data is loaded for a window of clients at a time."""
         window: list[tuple[SampledClient, Data]] = []
-        limit, held = 1, 0
-        for seat in seats:
+        limit, num_bytes = 1, 0
+        for client in clients:
             try:
-                self._require_answer(phase, seat.client)
-                data = self._data(seat.client)
+                self._inject_silence(request, client.partition)
+                data = self._load(client.partition)
             except SimulationError:
                 raise
             except Exception as error:
-                failed.append(self._failed(seat.place, error))
+                self._fail(client.position, error)
                 continue
             if not window:
-                limit = _WINDOW * self._chunk_size(phase, data)
-            window.append((seat, data))
-            held += size_of(data)
-            if len(window) >= limit or held >= self.job.most_bytes:
-                yield from self._train_window(phase, window, failed)
-                window, held = [], 0
+                limit = _WINDOW * self._chunk_size(request, data)
+            window.append((client, data))
+            num_bytes += size_of(data)
+            if len(window) >= limit or num_bytes >= self.worker_config.max_bytes:
+                yield from self._train_window(request, window)
+                window, num_bytes = [], 0
         if window:
-            yield from self._train_window(phase, window, failed)
+            yield from self._train_window(request, window)
 
     def _train_window(
-        self, phase: DecodedRequest, window: list[tuple[SampledClient, Data]], failed: list[Failed]
+        self, request: DecodedRequest, window: list[tuple[SampledClient, Data]]
     ) -> Iterator[tuple[int, ClientUpdate]]:
         updates: dict[int, ClientUpdate] = {}
-        for chunk in self._chunks(phase, window):
-            for (seat, _), update in zip(chunk, self._train_chunk(phase, chunk), strict=True):
+        for chunk in self._chunks(request, window):
+            for (client, _), update in zip(chunk, self._train_chunk(request, chunk), strict=True):
                 if isinstance(update, Exception):
-                    failed.append(self._failed(seat.place, update))
-                else:
-                    updates[seat.place] = self._finish(phase, seat.client, update)
-        for seat, _ in window:
-            if seat.place in updates:
-                yield seat.place, updates.pop(seat.place)
+                    self._fail(client.position, update)
+                    continue
+                if self.client_states is not None and update.client_state:
+                    self.client_states.save(
+                        client.partition, request.server_round, update.client_state
+                    )
+                if self.faults.is_hostile(self.seed, client.partition):
+                    update = self.faults.on_update(update, request.parameters)
+                updates[client.position] = update
+        for client, _ in window:
+            if client.position in updates:
+                yield client.position, updates.pop(client.position)
 
     def _chunks(
-        self, phase: DecodedRequest, window: list[tuple[SampledClient, Data]]
+        self, request: DecodedRequest, window: list[tuple[SampledClient, Data]]
     ) -> Iterator[list[tuple[SampledClient, Data]]]:
-        """Clients whose examples are alike and about as many take their steps together."""
-        together = [
-            (_kind(data), count(_examples(data)), (seat, data))
-            for seat, data in window
+        """Chunks of clients with examples of one kind and similar numbers of them."""
+        entries = [
+            (repr(kind(_examples(data))), count(_examples(data)), (client, data))
+            for client, data in window
             if not callable(data.train)
         ]
-        together.sort(key=lambda entry: entry[:2])
-        for _, alike in groupby(together, lambda entry: entry[0]):
-            clients = [client for *_, client in alike]
-            chunks = -(-len(clients) // self._chunk_size(phase, clients[0][1]))
-            ends = [len(clients) * number // chunks for number in range(chunks + 1)]
+        entries.sort(key=lambda entry: entry[:2])
+        for _, group in groupby(entries, lambda entry: entry[0]):
+            clients = [client for *_, client in group]
+            num_chunks = -(-len(clients) // self._chunk_size(request, clients[0][1]))
+            ends = [len(clients) * number // num_chunks for number in range(num_chunks + 1)]
             yield from (clients[start:end] for start, end in pairwise(ends))
         yield from ([pair] for pair in window if callable(pair[1].train))
 
     def _train_chunk(
-        self, phase: DecodedRequest, chunk: list[tuple[SampledClient, Data]]
+        self, request: DecodedRequest, chunk: list[tuple[SampledClient, Data]]
     ) -> list[ClientUpdate | Exception]:
-        why: Exception | None = None
-        if self.batched is not None and len(chunk) > 1:
-            members = [
-                ClientInput(seat.client, _examples(data), self._client_state(phase, seat.client))
-                for seat, data in chunk
+        arrays = request.parameters, request.statistics
+        failure: Exception | None = None
+        if self.batched_trainer is not None and len(chunk) > 1:
+            inputs = [
+                ClientInput(
+                    client.partition,
+                    _examples(data),
+                    self._client_state(request, client.partition),
+                )
+                for client, data in chunk
             ]
             try:
-                return list(
-                    self.batched.train(phase.parameters, phase.statistics, members, phase.config)
+                return [*self.batched_trainer.train(*arrays, inputs, request.config)]
+            except Exception as error:  # of one client, or of the model: one by one shows which
+                failure = error
+        updates: list[ClientUpdate | Exception] = []
+        for client, data in chunk:
+            try:
+                client_state = self._client_state(request, client.partition)
+                update = self.trainer.train(
+                    *arrays,
+                    data,
+                    request.config,
+                    client=client.partition,
+                    client_state=client_state,
                 )
-            except Exception as error:  # one client's, or the model's: one by one it shows
-                why = error
-        updates = [self._train_one(phase, seat.client, data) for seat, data in chunk]
-        if why is not None and not any(isinstance(update, Exception) for update in updates):
-            self.batched = None
-            self.trainer.note(f"clients train one after another, not together: {reason(why)}")
+                updates.append(update)
+            except Exception as error:
+                updates.append(error)
+        if failure is not None and not any(isinstance(update, Exception) for update in updates):
+            self.batched_trainer = None
+            self.trainer.note(f"clients train one after another, not together: {reason(failure)}")
         return updates
 
-    def _train_one(
-        self, phase: DecodedRequest, client: int, data: Data
-    ) -> ClientUpdate | Exception:
-        try:
-            client_state = self._client_state(phase, client)
-            start = phase.parameters, phase.statistics
-            return self.trainer.train(
-                *start, data, phase.config, client=client, client_state=client_state
-            )
-        except Exception as error:
-            return error
-
-    def _finish(self, phase: DecodedRequest, client: int, update: ClientUpdate) -> ClientUpdate:
-        """What a client sends of its update, and what it keeps."""
-        if self.kept is not None and update.client_state:
-            self.kept.save(client, int(phase.config["server-round"]), update.client_state)
-        if self.job.faults.is_hostile(self.job.seed, client):
-            update = self.job.faults.on_update(update, phase.parameters)
-        return update
+    def _sum(self, number: int, updates: list[tuple[int, ClientUpdate]], weighted_by: str) -> Block:
+        """Sum of a block's updates; those with values that are not finite fail."""
+        pairs = []
+        for position, update in updates:
+            try:
+                checks.check_figures(update.metrics, weighted_by)
+            except checks.Refused as error:
+                self._fail(position, error)
+                continue
+            weight = float(update.metrics[weighted_by])
+            pairs.append((Counted(position, weight, update.metrics), update))
+        block = _sum_block(number, pairs)
+        arrays = (*block.parameters.values(), *block.statistics.values())
+        if all(is_finite(piece) for array in arrays for piece in weighted_mean.pieces(array)):
+            return block
+        # A sum of finite values may overflow as well: then no update fails here, and the mean does.
+        finite_pairs = []
+        for client, update in pairs:
+            try:
+                checks.check_values(update.parameters, update.statistics, client.weight)
+                finite_pairs.append((client, update))
+            except checks.Refused as error:
+                self._fail(client.place, error)
+        return _sum_block(number, finite_pairs)
 
     # -- clients ---------------------------------------------------------------------------
 
-    def _require_answer(self, phase: DecodedRequest, client: int) -> None:
-        moment = round_seed(phase.config, client)
-        if why := self.job.faults.why_silent(moment, phase.request.kind, phase.request.timeout):
+    def _inject_silence(self, request: DecodedRequest, partition: int) -> None:
+        seed = round_seed(request.config, partition)
+        kind, timeout = request.request.kind, request.request.timeout
+        if why := self.faults.why_silent(seed, kind, timeout):
             raise NoReply(why)
 
-    def _data(self, client: int) -> Data:
-        data = self.partitions.get(client)
+    def _load(self, partition: int) -> Data:
+        data = self.partitions.get(partition)
         if not callable(data.train) and count(data.train) == 0:
             raise FedError(
-                f"Partition {client} has no training examples: have fewer clients, or a "
+                f"Partition {partition} has no training examples: have fewer clients, or a "
                 "partitioner that leaves none empty"
             )
-        if self.job.faults.is_hostile(self.job.seed, client):
-            return self.job.faults.on_data(data)
+        if self.faults.is_hostile(self.seed, partition):
+            return self.faults.on_data(data)
         return data
 
     def _client_state(
-        self, phase: DecodedRequest, client: int, later: bool = False
+        self, request: DecodedRequest, partition: int, after: bool = False
     ) -> Arrays | None:
-        """What the client has kept of the rounds before, or with this one."""
-        if self.kept is None:
+        """Client state before the request's round, or after it."""
+        if self.client_states is None:
             return None
-        return self.kept.load(client, int(phase.config["server-round"]) + later)
+        return self.client_states.load(partition, request.server_round + after)
 
-    def _chunk_size(self, phase: DecodedRequest, data: Data) -> int:
-        """How many clients like this one train together."""
-        if self.batched is None or callable(data.train):
+    def _chunk_size(self, request: DecodedRequest, data: Data) -> int:
+        """Number of clients with such data that train together."""
+        if self.batched_trainer is None or callable(data.train):
             return 1
-        if self.job.chunk_size is not None:
-            return self.job.chunk_size
+        if self.worker_config.chunk_size is not None:
+            return self.worker_config.chunk_size
         device = mx.default_device().type
-        batch_size = lengths(self.trainer.task, phase.config).batch_size
+        batch_size = lengths(self.trainer.task, request.config).batch_size
         rows = min(batch_size, count(data.train))
-        examples = sum(rows * array.nbytes // len(array) for array in leaves(data.train))
-        # The parameters, their gradients, the optimizer's state, and what comes of them.
-        arrays = 4 * sum(array.nbytes for array in phase.parameters.values())
-        fits = _CHUNK_BYTES[device] // (examples + arrays)
-        return max(1, min(_LARGEST_CHUNK[device], fits))
+        example_bytes = sum(rows * array.nbytes // len(array) for array in leaves(data.train))
+        # The parameters, their gradients, the optimizer's state, and the new parameters.
+        array_bytes = 4 * sum(array.nbytes for array in request.parameters.values())
+        chunk_size = _CHUNK_BYTES[device] // (example_bytes + array_bytes)
+        return max(1, min(_MAX_CHUNK[device], chunk_size))
 
 
 def _examples(data: Data) -> Examples:
@@ -341,15 +388,10 @@ def _examples(data: Data) -> Examples:
     return data.train
 
 
-def _kind(data: Data) -> str:
-    """What one example is: the same for clients that can be stacked."""
-    return repr(kind(_examples(data)))
-
-
-def _content(phase: DecodedRequest, update: ClientUpdate) -> RecordDict:
-    """A client's update as its reply's content."""
+def _reply_content(request: DecodedRequest, update: ClientUpdate) -> RecordDict:
+    """Content of a client's reply."""
     content: dict[str, Any] = {
-        phase.record_name: messages.pack(update.parameters),
+        request.record_name: messages.pack(update.parameters),
         "metrics": MetricRecord({**update.metrics}),
     }
     if update.statistics:
@@ -357,40 +399,13 @@ def _content(phase: DecodedRequest, update: ClientUpdate) -> RecordDict:
     return RecordDict(content)
 
 
-def _sum(
-    number: int,
-    updates: list[tuple[int, ClientUpdate]],
-    weighted_by: str,
-    failed: list[Failed],
-) -> Block:
-    fit = []
-    for place, update in updates:
-        try:
-            checks.check_figures(update.metrics, weighted_by)
-            fit.append((Counted(place, float(update.metrics[weighted_by]), update.metrics), update))
-        except checks.Refused as refused:
-            failed.append(_failed(place, refused))
-    block = weighted_mean.sum_block(number, ((c, u.parameters, u.statistics) for c, u in fit))
-    every = (*block.parameters.values(), *block.statistics.values())
-    if all(is_finite(piece) for part in every for piece in weighted_mean.pieces(part)):
-        return block
-    # A sum of finite values may overflow as well: then all of them are fit, and the mean says so.
-    good = []
-    for client, update in fit:
-        try:
-            checks.check_values(update.parameters, update.statistics, client.weight)
-            good.append((client, update))
-        except checks.Refused as refused:
-            failed.append(_failed(client.place, refused))
-    return weighted_mean.sum_block(number, ((c, u.parameters, u.statistics) for c, u in good))
-
-
-def _failed(place: int, error: Exception) -> Failed:
-    return Failed(place, reason(error), missing=isinstance(error, NoReply))
+def _sum_block(number: int, pairs: list[tuple[Counted, ClientUpdate]]) -> Block:
+    return weighted_mean.sum_block(number, ((c, u.parameters, u.statistics) for c, u in pairs))
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in a line; what no repeat mends, a fault of the task, as an exception."""
+    """Reason of a failure in a line; with the exception's type if it is the task's fault, which a
+    repeat would not mend."""
     if isinstance(error, FedError) and not isinstance(error, (TypeError, ValueError)):
         return str(error)
     return f"{type(error).__name__}: {error}"

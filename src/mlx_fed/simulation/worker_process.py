@@ -1,4 +1,4 @@
-"""The inside of a worker process: one worker, and the request that it is at."""
+"""Entry points of a worker process, which has one worker."""
 
 from __future__ import annotations
 
@@ -19,53 +19,52 @@ from ..system import (
     loading,
 )
 from . import worker_progress
-from .worker import SampledClient, Worker, WorkerConfig, WorkRequest, WorkResult, reason
+from .worker import SampledClient, Worker, WorkRequest, WorkResult, reason
 
 _worker: Worker | None = None
 _failure = "it was not started"
 
 
-def start(job: bytes, device: str | None, parent: int, folder: Path) -> None:
-    """Sets the process up, once. What goes wrong is told when it is given work."""
+def start(worker_config: bytes, device: str | None, parent: int, folder: Path) -> None:
+    """Initialization of the process; :func:`work` reports an error here."""
     global _worker, _failure
     threading.Thread(target=_end_after, args=(parent, folder), daemon=True).start()
     loading.set_listeners([worker_progress.sender(folder)])
     try:
         devices.use(device)
-        made: WorkerConfig = cloudpickle.loads(job)
-        _worker = Worker(made)
+        _worker = Worker(cloudpickle.loads(worker_config))
     except Exception as error:
         _failure = reason(error)
 
 
 def _end_after(parent: int, folder: Path) -> None:
-    """Ends this process soon after the run's own, which may be killed."""
+    """Ends this process soon after the main process, which may be killed."""
     while os.getppid() == parent:
         time.sleep(1)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
-def work(request: Path, seats: Sequence[SampledClient]) -> WorkResult:
-    """Lets the process's worker do what the file of a request asks.
+def work(request_path: Path, clients: Sequence[SampledClient]) -> WorkResult:
+    """Local training or evaluation of clients, as a request's file says.
 
     Raises:
         SimulationError: If the process could not be set up.
     """
     if _worker is None:
         raise SimulationError(f"A worker process could not start: {_failure}")
-    return _worker.work(read_request(request), seats)
+    return _worker.work(read_request(request_path), clients)
 
 
 def write_request(request: WorkRequest, path: Path) -> None:
-    """Writes a request for all workers: many spans of clients share one."""
+    """Writes a request for all workers: many work units share one."""
     with path.open("wb") as file:
         pickle.dump(request, file, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 @lru_cache(maxsize=1)
 def read_request(path: Path) -> WorkRequest:
-    """The request in a file of this run's own."""
+    """Reads a request's file, which is of this run."""
     with path.open("rb") as file:
         request: WorkRequest = pickle.load(file)
     return request

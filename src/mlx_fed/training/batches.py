@@ -1,9 +1,9 @@
-"""A client's examples in batches: which make up each step, and the arrays that have them."""
+"""Batches of a client's examples: the indices of each step, and the arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, count, islice
+from itertools import chain, count, islice, pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -24,32 +24,31 @@ from . import probe
 from .label_range import Ranges, ranges, union, within
 
 _TAIL_SIZES = 8
-"""How many sizes a padded last batch may have: each is one more trace of a program."""
+"""Number of sizes of a padded last batch: each is one more trace of a program."""
 
 Batch = tuple[Examples, mx.array | None, int]
-"""A tree of arrays with a leading axis of examples, the mask of the padding, the number of
-examples."""
+"""Tree of arrays with a leading axis of examples, mask of the padding, number of examples."""
 
 
 class BatchIndices(NamedTuple):
-    """The examples of one step.
+    """Indices of the examples of one step.
 
     ``indices`` is a NumPy array of shape (batch,) and dtype uint32; the first ``size`` are
-    examples, what follows is padding, to be masked out.
+    examples, the others are padding, to be masked out.
     """
 
     indices: np.ndarray
     size: int
 
     def mask(self) -> np.ndarray | None:
-        """float32 of shape (batch,): 1 for an example, 0 for padding; ``None`` if all are 1."""
+        """Mask, float32 of shape (batch,): 1 for examples, 0 for padding; ``None`` if all are 1."""
         if self.size == len(self.indices):
             return None
         return (np.arange(len(self.indices)) < self.size).astype(np.float32)
 
 
 class Lengths(NamedTuple):
-    """How long a client trains: ``steps``, or else ``epochs``, of ``batch_size`` examples."""
+    """Length of local training: ``steps``, or else ``epochs``, of ``batch_size`` examples."""
 
     batch_size: int
     epochs: int
@@ -57,10 +56,10 @@ class Lengths(NamedTuple):
 
 
 def load(task: Task, partition_id: int, num_partitions: int | None) -> Data:
-    """A partition's data, its arrays as MLX's: NumPy's are not kept beside them.
+    """Data of a partition, by ``Task.data``, as MLX arrays: NumPy's are released.
 
     Raises:
-        TaskError: If ``task.data`` returns something else.
+        TaskError: If ``Task.data`` returns something else.
     """
     data = calls.call("Task.data", task.data, partition_id, num_partitions)
     if not isinstance(data, Data):
@@ -68,37 +67,39 @@ def load(task: Task, partition_id: int, num_partitions: int | None) -> Data:
             f"Task.data must return mlx_fed.Data, not a {type(data).__name__}: "
             "Data(train=(x, y), test=(x, y))"
         )
-    test = _converted(data.test, "test")
-    has_none = test is not None and not callable(test) and examples.count(test) == 0
-    return Data(_converted(data.train, "train"), None if has_none else test)
+    test = _to_mlx(data.test, "test")
+    is_empty = test is not None and not callable(test) and examples.count(test) == 0
+    return Data(_to_mlx(data.train, "train"), None if is_empty else test)
 
 
-def _converted(split: Any, name: str) -> Any:
+def _to_mlx(split: Any, name: str) -> Any:
     return split if split is None or callable(split) else as_arrays(split, name)
 
 
 class BatchLoader:
-    """Gives out the batches that a task's model trains and is evaluated on.
+    """Loader of the batches that a task's model trains and is evaluated on.
 
     Args:
-        task (Task): Whose settings say how many examples a step has.
-        model (nn.Module): Asked what its loss and metrics do.
+        task (Task): The task, whose settings give the batch size.
+        model (nn.Module): The model, for probes of its loss and metrics.
         slots (Slots): The model's arrays by kind.
-        note (callable): Told in words what the task should know of.
+        note (callable): ``note(text)`` logs a problem of the task's functions.
     """
 
     def __init__(self, task: Task, model: nn.Module, slots: Slots, note: Callable[[str], None]):
         self.task, self.model, self.slots, self.note = task, model, slots, note
+        # MLX's batch normalization raises in training for one value a channel.
+        self.merge_single = any(isinstance(layer, nn.BatchNorm) for layer in model.modules())
         self._paddable: dict[Any, bool] = {}
-        self._checked: dict[Any, Ranges] = {}
+        self._checked_ranges: dict[Any, Ranges] = {}
         self._arrays: dict[int, tuple[Any, Examples]] = {}
 
-    def training(self, data: Data, config: Config, moment: RoundSeed) -> Iterator[Batch]:
-        """A client's batches in a round, shuffled by its keys of that moment."""
+    def training(self, data: Data, config: Config, seed: RoundSeed) -> Iterator[Batch]:
+        """Batches of a client in a round, shuffled by keys of the round's seed."""
         if callable(data.train):
             length = lengths(self.task, config)
             passes = count() if length.steps else range(length.epochs)
-            keys = (randomness.key(*moment, "shuffle", number) for number in passes)
+            keys = (randomness.key(*seed, "shuffle", number) for number in passes)
             batches = islice(_streamed(data.train, keys), length.steps)
             first = next(batches, None)
             if first is None:
@@ -106,7 +107,7 @@ class BatchLoader:
             self.check_effects(first[0], config)
             return chain([first], batches)
         arrays = self.resident(data.train)
-        return _taken(arrays, self.rows(arrays, config, moment))
+        return _take_batches(arrays, self.rows(arrays, config, seed))
 
     def evaluation(
         self,
@@ -114,26 +115,32 @@ class BatchLoader:
         functions: Sequence[Callable],
         config: Config = MappingProxyType({}),
     ) -> Iterator[Batch]:
-        """All examples of a split, in order, padded if each function allows it."""
+        """Batches of all examples of a split, in order, padded if each function allows it."""
         if callable(split):
             return _streamed(split, [randomness.key(0, "evaluate")])
         arrays = self.resident(split)
-        padded = self._can_pad(arrays, None, functions, False, config)
+        pad = self._can_pad(arrays, None, functions, False, config)
         size = self.task.eval_batch_size
-        return _taken(arrays, epoch(examples.count(arrays), size, padded, None))
+        return _take_batches(arrays, epoch(examples.count(arrays), size, pad, None))
 
-    def rows(self, arrays: Examples, config: Config, moment: RoundSeed) -> Iterator[BatchIndices]:
-        """Which examples each step of a client's training takes."""
+    def rows(self, arrays: Examples, config: Config, seed: RoundSeed) -> Iterator[BatchIndices]:
+        """Indices of the examples of each step of a client's training."""
         length = lengths(self.task, config)
         total = examples.count(arrays)
         if total:
             self.check_effects(arrays, config, probe.sample)
-        padded = self.task.train_step is None and self._can_pad(
+        pad = self.task.train_step is None and self._can_pad(
             arrays, self.task.augment, (self.task.loss,), True, config
         )
         passes = count() if length.steps and total else range(length.epochs)
         epochs = (
-            epoch(total, length.batch_size, padded, randomness.derive(*moment, "shuffle", number))
+            epoch(
+                total,
+                length.batch_size,
+                pad,
+                randomness.derive(*seed, "shuffle", number),
+                self.merge_single,
+            )
             for number in passes
         )
         return islice(chain.from_iterable(epochs), length.steps)
@@ -144,23 +151,23 @@ class BatchLoader:
         config: Config,
         sample: Callable[[Examples], Examples] | None = None,
     ) -> None:
-        """Checks once for each kind of batch what a forward pass changes in the model, and whether
+        """Check, once for each kind of batch, of what a forward pass changes in the model, and that
         the loss has an output for each label.
 
         Args:
             batch: A batch, or all of a client's examples.
             config (dict): The settings.
-            sample (callable, optional): Takes from all of a client's examples those that the model
-                is called with. Labels beyond those that were checked are checked again then.
+            sample (callable, optional): Selects the examples for a call of the model, of all of a
+                client's. Labels outside of the checked ranges are then checked again.
 
         Raises:
-            WeightsError: If it assigns an array that is no buffer.
+            WeightsError: If a forward pass assigns an array that is no buffer.
             ExamplesError: If a label is out of range.
         """
         kind = tuple((path, a.ndim, a.dtype) for path, a in examples.paths(batch))
         labels = ranges(batch) if sample else {}
-        checked = self._checked.get(kind)
-        if self.task.train_step is not None or (checked is not None and within(labels, checked)):
+        previous = self._checked_ranges.get(kind)
+        if self.task.train_step is not None or (previous is not None and within(labels, previous)):
             return
         probe.check_effects(
             self.model,
@@ -172,17 +179,17 @@ class BatchLoader:
             self.note,
             has_weight=self.task.weight_unit is not None,
         )
-        self._checked[kind] = union(labels, checked or {})
+        self._checked_ranges[kind] = union(labels, previous or {})
 
     def resident(self, split: Any) -> Examples:
-        """The split as MLX arrays, converted once for as long as the same split comes back."""
-        held = self._arrays.get(id(split))
-        if held is None or held[0] is not split:
+        """Arrays of a split, converted to MLX once: of the last two splits."""
+        entry = self._arrays.get(id(split))
+        if entry is None or entry[0] is not split:
             self._arrays = dict(list(self._arrays.items())[-1:])
-            held = (split, as_arrays(split))
+            entry = (split, as_arrays(split))
         self._arrays.pop(id(split), None)
-        self._arrays[id(split)] = held  # the last used is the last to go
-        return held[1]
+        self._arrays[id(split)] = entry  # least recently used first
+        return entry[1]
 
     def _can_pad(
         self,
@@ -192,8 +199,8 @@ class BatchLoader:
         training: bool,
         config: Config,
     ) -> bool:
-        """Whether each function gives one value an example, so that padding can be masked out."""
-        # Running statistics are taken over the whole batch: padding would count in them.
+        """Whether each function returns a value for each example, so that padding can be masked."""
+        # Running statistics are over the whole batch: they would include the padding.
         if self.slots.statistics or examples.count(arrays) == 0:
             return False
         key = (augment, tuple(functions), training, examples.kind(arrays))
@@ -206,12 +213,12 @@ class BatchLoader:
 
 
 def _first_settings(config: Config) -> Config:
-    """The settings as a loss gets them, with a round and a step."""
+    """Settings for a loss in a probe, with a round and a step."""
     return TracedConfig({"server-round": 1, **config, "local-step": 1})
 
 
 def lengths(task: Task, config: Config) -> Lengths:
-    """A task's lengths, with the server's settings over them.
+    """Length of local training, from the server's settings and the task's.
 
     Raises:
         SettingsError: If a setting is not a whole number of 1 or more.
@@ -228,31 +235,38 @@ def lengths(task: Task, config: Config) -> Lengths:
 
 
 def epoch(
-    num_examples: int, batch_size: int, padded: bool, seed: int | None
+    num_examples: int,
+    batch_size: int,
+    pad: bool,
+    seed: int | None,
+    merge_single: bool = False,
 ) -> Iterator[BatchIndices]:
-    """The steps of one pass over ``num_examples`` examples.
+    """Indices of the steps of one pass over ``num_examples`` examples.
 
     Args:
-        num_examples (int): How many examples there are.
-        batch_size (int): Examples a step.
-        padded (bool): Pad the last batch to a multiple of an eighth of ``batch_size``, so that
+        num_examples (int): Number of examples.
+        batch_size (int): Examples in a step.
+        pad (bool): Pad the last batch to a multiple of an eighth of ``batch_size``, so that
             clients of any number of examples share a few programs.
-        seed (int, optional): Shuffle by this seed. In order without.
+        seed (int, optional): Seed of the shuffle. In order without.
+        merge_single (bool): Add a last batch of one example to the batch before it.
     """
     # NumPy's shuffle: MLX's would wait for the device, and is slower on the CPU.
     order = np.arange(num_examples, dtype=np.uint32)
     if seed is not None:
         np.random.default_rng(seed).shuffle(order)
-    for start in range(0, num_examples, batch_size):
-        rows = order[start : start + batch_size]
-        count = len(rows)
-        if padded and count < batch_size:
-            rows = np.resize(rows, padded_size(count, batch_size))
-        yield BatchIndices(rows, count)
+    bounds = [*range(0, num_examples, batch_size), num_examples]
+    if merge_single and len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 < batch_size:
+        del bounds[-2]
+    for start, end in pairwise(bounds):
+        indices, size = order[start:end], end - start
+        if pad and size < batch_size:
+            indices = np.resize(indices, padded_size(size, batch_size))
+        yield BatchIndices(indices, size)
 
 
 def padded_size(count: int, batch_size: int) -> int:
-    """The size that a batch of ``count`` examples is padded to."""
+    """Size of a padded batch of ``count`` examples."""
     step = -(-batch_size // _TAIL_SIZES)
     return min(batch_size, -(-count // step) * step)
 
@@ -268,8 +282,8 @@ def _streamed(stream: Callable, keys: Iterable[mx.array]) -> Iterator[Batch]:
             return
 
 
-def _taken(arrays: Examples, rows: Iterable[BatchIndices]) -> Iterator[Batch]:
-    for step in rows:
+def _take_batches(arrays: Examples, steps: Iterable[BatchIndices]) -> Iterator[Batch]:
+    for step in steps:
         # Not in the compiled step, which would be traced anew for each number of examples.
         mask = step.mask()
         batch = examples.take(arrays, mx.array(step.indices))

@@ -1,8 +1,8 @@
-"""Labels that a loss cannot index its outputs with.
+"""Check of labels against the number of a model's outputs.
 
 MLX checks no index: with a label outside of a classifier's outputs, ``mx.take_along_axis``, and so
-``nn.losses.cross_entropy``, reads other memory, and its gradient writes there. So a loss is tried
-with those examples that have the least and the largest label.
+``nn.losses.cross_entropy``, reads other memory, and its gradient writes there. So a loss is called
+with the examples that have the least and the largest label.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..arrays import examples
 from ..arrays.examples import Examples, ExamplesError
 
 Ranges = dict[str, tuple[int, int]]
-"""The least and the largest value of arrays of integers, by their paths."""
+"""Least and largest value of arrays of integers, by their paths."""
 
 
 def ranges(batch: Examples) -> Ranges:
-    """The least and the largest value of each array of integers, by its path."""
+    """Least and largest value of each array of integers, by its path."""
     return {
         path: (int(values.min()), int(values.max()))
         for path, values in _integers(batch)
@@ -31,26 +31,26 @@ def ranges(batch: Examples) -> Ranges:
 
 
 def within(inner: Ranges, outer: Ranges) -> bool:
-    """Whether no value is beyond those of other ranges."""
+    """Whether all values are within other ranges."""
     return union(inner, outer) == outer
 
 
-def union(one: Ranges, other: Ranges) -> Ranges:
-    """The ranges of all values."""
+def union(a: Ranges, b: Ranges) -> Ranges:
+    """Union of ranges, by path."""
     common = {
-        path: (min(low, other[path][0]), max(high, other[path][1]))
-        for path, (low, high) in one.items()
-        if path in other
+        path: (min(low, b[path][0]), max(high, b[path][1]))
+        for path, (low, high) in a.items()
+        if path in b
     }
-    return {**other, **one, **common}
+    return {**b, **a, **common}
 
 
 def extreme_rows(batch: Examples) -> list[int]:
-    """The examples with the least and the largest value of each array of integers."""
+    """Indices of the examples with the least and the largest value of each array of integers."""
     rows: list[int] = []
     for _, values in _integers(batch):
         size = values[0].size if len(values) else 0
-        rows += [int(place) // size for place in (values.argmin(), values.argmax()) if size]
+        rows += [int(index) // size for index in (values.argmin(), values.argmax()) if size]
     return rows
 
 
@@ -62,21 +62,21 @@ def _integers(batch: Examples) -> Iterator[tuple[str, np.ndarray]]:
 
 
 @contextmanager
-def indices_checked() -> Iterator[None]:
-    """Lets ``mx.take_along_axis`` refuse indices that are out of range; not while it is traced.
+def check_indices() -> Iterator[None]:
+    """Context in which ``mx.take_along_axis`` raises for an index out of range, unless traced.
 
     Not for two threads at once.
     """
-    before = mx.take_along_axis
-    mx.take_along_axis = _checked(before)
+    original = mx.take_along_axis
+    mx.take_along_axis = _with_check(original)
     try:
         yield
     finally:
-        mx.take_along_axis = before
+        mx.take_along_axis = original
 
 
-def _checked(take: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    def take_checked(a: Any, indices: Any, axis: int | None = None, **options: Any) -> mx.array:
+def _with_check(take: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def take_with_check(a: Any, indices: Any, axis: int | None = None, **options: Any) -> mx.array:
         result = take(a, indices, axis, **options)
         size = a.size if axis is None else a.shape[axis]
         try:
@@ -91,4 +91,4 @@ def _checked(take: Callable[..., mx.array]) -> Callable[..., mx.array]:
             )
         return result
 
-    return take_checked
+    return take_with_check

@@ -1,4 +1,4 @@
-"""What a client reports: means over its steps, and what follows from them."""
+"""Metrics of a client: weighted means over its steps, and metrics derived from them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..tracebacks import definition, location
 
 
 class Evaluation(NamedTuple):
-    """The metrics of a model on a client's examples.
+    """Evaluation of a model on a client's examples.
 
     Attributes:
         metrics (dict): ``num-examples``, ``loss``, the task's metrics and those derived from them.
-            A metric that has no finite value, an undefined one, is NaN or infinite.
+            An undefined metric is NaN or infinite.
         weights (dict): The total weight of the loss and of each of the task's metrics, if for one
             of them it is not the number of examples; else empty.
-        undefined (dict): Why a metric is undefined, by its name.
+        undefined (dict): Reasons of undefined metrics, by name.
     """
 
     metrics: dict[str, Any]
@@ -34,27 +34,27 @@ def is_defined(value: Any) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """An exception of the user's code in a line, with the file and line that raised it."""
+    """Reason in a line: an exception of the user's code, with the file and line that raised it."""
     if isinstance(error, FedError):
         return str(error)
-    place = location(error)
-    where = f" ({place[0]}, line {place[1]})" if place else ""
-    return f"{type(error).__name__}: {error}{where}"
+    source = location(error)
+    suffix = f" ({source[0]}, line {source[1]})" if source else ""
+    return f"{type(error).__name__}: {error}{suffix}"
 
 
 def count_units(
-    task: Task, shares: Sequence[float], seconds: float | None = None
+    task: Task, weights: Sequence[float], seconds: float | None = None
 ) -> dict[str, int | float]:
-    """What the weights of a client's losses add up to, where the task says what they count.
+    """Number of units (``Task.weight_unit``) and units per second; empty without a unit.
 
     Args:
-        task (Task): Whose ``weight_unit`` may be ``"tokens"``.
-        shares (list): The weight of each step's loss.
-        seconds (float, optional): What the steps took together.
+        task (Task): The task, with a ``weight_unit`` such as ``"tokens"``.
+        weights (list): The weight of each step's loss.
+        seconds (float, optional): Duration of all steps.
     """
     if task.weight_unit is None:
         return {}
-    total = round(math.fsum(shares))
+    total = round(math.fsum(weights))
     counts: dict[str, int | float] = {f"num-{task.weight_unit}": total}
     if seconds:
         counts[f"{task.weight_unit}-per-second"] = total / seconds
@@ -62,12 +62,12 @@ def count_units(
 
 
 def placeholder_metrics(task: Task, phase: str, loss_key: str | None = None) -> dict[str, float]:
-    """The metrics that a client reports, each with some number.
+    """Names of the metrics that a client reports, each with a placeholder value of 1.
 
     Args:
-        task (Task): What it trains.
+        task (Task): The task.
         phase (str): ``"train"`` or ``"evaluate"``.
-        loss_key (str, optional): What the loss before training is called, if it is asked for.
+        loss_key (str, optional): Name of the loss before training, if the server asks for it.
     """
     names = {"num-examples", "loss", *count_units(task, [1.0], 1.0 if phase == "train" else None)}
     if phase == "train":
@@ -79,10 +79,10 @@ def placeholder_metrics(task: Task, phase: str, loss_key: str | None = None) -> 
 def derive_metrics(
     task: Task, metrics: Mapping[str, Any]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """The metrics that follow from others, and why one of them is undefined, by name.
+    """Metrics of ``Task.derived``, and the reasons of undefined ones, by name.
 
     Where ``Task.derived`` raises, as ``math.exp`` does on a large loss and an F1 score without
-    true positives, all of them are NaN, by the names that they have where every metric is 1.
+    true positives, all are NaN, by the names that it returns where every metric is 1.
     """
     if task.derived is None:
         return {}, {}
@@ -98,23 +98,23 @@ def derive_metrics(
         reason = f"Task.derived failed: {reason_of(error)}"
         try:
             names = list(task.derived(dict.fromkeys(metrics, 1.0)))
-        except Exception:  # on any metrics: it has no names
+        except Exception:  # it raises for any metrics: there are no names
             return {}, {"derived": reason}
         return dict.fromkeys(names, math.nan), dict.fromkeys(names, reason)
     return values, {n: f"it is {v}" for n, v in values.items() if not math.isfinite(v)}
 
 
 def as_number(value: Any) -> float:
-    """A number of Python's, NumPy's or MLX's; NaN for ``None``."""
+    """Python float of a number of Python's, NumPy's or MLX's; NaN for ``None``."""
     return math.nan if value is None else float(value)
 
 
-def weighted_mean(values: Sequence[float], shares: Sequence[float]) -> float:
-    """The mean of a client's steps, each with its share.
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Weighted mean over a client's steps.
 
     Raises:
-        ExamplesError: If all shares are 0.
+        ExamplesError: If all weights are 0.
     """
-    if not any(shares):
+    if not any(weights):
         raise ExamplesError("The loss or a metric has weight 0 on all of the client's examples.")
-    return math.fsum(v * s for v, s in zip(values, shares, strict=True)) / math.fsum(shares)
+    return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / math.fsum(weights)

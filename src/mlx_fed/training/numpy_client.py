@@ -1,7 +1,7 @@
-"""For programs on Flower's old API: an MLX task as a NumPyClient.
+"""NumPyClient of an MLX task, for programs on Flower's deprecated API.
 
-``start_client(client=MLXClient(task, data).to_client())`` runs as it did with one's own
-NumPyClient. New programs use :func:`mlx_fed.join` or :func:`mlx_fed.client_app`.
+``start_client(client=MLXClient(task, data).to_client())`` runs as with any NumPyClient. New
+programs use :func:`mlx_fed.join` or :func:`mlx_fed.client_app`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from .trainer import Trainer
 
 
 class MLXClient(NumPyClient):
-    """A client of Flower's ``start_server``.
+    """Client of Flower's ``start_server``.
 
     Parameters travel as a list in the model's order, without their names, and as float32 where
     NumPy has no such dtype (bfloat16). Running statistics follow them, so that a strategy
-    averages them too; one with an optimizer of its own, such as FedAdam, should not be given a
-    model that has any. What the task leaves with its clients, personal parameters and local
-    statistics, does not travel.
+    averages them too; a strategy with a server optimizer, such as FedAdam, should not have a model
+    with running statistics. Personal parameters and local statistics are not sent.
 
     Args:
-        task (Task): What is trained.
+        task (Task): The task.
         data (Data): This client's examples.
         client (int): The client's number, for its random keys. Default: ``0``.
         seed (int): The run's seed, for initial weights and random keys. Default: ``0``.
@@ -49,35 +48,34 @@ class MLXClient(NumPyClient):
         self.client_state: Mapping[str, mx.array] = {}
 
     def get_parameters(self, config: Mapping[str, Any]) -> list[np.ndarray]:
-        """The parameters and running statistics that travel, in the model's order."""
-        return [_to_numpy(array) for array in weights.get(self._traveling()).values()]
+        """Parameters and running statistics that are averaged, in the model's order."""
+        return [_to_numpy(array) for array in weights.get(self._averaged_slots()).values()]
 
     def set_parameters(self, parameters: list[np.ndarray]) -> None:
-        """Puts the arrays that travel into the model.
+        """Loads averaged arrays into the model.
 
         Raises:
             WeightsError: If their number or a shape differs; the message names the parameter.
         """
-        slots = self._traveling()
-        expected = named_arrays.spec(weights.get(slots))
-        if len(parameters) != len(expected):
+        slots = self._averaged_slots()
+        spec = named_arrays.spec(weights.get(slots))
+        if len(parameters) != len(spec):
             raise named_arrays.WeightsError(
-                f"got {len(parameters)} arrays for the model's {len(expected)} "
-                f"({', '.join(expected)})"
+                f"got {len(parameters)} arrays for the model's {len(spec)} ({', '.join(spec)})"
             )
-        named = {name: mx.array(a) for name, a in zip(expected, parameters, strict=True)}
-        weights.load(slots, master_weights.cast(named, expected))
+        arrays = {name: mx.array(a) for name, a in zip(spec, parameters, strict=True)}
+        weights.load(slots, master_weights.cast(arrays, spec))
 
-    def _traveling(self) -> dict[str, weights.Slot]:
-        """Where those arrays are held that are trained together."""
+    def _averaged_slots(self) -> dict[str, weights.Slot]:
+        """Slots of the arrays that are averaged over clients."""
         slots = self.trainer.slots
-        shared = {name: slots.parameters[name] for name in self.trainer.spec}
-        return shared | {n: slots.statistics[n] for n in self.trainer.statistics_spec}
+        parameters = {name: slots.parameters[name] for name in self.trainer.spec}
+        return parameters | {n: slots.statistics[n] for n in self.trainer.statistics_spec}
 
     def fit(
         self, parameters: list[np.ndarray], config: Mapping[str, Any]
     ) -> tuple[list[np.ndarray], int, dict[str, Any]]:
-        """Trains from the given parameters; settings may be in snake_case, as the old API has."""
+        """Local training from global parameters; settings may be in snake_case."""
         self.set_parameters(parameters)
         self.round += 1
         settings = {
@@ -103,7 +101,7 @@ class MLXClient(NumPyClient):
     def evaluate(
         self, parameters: list[np.ndarray], config: Mapping[str, Any]
     ) -> tuple[float, int, dict[str, Any]]:
-        """Loss, number of examples and metrics on the held-out examples."""
+        """Evaluation on ``Data.test``: loss, number of examples and metrics."""
         self.set_parameters(parameters)
         if self.data.test is None:
             raise ValueError("This client has no test examples: Data.test is None.")

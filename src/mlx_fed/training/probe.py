@@ -1,4 +1,4 @@
-"""What a task's functions do with a model, found out by calling them on a few examples."""
+"""Probes of a task's functions: their effects on a model, by calls on a few examples."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..arrays.examples import Examples
 from ..arrays.named_arrays import WeightsError
 from ..arrays.randomness import Keys, draw_keys_from
 from ..arrays.weights import Slots
-from .label_range import extreme_rows, indices_checked
+from .label_range import check_indices, extreme_rows
 from .programs import find_difference
-from .steps import augmented, running
+from .steps import augment_batch, forward_mode
 
 _ROWS = 8
-"""Examples whose values must not change with the padding after them, and rows of padding."""
+"""Rows of examples and rows of padding in a probe of padding."""
 _EXAMPLES = 8
-"""Examples that the effects of a forward pass are looked for with."""
+"""Examples in a probe of a forward pass's effects."""
 
 
 def check_effects(
@@ -36,7 +36,7 @@ def check_effects(
     note: Callable[[str], None],
     has_weight: bool,
 ) -> None:
-    """Checks that a forward pass in training mode changes no array but the declared buffers.
+    """Check that a forward pass in training mode changes no array but the declared buffers.
 
     Args:
         model (nn.Module): The model, which is as before afterwards.
@@ -45,7 +45,7 @@ def check_effects(
         batch: A batch.
         augment (callable, optional): The task's.
         config (dict, optional): The settings, for a loss that takes them.
-        note (callable): Told what is not carried from step to step, or not used.
+        note (callable): ``note(text)`` logs values that are not carried from step to step.
         has_weight (bool): Whether the loss returns (mean, weight).
 
     Raises:
@@ -55,17 +55,17 @@ def check_effects(
 
     def call(batch: Examples) -> Any:
         with randomness.seed_generators(0, "probe"), _keys() as keys:
-            rows = augmented(augment, keys.next(), batch) if augment else batch
+            rows = augment_batch(augment, keys.next(), batch) if augment else batch
             return examples.call(loss, model, rows, config)
 
-    with running(model, training=True):
+    with forward_mode(model, training=True):
         arrays = {n: module_state.alias(a) for n, a in module_state.arrays(model).items()}
         counters = module_state.counters(model)
         buffers = {n: module_state.alias(slot.get()) for n, slot in slots.statistics.items()}
-        with indices_checked():
+        with check_indices():
             output = call(batch)
         after = module_state.arrays(model)
-        changed = [
+        changes = [
             name
             for name, array in arrays.items()
             if name not in slots.statistics
@@ -73,26 +73,27 @@ def check_effects(
             and not _is_same(after[name], array)
             and not _equal(after[name], array)
         ]
-        moved = [n for n, v in module_state.counters(model).items() if counters.get(n, v) != v]
+        counters_after = module_state.counters(model)
+        numbers = [name for name, n in counters_after.items() if counters.get(name, n) != n]
         new = [name for name in after if name not in arrays]
-        remembers = not changed and _remembers(slots, buffers, call, batch, output)
-    if changed:
+        remembers = not changes and _remembers(slots, buffers, call, batch, output)
+    if changes:
         raise WeightsError(
-            f"The model's forward pass assigns another value to {_listed(changed)}. What it is to "
+            f"The model's forward pass assigns another value to {_quote(changes)}. What it is to "
             "keep from step to step has to be named: Task(buffers=lambda name: 'average' if name "
-            f"== {changed[0]!r} else None) averages it over clients as running statistics are; "
+            f"== {changes[0]!r} else None) averages it over clients as running statistics are; "
             "'local' leaves each client its own. What is to be trained must not be assigned there: "
             "compute what the layer uses in a variable, or change parameters in Task.train_step."
         )
     if remembers and new:
         raise WeightsError(
-            f"The model's forward pass creates {_listed(new)} and uses it in the next one. Create "
+            f"The model's forward pass creates {_quote(new)} and uses it in the next one. Create "
             "it in the module's __init__ instead, and name it in Task.buffers, so that it is kept "
             "from step to step."
         )
-    if moved:
+    if numbers:
         note(
-            f"the model's forward pass changes {_listed(moved)}, a number of Python's, which is "
+            f"the model's forward pass changes {_quote(numbers)}, a number of Python's, which is "
             "not kept from step to step: make it an mx.array and name it in Task.buffers"
         )
     elif remembers:
@@ -115,9 +116,9 @@ def _remembers(
     batch: Examples,
     output: Any,
 ) -> bool:
-    """Whether a loss depends on the forward passes before it other than through buffers.
+    """Whether a loss depends on earlier forward passes other than through buffers.
 
-    ``output`` is what the first call gave, from these values of the buffers.
+    ``output`` is that of the first call, from these values of the buffers.
     """
     weights.put(slots.statistics, buffers)
     with suppress(Exception):  # of a loss that needs different examples
@@ -127,7 +128,7 @@ def _remembers(
 
 
 def _value(output: Any) -> mx.array:
-    """What a loss returned, without what it returned beside it."""
+    """Loss alone, of an output that may be a tuple."""
     value = output[0] if isinstance(output, (tuple, list)) and output else output
     return value if isinstance(value, mx.array) else mx.array(0.0)
 
@@ -141,18 +142,18 @@ def is_paddable(
     training: bool,
     config: Mapping[str, Any] | None,
 ) -> bool:
-    """Whether each function gives a value an example, whatever other examples are in the batch.
+    """Whether each function returns a value for each example, independent of the other examples.
 
     Then a batch can be padded and the padding masked out. The functions are called on the same
     examples with different padding, with the same random keys, and for training the gradients of
-    the first are compared as well. Examples and parameters are random ones: the answer is the same
-    in each process and round, whatever data a client has.
+    the first are compared as well. Examples and parameters are random, so that the result is the
+    same in each process and round, whatever data a client has.
 
     Args:
         model (nn.Module): The model, which is as before afterwards.
         slots (Slots): Its arrays by kind.
         functions (list): The loss, or the loss and metrics.
-        arrays: Examples, of which only shapes and dtypes are looked at.
+        arrays: Examples, of which only shapes and dtypes are used.
         augment (callable, optional): The task's.
         training (bool): The model's mode.
         config (dict, optional): The settings, for functions that take them.
@@ -162,7 +163,7 @@ def is_paddable(
         return _depends_on_others(*arguments, arrays, 1.0, False) is False and not any(
             _depends_on_others(*arguments, arrays, scale, True) for scale in (4.0, 0.1)
         )
-    except Exception:  # a function that wants whole batches; what is wrong shows in training
+    except Exception:  # of a function that needs whole batches; training shows any fault
         return False
 
 
@@ -177,17 +178,17 @@ def _depends_on_others(
     scale: float,
     wide: bool,
 ) -> bool | None:
-    """Whether the values or gradients of examples change with the others of a batch, or a function
-    gives no value for each; ``None`` where values are not finite.
+    """Whether the values or gradients of examples change with the other examples of a batch, or a
+    function returns no value for each; ``None`` where values are not finite.
 
     Args:
-        scale (float): Of the random parameters: larger ones give larger losses.
+        scale (float): Factor of the random parameters: larger ones give larger losses.
         wide (bool): Examples of large and of negative numbers.
     """
     real, *paddings = (random_like(arrays, _ROWS, number, wide) for number in range(3))
     zeros = examples.replace_leaves(real, [mx.zeros_like(a) for a in examples.leaves(real)])
     longer = random_like(arrays, _ROWS + 1, 3, wide)  # is the length that of the batch?
-    batches = [_joined(real, rows) for rows in (*paddings, zeros, longer)]
+    batches = [_concatenate(real, rows) for rows in (*paddings, zeros, longer)]
     parameters = {
         name: (scale * array).astype(array.dtype)
         for name, array in random_parameters(weights.get(slots.parameters)).items()
@@ -199,15 +200,15 @@ def _depends_on_others(
         shape = (examples.count(batch),)
         if any(not isinstance(out, mx.array) or out.shape != shape for out in outputs):
             return True
-    plain, *others = [
+    plain, *variants = [
         [np.asarray(out[:_ROWS].astype(mx.float32)) for out in outputs] for outputs in values[:3]
     ]
     if not all(np.isfinite(out).all() for out in plain):
         return None
     if not all(
-        np.array_equal(out, expected)
-        for outputs in others
-        for out, expected in zip(outputs, plain, strict=True)
+        np.array_equal(out, reference)
+        for outputs in variants
+        for out, reference in zip(outputs, plain, strict=True)
     ):
         return True
 
@@ -217,7 +218,7 @@ def _depends_on_others(
             (values,) = _values(model, functions[:1], batch, augment, training, config)
             return values[:_ROWS].sum()
 
-        with running(model, training):
+        with forward_mode(model, training):
             return mx.grad(total)(parameters)
 
     if not training:
@@ -226,12 +227,12 @@ def _depends_on_others(
 
 
 def random_like(arrays: Examples, size: int, number: int, wide: bool = False) -> Examples:
-    """Random examples with the shapes and dtypes of others: positive numbers, integers of 0 and 1.
+    """Random examples of given shapes and dtypes: positive numbers, integers of 0 and 1.
 
     Args:
         arrays: Examples, or a batch.
         size (int): How many.
-        number (int): Another for other examples.
+        number (int): Seed.
         wide (bool): Large and negative numbers as well.
     """
     keys = Keys(randomness.key(0, "random examples", number))
@@ -248,11 +249,11 @@ def random_like(arrays: Examples, size: int, number: int, wide: bool = False) ->
 
 
 def random_parameters(parameters: Mapping[str, mx.array], number: int = 0) -> dict[str, mx.array]:
-    """Random parameters with the shapes and dtypes of others; weights scaled by their inputs.
+    """Random parameters of given shapes and dtypes; weights scaled by their inputs.
 
     Args:
         parameters (dict): Parameters by name.
-        number (int): Another for other parameters.
+        number (int): Seed.
     """
     keys = Keys(randomness.key(0, "random parameters", number))
 
@@ -265,7 +266,7 @@ def random_parameters(parameters: Mapping[str, mx.array], number: int = 0) -> di
 
 
 def sample(arrays: Examples) -> Examples:
-    """The first few examples, and those with the least and the largest label."""
+    """Sample of examples: the first few, and those with the least and the largest label."""
     first = range(min(_EXAMPLES, examples.count(arrays)))
     return _rows(arrays, [*first, *extreme_rows(arrays)])
 
@@ -284,8 +285,8 @@ def _values(
 ) -> list[Any]:
     values = []
     for function in functions:
-        with running(model, training), _keys() as keys:
-            rows = augmented(augment, keys.next(), batch) if augment else batch
+        with forward_mode(model, training), _keys() as keys:
+            rows = augment_batch(augment, keys.next(), batch) if augment else batch
             values.append(examples.call(function, model, rows, config))
     return values
 
@@ -294,16 +295,14 @@ def _rows(arrays: Examples, rows: list[int]) -> Examples:
     return examples.take(arrays, mx.array(rows, mx.uint32))
 
 
-def _joined(arrays: Examples, others: Examples) -> Examples:
-    pairs = zip(examples.leaves(arrays), examples.leaves(others), strict=True)
+def _concatenate(arrays: Examples, padding: Examples) -> Examples:
+    pairs = zip(examples.leaves(arrays), examples.leaves(padding), strict=True)
     return examples.replace_leaves(arrays, [mx.concatenate(list(pair)) for pair in pairs])
 
 
-def _is_same(array: mx.array, other: mx.array) -> bool:
+def _is_same(a: mx.array, b: mx.array) -> bool:
     """Whether two arrays have their values at one address, so that they need not be compared."""
-    if array.shape != other.shape or array.dtype != other.dtype:
-        return False
-    return len({_address(array), _address(other)}) == 1
+    return a.shape == b.shape and a.dtype == b.dtype and len({_address(a), _address(b)}) == 1
 
 
 def _address(array: mx.array) -> int:
@@ -312,16 +311,16 @@ def _address(array: mx.array) -> int:
     return np.asarray(array).ctypes.data
 
 
-def _equal(array: mx.array, other: mx.array, tolerance: float = 0.0) -> bool:
-    if array.shape != other.shape or array.dtype != other.dtype:
+def _equal(array: mx.array, reference: mx.array, tolerance: float = 0.0) -> bool:
+    if array.shape != reference.shape or array.dtype != reference.dtype:
         return False
     if mx.issubdtype(array.dtype, mx.inexact) and array.dtype != mx.complex64:
-        values, expected = (np.asarray(a.astype(mx.float32)) for a in (array, other))
-        size = float(np.abs(expected[np.isfinite(expected)]).max(initial=0))
-        return np.allclose(values, expected, rtol=0, atol=tolerance * size, equal_nan=True)
-    return bool(mx.array_equal(array, other).item())
+        values, plain = (np.asarray(a.astype(mx.float32)) for a in (array, reference))
+        size = float(np.abs(plain[np.isfinite(plain)]).max(initial=0))
+        return np.allclose(values, plain, rtol=0, atol=tolerance * size, equal_nan=True)
+    return bool(mx.array_equal(array, reference).item())
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+def _quote(names: Sequence[str]) -> str:
+    text = ", ".join(repr(name) for name in names[:3])
+    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text

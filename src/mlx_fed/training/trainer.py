@@ -1,6 +1,6 @@
-"""A client's local work: training steps and evaluation, each one compiled program.
+"""Local training and evaluation of a client, each step one compiled program.
 
-Knows nothing of Flower: named arrays come in, named arrays and metrics go out.
+Arguments and results are named arrays and metrics: there is nothing of Flower here.
 """
 
 from __future__ import annotations
@@ -21,27 +21,25 @@ from ..system import calls
 from ..task import Config, Data, Split, Task, fingerprint_of
 from ..task_settings import TracedConfig
 from .batches import BatchLoader
+from .client_arrays import ClientArrays, restore_counters, state_of_kind
 from .evaluation import Evaluator
 from .metrics import Evaluation, count_units, weighted_mean
+from .optimizer_state import initial_state, signature, state_of
 from .programs import Program, compiled
 from .steps import (
-    Client,
-    Shared,
-    Step,
-    counters_of,
+    StepContext,
+    StepResult,
+    TrainState,
     custom_step,
-    initial_state,
-    signature,
     training_step,
 )
 
 
 class ClientUpdate(NamedTuple):
-    """What a round of local training gives: arrays by name, and metrics in kebab-case.
+    """Update of a client after local training: arrays by name, and metrics in kebab-case.
 
-    ``client_state`` is what the client keeps until it trains or evaluates again: see
-    :meth:`Trainer.train`. It is empty where the update is not finite: what the client kept
-    before then stands.
+    ``client_state`` is for the client's next training or evaluation: see :meth:`Trainer.train`. It
+    is empty where the update is not finite: the state before then stays valid.
     """
 
     parameters: Mapping[str, mx.array]
@@ -51,16 +49,15 @@ class ClientUpdate(NamedTuple):
 
 
 class TrainingPrograms(NamedTuple):
-    """What runs compiled: a new optimizer's state, and a step (see
-    :mod:`~mlx_fed.training.steps`) with
-    what seeds it."""
+    """Compiled functions of training: a new optimizer's state, and a step (see
+    :mod:`~mlx_fed.training.steps`), which takes a seed first."""
 
     initial_state: Callable[..., Arrays]
-    step: Callable[..., Step]
+    step: Callable[..., StepResult]
 
 
 class Trainer:
-    """A task's model and compiled programs, resident from round to round.
+    """Trainer of a task: its model and compiled programs, resident from round to round.
 
     Args:
         task (Task): What is trained.
@@ -68,40 +65,31 @@ class Trainer:
             initial and frozen values.
 
     Attributes:
-        spec (dict): Shape and dtype of each parameter that is trained together, by name.
-        statistics_spec (dict): The same of the running statistics that travel.
+        client_arrays (ClientArrays): Which arrays are averaged, and which stay with a client.
+        spec (dict): Shape and dtype of each parameter that is averaged, by name.
+        statistics_spec (dict): The same of the running statistics that are averaged.
         all_statistics_spec (dict): The same of all running statistics.
-        notes (dict): In words, as keys: what the run should say, such as why steps are not
+        notes (dict): Messages for the run's or the node's log, as keys, such as why steps are not
             compiled.
-        has_client_state (bool): Whether clients keep arrays from round to round.
     """
 
     def __init__(self, task: Task, seed: int = 0):
         self.task, self.seed = task, seed
         self.model = weights.build_model(task.model, seed)
-        travels = task.buffers or (lambda name: None)
-        self._is_buffer = lambda name: bool(travels(name))
+        buffer_kind = task.buffers or (lambda name: None)
+        self._is_buffer = lambda name: bool(buffer_kind(name))
         self.slots = weights.find_slots(self.model, self._is_buffer)
         if not self.slots.parameters:
             raise named_arrays.WeightsError(
                 "The model has no trainable floating-point parameters: nothing to federate."
             )
         mx.eval(weights.get(self.slots.statistics))
-        personal = task.personal or (lambda name: False)
-        self._shared = [name for name in self.slots.parameters if not personal(name)]
-        if not self._shared:
-            raise named_arrays.WeightsError(
-                "Every parameter is personal (Task.personal): nothing to federate."
-            )
-        self._personal = [name for name in self.slots.parameters if personal(name)]
-        local = {name: (travels(name) or task.statistics) for name in self.slots.statistics}
-        self._local = _local_statistics(self.slots, local)
-        self.has_client_state = bool(self._personal or self._local) or task.keep_optimizer
+        self.client_arrays = ClientArrays(task, self.slots)
         self.spec = named_arrays.spec(self.parameters())
         self.statistics_spec = named_arrays.spec(self.statistics())
         self.all_statistics_spec = named_arrays.spec(weights.get(self.slots.statistics))
         self.notes: dict[str, None] = {}
-        self._taken: set[str] = set()
+        self._num_taken = 0
         self.takes_config = task.train_step is not None or examples.takes_config(task.loss)
         self.batches = BatchLoader(task, self.model, self.slots, self.note)
         self._training: tuple[Any, TrainingPrograms] | None = None
@@ -109,14 +97,14 @@ class Trainer:
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What the task says has to be the same on every machine: asked for by who leads a run."""
+        """Fingerprint of the task, which has to be the same on all machines: the server's asks."""
         return fingerprint_of(self.task)
 
     @cached_property
     def frozen(self) -> frozen.Digests:
-        """What the frozen arrays are known by, but for those that the fingerprint stands for.
+        """Digests of the frozen arrays that the fingerprint does not cover, before training.
 
-        It is asked for before anything is trained. Of large ones nothing stays in memory for it.
+        Large arrays are built anew for it, so that they do not stay in memory.
         """
         covers = self.task.fingerprint_covers or (lambda name: False)
         names = [name for name in self.slots.frozen if not covers(name)]
@@ -129,33 +117,31 @@ class Trainer:
         return frozen.digest_arrays(arrays)
 
     def parameters(self) -> Arrays:
-        """The model's parameters that are trained together, by name."""
-        return {name: self.slots.parameters[name].get() for name in self._shared}
+        """Current parameters of the model that are averaged, by name."""
+        return {name: self.slots.parameters[name].get() for name in self.client_arrays.shared}
 
     def statistics(self) -> Arrays:
-        """The model's running statistics that travel, by name."""
-        local = self._local
-        return {name: s.get() for name, s in self.slots.statistics.items() if name not in local}
+        """Current running statistics of the model that are averaged, by name."""
+        names = self.client_arrays.averaged_statistics
+        return {name: self.slots.statistics[name].get() for name in names}
 
     def note(self, text: str) -> None:
-        """Notes once in a process what the run or the node's log should say."""
+        """Adds a message for the log, once in a process."""
         self.notes.setdefault(text)
 
     def take_notes(self) -> list[str]:
-        """The notes that were not taken before."""
-        texts = [text for text in self.notes if text not in self._taken]
-        self._taken.update(texts)
+        """Messages since the last call."""
+        texts = list(self.notes)[self._num_taken :]
+        self._num_taken += len(texts)
         return texts
 
     def release_parameters(self) -> None:
-        """Frees the model's parameters, which are zeros until others are put in their place.
+        """Frees the memory of the model's parameters: they are zeros until others replace them.
 
         A server has them as masters. Zeros take no memory before something is computed with them.
         """
-        shared = {name: self.slots.parameters[name] for name in self._shared}
-        weights.put(
-            shared, {name: mx.zeros_like(array) for name, array in weights.get(shared).items()}
-        )
+        slots = {name: self.slots.parameters[name] for name in self.client_arrays.shared}
+        weights.put(slots, {name: mx.zeros_like(a) for name, a in weights.get(slots).items()})
 
     def train(
         self,
@@ -167,7 +153,7 @@ class Trainer:
         client: int = 0,
         client_state: Mapping[str, mx.array] | None = None,
     ) -> ClientUpdate:
-        """Trains from the given arrays on ``data.train``.
+        """Local training of a client on ``data.train``, from the global arrays.
 
         Args:
             parameters (dict): Parameters by name, as :attr:`spec` has them.
@@ -175,16 +161,16 @@ class Trainer:
             data (Data): The client's examples.
             config (dict): The server's settings: ``seed``, ``server-round`` and whatever the
                 task's optimizer reads. ``batch-size``, ``local-epochs``, ``local-steps`` and
-                ``max-grad-norm`` stand over the task's own, ``proximal-mu`` adds FedProx's
-                proximal term (https://arxiv.org/abs/1812.06127).
+                ``max-grad-norm`` override the task's, ``proximal-mu`` adds FedProx's proximal
+                term (https://arxiv.org/abs/1812.06127).
             client (int): The client's partition, for its random keys.
-            client_state (dict, optional): What the client kept of its last update: its personal
+            client_state (dict, optional): That of the client's last update: its personal
                 parameters, its statistics and its optimizer's state, as the task says.
 
         Returns:
-            Update: The metrics are ``num-examples``, the number of examples in a pass (of a
+            ClientUpdate: The metrics are ``num-examples``, the number of examples in a pass (of a
             stream without a length: those that it gave), and ``loss``, the mean over all steps;
-            and what :func:`counted` gives.
+            and those of :func:`count_units`.
 
         Raises:
             WeightsError: If the arrays do not fit the model.
@@ -192,88 +178,76 @@ class Trainer:
         """
         named_arrays.check(self.spec, named_arrays.spec(parameters))
         named_arrays.check(self.statistics_spec, named_arrays.spec(statistics))
-        moment = randomness.round_seed(config, client)
-        began = time.perf_counter()
-        everything, statistics = self.combine_client_state(parameters, statistics, client_state)
-        with self.holding(everything, statistics):
-            batches = self.batches.training(data, config, moment)
-        first = next(batches, None)
-        if first is None:
+        seed = randomness.round_seed(config, client)
+        start_time = time.perf_counter()
+        start = self.client_arrays.combine(parameters, statistics, client_state)
+        with self.load_arrays(*start):
+            batches = self.batches.training(data, config, seed)
+        batch = next(batches, None)
+        if batch is None:
             raise ValueError("The client has no training examples.")
-        mx.async_eval(first[0])  # the device is at it while the rest is made ready
+        mx.async_eval(batch[0])  # the device starts while the programs are prepared
         optimizer = calls.call("Task.optimizer", self.task.optimizer, TracedConfig(config))
         programs = self.training_programs(optimizer, config)
-        counters = _going_on(counters_of(optimizer), client_state)
-        state = _kept(client_state, "state", programs.initial_state(counters, everything))
-        at = Client(everything, statistics, state, randomness.key(*moment, "layers"))
-        mu = float(config.get("proximal-mu", 0.0))
-        anchor = (parameters, mx.array(mu)) if mu else None
+        counters = restore_counters(state_of(optimizer), client_state)
+        optimizer_state = programs.initial_state(counters, start[0])
+        optimizer_state |= state_of_kind(client_state, "state")
+        state = TrainState(*start, optimizer_state, randomness.key(*seed, "layers"))
+        proximal = proximal_term(parameters, config)
 
-        losses: list[Any] = []
-        shares: list[Any] = []
+        losses: list[mx.array] = []
+        step_weights: list[mx.array] = []
         num_examples = 0
-        for step, (batch, mask, size) in enumerate(chain([first], batches), 1):
-            shared = Shared(counters, anchor, self.moment(config, step))
-            at, counters, loss, weight = programs.step((*moment, step), at, shared, batch, mask)
-            mx.async_eval(at, loss)
-            losses.append(loss)
-            shares.append(weight)
+        for step, (arrays, mask, size) in enumerate(chain([batch], batches), 1):
+            context = StepContext(counters, proximal, self.round_and_step(config, step))
+            result = programs.step((*seed, step), state, context, arrays, mask)
+            state, counters = result.state, result.counters
+            mx.async_eval(state, result.loss)
+            losses.append(result.loss)
+            step_weights.append(result.weight)
             num_examples += size
-        mx.eval(at, losses, shares)
-        seconds = time.perf_counter() - began
-        counts = [share.item() for share in shares]
-        mean = weighted_mean([loss.item() for loss in losses], counts)
+        mx.eval(state, losses, step_weights)
+        seconds = time.perf_counter() - start_time
+        loss_weights: Any = [weight.item() for weight in step_weights]
+        loss_values: Any = [loss.item() for loss in losses]
         if not callable(data.train):
             num_examples = examples.count(self.batches.resident(data.train))
         elif isinstance(data.train, Sized):
             num_examples = len(data.train)
-        metrics: dict[str, int | float] = {"num-examples": num_examples, "loss": mean}
-        metrics |= count_units(self.task, counts, seconds)
-        metrics |= self.first_loss(everything, statistics, data, config)
-        return self.update(at, counters, metrics)
+        metrics: dict[str, int | float] = {
+            "num-examples": num_examples,
+            "loss": weighted_mean(loss_values, loss_weights),
+        }
+        metrics |= count_units(self.task, loss_weights, seconds)
+        metrics |= self.first_loss(*start, data, config)
+        return self.make_update(state, counters, metrics)
 
     def first_loss(
         self, parameters: Arrays, statistics: Arrays, data: Data, config: Config
     ) -> dict[str, float]:
-        """The loss before training, under the setting ``train-loss-key``: QFedAvg's asks for it."""
+        """Loss before training, by the name in the setting ``train-loss-key``, for QFedAvg."""
         key = config.get("train-loss-key")
         if not key:
             return {}
-        with self.holding(parameters, statistics):
+        with self.load_arrays(parameters, statistics):
             loss = self.evaluator.loss(parameters, statistics, data.train, config)
         return {str(key): loss}
 
-    def combine_client_state(
-        self, parameters: Arrays, statistics: Arrays, client_state: Mapping[str, mx.array] | None
-    ) -> tuple[Arrays, Arrays]:
-        """All parameters in the model's order, and the statistics: the client's own ones of
-        those that it keeps, the model's first ones before it has any."""
-        if not self.has_client_state:
-            return parameters, statistics
-        local = {name: self.slots.statistics[name].get() for name in self._local}
-        statistics = {**statistics, **_kept(client_state, "statistics", local)}
-        statistics = {name: statistics[name] for name in self.slots.statistics}
-        personal = {name: self.slots.parameters[name].get() for name in self._personal}
-        both = {**parameters, **_kept(client_state, "parameters", personal)}
-        return {name: both[name] for name in self.slots.parameters}, statistics
-
-    def update(self, at: Client, counters: Arrays, metrics: dict[str, int | float]) -> ClientUpdate:
-        """What is sent of what a client has come to, and what it keeps."""
-        if not self.has_client_state:
-            return ClientUpdate(at.parameters, at.statistics, metrics)
-        client_state = {f"parameters/{name}": at.parameters[name] for name in self._personal}
-        client_state |= {f"statistics/{name}": at.statistics[name] for name in self._local}
-        statistics = {name: at.statistics[name] for name in self.statistics_spec}
-        if self.task.keep_optimizer:
-            client_state |= {f"counters/{name}": array for name, array in counters.items()}
-            client_state |= {f"state/{name}": array for name, array in at.state.items()}
-            mx.eval(client_state)
-        shared = {name: at.parameters[name] for name in self._shared}
-        # The server passes over a round that diverged; kept, it would be in all that follow.
-        finite = named_arrays.are_finite(
-            (*client_state.values(), *shared.values(), *statistics.values())
+    def make_update(
+        self, state: TrainState, counters: Arrays, metrics: dict[str, int | float]
+    ) -> ClientUpdate:
+        """Client update of a training state: what is sent, and the new client state."""
+        arrays = self.client_arrays
+        if not arrays.has_client_state:
+            return ClientUpdate(state.parameters, state.statistics, metrics)
+        client_state = arrays.client_state(state, counters)
+        parameters = {name: state.parameters[name] for name in arrays.shared}
+        statistics = {name: state.statistics[name] for name in arrays.averaged_statistics}
+        # The server rejects an update that diverged; a client state would carry it further.
+        is_finite = named_arrays.are_finite(
+            (*client_state.values(), *parameters.values(), *statistics.values())
         )
-        return ClientUpdate(shared, statistics, metrics, client_state if finite else {})
+        return ClientUpdate(parameters, statistics, metrics, client_state if is_finite else {})
 
     def evaluate(
         self,
@@ -302,12 +276,12 @@ class Trainer:
         """
         named_arrays.check(self.spec, named_arrays.spec(parameters))
         named_arrays.check(self.statistics_spec, named_arrays.spec(statistics))
-        everything, statistics = self.combine_client_state(parameters, statistics, client_state)
-        with self.holding(everything, statistics):
-            return self.evaluator.evaluate(everything, statistics, split, config)
+        arrays = self.client_arrays.combine(parameters, statistics, client_state)
+        with self.load_arrays(*arrays):
+            return self.evaluator.evaluate(*arrays, split, config)
 
     def warm_up(self, data: Data, config: Config) -> None:
-        """Compiles the programs on one batch, so that the first round does not wait for it."""
+        """Compiles the programs by a step on one batch, before the first round."""
         start = self.parameters(), self.statistics()
         self.train(*start, data, {"server-round": 1, **config, "local-steps": 1})
         if data.test is None or callable(data.test):
@@ -317,7 +291,7 @@ class Trainer:
     # -- programs --------------------------------------------------------------------------
 
     def training_programs(self, optimizer: Any, config: Config) -> TrainingPrograms:
-        """The compiled programs, traced anew only when what is baked into them changes."""
+        """Compiled programs of training, traced anew only when a constant in them changes."""
         key = self.training_key(optimizer, config)
         if self._training is None or self._training[0] != key:
             mx.eval(self.model.parameters())  # or each step would compute the frozen ones anew
@@ -327,32 +301,32 @@ class Trainer:
     def _new_programs(self, optimizer: Any, config: Config) -> TrainingPrograms:
         arguments = (self.model, self.slots, self.task, optimizer, config)
         if self.task.train_step is not None:
-            step: Callable[..., Step] = custom_step(*arguments)
-            program = Program(step, _figures, False, self.note, "training")
+            step: Callable[..., StepResult] = custom_step(*arguments)
+            program = Program(step, _compared_arrays, False, self.note, "training")
             return TrainingPrograms(lambda counters, parameters: {}, program)
         step = training_step(*arguments)
-        program = Program(step, _figures, self.task.compile, self.note, "training")
+        program = Program(step, _compared_arrays, self.task.compile, self.note, "training")
         return TrainingPrograms(compiled(initial_state(optimizer)), program)
 
-    def moment(self, config: Config, step: int) -> tuple[mx.array, mx.array] | None:
-        """The round and the step as arrays, for a loss that takes the settings."""
+    def round_and_step(self, config: Config, step: int) -> tuple[mx.array, mx.array] | None:
+        """Round and local step, int32 scalars, for a loss that takes the settings."""
         if not self.takes_config:
             return None
         return mx.array(int(config.get("server-round", 0))), mx.array(step)
 
     @contextmanager
-    def holding(self, parameters: Arrays, statistics: Arrays) -> Iterator[None]:
-        """Puts arrays into the model for a while."""
+    def load_arrays(self, parameters: Arrays, statistics: Arrays) -> Iterator[None]:
+        """Context in which the model has these arrays; its arrays before are restored."""
         slots = {**self.slots.parameters, **self.slots.statistics}
-        before = weights.get(slots)
+        arrays = weights.get(slots)
         weights.put(slots, {**parameters, **statistics})
         try:
             yield
         finally:
-            weights.put(slots, before)
+            weights.put(slots, arrays)
 
     def training_key(self, optimizer: Any, config: Config) -> Any:
-        """What is baked into a traced step, apart from the task and the shapes."""
+        """Key of the constants in a traced step, apart from the task and the shapes."""
         if self.task.train_step is not None:
             return object()  # its optimizers are new with each client
         settings: Any = ()
@@ -362,52 +336,18 @@ class Trainer:
         return signature(optimizer), norm, settings
 
 
-def _local_statistics(slots: weights.Slots, travels: Mapping[str, str]) -> set[str]:
-    """The names of the statistics that each client keeps for itself.
-
-    Raises:
-        WeightsError: If Task.buffers says something else, or would average whole numbers.
-    """
-    for name, how in travels.items():
-        if how not in ("average", "local"):
-            raise named_arrays.WeightsError(
-                f'Task.buffers gives {how!r} for {name!r}: it gives "average", "local" or None.'
-            )
-        dtype = slots.statistics[name].get().dtype
-        if how == "average" and not mx.issubdtype(dtype, mx.floating):
-            raise named_arrays.WeightsError(
-                f"The buffer {name!r} is {named_arrays.dtype_name(dtype)}, which has no average: "
-                'let Task.buffers give "local" for it, so that each client keeps its own.'
-            )
-    return {name for name, how in travels.items() if how == "local"}
+def proximal_term(parameters: Arrays, config: Config) -> tuple[Arrays, mx.array] | None:
+    """Global parameters and FedProx's factor, or ``None`` without the setting ``proximal-mu``."""
+    mu = float(config.get("proximal-mu", 0.0))
+    return (parameters, mx.array(mu)) if mu else None
 
 
-def _figures(step: Step) -> Arrays:
-    """What of a step's result has to be the same, compiled or not."""
-    statistics = {f"statistics {name!r}": a for name, a in step.client.statistics.items()}
+def _compared_arrays(step: StepResult) -> Arrays:
+    """Arrays of a step's result that have to be the same, compiled or not."""
+    statistics = {f"statistics {name!r}": a for name, a in step.state.statistics.items()}
     # Adam's first update is the gradient's sign, rounding's where the gradient is zero. The state
     # has the gradient itself; plain SGD leaves it zero.
-    after = {f"the optimizer's state {path!r}": a for path, a in step.client.state.items()}
-    if not any(array.any().item() for array in after.values()):
-        after = {f"parameter {name!r}": a for name, a in step.client.parameters.items()}
-    return {"the loss": step.loss, "its weight": step.weight, **statistics, **after}
-
-
-def _going_on(counters: Arrays, client_state: Mapping[str, mx.array] | None) -> Arrays:
-    """A new optimizer's scalars with what a client has kept of them, such as its steps.
-
-    The learning rate, which MLX has among them, stays the new one's: settings and tasks may give
-    each round another, and a schedule computes it from the steps.
-    """
-    kept = _kept(client_state, "counters", {}).items()
-    return counters | {k: v for k, v in kept if k.rpartition(".")[2] != "learning_rate"}
-
-
-def _kept(client_state: Mapping[str, mx.array] | None, kind: str, otherwise: Arrays) -> Arrays:
-    """What a client has kept of a kind, by name; ``otherwise`` before it has kept anything."""
-    kept = {
-        name.removeprefix(f"{kind}/"): array
-        for name, array in (client_state or {}).items()
-        if name.startswith(f"{kind}/")
-    }
-    return {**otherwise, **kept}
+    update = {f"the optimizer's state {p!r}": a for p, a in step.state.optimizer_state.items()}
+    if not any(array.any().item() for array in update.values()):
+        update = {f"parameter {name!r}": a for name, a in step.state.parameters.items()}
+    return {"the loss": step.loss, "its weight": step.weight, **statistics, **update}

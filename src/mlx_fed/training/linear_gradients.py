@@ -1,10 +1,10 @@
-"""Linear layers whose gradients come in the order of their weights.
+"""Gradients of linear layers in the memory order of their weights.
 
-A linear layer multiplies by its weight's transpose, so MLX gives the weight's gradient as the
-transpose of a product. An optimizer then goes through the two in different orders, element by
-element, which takes long on a CPU. Here the product is made the other way round: the same sums,
-laid out as the weight is, and the same bits where the BLAS adds up rows and columns alike, as it
-does on some CPUs and for some shapes.
+A linear layer multiplies by its weight's transpose, so MLX returns the weight's gradient as the
+transpose of a product. An optimizer then reads the two arrays in different orders, element by
+element, which is slow on a CPU. Here the factors are exchanged: the same sums in the weight's
+layout, and the same bits where the BLAS sums rows and columns in one order, which depends on the
+CPU and the shapes.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from ..arrays.weights import Slots
 
 
 def layers(slots: Slots) -> list[nn.Linear]:
-    """The plain linear layers among those that are trained: a subclass may do as it likes."""
+    """Trained layers of the class ``nn.Linear`` itself: a subclass may compute something else."""
     owners = [owner for owner, key in slots.parameters.values() if key == "weight"]
     return [owner for owner in owners if type(owner) is nn.Linear]
 
 
 @contextmanager
-def in_order(layers: Iterable[nn.Linear]) -> Iterator[None]:
-    """While a program is traced: what the layers compute has its gradient in the weights' order.
+def in_weight_order(layers: Iterable[nn.Linear]) -> Iterator[None]:
+    """Context in which the gradients of these layers have the weights' order, for tracing.
 
-    The layers keep their class, which models may ask for. ``nn.Linear`` is another only while a
-    thread is in here, and only for the layers that this thread has named.
+    The layers keep their class, which models may test for. ``nn.Linear.__call__`` is replaced only
+    while a thread is in this context, and computes as before for all other layers.
     """
     global _users
-    before, _traced.layers = _layers(), {id(layer) for layer in layers}
+    outer_layers, _traced.layers = _layers(), {id(layer) for layer in layers}
     with _LOCK:
-        if not _users and nn.Linear.__call__ is _PLAIN:  # not one that somebody has put there
+        if not _users and nn.Linear.__call__ is _PLAIN:  # unless it is replaced already
             nn.Linear.__call__ = _call  # type: ignore[method-assign]
         _users += 1
     try:
         yield
     finally:
-        _traced.layers = before
+        _traced.layers = outer_layers
         with _LOCK:
             _users -= 1
             if not _users and nn.Linear.__call__ is _call:
@@ -56,7 +56,7 @@ _traced = threading.local()
 
 
 def _layers() -> set[int]:
-    """The layers, by identity, that this thread computes in their weights' order."""
+    """Identities of the layers whose gradients this thread computes in the weights' order."""
     return getattr(_traced, "layers", set())
 
 
@@ -68,10 +68,10 @@ def _call(self: nn.Linear, x: mx.array) -> Any:
     return (_affine if "bias" in self else _product)(*operands)
 
 
-def _in_order_gradients(cotangent: mx.array, x: mx.array, weight: mx.array) -> list[mx.array]:
-    """Those of ``x`` and ``weight``, each in its own dtype: either may be the wider one."""
-    of_weight = _rows(cotangent).T @ _rows(x)
-    return [(cotangent @ weight).astype(x.dtype), of_weight.astype(weight.dtype)]
+def _gradients(cotangent: mx.array, x: mx.array, weight: mx.array) -> list[mx.array]:
+    """Gradients of ``x`` and ``weight``, each in the dtype of its array: either may be wider."""
+    gradient = _rows(cotangent).T @ _rows(x)
+    return [(cotangent @ weight).astype(x.dtype), gradient.astype(weight.dtype)]
 
 
 def _rows(array: mx.array) -> mx.array:
@@ -85,7 +85,7 @@ def _product(x: mx.array, weight: mx.array) -> Any:
 
 @_product.vjp
 def _(primals, cotangent, output):
-    return _in_order_gradients(cotangent, *primals)
+    return _gradients(cotangent, *primals)
 
 
 @_product.jvp
@@ -102,11 +102,11 @@ def _affine(x: mx.array, weight: mx.array, bias: mx.array) -> Any:
 def _(primals, cotangent, output):
     x, weight, bias = primals
 
-    def spread(bias: mx.array) -> mx.array:
+    def broadcast(bias: mx.array) -> mx.array:
         return mx.broadcast_to(bias.astype(cotangent.dtype), cotangent.shape)
 
-    _, of_bias = mx.vjp(spread, [bias], [cotangent])
-    return _in_order_gradients(cotangent, x, weight) + of_bias
+    _, bias_gradient = mx.vjp(broadcast, [bias], [cotangent])
+    return _gradients(cotangent, x, weight) + bias_gradient
 
 
 @_affine.jvp
@@ -116,10 +116,10 @@ def _(primals, tangents):
 
 
 def _tangent(primals: Any, tangents: Any) -> mx.array:
-    """Forward mode. Without it MLX's tangents are right, but their gradients are not."""
+    """Forward-mode derivative. Without it MLX's tangents are right, but not their gradients."""
     x, weight = primals
-    of_x, of_weight = tangents
+    x_tangent, weight_tangent = tangents
     tangent = mx.zeros((*x.shape[:-1], weight.shape[0]), mx.result_type(x, weight))
-    if of_x is not None:
-        tangent = tangent + of_x @ weight.T
-    return tangent if of_weight is None else tangent + x @ of_weight.T
+    if x_tangent is not None:
+        tangent = tangent + x_tangent @ weight.T
+    return tangent if weight_tangent is None else tangent + x @ weight_tangent.T

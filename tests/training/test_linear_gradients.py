@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_fed.training import linear
+from mlx_fed.training import linear_gradients
 from mlx_fed.arrays import weights
 
 from ..helpers.simulated import SAME_BITS
@@ -26,7 +26,7 @@ def gradients(layer: nn.Linear, x: mx.array, cotangent: mx.array, in_order: bool
         layer.update(dict(zip(parameters, arrays, strict=False)))
         return layer(arrays[-1])
 
-    with linear.in_order([layer] if in_order else []):
+    with linear_gradients.in_weight_order([layer] if in_order else []):
         outputs, grads = mx.vjp(call, [*parameters.values(), x], [cotangent])
     layer.update(parameters)
     return [*outputs, *grads]
@@ -88,10 +88,10 @@ class Scaled(nn.Linear):
 def test_only_plain_linear_layers_that_are_trained_are_changed_and_only_for_a_while():
     model = nn.Sequential(nn.Linear(4, 4), Scaled(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
     model.layers[2].freeze()
-    chosen = linear.layers(weights.find_slots(model))
+    chosen = linear_gradients.layers(weights.find_slots(model))
     assert chosen == [model.layers[0]]
     plain = nn.Linear.__call__
-    with linear.in_order(chosen):
+    with linear_gradients.in_weight_order(chosen):
         assert nn.Linear.__call__ is not plain
         assert [type(layer) for layer in model.layers] == [
             nn.Linear,
@@ -99,7 +99,7 @@ def test_only_plain_linear_layers_that_are_trained_are_changed_and_only_for_a_wh
             nn.Linear,
             nn.LayerNorm,
         ]
-        with linear.in_order([]):
+        with linear_gradients.in_weight_order([]):
             pass
         assert nn.Linear.__call__ is not plain
     assert nn.Linear.__call__ is plain
