@@ -72,3 +72,23 @@ def test_no_test_file_imports_from_another():
                 names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
                 is_ours = node.level or names[0] == "tests"
                 assert not (is_ours and any(name.startswith("test_") for name in names)), path
+
+
+def test_private_modules_of_flower_are_imported_in_one_folder():
+    public = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.client"}
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module or ""] if node.level == 0 else []
+            else:
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                is_private = module.split(".")[0] == "flwr" and not any(
+                    f"{module}.".startswith(f"{name}.") for name in public
+                )
+                assert not is_private or path.parent == ROOT / "flower", f"{path}: {module}"
+
+
+def test_every_module_has_a_docstring():
+    for path in ROOT.rglob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
