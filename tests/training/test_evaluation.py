@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from mlx_fed.rounds.checkpoint import Best
 from mlx_fed.training.evaluation_step import mean_and_weight
 from mlx_fed.rounds.phase import Model
-from mlx_fed.rounds.resume import Position
+from mlx_fed.runs.round_record import RoundRecord
+from mlx_fed.rounds.resume import RunState
 from mlx_fed.training.trainer import Trainer
 
 from ..helpers.loopback import LoopbackGrid
@@ -691,15 +692,12 @@ def test_a_server_that_is_not_ours_gets_an_error_for_what_is_undefined():
 
 def after(*rounds: tuple[float, int, int]) -> Best | None:
     """The best of rounds with a loss, of which so many nodes of so many had none."""
-    position = Position(0, Model(None, {}), None)
+    state = RunState(0, Model(None, {}), None)
     for number, (value, undefined, nodes) in enumerate(rounds, 1):
-        record = {
-            "round": number,
-            "evaluate": {"loss": value, "nodes": ["node"] * nodes},
-            **({"undefined": {"evaluate": {"loss": undefined}}} if undefined else {}),
-        }
-        position = position.after(record, position.model)
-    return position.best
+        record = RoundRecord(number, evaluate={"loss": value, "nodes": ["node"] * nodes})
+        record.undefined = {"evaluate": {"loss": undefined}} if undefined else {}
+        state = state.after(record, state.model)
+    return state.best
 
 
 def test_a_round_with_fewer_losses_is_not_the_best_for_that():
@@ -711,16 +709,12 @@ def test_a_round_with_fewer_losses_is_not_the_best_for_that():
 
 
 def test_the_servers_own_loss_counts_whatever_its_nodes_have():
-    position = Position(0, Model(None, {}), None)
-    record = {
-        "round": 1,
-        "evaluate": {"loss": 1.0, "nodes": ["a"]},
-        "undefined": {"evaluate": {"loss": 1}},
-        "central": {"loss": 3.0},
-    }
-    assert position.after(record, position.model).best == Best(1, 3.0)
-    record["central"]["loss"] = math.nan
-    assert position.after(record, position.model).best is None
+    state = RunState(0, Model(None, {}), None)
+    record = RoundRecord(1, evaluate={"loss": 1.0, "nodes": ["a"]}, central={"loss": 3.0})
+    record.undefined = {"evaluate": {"loss": 1}}
+    assert state.after(record, state.model).best == Best(1, 3.0)
+    record.central = {"loss": math.nan}
+    assert state.after(record, state.model).best is None
 
 
 def test_a_diverged_loss_leaves_the_other_clients(tmp_path: Path):

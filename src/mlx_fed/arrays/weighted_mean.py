@@ -101,11 +101,16 @@ def blocks(updates: Iterable[CountedUpdate], num_places: int) -> Iterator[Block]
     """
     size = block_size(num_places)
     for number, group in groupby(updates, lambda update: update[0].place // size):
-        clients, *both = zip(*group, strict=True)
-        parameters, statistics = (
-            {name: ArraySum(clients, arrays, name) for name in arrays[0]} for arrays in both
-        )
-        yield Block(number, parameters, statistics, list(clients))
+        yield lazy_block(number, group)
+
+
+def lazy_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
+    """A block whose sums are computed when they are read, a piece of an array at a time."""
+    clients, *both = zip(*updates, strict=True)
+    parameters, statistics = (
+        {name: ArraySum(clients, arrays, name) for name in arrays[0]} for arrays in both
+    )
+    return Block(number, parameters, statistics, list(clients))
 
 
 class ArraySum(NamedTuple):
@@ -179,18 +184,19 @@ class Total:
         """Takes a block in, whose updates have the same names as those of all others."""
         self.early[block.number] = block
         while self._next in self.early:
-            self._take(self.early.pop(self._next))
+            self.append(self.early.pop(self._next))
             self._next += 1
 
     def mean(self) -> Mean:
         """The mean over all updates, once the last block has been added."""
         for number in sorted(self.early):
-            self._take(self.early.pop(number))
+            self.append(self.early.pop(number))
         weight = sum(client.weight for client in self._counted)
         parameters, statistics = _Means(self._parameters, weight), _Means(self._statistics, weight)
         return Mean(parameters, statistics, weight, self._counted)
 
-    def _take(self, block: Block) -> None:
+    def append(self, block: Block) -> None:
+        """Adds a block, after which none with a lower number comes."""
         self._parameters.take(block.parameters, len(block.counted))
         self._statistics.take(block.statistics, len(block.counted))
         self._counted += block.counted
@@ -273,7 +279,7 @@ def in_order(parts: Iterable[Block]) -> Total:
     updates, which never comes."""
     total = Total()
     for block in parts:
-        total._take(block)
+        total.append(block)
     return total
 
 

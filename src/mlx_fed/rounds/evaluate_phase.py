@@ -9,12 +9,13 @@ import mlx.core as mx
 from flwr.app import Message
 
 from ..events import Notice
+from ..runs.round_record import RoundRecord
 from ..training.metrics import Evaluation, derive_metrics, is_defined
 from . import checks, messages, strategies
 from .phase import Model, Phase, Run
 
 
-def evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
+def evaluate(run: Run, model: Model, record: RoundRecord) -> None:
     """Federated evaluation on the nodes that the strategy's ``configure_evaluate`` selects.
 
     Each metric is the mean over the nodes for which it is defined, by its own weight, unless the
@@ -23,7 +24,7 @@ def evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
     Args:
         run (Run): What the run is led with.
         model (Model): The global model.
-        record (dict): The round's, which the phase is written to.
+        record (RoundRecord): Gets the metrics, refusals, bytes and seconds.
 
     Raises:
         RunError: If the strategy fails.
@@ -66,7 +67,7 @@ def evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
         metrics |= further
         for name, why in reasons.items():
             undefined.setdefault(name, {"their mean": why})
-    record["evaluate"] = {**metrics, "nodes": list(replies)}
+    record.evaluate = {**metrics, "nodes": list(replies)}
     _record_undefined(phase, undefined, len(replies))
     phase.record_each(
         {
@@ -76,7 +77,7 @@ def evaluate(run: Run, model: Model, record: dict[str, Any]) -> None:
     )
 
 
-def evaluate_centrally(run: Run, model: Model, record: dict[str, Any]) -> None:
+def evaluate_centrally(run: Run, model: Model, record: RoundRecord) -> None:
     """The server's own evaluation: on its test examples, and by the user's ``evaluate_fn``."""
     test, evaluate_fn = run.settings.test, run.settings.evaluate_fn
     if test is None and evaluate_fn is None:
@@ -95,9 +96,9 @@ def evaluate_centrally(run: Run, model: Model, record: dict[str, Any]) -> None:
             metrics |= evaluation.metrics
             del metrics["num-examples"]
         if evaluate_fn is not None:
-            result = evaluate_fn(record["round"], parameters, model.statistics) or {}
+            result = evaluate_fn(record.round, parameters, model.statistics) or {}
             metrics |= {k: v.item() if isinstance(v, mx.array) else v for k, v in result.items()}
-    record["central"] = metrics
+    record.central = metrics
 
 
 def _record_undefined(
@@ -125,4 +126,4 @@ def _record_undefined(
             where = f"{counts[name]} of {num_nodes} nodes, which do not count in it: {node}"
         text = f"round {phase.number}: {what} is undefined on {where}: {why}"
         history.notify(Notice(text))
-    phase.record.setdefault("undefined", {})[phase.name] = counts
+    phase.record.undefined[phase.name] = counts

@@ -1,38 +1,39 @@
 """The round loop, over any Flower strategy and any Flower grid.
 
-Nothing here knows where the clients are or how the loop is watched.
+The order within a round is in :func:`_round` and :func:`_train`: configure, exchange and check,
+aggregate, evaluate, record.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from ..arrays import master_weights, named_arrays, weights
+from ..arrays import master_weights, named_arrays
 from ..arrays.spool import Spool
 from ..errors import RunError, TooFewReplies
 from ..events import Notice, RunFinished
 from ..runs.history import History, Previous, Result, previous_of
+from ..runs.round_record import RoundRecord
 from ..training.trainer import Trainer
 from . import privacy, strategies, strategy_state
+from .checked_updates import all_updates, mean_statistics, mean_update
 from .checkpoint import Checkpoints
 from .evaluate_phase import evaluate, evaluate_centrally
 from .exclusion import to_leave_out
-from .phase import Model, Run
-from .resume import Position, identity_of
-from .resume import resume as taken_up
+from .model_files import save_best_model, save_model
+from .phase import Model, Phase, Run
+from .resume import RunState, identity_of, resume_state
 from .roster import Members, Roster
 from .settings import Settings, require_one_model
 from .stopping import reason_at_start, stopping_of
 from .strategy_state import State, StateError
-from .train_phase import train
 
 __all__ = ["Result", "RunError", "run"]
 
@@ -49,17 +50,17 @@ def run(
 ) -> Result:
     """Trains for ``settings.num_rounds`` rounds, or until something ends the run early.
 
-    Each is on disk, with all that the run needs to go on from there, before the one after the
-    next begins.
+    Each round is on disk, with all that the run needs to continue after it, before the round after
+    the next starts.
 
     Args:
-        grid (Grid): Takes messages to nodes and brings their replies.
-        strategy (Strategy): Any of Flower's, or one's own.
-        trainer (Trainer): The task with the initial model, which ends up with the final one.
-        settings (Settings): How the run is led.
-        history (History): Where it is recorded.
-        roster (Members, optional): Who takes part. Default: who answers the roll call.
-        resume (bool): Go on with the run in the history's folder.
+        grid (Grid): Sends messages to nodes and receives their replies.
+        strategy (Strategy): Any of Flower's strategies, or a user's.
+        trainer (Trainer): The task with the initial model, and in the end with the final one.
+        settings (Settings): The run's settings.
+        history (History): Where the run is recorded.
+        roster (Members, optional): The participants. Default: nodes that answer the roll call.
+        resume (bool): Continue the run in the history's folder.
 
     Raises:
         SettingsError: If the server is to evaluate what never travels.
@@ -70,79 +71,147 @@ def run(
         CheckpointError: If the run to resume is not the same any more.
         HistoryError: If the run's folder cannot be written, or another process leads the run.
     """
-    started = time.monotonic()
+    start_time = time.monotonic()
     previous = previous_of(history.folder) if resume else Previous()
-    run_id = str(previous.config.get("run-id") or uuid4().hex)
     stopping = stopping_of(settings, strategy, previous)
-    run = _set_up(grid, strategy, trainer, settings, history, roster, run_id)
-    min_nodes = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
-    checkpoints = Checkpoints(history.folder, settings.keep)
-    if private := strategies.name_of_private(strategy):
-        privacy.require_covered(private, run.averaged)
-        history.notify(Notice(privacy.note(private, trainer.task)))
+    run = _set_up(grid, strategy, trainer, settings, history, roster, previous)
     identity = identity_of(run)
     if settings.keep:
-        strategy_state.snapshot(strategy)  # what cannot be kept is refused now, not after a round
-
-    def again(number: int) -> None:
-        """Before a round is repeated: the strategy as it was, and nodes that are there now."""
-        state = before
-        if state is None and settings.keep:
-            checkpoints.wait()
-            state = checkpoints.state_after(number - 1)
-        if state is not None:
-            strategy_state.restore(strategy, state, new=False)
-        run.roster.wait_for(min_nodes, settings.wait)
-
+        strategy_state.snapshot(strategy)  # raises for a state that no checkpoint can hold
     with history.held(), run.spool.open():
-        position = (taken_up(run, checkpoints, identity) if resume else None) or Position(
-            0,
-            Model(master_weights.to_masters(trainer.parameters(), run.spool), trainer.statistics()),
-            None,
-        )
+        state = (resume_state(run, identity) if resume else None) or _initial_state(run)
         trainer.release_parameters()
-        first = position.round + 1
         stopping, stopped = reason_at_start(
-            stopping, history.rounds, position.best, settings, previous
+            stopping, history.rounds, state.best, settings, previous
         )
-        history.write_settings(
-            {
-                **settings.for_the_record(),
-                **({"went_on_after": stopping.after} if stopping.after else {}),
-                "config": run.config,
-                "strategy": strategies.describe(strategy),
-                "model": named_arrays.size(trainer.spec),
-            }
-        )
+        _write_settings(run, stopping.after)
+        snapshot = _snapshot(strategy)
         try:
-            for number in range(first, settings.num_rounds + 1):
+            for number in range(state.round + 1, settings.num_rounds + 1):
                 if stopped:
                     break
-                run.roster.wait_for(min_nodes, settings.wait)
-                # Before later rounds it is in a checkpoint, if there are any.
-                before = _state(strategy) if number == first or not settings.keep else None
-                position = _round(run, position, number, again)
-                checkpoints.wait()
+                run.roster.wait_for(run.min_nodes, settings.wait)
+                state = _round(run, state, number, snapshot)
+                run.checkpoints.wait()
                 if settings.keep:
-                    checkpoints.save(position.checkpoint(strategy, identity), history.sync)
-                stopped = stopping.reason(history.rounds, position.best)
+                    run.checkpoints.save(state.checkpoint(strategy, identity), history.sync)
+                # The checkpoint has the strategy's state from now on, if there is one.
+                snapshot = None if settings.keep else _snapshot(strategy)
+                stopped = stopping.reason(history.rounds, state.best)
         finally:
-            path = _save(run, position.model)
-            checkpoints.wait()
-            best = _save_best(run, position, checkpoints)
+            path = save_model(run, state.model)
+            run.checkpoints.wait()
+            best_path = save_best_model(run, state.best, state.model)
         if stopped:
             history.write_end(stopped)
-    seconds = time.monotonic() - started
-    history.notify(RunFinished(path, seconds, stopped))
+    history.notify(RunFinished(path, time.monotonic() - start_time, stopped))
     return Result(
         trainer.parameters(),
-        position.model.statistics,
+        state.model.statistics,
         history.rounds,
         history.folder,
         path,
-        best,
+        best_path,
         stopped,
     )
+
+
+# -- a round -------------------------------------------------------------------------------------
+
+
+def _round(run: Run, state: RunState, number: int, snapshot: State | None) -> RunState:
+    """One round; it is whole once its record is written."""
+    record = RoundRecord(number)
+    while True:
+        try:
+            model = _train(run, state.model, record)
+            break
+        except TooFewReplies as error:
+            if record.repeats == run.settings.max_repeats:
+                raise
+            _prepare_repeat(run, record, snapshot, error)
+    evaluate(run, model, record)
+    evaluate_centrally(run, model, record)
+    # Not earlier: a strategy that needs more nodes than are left would wait for them in a phase.
+    _leave_out(run, record)
+    run.history.add_round(record.to_dict())
+    return state.after(record, model)
+
+
+def _train(run: Run, model: Model, record: RoundRecord) -> Model:
+    """Federated training: from the model before a round to the strategy's new model.
+
+    Raises:
+        TooFewReplies: If fewer replies count than have to.
+        RunError: If the strategy fails.
+    """
+    phase = Phase(run, "train", record)
+    outgoing = phase.configure(model)
+    nodes = [phase.node_of(message) for message in outgoing]
+    masters: ArrayRecord | None
+    if strategies.is_linear(run.strategy):
+        mean = mean_update(phase, outgoing, model)
+        metrics = {nodes[client.place]: client.metrics for client in mean.counted}
+        phase.require_replies(len(metrics))
+        if not metrics:
+            return model
+        with phase.timed("aggregate"):
+            content = mean.as_reply(model.masters, run.weighted_by, run.spool)
+            with phase.hook("aggregate_train"):
+                masters, aggregated = strategies.aggregate_mean(
+                    run.strategy, phase.number, content, list(metrics.values())
+                )
+                masters = phase.masters_from_strategy(masters, model)
+    else:
+        updates = all_updates(phase, outgoing, model)
+        metrics = {update.node: update.reply.metrics for update in updates}
+        phase.require_replies(len(metrics))
+        with phase.timed("aggregate"):
+            replies = [update.for_strategy() for update in updates]
+            with phase.hook("aggregate_train"):
+                masters, aggregated = run.strategy.aggregate_train(phase.number, replies)
+                masters = phase.masters_from_strategy(masters, model)
+            mean = mean_statistics(updates, nodes)
+    has_statistics = run.averaged and metrics
+    statistics = mean.running_statistics(run.averaged) if has_statistics else model.statistics
+    record.train = {**(aggregated or {}), "nodes": list(metrics)}
+    phase.record_each(metrics)
+    return Model(masters, statistics)
+
+
+def _prepare_repeat(
+    run: Run, record: RoundRecord, snapshot: State | None, error: TooFewReplies
+) -> None:
+    """Before training is repeated: the strategy in its state before the round, and enough nodes.
+
+    Args:
+        run (Run): The run.
+        record (RoundRecord): The round's record.
+        snapshot (State, optional): The strategy's state. Default: that of the last checkpoint.
+        error (TooFewReplies): Why training is repeated.
+    """
+    _leave_out(run, record)
+    record.repeats += 1
+    times = f"for time {record.repeats} of {run.settings.max_repeats}"
+    run.history.notify(Notice(f"{error} The round is repeated, {times}."))
+    if snapshot is None and run.settings.keep:
+        run.checkpoints.wait()
+        snapshot = run.checkpoints.state_after(record.round - 1)
+    if snapshot is not None:
+        strategy_state.restore(run.strategy, snapshot, new=False)
+    run.roster.wait_for(run.min_nodes, run.settings.wait)
+
+
+def _leave_out(run: Run, record: RoundRecord) -> None:
+    """Excludes nodes from later rounds whose replies were refused several times in a row."""
+    if run.roster.stays:  # thousands of simulated clients may fail in each of hundreds of rounds
+        return
+    for node, reason in to_leave_out([*run.history.rounds, record.to_dict()]).items():
+        if run.roster.leave_out(node, reason):
+            record.left_out.append(node)
+
+
+# -- before the first round ----------------------------------------------------------------------
 
 
 def _set_up(
@@ -152,12 +221,13 @@ def _set_up(
     settings: Settings,
     history: History,
     roster: Members | None,
-    run_id: str,
+    previous: Previous,
 ) -> Run:
     require_one_model(settings, trainer)
-    # By its id nodes know a run again whose server was started again.
-    own = {"seed": settings.seed, "run-id": run_id}
-    config = {**trainer.task.config, **settings.config, **own}
+    # Nodes recognize a run by its id after its server was started again.
+    run_id = str(previous.config.get("run-id") or uuid4().hex)
+    run_config: dict[str, Any] = {"seed": settings.seed, "run-id": run_id}
+    config = {**trainer.task.config, **settings.config, **run_config}
     roster = roster or Roster(
         grid,
         trainer.spec,
@@ -169,79 +239,34 @@ def _set_up(
     )
     # A federation's grid puts there what nodes send.
     spool = getattr(grid, "spool", None) or Spool(history.folder / "waiting")
-    return Run(grid, strategy, trainer, settings, history, roster, config, spool)
+    checkpoints = Checkpoints(history.folder, settings.keep)
+    run = Run(grid, strategy, trainer, settings, history, roster, config, spool, checkpoints)
+    if private := strategies.name_of_private(strategy):
+        privacy.require_covered(private, run.averaged)
+        history.notify(Notice(privacy.note(private, trainer.task)))
+    return run
 
 
-def _state(strategy: Strategy) -> State | None:
-    """A strategy's state; none of one that holds what cannot be kept, as it may without
-    checkpoints."""
+def _initial_state(run: Run) -> RunState:
+    masters = master_weights.to_masters(run.trainer.parameters(), run.spool)
+    return RunState(0, Model(masters, run.trainer.statistics()), None)
+
+
+def _write_settings(run: Run, went_on_after: int) -> None:
+    run.history.write_settings(
+        {
+            **run.settings.for_the_record(),
+            **({"went_on_after": went_on_after} if went_on_after else {}),
+            "config": run.config,
+            "strategy": strategies.describe(run.strategy),
+            "model": named_arrays.size(run.trainer.spec),
+        }
+    )
+
+
+def _snapshot(strategy: Strategy) -> State | None:
+    """A strategy's state; None for one that cannot be kept, which a run without checkpoints
+    allows."""
     with suppress(StateError):
         return strategy_state.snapshot(strategy)
     return None
-
-
-def _save(run: Run, model: Model, name: str = "model") -> Path:
-    """Puts a model into the trainer and writes it: as the task says, or as NAME.safetensors."""
-    _put(run, model)
-    slots = run.trainer.slots
-    if save := run.trainer.task.save:
-        return run.history.save_with(lambda folder: save(run.trainer.model, folder), name)
-    whole = {**slots.parameters, **slots.statistics, **slots.frozen}
-    public = {key: slot for key, slot in whole.items() if not weights.is_private(key)}
-    return run.history.save_model(weights.get(public), f"{name}.safetensors")
-
-
-def _save_best(run: Run, position: Position, checkpoints: Checkpoints) -> Path | None:
-    """Writes the model of the best round, beside that of the last."""
-    checkpoint = checkpoints.best(position.best, run.spool) if position.best else None
-    if checkpoint is None:
-        return None
-    path = _save(run, Model(checkpoint.masters, checkpoint.statistics), "best")
-    _put(run, position.model)
-    return path
-
-
-def _put(run: Run, model: Model) -> None:
-    slots = run.trainer.slots
-    weights.put(slots.parameters, model.parameters(run.trainer.spec))
-    weights.put(slots.statistics, model.statistics)
-
-
-def _round(run: Run, position: Position, number: int, again: Callable[[int], None]) -> Position:
-    """Where the run is after the round, which is whole once its record is written."""
-    record: dict[str, Any] = {
-        "round": number,
-        "train": {},
-        "evaluate": {},
-        "seconds": {},
-        "bytes": {"down": 0, "up": 0},
-        "refused": [],
-    }
-    while True:
-        try:
-            model = train(run, position.model, record)
-            break
-        except TooFewReplies as error:
-            repeats, most = record.get("repeats", 0), run.settings.max_repeats
-            if repeats == most:
-                raise
-            _leave_out(run, record)
-            record["repeats"] = repeats + 1
-            text = f"{error} The round is repeated, for time {repeats + 1} of {most}."
-            run.history.notify(Notice(text))
-            again(number)
-    evaluate(run, model, record)
-    evaluate_centrally(run, model, record)
-    # Not sooner: a strategy that asks for more nodes than are left would wait for them in a phase.
-    _leave_out(run, record)
-    run.history.add_round(record)
-    return position.after(record, model)
-
-
-def _leave_out(run: Run, record: dict[str, Any]) -> None:
-    """Leaves out of what follows whose replies are refused time and again."""
-    if run.roster.stays:  # thousands of clients may fail in each of hundreds of rounds
-        return
-    for node, why in to_leave_out([*run.history.rounds, record]).items():
-        if run.roster.leave_out(node, why):
-            record.setdefault("left_out", []).append(node)

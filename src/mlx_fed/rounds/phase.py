@@ -1,13 +1,13 @@
-"""One phase of a round: the strategy's messages to nodes, and their replies that count.
+"""One phase of a round: messages to nodes, their replies, refusals, and the phase's figures.
 
-Training and evaluation go the same way here; what is made of the replies is not known here.
+Training and federated evaluation share all of this; only what they do with replies differs.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -17,15 +17,17 @@ from flwr.serverapp.strategy import Strategy
 from ..arrays import master_weights
 from ..arrays.named_arrays import Arrays, Spec
 from ..arrays.spool import Spool
-from ..errors import RunError
+from ..errors import RunError, TooFewReplies
 from ..events import PhaseProgress, PhaseStarted, RepliesArrived, ReplyRefused
 from ..flower.error_replies import is_missing
 from ..runs import round_record
 from ..runs.history import History
+from ..runs.round_record import Refusal, RoundRecord
 from ..tracebacks import is_exception
 from ..training.metrics import placeholder_metrics
 from ..training.trainer import Trainer
 from . import checks, exchange, messages, proportion, strategies
+from .checkpoint import Checkpoints
 from .roster import Members, RosterGrid
 from .settings import Settings
 
@@ -42,9 +44,18 @@ class Model(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a run is led with, the same in every round.
+    """What is the same in all rounds of a run.
 
-    ``config`` is sent with each message, and large arrays wait in ``spool``.
+    Attributes:
+        grid (Grid): Sends messages to nodes and receives their replies.
+        strategy (Strategy): The strategy.
+        trainer (Trainer): The task with the server's model.
+        settings (Settings): The run's settings.
+        history (History): The run's records and listeners.
+        roster (Members): The nodes that participate.
+        config (dict): Sent with each message.
+        spool (Spool): Storage for large arrays.
+        checkpoints (Checkpoints): The run's checkpoints.
     """
 
     grid: Grid
@@ -55,10 +66,16 @@ class Run(NamedTuple):
     roster: Members
     config: dict[str, Any]
     spool: Spool
+    checkpoints: Checkpoints
+
+    @property
+    def min_nodes(self) -> int:
+        """The number of nodes that a round needs."""
+        return max(self.settings.min_nodes or 1, strategies.least_nodes(self.strategy))
 
     @property
     def averaged(self) -> Spec:
-        """The running statistics that travel: none where each client keeps its own."""
+        """Spec of the running statistics that are averaged; empty if clients keep their own."""
         return self.trainer.statistics_spec
 
     @property
@@ -68,15 +85,25 @@ class Run(NamedTuple):
 
 
 class Phase:
-    """A phase, ``"train"`` or ``"evaluate"``, of the round whose record it writes to."""
+    """A phase of a round.
 
-    def __init__(self, run: Run, name: str, record: dict[str, Any]):
+    Args:
+        run (Run): The run.
+        name (str): ``"train"``, ``"evaluate"`` or ``"central"``.
+        record (RoundRecord): The round's record.
+
+    Attributes:
+        num_messages (int): Messages to nodes.
+        num_replies (int): Replies with content or an error of the node's own.
+    """
+
+    def __init__(self, run: Run, name: str, record: RoundRecord):
         self.run, self.name, self.record = run, name, record
         self.run_id = 0
-        self.number: int = record["round"]
-        self.asked = self.came = 0
+        self.number = record.round
+        self.num_messages = self.num_replies = 0
         self.record_name = "arrays"
-        self.not_finite: list[dict[str, Any]] = []
+        self.not_finite: list[Refusal] = []
         self.progress: PhaseProgress
 
     def configure(self, model: Model) -> list[Message]:
@@ -87,7 +114,7 @@ class Phase:
             config["train-loss-key"] = loss
         hook = f"configure_{self.name}"
         # A round that is repeated draws other nodes.
-        repeat = self.record.get("repeats", 0)
+        repeat = self.record.repeats
         with self.hook(hook, f"{hook} {repeat}" if repeat else hook):
             outgoing: list[Message] = list(
                 getattr(run.strategy, hook)(
@@ -104,7 +131,7 @@ class Phase:
             if outgoing:
                 self.record_name, _ = messages.parameters_of(outgoing[0].content)
             exchange.pack(outgoing, run.trainer.spec, statistics, config)
-        self.asked = len(outgoing)
+        self.num_messages = len(outgoing)
         self.run_id = outgoing[0].metadata.run_id if outgoing else 0
         return sorted(outgoing, key=self._place)
 
@@ -158,7 +185,7 @@ class Phase:
                 with self.refusing(node, missing=True):
                     checks.check_answer(answer)
                 continue
-            self.came += 1
+            self.num_replies += 1
             if answer.has_content():
                 self.count_bytes(0, messages.count_bytes(answer.content))
             fits = False
@@ -220,50 +247,80 @@ class Phase:
 
     def refuse(
         self, node: str, reason: str, missing: bool = False, excused: bool = False
-    ) -> dict[str, Any]:
-        """Records why a node has no part in the phase, and gives the entry.
+    ) -> Refusal:
+        """Records why a node's reply does not count, and returns the entry.
 
         Args:
-            node (str): Its name.
-            reason (str): Why.
-            missing (bool): It sent nothing.
-            excused (bool): That is not held against it: see :mod:`~mlx_fed.rounds.exclusion`.
+            node (str): The node's name.
+            reason (str): Why its reply does not count.
+            missing (bool): The node sent nothing.
+            excused (bool): Do not count it against the node: see
+                :mod:`~mlx_fed.rounds.exclusion`.
         """
-        entry: dict[str, Any] = {"node": node, "phase": self.name, "reason": reason}
-        flags = {"missing": missing, "excused": excused}
-        entry |= {flag: True for flag, is_set in flags.items() if is_set}
-        self.record["refused"].append(entry)
+        refusal = Refusal(node, self.name, reason, missing, excused)
+        self.record.refused.append(refusal)
         self.run.history.notify(ReplyRefused(node, self.name, reason))
-        return entry
+        return refusal
 
     def excuse_not_finite(self) -> None:
-        """Holds it against no node that its reply is not finite, where that is so of half of them
-        or more: it is the model which they were sent that fails."""
-        if 2 * len(self.not_finite) >= self.came:
-            for entry in self.not_finite:
-                entry["excused"] = True
+        """Excuses replies that are not finite if at least half of all are not: the cause is the
+        model in the messages."""
+        if 2 * len(self.not_finite) >= self.num_replies:
+            for refusal in self.not_finite:
+                refusal.excused = True
 
     def common_failure(self) -> str | None:
-        """The exception that every node of the phase failed with, which a repeat would not mend."""
-        refused = [each for each in self.record["refused"] if each["phase"] == self.name]
-        reasons = {each["reason"] for each in refused[-self.asked :]}
-        if len(reasons) != 1 or len(refused) < self.asked or refused[-1].get("missing"):
+        """The exception with which every node of the phase failed, if it is the same for all."""
+        refusals = [each for each in self.record.refused if each.phase == self.name]
+        reasons = {refusal.reason for refusal in refusals[-self.num_messages :]}
+        if len(reasons) != 1 or len(refusals) < self.num_messages or refusals[-1].missing:
             return None
         (reason,) = reasons
         return reason if is_exception(reason) else None
 
+    def require_replies(self, count: int) -> None:
+        """Requires that enough training replies count.
+
+        Args:
+            count (int): Replies that count.
+
+        Raises:
+            RunError: If all nodes failed with one exception, which a repeat would raise again.
+            TooFewReplies: If fewer count than ``min_replies``, or none.
+        """
+        self.excuse_not_finite()
+        if self.num_messages and not count and (reason := self.common_failure()):
+            raise RunError(
+                f"Round {self.number}: all {self.num_messages} nodes failed with the same error: "
+                f"{reason}"
+            )
+        needed = min(self.run.settings.min_replies, self.num_messages)
+        if count < needed or (self.num_messages and not count):
+            some = f"{count} of {self.num_messages}" if count else f"none of {self.num_messages}"
+            wanted = f", and {needed} are needed" if needed > 1 else ""
+            raise TooFewReplies(
+                f"Round {self.number}: {some} nodes gave a train reply that counts{wanted}. "
+                "The reasons stand above; the model of the round before is kept."
+            )
+
+    def masters_from_strategy(self, masters: ArrayRecord | None, model: Model) -> ArrayRecord:
+        """The strategy's new masters as float32 in the model's order; the old ones if it has
+        none."""
+        if masters is None:
+            return model.masters
+        return master_weights.from_strategy(masters, self.run.trainer.spec, self.run.spool)
+
     def record_each(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-        """Records each node's own metrics, or their spread where there are many."""
+        """Records the metrics of each node, or their quantiles if there are many nodes."""
         if len(metrics) <= round_record.MANY:
-            own = {node: {**figures} for node, figures in metrics.items()}
-            self.record.setdefault("each", {})[self.name] = own
+            self.record.each[self.name] = {node: {**each} for node, each in metrics.items()}
         else:
-            self.record.setdefault("spread", {})[self.name] = round_record.spread(metrics.values())
+            self.record.spread[self.name] = round_record.spread(metrics.values())
 
     def count_bytes(self, down: int, up: int) -> None:
         """Records the size of arrays that went to nodes and came from them."""
-        self.record["bytes"]["down"] += down
-        self.record["bytes"]["up"] += up
+        self.record.bytes["down"] += down
+        self.record.bytes["up"] += up
 
     @contextmanager
     def hook(self, name: str, drawn_by: str | None = None) -> Iterator[None]:
@@ -281,20 +338,9 @@ class Phase:
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def timed(self, name: str) -> AbstractContextManager[None]:
-        """Records how long it takes."""
-        return timed(self.record, name)
-
-
-@contextmanager
-def timed(record: dict[str, Any], name: str) -> Iterator[None]:
-    """Records how long it takes, in seconds; what other names time within it counts as theirs."""
-    seconds = record["seconds"]
-
-    def elsewhere() -> float:
-        return sum(value for other, value in seconds.items() if other != name)
-
-    start = time.monotonic() - elsewhere()
-    yield
-    took = time.monotonic() - elsewhere() - start
-    seconds[name] = round(seconds.get(name, 0.0) + max(0.0, took), 6)
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds that the context takes to those of a name."""
+        seconds, start = self.record.seconds, time.monotonic()
+        yield
+        seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - start, 6)

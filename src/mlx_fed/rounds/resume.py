@@ -14,9 +14,10 @@ from flwr.serverapp.strategy import Strategy
 from ..arrays import frozen, named_arrays, weights
 from ..arrays.flower_records import copy_record
 from ..events import Notice
+from ..runs.round_record import RoundRecord
 from ..task_settings import kebab_case
 from . import strategies, strategy_state
-from .checkpoint import Best, Checkpoint, CheckpointError, Checkpoints
+from .checkpoint import Best, Checkpoint, CheckpointError
 from .phase import Model, Run
 
 _FROZEN = "frozen"
@@ -24,27 +25,27 @@ _SHOWN = 5
 """Differences that are named."""
 
 
-class Position(NamedTuple):
-    """Where a run is: the round that is done, the model after it, and the best round so far."""
+class RunState(NamedTuple):
+    """State of a run after a round: its number, the model, and the best round so far."""
 
     round: int
     model: Model
     best: Best | None
 
-    def after(self, record: dict[str, Any], model: Model) -> Position:
-        """Where the run is once a round is done."""
-        number, best = record["round"], self.best
-        central, evaluated = record.get("central", {}), record["evaluate"]
+    def after(self, record: RoundRecord, model: Model) -> RunState:
+        """The state after one more round."""
+        number, best = record.round, self.best
+        central = record.central or {}
         loss, undefined = central.get("loss"), 0.0
         if "loss" not in central:
-            loss = evaluated.get("loss")
-            without = record.get("undefined", {}).get("evaluate", {}).get("loss", 0)
-            undefined = without / max(1, len(evaluated.get("nodes", ())))
+            loss = record.evaluate.get("loss")
+            num_undefined = record.undefined.get("evaluate", {}).get("loss", 0)
+            undefined = num_undefined / max(1, len(record.evaluate.get("nodes", ())))
         if isinstance(loss, (int, float)) and math.isfinite(loss):
             new = Best(number, float(loss), undefined)
             if best is None or (undefined, new.loss) < (best.undefined, best.loss):
                 best = new
-        return Position(number, model, best)
+        return RunState(number, model, best)
 
     def checkpoint(self, strategy: Strategy, identity: dict[str, Any]) -> Checkpoint:
         """The run as it is now, in arrays that nothing changes any more."""
@@ -59,16 +60,15 @@ class Position(NamedTuple):
         )
 
 
-def resume(run: Run, checkpoints: Checkpoints, identity: dict[str, Any]) -> Position | None:
+def resume_state(run: Run, identity: dict[str, Any]) -> RunState | None:
     """Takes a run up where its last whole checkpoint has it; the strategy gets its state back.
 
     Args:
         run (Run): The run, set up as it was.
-        checkpoints (Checkpoints): The run's.
         identity (dict): From :func:`identity_of`.
 
     Returns:
-        Position: None where no round was over.
+        RunState: None where no round was over.
 
     Raises:
         CheckpointError: If the run is not the same, or no checkpoint is whole.
@@ -79,6 +79,7 @@ def resume(run: Run, checkpoints: Checkpoints, identity: dict[str, Any]) -> Posi
     def damaged(path: Path, why: str) -> None:
         run.history.notify(Notice(f"checkpoint {path} is damaged, {why}: trying another"))
 
+    checkpoints = run.checkpoints
     checkpoint = checkpoints.last(damaged, run.spool)
     if checkpoint is None:
         if paths := checkpoints.paths():
@@ -96,7 +97,7 @@ def resume(run: Run, checkpoints: Checkpoints, identity: dict[str, Any]) -> Posi
     strategy_state.restore(run.strategy, checkpoint.strategy)
     run.history.go_on_after(checkpoint.round)
     model = Model(checkpoint.masters, checkpoint.statistics)
-    return Position(checkpoint.round, model, checkpoint.best)
+    return RunState(checkpoint.round, model, checkpoint.best)
 
 
 def identity_of(run: Run) -> dict[str, Any]:

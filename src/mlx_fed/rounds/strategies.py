@@ -186,7 +186,7 @@ def pooled_metrics(contents: Sequence[RecordDict], weighted_by: str) -> MetricRe
 
 def wants_same_names(strategy: Strategy) -> bool:
     """Whether replies with names of their own for records and metrics would end the run."""
-    return any(isinstance(layer, FedAvg) for layer in layers(strategy))
+    return is_linear(strategy) or any(isinstance(layer, FedAvg) for layer in layers(strategy))
 
 
 @contextmanager

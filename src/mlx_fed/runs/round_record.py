@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any
 
@@ -26,6 +27,72 @@ _MOST_NAMES = 10**6
 _DEEPEST = 32
 _LONGEST_NUMBER = 20
 _LONGEST_PREFIX = 200
+
+
+@dataclass
+class Refusal:
+    """A reply that does not count.
+
+    Attributes:
+        node (str): The node's name.
+        phase (str): ``"train"`` or ``"evaluate"``.
+        reason (str): Why it does not count.
+        missing (bool): The node sent nothing.
+        excused (bool): It is not counted against the node: see :mod:`mlx_fed.rounds.exclusion`.
+    """
+
+    node: str
+    phase: str
+    reason: str
+    missing: bool = False
+    excused: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of ``refused`` in a record's line: flags that are not set are absent."""
+        return {key: value for key, value in vars(self).items() if value is not False}
+
+
+@dataclass
+class RoundRecord:
+    """A round, as it is recorded while it runs.
+
+    Attributes:
+        round (int): The round's number.
+        train (dict): Aggregated metrics of training, and ``nodes``, the names of those that count.
+        evaluate (dict): The same of the federated evaluation.
+        seconds (dict): Duration of ``train``, ``check``, ``aggregate``, ``evaluate``, ``central``.
+        bytes (dict): Bytes of arrays to nodes (``down``) and from them (``up``).
+        refused (list): Replies that do not count.
+        left_out (list): Names of nodes that are excluded from later rounds.
+        repeats (int): How often training was repeated, for lack of replies.
+        each (dict): By phase and node, the node's metrics, if the phase has few nodes.
+        spread (dict): By phase and metric, the quantiles over nodes, if it has many.
+        undefined (dict): By phase and metric, the number of nodes for which it is undefined.
+        central (dict, optional): Metrics of the server's evaluation, if it has one.
+    """
+
+    round: int
+    train: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
+    refused: list[Refusal] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    repeats: int = 0
+    each: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    spread: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    undefined: dict[str, dict[str, int]] = field(default_factory=dict)
+    central: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values, as in ``history.jsonl`` and for users."""
+        record = {**vars(self), "refused": [refusal.to_dict() for refusal in self.refused]}
+        for key in ("left_out", "repeats", "each", "spread", "undefined"):
+            if not record[key]:
+                del record[key]
+        if self.central is None:
+            del record["central"]
+        return record
 
 
 def to_line(record: Mapping[str, Any]) -> str:
