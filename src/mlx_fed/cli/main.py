@@ -31,6 +31,7 @@ from .options import (
     with_options,
 )
 from .runs import report, runs_app
+from .service import service_app
 
 app = App("Federated learning for MLX models, on Flower's engine.")
 _FAULTS = "Simulated faults"
@@ -359,6 +360,7 @@ def init(
 app.add_typer(nodes_app, name="nodes")
 app.add_typer(certs_app, name="certs")
 app.add_typer(audit_app, name="audit")
+app.add_typer(service_app, name="service")
 
 
 @app.callback(invoke_without_command=True)
