@@ -48,7 +48,7 @@ def main(
         num_partitions=num_partitions,
         device="gpu" if gpu else "cpu",
         config={"dataset": dataset, "partitioner": partitioner},
-        notify=node_listener(**vars(output)),
+        listener=node_listener(**vars(output)),
         **vars(connection),
     )
 

@@ -83,6 +83,8 @@ def main(
             for number, log in enumerate(logs):
                 processes.append(_start([*client, f"--node-id={number}"], log))
             failure = _wait(*processes)
+            if failure:
+                print(logs[failure - 1].read_text(), end="", file=sys.stderr)
         except KeyboardInterrupt:
             # The server's process prints the line about the interruption.
             sys.exit(128 + signal.SIGINT)
@@ -93,8 +95,6 @@ def main(
                 process.terminate()
                 process.wait()
         if failure is not None:
-            if failure > 0:
-                print(logs[failure - 1].read_text(), end="", file=sys.stderr)
             sys.exit(processes[failure].returncode)
 
 
