@@ -54,8 +54,9 @@ def check(
     runs: RunsFolder = Path("runs"),
     join_options: JoinOptions,
 ) -> None:
-    """Check task, data, keys, clock, address, port, disk and memory, and train one step.
+    """Check that a server or a node can start on this machine.
 
+    It checks task, data, keys, clock, address, port, disk and memory, and trains one step.
     Nothing is changed: the node does not join, and the server does not start.
     """
     from ..fleet import preflight

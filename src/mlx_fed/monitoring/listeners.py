@@ -58,8 +58,8 @@ def run_listeners(
     from .json_lines import JsonLines
     from .server_terminal import ServerTerminal
 
-    started = StartedRun()
-    listeners: list[Listener] = [started]
+    run = StartedRun()
+    listeners: list[Listener] = [run]
     with ExitStack() as stack:
         if json:
             listeners.append(JsonLines())
@@ -92,8 +92,8 @@ def run_listeners(
         try:
             yield tuple(listeners)
         except (KeyboardInterrupt, SystemExit) as interrupt:
-            if started.folder is not None:
-                interrupt.add_note(str(started.folder))
+            if run.folder is not None:
+                interrupt.add_note(str(run.folder))
             raise
 
 

@@ -51,9 +51,9 @@ def show_loading(console: Console) -> Iterator[None]:
 
 
 def _amount(event: LoadProgress) -> str:
-    done, of, unit = event.done, event.of, event.unit
-    if not done and not of:
+    count, of, unit = event.done, event.of, event.unit
+    if not count and not of:
         return ""
     if unit == "B":
-        return f"  {format_bytes(done)}" + (f" of {format_bytes(of)}" if of else "")
-    return f"  {done:,}" + (f" of {of:,}" if of else "") + (f" {unit}" if unit else "")
+        return f"  {format_bytes(count)}" + (f" of {format_bytes(of)}" if of else "")
+    return f"  {count:,}" + (f" of {of:,}" if of else "") + (f" {unit}" if unit else "")

@@ -77,14 +77,14 @@ class ProgressBars:
         self.tasks: dict[str, Task] = {}
 
     def update(
-        self, name: str, text: str, completed: float | None = None, total: float | None = None
+        self, name: str, text: str, amount: float | None = None, total: float | None = None
     ) -> None:
         """Adds a bar or changes it.
 
         Args:
             name (str): The bar's name for later calls.
             text (str): The text beside the bar.
-            completed (float, optional): The completed amount.
+            amount (float, optional): The completed amount.
             total (float, optional): The amount in all. Default: unknown.
         """
         has_total = name in self.tasks and self.tasks[name].total is not None
@@ -93,7 +93,7 @@ class ProgressBars:
             number = self.progress.add_task(text, total=total)
             self.tasks[name] = next(task for task in self.progress.tasks if task.id == number)
         number = self.tasks[name].id
-        self.progress.update(number, description=text, completed=completed, total=total)
+        self.progress.update(number, description=text, completed=amount, total=total)
         self.progress.start()
 
     def remove(self, name: str) -> None:

@@ -138,8 +138,8 @@ class ServerTerminal(TerminalOutput):
         if event.nodes:
             texts.append(f"{event.answered} of {event.nodes} nodes")
         if event.seconds_left is not None:
-            time_left = format_seconds(event.seconds_left)
-            texts += [format_bytes(event.bytes), f"about {time_left} left"]
+            remaining_time = format_seconds(event.seconds_left)
+            texts += [format_bytes(event.bytes), f"about {remaining_time} left"]
         # Training counts as the first half of a round, evaluation as the second.
         half = 0.0 if event.phase == "train" else 1.0
         share = min(1.0, event.answered / event.nodes) if event.nodes else 1.0
