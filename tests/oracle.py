@@ -30,7 +30,7 @@ def run(task, strategy, options, num_clients, seed, nodes, config, touch=None):
     trained = [n for n in first if n in trained and mx.issubdtype(first[n].dtype, mx.inexact)]
     local = {n for n in trained if task.personal and task.personal(n)}
     local |= {name for name, kind in running.items() if kind == "local"}
-    start = {name: to_float(array) for name, array in flat(model.parameters()).items()}
+    start = {n: to_float(array) for n, array in (flat(model.parameters()) | first).items()}
     shared = {name: start[name] for name in trained if name not in local}
     averaged = {name: start[name] for name in running if name not in local}
     own, states, memory, rounds = {}, {}, {}, []
@@ -42,7 +42,7 @@ def run(task, strategy, options, num_clients, seed, nodes, config, touch=None):
         for client in trainers:
             put(model, first, {**shared, **averaged, **own.get(client, {})})
             data = task.data(client, num_clients)
-            before = {key: evaluate(task, model, data.train, settings)["loss"]} if key else {}
+            before = {key: evaluate(task, model, data.train, settings)[0]["loss"]} if key else {}
             optimizer = task.optimizer(settings)
             parts.resume(optimizer, states.get(client), model)
             examples = parts.batches(task, model, data.train, settings, client)
@@ -63,7 +63,7 @@ def run(task, strategy, options, num_clients, seed, nodes, config, touch=None):
             test = task.data(client, num_clients).test
             if test is not None:
                 scores[client] = evaluate(task, model, test, settings)
-        rounds.append({"train": reports, "evaluate": scores})
+        rounds.append({"train": reports, **parts.pooled(task, scores)})
     put(model, first, {**shared, **averaged})
     return start, model, rounds
 

@@ -25,7 +25,26 @@ def arrays(model):
         owner = reduce(lambda at, k: at[int(k) if isinstance(at, list) else k], path, model)
         names[id(owner), key] = name
     every = flat(model.parameters())
-    return {name: every[name] for name in names.values()}
+    return {name: every[name] for name in names.values()} | private(model)
+
+
+def private(model):
+    """The arrays whose names begin with "_", which are no parameters."""
+    return {
+        f"{path}.{key}": array
+        for path, module in model.named_modules()
+        for key, array in dict.items(module)
+        if key.startswith("_") and isinstance(array, mx.array)
+    }
+
+
+def to_mlx(tree):
+    """Arrays of MLX, NumPy or pandas and lists of numbers, in tuples and dictionaries."""
+    if isinstance(tree, dict):
+        return {key: to_mlx(child) for key, child in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(map(to_mlx, tree))
+    return tree if isinstance(tree, mx.array) else mx.array(np.asarray(tree))
 
 
 def put(model, first, values):
@@ -50,7 +69,12 @@ def length(examples):
     """The number of examples; of a stream None, if it does not say."""
     if callable(examples):
         return len(examples) if hasattr(examples, "__len__") else None
-    return len(tree_flatten(examples)[0][1])
+    return len(tree_flatten(top(examples))[0][1])
+
+
+def top(examples):
+    """Examples or a batch as MLX arrays; a list at the top is a tuple."""
+    return to_mlx(tuple(examples) if isinstance(examples, list) else examples)
 
 
 def split(examples, size, order=None, merge=False):
@@ -60,9 +84,9 @@ def split(examples, size, order=None, merge=False):
     """
     if callable(examples):
         key = order if order is not None else randomness.key(0, "evaluate")
-        yield from (tree_map(mx.array, batch) for batch in examples(key))
+        yield from map(top, examples(key))
         return
-    whole = tree_map(mx.array, examples)
+    whole = top(examples)
     order = np.arange(length(examples)) if order is None else order
     starts = list(range(0, len(order), size))
     if merge and len(starts) > 1 and starts[-1] == len(order) - 1 and size > 1:
@@ -94,12 +118,16 @@ def batches(task, model, examples, settings, client):
 
 def result(task, function, model, batch, settings):
     """The mean of a loss or metric over a batch, and the mean's weight."""
+    output = call(function, model, batch, settings)
+    return mean_and_weight(output, batch, task.weight_unit or function is not task.loss)
+
+
+def call(function, model, batch, settings):
     named = "config" in inspect.signature(function).parameters
     times = {n: mx.array(settings[n]) for n in ("server-round", "local-step") if n in settings}
     more = {"config": {**settings, **times}} if named else {}
     arguments = [batch] if isinstance(batch, dict) else batch
-    output = function(model, *arguments, **more)
-    return mean_and_weight(output, batch, task.weight_unit or function is not task.loss)
+    return function(model, *arguments, **more)
 
 
 def mean_and_weight(output, batch, has_weight):
@@ -110,18 +138,51 @@ def mean_and_weight(output, batch, has_weight):
 
 
 def evaluate(task, model, examples, settings):
-    """The task's loss and metrics, each the mean over all examples."""
+    """The task's loss and metrics, each over all examples, what follows from them, and weights."""
     model.eval()
     functions, sums, number = {"loss": task.loss, **task.metrics}, {}, 0
     for batch in split(examples, task.eval_batch_size):
         number += length(batch)
         for name, function in functions.items():
+            if hasattr(function, "predict"):
+                sums.setdefault(name, []).append(call(function.predict, model, batch, settings))
+                continue
             value, weight = (x.item() for x in result(task, function, model, batch, settings))
             total, before = sums.get(name, (0, 0))
             sums[name] = total + value * weight, before + weight
+    for name, function in functions.items():
+        if hasattr(function, "predict"):
+            sums[name] = number * compute(function, sums[name]), number
     means = {name: total / weight for name, (total, weight) in sums.items()}
     counts = {f"num-{task.weight_unit}": round(sums["loss"][1])} if task.weight_unit else {}
-    return {"num-examples": number, **means, **counts}
+    further = task.derived(means) if task.derived else {}
+    weights = {name: weight for name, (_, weight) in sums.items()}
+    return {"num-examples": number, **means, **counts, **further}, weights
+
+
+def pooled(task, evaluations):
+    """The metrics of each client, and their means over the clients for which they are defined."""
+    each = {client: metrics for client, (metrics, _) in evaluations.items()}
+    means = {}
+    for name in ("loss", *task.metrics) if each else ():
+        pairs = [(m[name], w[name]) for m, w in evaluations.values() if np.isfinite(m[name])]
+        if pairs:
+            means[name] = sum(v * w for v, w in pairs) / sum(w for _, w in pairs)
+    further = task.derived(means) if task.derived and means else {}
+    return {"evaluate": each, "mean": {"all": means | further}}
+
+
+def compute(metric, predictions):
+    """A metric of what was predicted on each batch; NaN where it is not defined."""
+    columns = tree_map(
+        lambda *arrays: np.concatenate([np.array(a.astype(mx.float32)) for a in arrays]),
+        *predictions,
+    )
+    if isinstance(columns, dict):
+        value = metric.compute(**columns)
+    else:
+        value = metric.compute(*(columns if isinstance(columns, tuple) else (columns,)))
+    return float("nan") if value is None else float(value)
 
 
 def resume(optimizer, kept, model):

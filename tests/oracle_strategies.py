@@ -14,6 +14,10 @@ def mean(before, ends, weights):
     }
 
 
+class Tie(ArithmeticError):
+    """A choice among clients or values that rounding makes: no result is the right one."""
+
+
 def aggregate(
     strategy, options, number, before, ends, weights, losses, memory, bias_corrected=True
 ):
@@ -35,6 +39,8 @@ def _aggregate(strategy, options, number, before, ends, weights, losses, memory,
         if strategy == "FedMedian":
             return {name: np.median(values, axis=0) for name, values in sorted_.items()}
         return {n: values[cut : len(ends) - cut].mean(axis=0) for n, values in sorted_.items()}
+    if strategy in ("Krum", "MultiKrum", "Bulyan"):
+        return _select(strategy, options, before, ends, weights)
     if strategy == "QFedAvg":  # https://openreview.net/pdf?id=ByexElSYDr
         lipschitz, q = 1 / options["client_learning_rate"], options["q"]
         losses = [loss + 1e-10 for loss in losses]
@@ -71,3 +77,41 @@ def _aggregate(strategy, options, number, before, ends, weights, losses, memory,
         v = {n: v[n] - (1 - beta_2) * move[n] ** 2 * np.sign(v[n] - move[n] ** 2) for n in before}
     memory |= {"m": m, "v": v}
     return {n: before[n] + eta * m[n] / (np.sqrt(v[n]) + tau) for n in before}
+
+
+def _select(strategy, options, before, ends, weights):
+    """Krum and Multi-Krum (https://arxiv.org/abs/1703.02757) and Bulyan (1802.07927).
+
+    As Flower has them: Multi-Krum weighs those that it selects, and Bulyan selects all at once.
+    """
+    malicious = options["num_malicious_nodes"]
+    rows = np.stack([np.concatenate([end[name].ravel() for name in before]) for end in ends])
+    slack = 3e-6 * max(1e-6, np.square(rows).sum(axis=1).max())
+    away = np.square(rows[:, None] - rows[None]).sum(axis=-1)
+    near = np.sort(away, axis=1)[:, 1 : 1 + max(1, len(rows) - malicious - 2)]
+    number = options.get("num_nodes_to_select", 1)
+    number = len(rows) - 2 * malicious if strategy == "Bulyan" else number
+    chosen = _least(near.sum(axis=1, keepdims=True), number, slack, rows)[:, 0]
+    if strategy != "Bulyan":
+        return mean(before, [ends[n] for n in chosen], [weights[n] for n in chosen])
+    values = rows[np.sort(chosen)]
+    away = np.abs(values - np.median(values, axis=0))
+    nearest = _least(away, number - 2 * malicious, 1e-6 * np.abs(rows).max(), values)
+    merged = np.take_along_axis(values, nearest, axis=0).mean(axis=0)
+    cuts = np.cumsum([before[name].size for name in before])[:-1]
+    pieces = zip(before, np.split(merged, cuts), strict=True)
+    return {name: piece.reshape(before[name].shape) for name, piece in pieces}
+
+
+def _least(scores, number, slack, values):
+    """Where the least ``number`` scores of each column are; a tie matters where values differ."""
+    order = np.argsort(scores, axis=0, kind="stable")
+    if number < len(order):
+        last, first = (
+            np.take_along_axis(scores, order[n : n + 1], 0) for n in (number - 1, number)
+        )
+        tied = np.abs(scores - last) <= slack
+        spread = np.where(tied, values, -np.inf).max(axis=0) - np.where(tied, values, np.inf).min(0)
+        if np.any((first - last <= slack) & (spread > 1e-6 * np.abs(values).max())):
+            raise Tie(f"which {number} of {len(order)} are chosen is by rounding")
+    return order[:number]

@@ -10,9 +10,10 @@ import argparse
 import faulthandler
 import itertools
 import time
+import traceback
 from collections import Counter
 
-from .compare import Report, check, extras
+from .compare import Fault, Report, check, extras
 from .draw import Drawn, draw
 
 
@@ -36,7 +37,11 @@ def main() -> None:
         if over if options.tasks is None else done == options.tasks:
             break
         drawn = draw(seed)
-        report = check(drawn, **extras(seed))
+        try:
+            report = check(drawn, **extras(seed))
+        except Exception as error:
+            trace = traceback.format_exc(limit=-4)
+            report = Report([Fault("harness", f"{type(error).__name__}: {error}\n{trace}")])
         counts.update(features_of(drawn, report))
         if report.faults:
             failed.append(seed)
@@ -60,6 +65,10 @@ def show(seed: int, report: Report) -> None:
             print(f"seed {seed}: {where}: and {len(several) - 2} more", flush=True)
 
 
+NAMED = ("derived", "fingerprint", "fingerprint_covers", "save", "config")
+"""Fields of a task that are counted where it has them."""
+
+
 def features_of(drawn: Drawn, report: Report) -> list[str]:
     """What to count of a task."""
     features = drawn.features
@@ -70,6 +79,11 @@ def features_of(drawn: Drawn, report: Report) -> list[str]:
         names += [f"{key} {features[key]}"] if features.get(key) else []
     for key in ("keep_optimizer", "max_grad_norm", "loss of config", "one label a client"):
         names += [key] if features.get(key) else []
+    names += ["chosen by rounding"] if report.has_tie else []
+    names += [f"useless: {report.useless[:60]}"] if report.useless else []
+    names += [f"{name}" for name in NAMED if getattr(drawn.task, name)]
+    names += [f"metric {name}" for name in drawn.task.metrics]
+    names += [f"data {kind}" for kind in {each.split()[-1] for each in features["arrays"]}]
     for key in ("layers", "encoders"):
         names += [f"{key} {name}" for name in sorted(set(features[key]))]
     return names

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx_fed as fed  # before mlx.core
@@ -13,15 +15,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+import pandas as pd
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from . import models
 from .models import VOCABULARY, WIDTH
 
-FIELDS = {field.name for field in fields(fed.Task)}
-"""What a task can say: some of it is drawn only where the library has it."""
 MOST_STEPS = 20
 """Training steps of all clients in all rounds, about."""
 
@@ -94,7 +95,7 @@ class Column:
     dtype: str
     values: str
     classes: int = VOCABULARY
-    of_numpy: bool = True
+    container: str = "numpy"
 
     def make(self, rng: np.random.Generator, number: int, only: int | None = None) -> Any:
         """The values of so many examples; with ``only`` whole numbers are this one alone."""
@@ -110,14 +111,30 @@ class Column:
                 array *= rng.random((number, *[1] * len(self.shape))) < 0.4
         if self.dtype == "bool" and self.values != "whole":
             array = array > 0
-        if self.of_numpy and self.dtype != "bfloat16":
-            return array.astype(self.dtype)
-        return mx.array(array.astype(np.float32)).astype(
-            mx.bool_ if self.dtype == "bool" else getattr(mx, self.dtype)
-        )
+        if self.container == "mlx" or self.dtype == "bfloat16":
+            return mx.array(array.astype(np.float32)).astype(
+                mx.bool_ if self.dtype == "bool" else getattr(mx, self.dtype)
+            )
+        array = array.astype(self.dtype)
+        if self.container == "pandas" and array.ndim < 3:
+            return (pd.Series if array.ndim == 1 else pd.DataFrame)(array)
+        return array.tolist() if self.container == "list" else array
 
     def __str__(self) -> str:
-        return f"{self.values} {self.dtype}{list(self.shape)}"
+        return f"{self.values} {self.dtype}{list(self.shape)} {self.container}"
+
+
+def rows_of(array: Any, rows: Sequence[int]) -> Any:
+    """Some examples of what :meth:`Column.make` returns."""
+    if isinstance(array, mx.array):
+        return array[mx.array(rows)]
+    if isinstance(array, list):
+        return [array[row] for row in rows]
+    return array[rows] if isinstance(array, np.ndarray) else array.iloc[rows]
+
+
+def draw_container(draw: Draw) -> str:
+    return draw.pick(*["numpy"] * 6, *["mlx"] * 4, "list", "pandas")
 
 
 WHOLE = ("int32", "int32", "int64", "uint8", "uint32", "int16")
@@ -125,15 +142,15 @@ FLOATS = ("float32", "float32", "float32", "float32", "float16", "bfloat16")
 
 
 def draw_input(draw: Draw) -> Column:
-    of_numpy = draw.chance(0.7)
+    container = draw_container(draw)
     kind = draw.pick("float", "float", "float", "whole", "bool")
     if kind == "float":
         shape = draw.pick((), (4,), (4,), (4,), (2, 3), (3, 2), (4, 4, 1), (4, 4, 2))
         values = draw.pick("normal", "normal", "normal", "normal", "sparse")
-        return Column(shape, draw.pick(*FLOATS), values, of_numpy=of_numpy)
+        return Column(shape, draw.pick(*FLOATS), values, container=container)
     shape = draw.pick((), (3,), (4,))
     dtype = "bool" if kind == "bool" else draw.pick(*WHOLE)
-    return Column(shape, dtype, "normal" if kind == "bool" else "whole", of_numpy=of_numpy)
+    return Column(shape, dtype, "normal" if kind == "bool" else "whole", container=container)
 
 
 def draw_encoder(draw: Draw, column: Column, dtype: mx.Dtype) -> tuple[str, Callable]:
@@ -154,26 +171,27 @@ def draw_target(draw: Draw, inputs: Sequence[Column]) -> Column | None:
     like = [c for c in inputs if c.values in ("normal", "sparse") and c.dtype != "bool"]
     if kind == "class":
         dtype = draw.pick(*WHOLE, "bool")
-        return Column((), dtype, "whole", 2 if dtype == "bool" else 3, draw.chance(0.7))
+        return Column((), dtype, "whole", 2 if dtype == "bool" else 3, draw_container(draw))
     if kind == "like an input" and like:
         return draw.pick(*like)
     if kind == "none":
         return None
-    return Column(draw.pick((), (2,), (4,)), draw.pick(*FLOATS), "normal")
+    shape, dtype = draw.pick((), (2,), (4,)), draw.pick(*FLOATS)
+    return Column(shape, dtype, "normal", container=draw_container(draw))
 
 
 class Stream:
     """Batches in an order that the key decides."""
 
-    def __init__(self, batch: Any, number: int, size: int):
-        self.batch, self.number, self.size = batch, number, size
+    def __init__(self, pack: Callable, columns: Sequence[Any], number: int, size: int):
+        self.pack, self.columns, self.number, self.size = pack, columns, number, size
 
     def __call__(self, key: mx.array) -> Any:
         rng = np.random.default_rng(np.array(key).astype(np.uint32))
         order = rng.permutation(self.number)
         for at in range(0, self.number, self.size):
-            rows = mx.array(order[at : at + self.size])
-            yield tree_map(lambda array, rows=rows: mx.array(array)[rows], self.batch)
+            rows = order[at : at + self.size]
+            yield self.pack([rows_of(column, rows) for column in self.columns])
 
 
 class SizedStream(Stream):
@@ -200,6 +218,8 @@ class Structure:
                 return tuple(arrays[:-1]), arrays[-1]
             case "nested dict":
                 return {"rest": tuple(arrays[:-1]), "last": {"of": arrays[-1]}}
+            case "list":
+                return list(arrays)
         return tuple(arrays)
 
     def unpack(self, batch: Sequence[Any]) -> list[mx.array]:
@@ -322,6 +342,32 @@ class Metric(Loss):
         raise ValueError(self.form)
 
 
+class Predict(Loss):
+    """What a DatasetMetric keeps of a batch."""
+
+    def __call__(self, model: nn.Module, *batch: Any) -> Any:
+        out, y, _ = self.outputs(model, batch)
+        losses = each_loss(out, y)
+        match self.form:
+            case "array":
+                return out
+            case "tuple":
+                return out[:, 0], losses
+        return {"losses": losses, "scores": out.mean(axis=-1)}
+
+
+def compute(*arrays: Any, **named: Any) -> float | None:
+    """The difference of two quantiles; not defined on a few examples."""
+    columns = [np.asarray(a).astype(np.float64) for a in (*arrays, *named.values())]
+    if len(columns[0]) < 4:
+        return None if len(arrays) else float("nan")
+    return float(sum(n * np.ptp(column) for n, column in enumerate(columns, 1)))
+
+
+def derived(metrics: Any) -> dict[str, float]:
+    return {"perplexity": math.exp(metrics["loss"]), "twice": 2 * metrics["loss"]}
+
+
 INTERACTING = ("contrast", "centered", "share of batch", "pairs")
 
 
@@ -383,6 +429,7 @@ OPTIMIZERS: dict[str, tuple[float, Callable[[Any], optim.Optimizer]]] = {
     "adamw": (0.02, partial(optim.AdamW, eps=1e-4, weight_decay=0.1)),
     "adamax": (0.02, partial(optim.Adamax, eps=1e-4)),
     "lion": (0.005, partial(optim.Lion, weight_decay=0.01)),
+    "adafactor relative": (0.01, lambda rate: optim.Adafactor(warmup_init=rate is None)),
     "adafactor": (0.02, partial(optim.Adafactor, relative_step=False, scale_parameter=False)),
     "muon": (
         0.02,
@@ -420,20 +467,40 @@ def draw_optimizer(draw: Draw, half: bool) -> Callable[[Any], optim.Optimizer]:
     return optimizer
 
 
-STRATEGIES: dict[str, dict[str, Any]] = {
+STRATEGIES: dict[str, dict[str, tuple[Any, ...]]] = {
     "FedAvg": {},
-    "FedProx": {"proximal_mu": 0.3},
-    "FedAvgM": {"server_learning_rate": 0.8, "server_momentum": 0.7},
-    "FedAdam": {"eta": 0.02, "beta_1": 0.9, "beta_2": 0.99, "tau": 0.01},
-    "FedAdagrad": {"eta": 0.02, "tau": 0.01},
-    "FedYogi": {"eta": 0.02, "beta_1": 0.9, "beta_2": 0.99, "tau": 0.01},
+    "FedProx": {"proximal_mu": (0.0, 0.01, 0.3)},
+    "FedAvgM": {"server_learning_rate": (0.8, 1.0), "server_momentum": (0.0, 0.7)},
+    "FedAdam": {"eta": (0.02, 0.1), "beta_1": (0.0, 0.9), "beta_2": (0.99,), "tau": (0.01,)},
+    "FedAdagrad": {"eta": (0.02, 0.1), "tau": (0.01,)},
+    "FedYogi": {"eta": (0.02, 0.1), "beta_1": (0.9,), "beta_2": (0.9, 0.99), "tau": (0.01,)},
     "FedMedian": {},
-    "FedTrimmedAvg": {"beta": 0.2},
-    "QFedAvg": {"client_learning_rate": 0.1, "q": 0.5},
+    "FedTrimmedAvg": {"beta": (0.0, 0.2, 0.4)},
+    "QFedAvg": {"client_learning_rate": (0.1, 0.5), "q": (0.0, 0.5, 1.0)},
+    "Krum": {},
+    "MultiKrum": {"num_nodes_to_select": (1, 2, 3)},
+    "Bulyan": {},
 }
+"""Those of Flower's, and the values that their arguments have."""
+CHOOSE = ("Krum", "MultiKrum", "Bulyan")
+"""Those that choose among clients, which in half precision is by rounding."""
+
+
+def draw_options(draw: Draw, strategy: str, num_trained: int) -> dict[str, Any]:
+    """The arguments of a strategy that so many clients reply to."""
+    options = {name: draw.pick(*values) for name, values in STRATEGIES[strategy].items()}
+    if strategy in CHOOSE:
+        most = (num_trained - 3) // 4 if strategy == "Bulyan" else num_trained // 3
+        options["num_malicious_nodes"] = draw.number(0, max(0, most))
+    return options
 
 
 # -- the whole -------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, folder: Path) -> Path:
+    model.save_weights(str(folder / "own.safetensors"))
+    return folder / "own.safetensors"
 
 
 def draw(seed: int) -> Drawn:
@@ -456,8 +523,7 @@ def draw(seed: int) -> Drawn:
     columns = [*inputs, *(c for c in (target, weight) if c)]
     encoders = [draw_encoder(draw, column, dtype) for column in inputs]
     features |= {"arrays": [str(column) for column in columns], "loss": form}
-    new = "train_step" in FIELDS
-    kinds = ["tuple"] * 4 + (["dict", "nested", "nested dict"] if new else [])
+    kinds = ["tuple"] * 4 + ["list", "dict", "nested", "nested dict"]
     structure = Structure(draw.pick(*kinds), len(columns))
     stream = draw.pick(*[None] * 12, "stream", "sized stream")
     features |= {"structure": structure.kind, "stream": stream}
@@ -479,7 +545,7 @@ def draw(seed: int) -> Drawn:
     normalized = draw.chance(0.15)
     if normalized:
         layers.append(("batch norm", partial(nn.BatchNorm, WIDTH)))
-    buffer = draw.pick(*models.BUFFERS) if new and draw.chance(0.12) else None
+    buffer = draw.pick(*models.BUFFERS) if draw.chance(0.12) else None
     if buffer:
         layers.append((buffer, models.BUFFERS[buffer]))
     dropout = draw.chance(0.1)
@@ -512,16 +578,18 @@ def draw(seed: int) -> Drawn:
 
     has: dict[str, Any] = {"has_target": target is not None, "has_weight": weight is not None}
     has["structure"] = structure
-    of_config = new and draw.chance(0.1)
+    of_config = draw.chance(0.1)
     loss = (LossOfConfig if of_config else Loss)(form, **has)
     features["loss of config"] = of_config
     names = [n for n in ("hits", "mean", "weighted", "spread") if draw.chance(0.3)]
     metrics = {name.replace(" ", "-"): Metric(name, **has) for name in names}
-    features["metrics"] = names
+    kinds = [n for n in ("array", "tuple", "dict") if draw.chance(0.08)]
+    metrics |= {f"of-all-{n}": fed.DatasetMetric(Predict(n, **has), compute) for n in kinds}
+    features["metrics"] = [*names, *kinds]
 
     augment = draw.pick(*[None] * 8, "noise", "scale")
     first_float = inputs[0].values == "normal" and inputs[0].dtype != "bool"
-    first_float = first_float and structure.kind == "tuple"
+    first_float = first_float and structure.kind in ("tuple", "list")
     augment = augment if first_float else None
     features["augment"] = augment
 
@@ -561,13 +629,11 @@ def draw(seed: int) -> Drawn:
     skewed = draw.chance(0.2)
     features["one label a client"] = skewed
 
-    def examples(rng: np.random.Generator, size: int, partition: int) -> Any:
-        return structure.pack(
-            [
-                column.make(rng, size, partition if skewed and column is target else None)
-                for column in columns
-            ]
-        )
+    def examples(rng: np.random.Generator, size: int, partition: int) -> list[Any]:
+        return [
+            column.make(rng, size, partition if skewed and column is target else None)
+            for column in columns
+        ]
 
     def data(partition: int, num_partitions: int | None) -> fed.Data:
         rng = np.random.default_rng([seed, partition])
@@ -576,48 +642,74 @@ def draw(seed: int) -> Drawn:
         test = None if held_out is None else examples(rng, held_out, partition)
         if stream:
             kind = Stream if stream == "stream" else SizedStream
-            train = kind(train, number, config.get("batch-size", batch_size))
-            test = test and kind(test, held_out or 0, eval_batch_size)
-        return fed.Data(train, test)
+            size = {**declared, **config}.get("batch-size", batch_size)
+            return fed.Data(
+                kind(structure.pack, train, number, size),
+                test and kind(structure.pack, test, held_out or 0, eval_batch_size),
+            )
+        return fed.Data(structure.pack(train), test and structure.pack(test))
 
     settings: dict[str, Any] = {}
     config: dict[str, Any] = {}
+    declared: dict[str, Any] = {}
+    norm = draw.pick(0.05, 0.5) if draw.chance(0.2) else None
     lengths = {"batch-size": batch_size, "local-epochs": epochs, "local-steps": steps}
-    for key, value in lengths.items():
+    for key, value in {**lengths, "max-grad-norm": norm}.items():
         if value is not None and draw.chance(0.15):
-            config[key] = value
             settings[key.replace("-", "_")] = value + 1
+            if draw.chance(0.5):
+                declared[key] = value
+                continue
+            config[key] = value
+            if draw.chance(0.5):
+                declared[key] = value + 2
         else:
             settings[key.replace("-", "_")] = value
     own_step = None
-    if new and draw.chance(0.08) and not form.startswith("weighted"):
+    if draw.chance(0.08) and not form.startswith("weighted"):
         own_step = draw.pick("plain", "sharpness-aware", "two optimizers")
         settings["train_step"] = TrainStep(own_step, loss if not of_config else Loss(form, **has))
+        for chosen in (settings, config, declared):
+            chosen.pop("max_grad_norm", None)
+            chosen.pop("max-grad-norm", None)
     features["train step"] = own_step
-    if draw.chance(0.2) and not own_step:
-        settings["max_grad_norm"] = draw.pick(0.05, 0.5)
-    if new and draw.chance(0.05):
+    if draw.chance(0.05):
         settings["compile"] = False
+    if draw.chance(0.1):
+        settings["derived"] = derived
+    if draw.chance(0.05):
+        settings["fingerprint"] = lambda: {"task": str(seed), "late": lambda: "same"}
+        if draw.chance(0.5):
+            settings["fingerprint_covers"] = lambda name: "base" in name
+    if draw.chance(0.05):
+        settings["save"] = save
     if buffer:
-        kind = draw.pick("average", "local")
+        kind = draw.pick("average", "local") if buffer != "count" else "local"
         settings["buffers"] = lambda name: kind if name.endswith(f".{buffer}") else None
         features["buffers"] = kind
     settings["statistics"] = draw.pick("average", "average", "local")
-    personal = draw.pick(*[None] * 6, "head", "layers")
-    if personal and not frozen and (personal == "head" or "tied" not in features["layers"]):
-        settings["personal"] = lambda name: name.startswith(personal)
+    personal = draw.pick(*[None] * 8, "head", "layers", "encoders", "bias", "weight")
+    names = [name for name, _ in tree_flatten(model().trainable_parameters())]
+    if personal and not all(personal in name for name in names):
+        settings["personal"] = lambda name: personal in name
     settings["keep_optimizer"] = draw.chance(0.15) and own_step != "two optimizers"
     if form.startswith("weighted"):
         settings["weight_unit"] = "words"
     strategy = draw.pick("FedAvg", "FedAvg", "FedAvg", *STRATEGIES)
+    strategy = "Krum" if strategy == "Bulyan" and num_clients < 10 else strategy
     strategy = "FedAvg" if own_step and strategy == "FedProx" else strategy
-    options = dict(STRATEGIES[strategy])
-    averages = strategy not in ("FedMedian", "FedTrimmedAvg", "QFedAvg")
+    strategy = "FedMedian" if strategy in CHOOSE and half != "float32" else strategy
+    fractions = {}
+    for phase in ("train", "evaluate"):
+        if draw.chance(0.2):
+            fractions[f"fraction_{phase}"] = draw.pick(0.3, 0.5, 0.7)
+    num_trained = max(1, int(num_clients * fractions.get("fraction_train", 1.0)))
+    options = draw_options(draw, strategy, num_trained)
+    averages = strategy not in ("FedMedian", "FedTrimmedAvg", "QFedAvg", "Bulyan")
     if form.startswith("weighted") and averages and draw.chance(0.4):
         options["weighted_by_key"] = "num-words"
     if strategy == "QFedAvg":
         config["train-loss-key"] = "train_loss"
-    fractions = {"fraction_train": 0.5} if draw.chance(0.2) else {}
     plain = {k: v for k, v in settings.items() if not callable(v) and k not in features}
     features |= plain
     features["personal"] = personal if "personal" in settings else None
@@ -635,6 +727,7 @@ def draw(seed: int) -> Drawn:
         optimizer=optimizer,
         data=data,
         metrics=metrics,
+        config=declared,
         eval_batch_size=eval_batch_size,
         augment=augmented if augment else None,
         **settings,

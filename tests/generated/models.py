@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -134,7 +135,36 @@ class Memory(nn.Module):
         return h
 
 
-BUFFERS = {"average": Average, "memory": Memory}
+class Hidden(nn.Module):
+    """Takes away a running mean in a private array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hidden = mx.zeros(WIDTH)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out = x - self._hidden
+        if self.training:
+            mean = mx.stop_gradient(x.astype(mx.float32).mean(axis=0))
+            self._hidden = 0.6 * self._hidden + 0.4 * mean
+        return out.astype(x.dtype)
+
+
+class Count(nn.Module):
+    """Counts its steps, in a whole number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = mx.array(0)
+        self.freeze(keys=["count"], recurse=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.training:
+            self.count = self.count + 1
+        return x / (1 + 0.1 * self.count).astype(x.dtype)
+
+
+BUFFERS = {"average": Average, "memory": Memory, "_hidden": Hidden, "count": Count}
 
 
 class Recurrent(nn.Module):
@@ -167,6 +197,52 @@ class Convolution(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.tanh(self.convolution(x[..., None]).mean(axis=-1))
+
+
+class Windows(nn.Module):
+    """What lies along the features: pools, a transposed and a depthwise convolution, a norm."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        if kind == "transposed":
+            self.layer = nn.ConvTranspose1d(1, 2, 3, padding=1)
+        if kind == "depthwise":
+            self.layer = nn.Conv1d(2, 2, 3, padding=1, groups=2)
+        if kind == "instance norm":
+            self.layer = nn.InstanceNorm(2, affine=True)
+        if kind == "pool":
+            self.layer = nn.MaxPool1d(2, 1, padding=1)
+        self._kind = kind
+
+    def __call__(self, x: mx.array) -> mx.array:
+        h = x[..., None]
+        h = h if self._kind in ("transposed", "pool") else mx.concatenate([h, mx.sin(h)], axis=-1)
+        return self.layer(h)[:, :WIDTH].mean(axis=-1)
+
+
+class Experts(nn.Module):
+    """Layers in lists of lists, of which each example has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = [[nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)], [nn.Linear(WIDTH, 2)]]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        (one, other), (gate,) = self.experts
+        which = mx.softmax(gate(x), axis=-1)
+        return one(x) * which[:, :1] + other(x) * which[:, 1:]
+
+
+class TiedWeight(nn.Module):
+    """One array under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WIDTH, WIDTH)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        order = mx.stop_gradient(mx.argmin(x, axis=-1))
+        return self.embedding.as_linear(mx.tanh(x + self.embedding(order)))
 
 
 class Heads(nn.Module):
@@ -360,6 +436,13 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "attention": Attention,
     "convolution": Convolution,
     "bilinear": Heads,
+    **{
+        kind: partial(Windows, kind)
+        for kind in ("transposed", "depthwise", "instance norm", "pool")
+    },
+    "experts": Experts,
+    "tied weight": TiedWeight,
+    "sequential": lambda: nn.Sequential(nn.Linear(WIDTH, 4), nn.SELU(), nn.Linear(4, WIDTH)),
 }
 
 
