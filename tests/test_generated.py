@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from .generated.compare import check, extras, simulate, to_float
-from .generated.draw import Drawn, draw
+from .generated.draw import Drawn, draw, of_processes
 
-FEW, MANY = 200, 1200
-SERVED = [seed for seed in range(60) if 2 <= draw(seed).num_clients <= 3][:4]
+FEW, MANY = 300, 3300
+SERVED = of_processes(4)
 
 
 @pytest.mark.parametrize("seed", range(FEW))

@@ -16,7 +16,7 @@ from uuid import uuid4
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from .arrays import master_weights
+from .arrays import master_weights, reducers  # noqa: F401, for Flower's simulation
 from .arrays.flower_records import records_in
 from .arrays.named_arrays import Arrays
 from .errors import FedError

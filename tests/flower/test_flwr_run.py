@@ -12,12 +12,18 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import mlx_fed  # noqa: F401, before mlx.core
+
+import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_fed.fleet.federation import Federation
 from mlx_fed.fleet.identity import make_key
 
 from ..conftest import ROOT, free_port
+from ..generated.compare import simulate, to_float
+from ..generated.draw import draw, of_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -223,6 +229,36 @@ def test_our_nodes_on_a_stock_superlink_that_encrypts_and_asks_for_keys(start, t
     link.run(MNIST, f'num-rounds={ROUNDS} name="ours"')
     assert [node.ends() for node in nodes] == [0, 0]
     assert len(history(link.folder / "runs" / "ours")) == ROUNDS
+
+
+@pytest.mark.parametrize("seed", of_processes(3))
+def test_a_generated_task_ends_with_our_simulations_bits(seed, start, tmp_path, simulation):
+    drawn = draw(seed)
+    app = new_app(start, tmp_path, "generated")
+    (app / "generated.py").write_text(GENERATED.format(seed=seed))
+    clients = f"num-supernodes={drawn.num_clients}"
+    settings = f'num-rounds={drawn.num_rounds} seed={drawn.seed} name="run"'
+    simulation.run(app, settings, "--federation-config", clients)
+    arrays = mx.load(str(simulation.folder / "runs" / "run" / "model.safetensors"))
+    expected = simulate(drawn, tmp_path, "plain", batched=False).values.arrays
+    for name, array in expected.items():
+        np.testing.assert_array_equal(to_float(arrays[name]), array, err_msg=name)
+
+
+GENERATED = """
+import mlx_fed as fed
+
+from tests.generated.draw import draw
+
+drawn = draw({seed})
+client_app = fed.client_app(drawn.task)
+server_app = fed.server_app(
+    drawn.task,
+    lambda config: drawn.strategy(),
+    min_nodes=drawn.num_clients,
+    config=drawn.config,
+)
+"""
 
 
 # -- what a person sees ------------------------------------------------------------------------

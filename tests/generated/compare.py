@@ -317,7 +317,7 @@ def check(
 def extras(seed: int) -> dict[str, Any]:
     """What else is tried with the task of a seed, by the number alone."""
     return {
-        "resumed": seed % 5 == 0,
+        "resumed": seed % 8 == 0,
         "workers": seed // 60 % 3 + 1 if seed % 60 == 7 else 0,
         "compiled": seed % 30 == 11,
     }
@@ -332,8 +332,11 @@ def _check_in_folder(drawn: Drawn, resumed: bool, workers: int) -> Report:
 
 def _check(drawn: Drawn, runs: Path, resumed: bool, workers: int) -> Report:
     everyone = list(range(drawn.num_clients))
+    # Every other plain run does not even look at what could be compiled.
+    alone = replace(drawn.task, compile=False) if drawn.seed % 2 else drawn.task
+    apart = replace(drawn, task=alone)
     try:
-        plain = simulate(drawn, runs, "plain", batched=False)
+        plain = simulate(apart, runs, "plain", batched=False)
     except Exception as error:
         try:
             of = Oracle(drawn, [(everyone, everyone)] * drawn.num_rounds)
@@ -358,12 +361,12 @@ def _check(drawn: Drawn, runs: Path, resumed: bool, workers: int) -> Report:
         simulate(first, runs, "stopped", **options)
         again = simulate(drawn, runs, resume="stopped", **options)
         faults += bits("resumed", again.values, together.values)
-    if drawn.seed % 4 == 1:
-        faults += bits("nodes", nodes(drawn, runs).values, plain.values)
+    if drawn.seed % 8 == 1:
+        faults += bits("nodes", nodes(apart, runs).values, plain.values)
     if workers:
-        apart = simulate(drawn, runs, "apart", batched=False, workers=workers)
-        faults += bits(f"{workers} workers", apart.values, plain.values)
-        apart = simulate(drawn, runs, "several", chunk_size=drawn.chunk_size, workers=workers)
+        spread = simulate(apart, runs, "apart", batched=False, workers=workers)
+        faults += bits(f"{workers} workers", spread.values, plain.values)
+        spread = simulate(drawn, runs, "several", chunk_size=drawn.chunk_size, workers=workers)
         if of:
-            faults += differences(f"batched by {workers} workers", apart.values, plain.values, of)
+            faults += differences(f"batched by {workers} workers", spread.values, plain.values, of)
     return Report(faults, batched, has_tie=of is None)

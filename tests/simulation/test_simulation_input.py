@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ import mlx_fed as fed  # before mlx.core
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import cloudpickle
 import pytest
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedMedian
 
 from mlx_fed.data.partitions import columns, load_partition
@@ -350,6 +354,43 @@ def test_tasks_hold_arrays_and_dtypes(tmp_path: Path):
     task = replace(TASK, loss=shifted)
     one = simulate(FedAvg(), tmp_path, task, name="one", workers=2)
     assert_same(one, simulate(FedAvg(), tmp_path, task, name="other"))
+
+
+def test_tasks_hold_functions_of_mlx(tmp_path: Path):
+    activation, project, least = nn.gelu, mx.fast.rms_norm, mx.finfo(mx.float16)
+    scale = mx.compile(lambda x: x * 0.5)
+
+    def model() -> nn.Module:
+        return MLP(activation)
+
+    def scaled(module: nn.Module, x: mx.array, y: mx.array) -> mx.array:
+        return loss(module, scale(project(x, None, least.eps)), y)
+
+    task = replace(TASK, model=model, loss=scaled)
+    one = simulate(FedAvg(), tmp_path, task, name="one", num_clients=4, workers=2)
+    assert_same(one, simulate(FedAvg(), tmp_path, task, name="other", num_clients=4))
+
+
+def test_an_app_for_rays_workers_holds_functions_and_dtypes_of_mlx():
+    activation, dtype = mx.tanh, mx.array(0.0, mx.bfloat16).dtype
+
+    def model() -> nn.Module:
+        module = MLP(activation)
+        module.set_dtype(dtype)
+        return module
+
+    app = pickle.loads(cloudpickle.dumps(fed.client_app(replace(TASK, model=model))))
+    assert isinstance(app, ClientApp)
+
+
+class MLP(nn.Module):
+    def __init__(self, activation: Callable[[mx.array], mx.array]):
+        super().__init__()
+        self.layers = [nn.Linear(5, 8), nn.Linear(8, 3)]
+        self._activation = activation
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.layers[1](self._activation(self.layers[0](x)))
 
 
 # -- models that do not train together -----------------------------------------------------

@@ -10,9 +10,8 @@ from io import BytesIO
 from typing import Any, ClassVar
 
 import cloudpickle
-import mlx.core as mx
 
-from ..arrays.named_arrays import dtype_name
+from ..arrays import reducers  # noqa: F401, for what MLX cannot pickle
 
 
 def dumps(value: Any) -> bytes:
@@ -20,11 +19,6 @@ def dumps(value: Any) -> bytes:
     file = BytesIO()
     _Pickler(file).dump(value)
     return file.getvalue()
-
-
-def _dtype(dtype: mx.Dtype) -> tuple[Any, ...]:
-    """Reduction of an MLX dtype, which MLX cannot pickle."""
-    return getattr, (mx, dtype_name(dtype))
 
 
 def _cached(function: Any) -> str | tuple[Any, ...]:
@@ -40,7 +34,7 @@ def _cache_again(function: Callable, parameters: dict[str, Any]) -> Callable:
 
 class _Pickler(cloudpickle.Pickler):
     dispatch_table: ClassVar = ChainMap(
-        {mx.Dtype: _dtype, type(functools.cache(len)): _cached},
+        {type(functools.cache(len)): _cached},
         cloudpickle.Pickler.dispatch_table,
         copyreg.dispatch_table,
     )
