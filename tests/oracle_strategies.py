@@ -27,6 +27,8 @@ def aggregate(
     algorithm 2 of Reddi et al. (https://arxiv.org/abs/2003.00295) does not: without
     ``bias_corrected`` it is theirs, but for moments that begin at 0 as Flower's do.
     """
+    if not all(np.isfinite(end[name]).all() for end in ends for name in before):
+        return {name: value * np.nan for name, value in before.items()}  # a median would hide it
     correct = bias_corrected and strategy == "FedAdam"
     after = _aggregate(strategy, options, number, before, ends, weights, losses, memory, correct)
     return {name: np.float64(np.float32(value)) for name, value in after.items()}
