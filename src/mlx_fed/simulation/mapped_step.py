@@ -30,8 +30,6 @@ from ..training.steps import (
 )
 from ..training.trainer import Trainer
 
-Update = Callable[..., tuple[Arrays, Arrays, Arrays]]
-
 
 class BatchedError(FedError):
     """A step of many clients whose result differs from that of one client."""
@@ -152,7 +150,7 @@ def _map_gradient(model: nn.Module, gradient: Callable[..., Gradient]) -> Callab
     return map_gradient
 
 
-def _map_update(optimizer: Any) -> Update:
+def _map_update(optimizer: Any) -> Callable[..., tuple[Arrays, Arrays, Arrays]]:
     """Optimizer update over a leading axis of clients; the counters have no such axis."""
     update = update_step(optimizer)
     if is_elementwise(optimizer):
