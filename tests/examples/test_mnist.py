@@ -17,9 +17,9 @@ import pytest
 from examples.mnist.mnist import task
 from mlx_fed.training.trainer import Trainer
 
-from .conftest import free_port
+from ..conftest import free_port
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def last_round(runs: Path) -> dict:
