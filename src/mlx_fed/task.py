@@ -321,7 +321,7 @@ def _check_function(name: str, function: Any) -> None:
             )
 
 
-TaskSource = Task | Callable[[Config], Task]
+TaskSource = Task | Callable[[dict[str, Any]], Task]
 """A task, or a function that makes one from the settings it is run with."""
 
 
