@@ -13,6 +13,7 @@ from flwr.app import Message
 from ..arrays import master_weights, weighted_mean
 from ..arrays.named_arrays import LazyArrays
 from ..arrays.weighted_mean import Mean, Total
+from ..flower.one_run_grid import ClientFailure, SummedUpdates
 from . import checks, exchange, proportion
 from .phase import Model, Phase
 
@@ -134,9 +135,11 @@ def mean_update(phase: Phase, outgoing: list[Message], model: Model) -> Mean:
     Updates are summed as they arrive, those with other names and kinds of metrics apart: which
     names most have is known at the end. Workers of a simulation sum where they train.
     """
-    sum_updates = exchange.summing(phase.run.grid, outgoing)
-    if sum_updates and not phase.run.settings.max_update_norm:
-        return _mean_of_grid(phase, outgoing, sum_updates)
+    run, has_one_content = phase.run, len({id(message.content) for message in outgoing}) == 1
+    if has_one_content and not run.settings.max_update_norm:
+        summed = run.grid.sum_updates(outgoing, run.weighted_by)
+        if summed is not None:
+            return _mean_of_grid(phase, outgoing, summed)
     nodes = [phase.node_of(message) for message in outgoing]
     index = {node: place for place, node in enumerate(nodes)}
     size = weighted_mean.block_size(len(nodes))
@@ -178,15 +181,15 @@ def _counted(update: Update, index: dict[str, int]) -> weighted_mean.CountedUpda
     return client, reply.parameters, reply.statistics
 
 
-def _mean_of_grid(phase: Phase, outgoing: list[Message], sum_updates: exchange.SumUpdates) -> Mean:
+def _mean_of_grid(phase: Phase, outgoing: list[Message], summed: Iterator[SummedUpdates]) -> Mean:
     """The mean of sums that the grid's workers take, which check each update themselves."""
     nodes = [phase.node_of(message) for message in outgoing]
     phase.begin(outgoing)
     total, bytes_up = Total(), 0
-    failures: dict[int, exchange.Failed] = {}
+    failures: dict[int, ClientFailure] = {}
     sizes = exchange.sizes(outgoing)
     with phase.timed("train"):
-        for outcome in sum_updates(outgoing, phase.run.weighted_by):
+        for outcome in summed:
             places = [client.place for block in outcome.blocks for client in block.counted]
             for block in outcome.blocks:
                 total.add(block)

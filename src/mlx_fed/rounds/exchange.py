@@ -6,39 +6,23 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
 
 from ..arrays import master_weights
 from ..arrays.named_arrays import Arrays, Spec
 from ..arrays.spool import Spool
-from ..arrays.weighted_mean import Block
+from ..flower.one_run_grid import OneRunGrid
 from ..task import Config
 from . import messages
 
-
-class Failed(NamedTuple):
-    """Why there is nothing of the message at a place; ``missing`` where its node sent nothing."""
-
-    place: int
-    reason: str
-    missing: bool = False
-
-
-class Summed(Protocol):
-    """What comes of some of the messages: sums by block, and where there is no update."""
-
-    blocks: list[Block]
-    failures: list[Failed]
-
-
-SumUpdates = Callable[[list[Message], str], Iterator[Summed]]
+POLL = 0.5
+"""Seconds until the nodes that are online are looked at again."""
 
 
 def exchange(
-    grid: Grid,
+    grid: OneRunGrid,
     outgoing: list[Message],
     names: Mapping[int, str],
     timeout: float,
@@ -69,7 +53,7 @@ def exchange(
     for node_id in pending.values():
         del came[node_id]
     order = deque(names)
-    deadline = math.inf if getattr(grid, "virtual_time", False) else time.monotonic() + timeout
+    deadline = math.inf if grid.virtual_time else time.monotonic() + timeout
     while order:
         if order[0] in came:
             node_id = order.popleft()
@@ -85,23 +69,12 @@ def exchange(
         if pulled:
             continue
         if time.monotonic() < deadline:
-            pause(grid)
+            grid.wait(POLL)
             continue
-        if withdraw := getattr(grid, "withdraw", None):
-            withdraw(pending)  # or nodes that are late would work through rounds that are over
+        grid.withdraw(pending)
         late = f"no reply within {timeout:.0f} seconds: one that comes later is dropped"
         came |= dict.fromkeys(pending.values(), late)
         pending.clear()
-
-
-def summing(grid: Grid, outgoing: list[Message]) -> SumUpdates | None:
-    """The grid's way to sum updates where they are made, if it has one.
-
-    It is called with training messages, whose order gives nodes their places, and the metric that
-    weighs an update. All nodes have to be sent the same.
-    """
-    same = len({id(message.content) for message in outgoing}) == 1
-    return getattr(grid, "sum_updates", None) if same else None
 
 
 def pack(outgoing: list[Message], spec: Spec, statistics: Arrays, config: Config) -> None:
@@ -144,19 +117,19 @@ def sizes(outgoing: list[Message]) -> list[int]:
     return [bytes_of[id(message.content)] for message in outgoing]
 
 
-def bytes_to_nodes(grid: Grid, outgoing: list[Message]) -> Callable[[], int]:
+def bytes_to_nodes(grid: OneRunGrid, outgoing: list[Message]) -> Callable[[], int]:
     """Tells how many bytes went to nodes, from now until it is called.
 
     Where the grid does not count them, they are those of the messages' arrays.
     """
-    before = getattr(grid, "bytes_sent", None)
-    if before is None:
+    start = grid.bytes_sent
+    if start is None:
         size = sum(sizes(outgoing))
         return lambda: size
-    return lambda: grid.bytes_sent - before  # type: ignore[attr-defined]
+    return lambda: (grid.bytes_sent or 0) - start
 
 
-def push(grid: Grid, outgoing: list[Message]) -> dict[str, int]:
+def push(grid: OneRunGrid, outgoing: list[Message]) -> dict[str, int]:
     """Sends messages; the ids of those that were sent, and the node each went to."""
     if not outgoing:
         return {}
@@ -167,12 +140,3 @@ def push(grid: Grid, outgoing: list[Message]) -> dict[str, int]:
         receivers = [to[message_id] for message_id in ids]
     # Flower's HTTP grid gives "" for a message that it could not store.
     return {id: to for id, to in zip(ids, receivers, strict=True) if id}
-
-
-def pause(grid: Grid) -> None:
-    """Waits for something to happen: until the grid says so, or a moment if it cannot."""
-    wait = getattr(grid, "wait", None)
-    if wait is None:
-        time.sleep(0.1)
-    else:
-        wait(0.5)

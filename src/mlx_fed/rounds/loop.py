@@ -19,6 +19,7 @@ from ..arrays import master_weights, named_arrays
 from ..arrays.spool import Spool
 from ..errors import RunError, TooFewReplies
 from ..events import Notice, RunFinished
+from ..flower.one_run_grid import OneRunGrid, one_run_grid
 from ..runs.history import History, Previous, Result, previous_of
 from ..runs.round_record import RoundRecord
 from ..training.trainer import Trainer
@@ -74,7 +75,7 @@ def run(
     start_time = time.monotonic()
     previous = previous_of(history.folder) if resume else Previous()
     stopping = stopping_of(settings, strategy, previous)
-    run = _set_up(grid, strategy, trainer, settings, history, roster, previous)
+    run = _set_up(one_run_grid(grid), strategy, trainer, settings, history, roster, previous)
     identity = identity_of(run)
     if settings.keep:
         strategy_state.snapshot(strategy)  # raises for a state that no checkpoint can hold
@@ -215,7 +216,7 @@ def _leave_out(run: Run, record: RoundRecord) -> None:
 
 
 def _set_up(
-    grid: Grid,
+    grid: OneRunGrid,
     strategy: Strategy,
     trainer: Trainer,
     settings: Settings,
@@ -237,8 +238,7 @@ def _set_up(
         trainer.fingerprint,
         trainer.frozen,
     )
-    # A federation's grid puts there what nodes send.
-    spool = getattr(grid, "spool", None) or Spool(history.folder / "waiting")
+    spool = grid.spool or Spool(history.folder / "waiting")
     checkpoints = Checkpoints(history.folder, settings.keep)
     run = Run(grid, strategy, trainer, settings, history, roster, config, spool, checkpoints)
     if private := strategies.name_of_private(strategy):

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from ..arrays import master_weights
@@ -20,6 +19,7 @@ from ..arrays.spool import Spool
 from ..errors import RunError, TooFewReplies
 from ..events import PhaseProgress, PhaseStarted, RepliesArrived, ReplyRefused
 from ..flower.error_replies import is_missing
+from ..flower.one_run_grid import OneRunGrid
 from ..runs import round_record
 from ..runs.history import History
 from ..runs.round_record import Refusal, RoundRecord
@@ -47,7 +47,7 @@ class Run(NamedTuple):
     """What is the same in all rounds of a run.
 
     Attributes:
-        grid (Grid): Sends messages to nodes and receives their replies.
+        grid (OneRunGrid): Sends messages to nodes and receives their replies.
         strategy (Strategy): The strategy.
         trainer (Trainer): The task with the server's model.
         settings (Settings): The run's settings.
@@ -58,7 +58,7 @@ class Run(NamedTuple):
         checkpoints (Checkpoints): The run's checkpoints.
     """
 
-    grid: Grid
+    grid: OneRunGrid
     strategy: Strategy
     trainer: Trainer
     settings: Settings

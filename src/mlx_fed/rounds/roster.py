@@ -19,8 +19,9 @@ from ..arrays import frozen, named_arrays
 from ..arrays.named_arrays import Spec
 from ..errors import FedError, RunError
 from ..events import Listener, NodeJoined, NodeLeft, NodeRefused, NodesAwaited, Notice
+from ..flower.one_run_grid import OneRunGrid
 from . import checks, messages
-from .exchange import pause, push
+from .exchange import POLL, push
 
 LONGEST_NAME = 64
 """Characters of a node's name."""
@@ -88,7 +89,7 @@ class Roster:
 
     def __init__(
         self,
-        grid: Grid,
+        grid: OneRunGrid,
         parameters: Spec,
         statistics: Spec,
         config: dict[str, Any],
@@ -146,7 +147,7 @@ class Roster:
             if present != told:
                 told = present
                 self.listener(NodesAwaited(present, needed))
-            pause(self.grid)
+            self.grid.wait(POLL)
 
     def leave_out(self, name: str, why: str) -> bool:
         """Sends a node away. It may come back as another: when it has been started again."""
@@ -213,13 +214,13 @@ class Roster:
 
     def _check_name(self, node: Node) -> None:
         """A node that a grid knows by name has no other one."""
-        known = getattr(self.grid, "name_of", lambda node_id: None)(node.id)
+        known = self.grid.name_of(node.id)
         if known not in (None, node.name):
             raise checks.Refused(f"its key is that of {known}, whose name it has to have")
 
     def _check_number(self, node: Node) -> None:
         """A node that a grid knows by number holds no other part of the data."""
-        number = getattr(self.grid, "number_of", lambda node_id: None)(node.id)
+        number = self.grid.number_of(node.id)
         if number not in (None, node.partition):
             raise checks.Refused(
                 f"its key is that of node id {number}, and it says {node.partition}: join without "

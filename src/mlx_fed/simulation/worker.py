@@ -16,8 +16,8 @@ from ..arrays.named_arrays import Arrays, is_finite
 from ..arrays.randomness import round_seed
 from ..arrays.weighted_mean import Block, Counted
 from ..errors import FedError, SimulationError
+from ..flower.one_run_grid import ClientFailure
 from ..rounds import checks, messages
-from ..rounds.exchange import Failed
 from ..task import Config, Data, TaskSource, make_task
 from ..task_settings import kebab_case
 from ..tracebacks import user_traceback
@@ -105,7 +105,7 @@ class WorkResult(NamedTuple):
 
     blocks: list[Block]
     replies: list[tuple[int, RecordDict]]
-    failures: list[Failed]
+    failures: list[ClientFailure]
     notes: list[str]
     traceback: str | None
     labels: dict[int, dict[int, int]]
@@ -142,7 +142,7 @@ class Worker:
         has_client_state = self.trainer.client_arrays.has_client_state
         self.client_states = worker_config.client_states if has_client_state else None
         self.request: DecodedRequest | None = None
-        self.failures: list[Failed] = []
+        self.failures: list[ClientFailure] = []
         self.traceback: str | None = None
         self.has_failed = False
 
@@ -190,7 +190,9 @@ class Worker:
         if not self.has_failed and not isinstance(error, FedError):
             self.has_failed = True
             self.traceback = user_traceback(error)
-        self.failures.append(Failed(position, reason(error), missing=isinstance(error, NoReply)))
+        self.failures.append(
+            ClientFailure(position, reason(error), missing=isinstance(error, NoReply))
+        )
 
     # -- evaluation ------------------------------------------------------------------------
 
