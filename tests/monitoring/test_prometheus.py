@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from prometheus_client import parser
 
 from mlx_fed import events
 from mlx_fed.errors import FedError
@@ -17,7 +18,6 @@ from mlx_fed.monitoring.prometheus import serve_metrics
 
 from ..conftest import command, free_port
 
-parser = pytest.importorskip("prometheus_client.parser")
 
 RECORD = {
     "round": 3,
