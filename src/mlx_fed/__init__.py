@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .clientapp import client_app
     from .fleet.node import join
     from .fleet.server import serve
-    from .runs.history import Result
+    from .runs.model_file import load_model
+    from .runs.result import Result
     from .serverapp import server_app
     from .simulation.faults import Faults
     from .simulation.simulate import simulate
@@ -33,6 +34,7 @@ __all__ = [
     "Task",
     "client_app",
     "join",
+    "load_model",
     "serve",
     "server_app",
     "simulate",
@@ -40,9 +42,10 @@ __all__ = [
 
 _LATE = {
     "Faults": "simulation.faults",
-    "Result": "runs.history",
+    "Result": "runs.result",
     "client_app": "clientapp",
     "join": "fleet.node",
+    "load_model": "runs.model_file",
     "serve": "fleet.server",
     "server_app": "serverapp",
     "simulate": "simulation.simulate",

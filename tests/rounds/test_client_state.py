@@ -16,7 +16,8 @@ from flwr.serverapp.strategy import FedAvg
 from mlx_fed.rounds import messages, loop
 from mlx_fed.rounds.client_state import ClientStateError, load, save, rewind
 from mlx_fed.flower import one_run_grid
-from mlx_fed.runs.history import History, Result
+from mlx_fed.runs.history import History
+from mlx_fed.runs.result import Result
 from mlx_fed.rounds.settings import Settings
 from mlx_fed.training.trainer import Trainer
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FedError
+from ..task_settings import nearest
 
 Arrays = dict[str, mx.array]
 Spec = dict[str, tuple[tuple[int, ...], str]]
@@ -20,6 +21,10 @@ Spec = dict[str, tuple[tuple[int, ...], str]]
 
 PIECE = 2**18
 """Numbers of an array that are worked on at a time, at most."""
+
+
+_MOST_DIFFERENCES = 5
+"""Differences that a message names."""
 
 
 class WeightsError(FedError, ValueError):
@@ -61,6 +66,26 @@ def check(expected_spec: Spec, actual_spec: Spec) -> None:
             raise WeightsError(f"parameter {name!r} has shape {actual_shape}, expected {shape}")
         if actual_dtype != dtype:
             raise WeightsError(f"parameter {name!r} has dtype {actual_dtype}, expected {dtype}")
+
+
+def differences(expected_spec: Spec, actual_spec: Spec) -> list[str]:
+    """In words, where arrays that a user names differ from a specification: at most five."""
+    missing = [name for name in expected_spec if name not in actual_spec]
+    problems = []
+    for name, (shape, dtype) in actual_spec.items():
+        if name not in expected_spec:
+            match = nearest(name, missing)
+            hint = f" (did you mean {match!r}?)" if match else ""
+            problems.append(f"{name!r} is not one of the model's{hint}")
+            continue
+        expected_shape, expected_dtype = expected_spec[name]
+        if shape != expected_shape:
+            problems.append(f"{name!r} has shape {shape}, the model's has {expected_shape}")
+        if dtype != expected_dtype:
+            problems.append(f"{name!r} has dtype {dtype}, the model's has {expected_dtype}")
+    problems += [f"{name!r} is missing" for name in missing]
+    more = len(problems) - _MOST_DIFFERENCES
+    return problems if more <= 0 else [*problems[:_MOST_DIFFERENCES], f"and {more} more"]
 
 
 class StackedRow(Mapping[str, mx.array]):

@@ -26,7 +26,8 @@ from ..flower.log import silence_flower
 from ..monitoring.server_terminal import listeners_or_terminal
 from ..rounds import loop, named_strategies, strategies
 from ..rounds.settings import Settings, decide_rounds, make_checked_task, settings_of
-from ..runs.history import History, Previous, Result, previous_of, run_folder
+from ..runs.history import History, Previous, previous_of, run_folder
+from ..runs.result import Result
 from ..system import address, devices, http, memory
 from ..task import TaskSource
 from ..training.trainer import Trainer

@@ -20,7 +20,8 @@ from ..arrays.spool import Spool
 from ..errors import RunError, TooFewReplies
 from ..events import Notice, RunFinished
 from ..flower.one_run_grid import OneRunGrid, one_run_grid
-from ..runs.history import History, Previous, Result, previous_of
+from ..runs.history import History, Previous, previous_of
+from ..runs.result import Result
 from ..runs.round_record import RoundRecord
 from ..training.trainer import Trainer
 from . import privacy, strategies, strategy_state
@@ -114,6 +115,8 @@ def run(
         path,
         best_path,
         stopped,
+        trainer.task,
+        trainer.seed,
     )
 
 

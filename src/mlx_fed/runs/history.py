@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -210,31 +209,6 @@ class History:
 
 def _bytes(record: dict[str, Any]) -> int:
     return sum(record.get("bytes", {}).values())
-
-
-@dataclass
-class Result:
-    """What a run ends with.
-
-    Attributes:
-        parameters (dict): The global model's parameters, by name.
-        statistics (dict): Its running statistics.
-        rounds (list): One record a round, as in ``history.jsonl``.
-        folder (Path): The run's folder.
-        model (Path): The whole model as safetensors.
-        best (Path, optional): The same of the round with the lowest loss, as the server itself
-            or else its nodes measured it.
-        stopped (str, optional): Why the run ended before its last round, if it did: for lack of
-            progress (``patience``), at its ``target``, by ``stop`` or by its strategy.
-    """
-
-    parameters: Arrays
-    statistics: Arrays
-    rounds: list[dict[str, Any]]
-    folder: Path
-    model: Path
-    best: Path | None = None
-    stopped: str | None = None
 
 
 def run_folder(
