@@ -3,71 +3,73 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Strategy
 
 from .events import Event
 from .monitoring.server_terminal import server_line
-from .rounds import loop, named_strategies, strategies
-from .rounds.settings import VALUES, decide_rounds, settings_of
-from .runs.history import History, new_run_folder
-from .settings_check import check_config
-from .system import devices
-from .task import Config, TaskSource, make_task
-from .task_settings import TracedConfig, kebab_case
-from .training.trainer import Trainer
+from .rounds import loop
+from .rounds.run_setup import StrategySource, set_up_run
+from .rounds.settings import VALUES, EvaluateFn, RunSettings, select_settings, with_argument_hints
+from .rounds.stopping import StopFn
+from .task import TaskSource
+from .task_settings import TracedConfig, kebab_case, to_kebab
 
 _SOURCE = "The run's config"
 """What ``flwr run --run-config`` and the app's pyproject.toml set, for messages."""
 _FLOWER = logging.getLogger("flwr")
-_SETTINGS = (
-    "seed",
-    "min-nodes",
-    "wait",
-    "round-timeout",
-    "min-replies",
-    "max-repeats",
-    "max-examples",
-    "max-update-norm",
-    "patience",
-    "target",
-)
-_SERVERS_OWN = {*_SETTINGS, "runs", "name"}
+_OVERRIDES = (VALUES.keys() - {"num_rounds"}) | {"target"}
+"""Settings that the run's config may have, in place of the arguments."""
+_SERVER_NAMES = {to_kebab(name) for name in _OVERRIDES} | {"runs", "name"}
 
 
+@with_argument_hints
 def server_app(
     task: TaskSource,
-    strategy: Strategy | str | Callable[[Config], Strategy] | None = None,
+    strategy: StrategySource | None = None,
+    num_rounds: int | None = None,
     *,
+    config: dict[str, Any] | None = None,
+    seed: int = 0,
+    min_nodes: int | None = None,
+    wait: float = 600.0,
+    round_timeout: float = 3600.0,
+    min_replies: int = 1,
+    max_repeats: int = 2,
+    max_examples: float | None = None,
+    max_update_norm: float | None = None,
+    keep: int = 3,
+    test: Sequence[Any] | None = None,
+    evaluate_fn: EvaluateFn | None = None,
+    patience: int | None = None,
+    target: str | Mapping[str, float] | None = None,
+    stop: StopFn | None = None,
     runs: Path | str | None = None,
     device: str | None = "cpu",
-    **settings: Any,
 ) -> ServerApp:
     """The task as a Flower ServerApp.
 
     Args:
-        task (Task or callable): What is trained, or a function that makes it from the run's
+        task (Task or callable): What is trained, or a function that returns it for the run's
             settings (``context.run_config``), which stand over ``config``.
-        strategy (Strategy, str or callable): Any Flower strategy, the name of one, or a function
-            of the settings that makes one. Default: FedAvg, of ``min_nodes`` nodes or 2.
+        strategy (Strategy, str or callable, optional): As :func:`mlx_fed.serve` has it.
+        num_rounds (int, optional): As :func:`mlx_fed.serve` has it, and the other settings that
+            are not listed here. In the run's config ``num-rounds`` (unless it is 0), ``target``
+            and all others that are numbers stand over these, and ``name`` names the run's folder.
         runs (Path, optional): Where runs are kept. Default: the setting ``runs``, or ``runs``;
             below the folder that the SuperLink was started in, unless it is a whole path.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
-        settings: As :class:`~mlx_fed.rounds.settings.Settings` has them. In the run's settings
-            ``num-rounds`` (unless it is 0), ``seed``, ``min-nodes``, ``wait``,
-            ``round-timeout``, ``min-replies``, ``max-repeats``, ``max-examples``,
-            ``max-update-norm``, ``patience`` and ``target`` stand over these, and ``name`` names
-            the run's folder.
 
     Returns:
         flwr.serverapp.ServerApp: Runs under ``flwr run``, on machines and in simulation.
     """
+    arguments = select_settings(locals())
+    RunSettings(**arguments)  # what is wrong with them is said now
     app = ServerApp()
 
     @app.main()
@@ -75,42 +77,27 @@ def server_app(
         run_config = kebab_case(context.run_config, _SOURCE)
         if run_config.get("num-rounds") == 0:
             del run_config["num-rounds"]  # an app's settings need a default for what may change
-        values = {**kebab_case(settings.get("config", {})), **run_config}
-        overrides = {key.replace("-", "_"): values[key] for key in _SETTINGS if key in values}
+        values = {**kebab_case(config or {}), **run_config}
+        overrides = {n: values[to_kebab(n)] for n in _OVERRIDES if to_kebab(n) in values}
         for name in overrides.keys() & VALUES.keys():
-            VALUES[name].check(_SOURCE, name.replace("_", "-"), overrides[name])
-        leading = settings_of(server_app, {**settings, **overrides, "config": values})
-        config = TracedConfig(values, _SOURCE)
-        devices.use(device)
-        made = make_task(task, config)
-        from_config = strategy(config) if callable(strategy) else strategy
-        chosen = named_strategies.find(from_config, leading.min_nodes or 2)
-        sent = {key: value for key, value in values.items() if key not in _SERVERS_OWN}
-        leading.config = TracedConfig(sent, _SOURCE)
-        leading.config.looked_up = config.looked_up
-        readers = [each for each in (task, strategy) if callable(each)]
-        check_config(
-            leading.config,
-            made,
-            [*readers, *strategies.layers(chosen)],
-            hints={key: key for key in _SERVERS_OWN},
-            are_free=True,
+            VALUES[name].check(_SOURCE, to_kebab(name), overrides[name])
+        overrides["config"] = TracedConfig(values, _SOURCE)
+        setup = set_up_run(
+            task,
+            strategy,
+            RunSettings(**arguments | overrides),
+            run_config.get("num-rounds", num_rounds),
+            runs=Path(runs or str(values.get("runs", "runs"))).expanduser().resolve(),
+            name=str(values.get("name", "")) or None,
+            device=device,
+            listeners=(_log,),
+            server_names=_SERVER_NAMES,
         )
-        decide_rounds(
-            leading, made.config, run_config.get("num-rounds", settings.get("num_rounds"))
-        )
-        place = Path(runs or str(values.get("runs", "runs"))).expanduser().resolve()
-        history = History(new_run_folder(place, _name(values)), (_log,))
-        _FLOWER.info("The run's folder: %s", history.folder)
+        _FLOWER.info("The run's folder: %s", setup.history.folder)
         with _own_lines_only():
-            loop.run(grid, chosen, Trainer(made, leading.seed), leading, history)
+            loop.run(grid, *setup)
 
     return app
-
-
-def _name(config: Config) -> str | None:
-    name = str(config.get("name", ""))
-    return name or None
 
 
 def _log(event: Event) -> None:

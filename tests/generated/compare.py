@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_fed.rounds import loop
 from mlx_fed.runs.history import History
-from mlx_fed.rounds.settings import Settings
+from mlx_fed.rounds.settings import RunSettings
 from mlx_fed.training.trainer import Trainer
 
 from .. import oracle
@@ -103,7 +103,7 @@ def nodes(drawn: Drawn, runs: Path) -> Run:
         LoopbackGrid([fed.client_app(drawn.task)] * drawn.num_clients, backwards=True),
         drawn.strategy(),
         Trainer(drawn.task, drawn.seed),
-        Settings(
+        RunSettings(
             num_rounds=drawn.num_rounds,
             seed=drawn.seed,
             config={**drawn.config, "num-rounds": drawn.num_rounds},

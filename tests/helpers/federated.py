@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Strategy
 import mlx_fed as fed
 from mlx_fed import events
 from mlx_fed.rounds import loop
-from mlx_fed.rounds.settings import Settings
+from mlx_fed.rounds.settings import RunSettings
 from mlx_fed.runs.history import History
 from mlx_fed.training.trainer import Trainer
 
@@ -81,7 +81,7 @@ def federate(
         LoopbackGrid(apps, node_ids=node_ids, backwards=True),
         strategy,
         Trainer(task, seed),
-        Settings(num_rounds=num_rounds, seed=seed, **settings),
+        RunSettings(num_rounds=num_rounds, seed=seed, **settings),
         History(folder, (listener,) if listener else ()),
         resume=resume,
     )

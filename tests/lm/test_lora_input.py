@@ -22,7 +22,7 @@ from mlx_fed.runs.history import History
 from mlx_fed.lm import adapters, base_model
 from mlx_fed.lm.config import LoraConfig, load_config
 from mlx_fed.lm.lora_task import lora_task
-from mlx_fed.rounds.settings import Settings
+from mlx_fed.rounds.settings import RunSettings
 from mlx_fed.rounds.named_strategies import find
 from mlx_fed.task import fingerprint_of
 from mlx_fed.training.trainer import Trainer
@@ -576,7 +576,7 @@ def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path
             told.append((event.node, event.reason))
 
     history = History(tmp_path, (listen,))
-    loop.run(LoopbackGrid(apps), find(), Trainer(task), Settings(num_rounds=1), history)
+    loop.run(LoopbackGrid(apps), find(), Trainer(task), RunSettings(num_rounds=1), history)
     assert [node for node, _ in told] == ["node-2"]
     assert told[0][1].startswith(message)
 

@@ -18,7 +18,7 @@ from mlx_fed.rounds.client_state import ClientStateError, load, save, rewind
 from mlx_fed.flower import one_run_grid
 from mlx_fed.runs.history import History
 from mlx_fed.runs.result import Result
-from mlx_fed.rounds.settings import Settings
+from mlx_fed.rounds.settings import RunSettings
 from mlx_fed.training.trainer import Trainer
 
 from ..helpers.loopback import App, LoopbackGrid
@@ -38,7 +38,7 @@ def task(request: pytest.FixtureRequest) -> fed.Task:
 
 def lead(grid: LoopbackGrid, task: fed.Task, folder: Path, resume: bool = False) -> Result:
     folder.mkdir(exist_ok=True)
-    settings = Settings(num_rounds=4, seed=SEED, min_replies=3)
+    settings = RunSettings(num_rounds=4, seed=SEED, min_replies=3)
     strategy = FedAvg(min_train_nodes=3, min_available_nodes=3)
     trainer = Trainer(task, SEED)
     return loop.run(grid, strategy, trainer, settings, History(folder), resume=resume)

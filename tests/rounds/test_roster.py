@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from mlx_fed.rounds import messages, roster, loop
 from mlx_fed.runs import status
 from mlx_fed.runs.history import History
-from mlx_fed.rounds.settings import Settings
+from mlx_fed.rounds.settings import RunSettings
 from mlx_fed.training.trainer import Trainer
 
 from ..helpers.loopback import LoopbackGrid
@@ -40,7 +40,7 @@ def appending(told: list[events.Event], kind: type[events.Event]) -> events.List
 
 def lead(grid: Grid, folder: Path, listener=None, **settings) -> loop.Result:
     """A run of one round by two nodes or more."""
-    leading = Settings(num_rounds=1, seed=SEED, **settings)
+    leading = RunSettings(num_rounds=1, seed=SEED, **settings)
     history = History(folder, (listener,) if listener else ())
     return loop.run(grid, FedAvg(), Trainer(TASK, SEED), leading, history)
 
@@ -155,7 +155,7 @@ def test_a_node_that_left_when_it_was_refused_is_remembered(tmp_path: Path):
             grid,
             FedAvg(),
             Trainer(replace(TASK, model=lambda: nn.Linear(5, 3)), SEED),
-            Settings(wait=0.2),
+            RunSettings(wait=0.2),
             History(tmp_path, (leaves,)),
         )
 
@@ -191,7 +191,7 @@ def test_a_node_with_another_fingerprint_is_turned_away(tmp_path: Path):
     )
     apps = [fed.client_app(task) for task in (same, same, other, TASK)]
     history = History(tmp_path, (listen,))
-    leading = Settings(num_rounds=1, seed=SEED)
+    leading = RunSettings(num_rounds=1, seed=SEED)
     result = loop.run(LoopbackGrid(apps), FedAvg(), Trainer(same, SEED), leading, history)
     assert result.rounds[0]["train"]["nodes"] == ["node-0", "node-1"]
     assert [event.reason for event in told] == [
@@ -203,7 +203,7 @@ def test_a_node_with_another_fingerprint_is_turned_away(tmp_path: Path):
 def test_what_only_a_node_says_is_not_asked_of_it(tmp_path: Path):
     telling = replace(TASK, fingerprint=lambda: {"base model": "3f2a", "tokenizer": lambda: "9c1b"})
     apps = [fed.client_app(task) for task in (telling, TASK)]
-    leading = Settings(num_rounds=1, seed=SEED)
+    leading = RunSettings(num_rounds=1, seed=SEED)
     history = History(tmp_path)
     result = loop.run(LoopbackGrid(apps), FedAvg(), Trainer(TASK, SEED), leading, history)
     assert result.rounds[0]["train"]["nodes"] == ["node-0", "node-1"]
@@ -216,7 +216,7 @@ def test_a_task_saves_the_model_in_a_form_of_its_own(tmp_path: Path):
 
     apps = [CLIENT] * 2
     trainer = Trainer(replace(TASK, save=save), SEED)
-    leading = Settings(num_rounds=1, seed=SEED)
+    leading = RunSettings(num_rounds=1, seed=SEED)
     result = loop.run(LoopbackGrid(apps), FedAvg(), trainer, leading, History(tmp_path))
     assert result.model == tmp_path / "weights.npz"
     assert not (tmp_path / "model.safetensors").exists()
@@ -244,6 +244,6 @@ def test_an_answer_to_the_roll_call_that_is_no_answer(what: str, answer: str, tm
             told.append(event)
 
     grid, history = LoopbackGrid([node, node, odd]), History(tmp_path, (listen,))
-    loop.run(grid, FedAvg(), Trainer(task, SEED), Settings(num_rounds=1, seed=SEED), history)
+    loop.run(grid, FedAvg(), Trainer(task, SEED), RunSettings(num_rounds=1, seed=SEED), history)
     assert [event.node for event in told] == ["node-2"]
     assert "unreadable answer" in told[0].reason

@@ -22,7 +22,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from mlx_fed import events
-from mlx_fed.rounds.settings import Settings
+from mlx_fed.rounds.settings import RunSettings
 
 from ..helpers.loopback import LoopbackGrid
 from ..helpers.simulated import LOCAL, TASK, load, simulate
@@ -212,7 +212,7 @@ def test_a_task_is_made_of_functions(fields: dict[str, Any], message: str):
 )
 def test_settings_that_cannot_be_are_refused(settings: dict, message: str):
     with pytest.raises(fed.FedError, match=message):
-        Settings(**settings)
+        RunSettings(**settings)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from mlx_fed import events
 import mlx_fed as fed
 from mlx_fed.rounds import messages, loop, strategies
 from mlx_fed.runs.history import History
-from mlx_fed.rounds.settings import Settings
+from mlx_fed.rounds.settings import RunSettings
 from mlx_fed.training.trainer import Trainer
 
 from ..helpers.loopback import App, LoopbackGrid
@@ -311,7 +311,7 @@ def test_a_failed_client_with_mods_keeps_no_old_statistics(tmp_path: Path):
     ill = fed.client_app(replace(NORMALIZED, optimizer=optimizer), [one_record])
     grid = LoopbackGrid([well, ill])
     strategy = FedAvg()
-    settings = Settings(num_rounds=1, seed=SEED)
+    settings = RunSettings(num_rounds=1, seed=SEED)
     result = loop.run(grid, strategy, Trainer(NORMALIZED, SEED), settings, History(tmp_path))
 
     assert "the disk of this node is full" in result.rounds[0]["refused"][0]["reason"]

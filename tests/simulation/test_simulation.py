@@ -31,7 +31,7 @@ from flwr.serverapp.strategy import (
 from mlx_fed.rounds import loop
 from mlx_fed.arrays import weighted_mean
 from mlx_fed.runs.history import History
-from mlx_fed.rounds.settings import Settings
+from mlx_fed.rounds.settings import RunSettings
 from mlx_fed.training.trainer import Trainer
 
 from ..helpers.loopback import LoopbackGrid
@@ -105,7 +105,7 @@ def federate(
         LoopbackGrid([fails if k in failing else app for k in range(CLIENTS)], backwards=True),
         strategy,
         Trainer(task, SEED),
-        Settings(num_rounds=num_rounds, seed=SEED),
+        RunSettings(num_rounds=num_rounds, seed=SEED),
         History(folder),
     )
 
@@ -195,7 +195,7 @@ def test_updates_that_are_not_finite_are_refused_as_in_a_federation(strategy, tm
         LoopbackGrid([app] * CLIENTS),
         make(),
         Trainer(task, SEED),
-        Settings(num_rounds=UNTIL_LEFT_OUT, seed=SEED),
+        RunSettings(num_rounds=UNTIL_LEFT_OUT, seed=SEED),
         History(tmp_path / "apps"),
     )
     one = simulate(make(), tmp_path, task, num_rounds=UNTIL_LEFT_OUT)
@@ -217,7 +217,7 @@ def test_clients_without_test_examples_train_as_in_a_federation(tmp_path: Path):
         LoopbackGrid([fed.client_app(task)] * CLIENTS),
         FedAvg(),
         Trainer(task, SEED),
-        Settings(num_rounds=3, seed=SEED),
+        RunSettings(num_rounds=3, seed=SEED),
         History(tmp_path / "apps"),
     )
     one = simulate(FedAvg(), tmp_path, task)

@@ -41,6 +41,7 @@ from ..flower.log import silence_flower
 from ..monitoring.node_terminal import node_listener_or_terminal
 from ..rounds import messages, privacy
 from ..rounds.roster import LONGEST_NAME, is_name
+from ..rounds.settings import with_argument_hints
 from ..settings_check import KINDS, check_config
 from ..system import address, devices, memory
 from ..task import Data, Task, TaskSource, make_task
@@ -73,6 +74,7 @@ class RunFailed(JoinError):
     exit_code = 4
 
 
+@with_argument_hints
 @devices.restore_default()
 def join(
     task: TaskSource,

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from ..flower.link_grid import LinkGrid
 from ..flower.link_state import Link
 from ..flower.log import silence_flower
 from ..monitoring.server_terminal import listeners_or_terminal
-from ..rounds import loop, named_strategies, strategies
-from ..rounds.settings import Settings, decide_rounds, make_checked_task, settings_of
-from ..runs.history import History, Previous, previous_of, run_folder
+from ..rounds import loop, strategies
+from ..rounds.run_setup import StrategySource, set_up_run
+from ..rounds.settings import EvaluateFn, RunSettings, select_settings, with_argument_hints
+from ..rounds.stopping import StopFn
 from ..runs.result import Result
 from ..system import address, devices, http, memory
 from ..task import TaskSource
@@ -51,12 +52,28 @@ class ServeError(FedError):
     """A server that cannot start."""
 
 
+@with_argument_hints
 @devices.restore_default()
 def serve(
     task: TaskSource,
-    strategy: Strategy | str | None = None,
+    strategy: StrategySource | None = None,
     num_rounds: int | None = None,
     *,
+    config: dict[str, Any] | None = None,
+    seed: int = 0,
+    min_nodes: int | None = None,
+    wait: float = 600.0,
+    round_timeout: float = 3600.0,
+    min_replies: int = 1,
+    max_repeats: int = 2,
+    max_examples: float | None = None,
+    max_update_norm: float | None = None,
+    keep: int = 3,
+    test: Sequence[Any] | None = None,
+    evaluate_fn: EvaluateFn | None = None,
+    patience: int | None = None,
+    target: str | Mapping[str, float] | None = None,
+    stop: StopFn | None = None,
     host: str = address.DEFAULT_HOST,
     port: int = address.DEFAULT_PORT,
     insecure: bool = False,
@@ -70,7 +87,6 @@ def serve(
     device: str | None = "cpu",
     audit: Path | str | None = None,
     listeners: tuple[Listener, ...] | None = None,
-    **settings: Any,
 ) -> Result:
     """Leads a federation of machines through a run, and returns when it is over.
 
@@ -84,10 +100,41 @@ def serve(
 
     Args:
         task (Task or callable): What is trained, or a function of ``config`` that makes it.
-        strategy (flwr.serverapp.strategy.Strategy or str): Any Flower strategy, or the name of
-            one, as ``"FedAvg"``, of ``min_nodes`` nodes or 2. Default: ``"FedAvg"``.
+        strategy (Strategy, str or callable, optional): Any Flower strategy, the name of one, or a
+            function of ``config`` that returns one. Default: ``"FedAvg"``, of ``min_nodes`` nodes
+            or 2.
         num_rounds (int, optional): Rounds to train. Default: ``num-rounds`` of ``config`` or
             else of the task, or 3.
+        config (dict, optional): Settings that clients are sent with every message, over the
+            task's own.
+        seed (int): Decides initial weights, sampling, shuffling and dropout. Default: ``0``.
+        min_nodes (int, optional): Nodes to wait for before each round. Default: as many as the
+            strategy asks for.
+        wait (float): Seconds to wait for them. Default: ``600``.
+        round_timeout (float): Seconds that a phase may take; later replies are dropped.
+            Default: ``3600``.
+        min_replies (int): Training replies that have to count in a round; with fewer it is
+            repeated. Default: ``1``.
+        max_repeats (int): How often a round is repeated before the run stops, to be resumed when
+            more nodes are well. Default: ``2``.
+        max_examples (float, optional): Limit of the number of examples that a reply may report,
+            by which it is weighed. Default: 1,000 times the median of
+            the others in the round, or 100,000, where there are three replies or more.
+        max_update_norm (float, optional): Limit of an update's norm, in medians of the norms of
+            all updates, where there are three or more; ``math.inf`` for none. Default: 100 times
+            the median of the others', or as much as the norm of the model where that is more.
+        keep (int): Checkpoints to keep, beside the best; 0 writes none. Default: ``3``.
+        test (tuple, optional): Held-out examples of the server, as ``Data.test``: the task's loss
+            and metrics of the global model on them are recorded each round.
+        evaluate_fn (callable, optional): ``evaluate_fn(round, parameters, statistics)`` returns
+            other metrics of the global model, or text such as a sample of what it writes.
+        patience (int, optional): The run ends after so many rounds without a new lowest loss, the
+            loss by which the best round is chosen; 0 is no limit. Default: no limit.
+        target (str or dict, optional): The run ends when a metric is reached:
+            ``"accuracy=0.95"`` or more, ``"loss=0.1"`` or less, ``"ppl<=12"``, or all of
+            ``{"accuracy": 0.95, "loss": 0.1}``. Default: none.
+        stop (callable, optional): ``stop(rounds)`` gets the records of the rounds so far after
+            each one, and ends the run with a reason, a text, or True.
         host (str): The address to listen on. Default: ``"127.0.0.1"``.
         port (int): The port; 0 takes a free one. Default: ``8080``.
         insecure (bool): On other addresses than the loopback: neither encrypt nor ask for keys.
@@ -107,10 +154,6 @@ def serve(
             Default: ``audit.jsonl`` in the federation's folder, if nodes are known by keys.
         listeners (tuple, optional): Who is told what happens (see
             :mod:`mlx_fed.events`), in place of the progress display.
-        settings: ``config``, ``seed``, ``min_nodes``, ``wait``, ``round_timeout``, ``keep``,
-            ``min_replies``, ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test``,
-            ``evaluate_fn``, ``patience``, ``target`` and ``stop``, as
-            :class:`~mlx_fed.rounds.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.
@@ -122,46 +165,41 @@ def serve(
     Example:
         >>> result = serve(task, FedAvg(), num_rounds=3)
     """
+    settings = RunSettings(**select_settings(locals()))
     if secure and insecure:
         raise ServeError("A server is either --secure or --insecure.")
     secure = secure or not (insecure or address.is_loopback(host))
-    leading = settings_of(serve, settings)
-    strategy = named_strategies.find(strategy, leading.min_nodes or 2)
-    previous = previous_of(run_folder(runs, name, resume)) if resume is not None else Previous()
-    made = make_checked_task(task, leading, strategy, previous.config)
-    decide_rounds(leading, made.config, num_rounds, previous.num_rounds or None)
     silence_flower()
     memory.retain_freed_memory()
     with _socket(host, port) as listening, listeners_or_terminal(listeners) as watching:
         port = listening.getsockname()[1]
-        computing_on = devices.use(device)
-        trainer = Trainer(made, leading.seed)
-        folder = run_folder(runs, name, resume)
-        known = None
-        if secure:
-            known = Federation(federation, announcement(announce, host, port))
-            audit = audit or known.audit_log
+        setup = set_up_run(
+            task,
+            strategy,
+            settings,
+            num_rounds,
+            runs=runs,
+            name=name,
+            resume=resume,
+            device=device,
+            listeners=watching,
+            description={"engine": "fleet"},
+        )
+        history = setup.history
+        registry = Federation(federation, announcement(announce, host, port)) if secure else None
+        if audit is None and registry is not None:
+            audit = registry.audit_log
         if audit is not None:
-            watching = (*watching, AuditListener(AuditLog(audit)))
-        history = History(folder, watching, {"engine": "fleet"})
-        with _serving(listening, known, host, Spool(folder / "waiting")) as link:
-            link.reply_limit = _reply_limit(trainer)
+            history.listeners = (*history.listeners, AuditListener(AuditLog(audit)))
+        with _serving(listening, registry, host, Spool(history.folder / "waiting")) as link:
+            link.reply_limit = _reply_limit(setup.trainer)
             history.notify(ServerReady(address.join(host, port), secure))
             if insecure:
                 history.notify(Notice(_WARNING))
-            for node, token in _invitations(known, strategy, leading).items():
+            for node, token in _invitations(registry, setup.strategy, setup.settings).items():
                 history.notify(NodeInvited(node, token, join_command))
-            if devices.is_slow(computing_on):
-                history.notify(Notice(f"computing on {computing_on}"))
             with _telling_the_outcome(link):
-                return loop.run(
-                    LinkGrid(link),
-                    strategy,
-                    trainer,
-                    leading,
-                    history,
-                    resume=resume is not None,
-                )
+                return loop.run(LinkGrid(link), *setup, resume=resume is not None)
 
 
 def _socket(host: str, port: int) -> socket.socket:
@@ -175,13 +213,13 @@ def _socket(host: str, port: int) -> socket.socket:
 
 
 def _invitations(
-    federation: Federation | None, strategy: Strategy, settings: Settings
+    federation: Federation | None, strategy: Strategy, settings: RunSettings
 ) -> dict[str, str]:
     """A token for each node that the run needs and that the federation does not know yet."""
     if federation is None:
         return {}
-    needed = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
-    return dict(federation.invite_missing(needed))
+    num_nodes = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
+    return dict(federation.invite_missing(num_nodes))
 
 
 def _reply_limit(trainer: Trainer) -> int:

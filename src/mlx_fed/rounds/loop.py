@@ -32,8 +32,8 @@ from .exclusion import to_leave_out
 from .model_files import save_best_model, save_model
 from .phase import Model, Phase, Run
 from .resume import RunState, identity_of, resume_state
-from .roster import Members, Roster
-from .settings import Settings, require_one_model
+from .roster import Participants, Roster
+from .settings import RunSettings, require_one_model
 from .stopping import reason_at_start, stopping_of
 from .strategy_state import State, StateError
 
@@ -44,9 +44,9 @@ def run(
     grid: Grid,
     strategy: Strategy,
     trainer: Trainer,
-    settings: Settings,
+    settings: RunSettings,
     history: History,
-    roster: Members | None = None,
+    roster: Participants | None = None,
     *,
     resume: bool = False,
 ) -> Result:
@@ -59,9 +59,9 @@ def run(
         grid (Grid): Sends messages to nodes and receives their replies.
         strategy (Strategy): Any of Flower's strategies, or a user's.
         trainer (Trainer): The task with the initial model, and in the end with the final one.
-        settings (Settings): The run's settings.
+        settings (RunSettings): The run's settings.
         history (History): Where the run is recorded.
-        roster (Members, optional): The participants. Default: nodes that answer the roll call.
+        roster (Participants, optional): The participants. Default: nodes that answer the roll call.
         resume (bool): Continue the run in the history's folder.
 
     Raises:
@@ -222,15 +222,19 @@ def _set_up(
     grid: OneRunGrid,
     strategy: Strategy,
     trainer: Trainer,
-    settings: Settings,
+    settings: RunSettings,
     history: History,
-    roster: Members | None,
+    roster: Participants | None,
     previous: Previous,
 ) -> Run:
     require_one_model(settings, trainer)
     # Nodes recognize a run by its id after its server was started again.
     run_id = str(previous.config.get("run-id") or uuid4().hex)
-    run_config: dict[str, Any] = {"seed": settings.seed, "run-id": run_id}
+    run_config: dict[str, Any] = {
+        "num-rounds": settings.num_rounds,
+        "seed": settings.seed,
+        "run-id": run_id,
+    }
     config = {**trainer.task.config, **settings.config, **run_config}
     roster = roster or Roster(
         grid,

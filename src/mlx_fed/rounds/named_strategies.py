@@ -16,7 +16,7 @@ from ..task_settings import kebab_case, nearest
 from . import strategies
 
 
-def find(strategy: Strategy | str | None = None, min_nodes: int = 2) -> Strategy:
+def find(strategy: Strategy | str | type | None = None, min_nodes: int = 2) -> Strategy:
     """The strategy of a run: one, or one of Flower's by its name.
 
     Args:

@@ -28,8 +28,8 @@ from ..training.metrics import placeholder_metrics
 from ..training.trainer import Trainer
 from . import checks, exchange, messages, proportion, strategies
 from .checkpoint import Checkpoints
-from .roster import Members, RosterGrid
-from .settings import Settings
+from .roster import Participants, RosterGrid
+from .settings import RunSettings
 
 
 class Model(NamedTuple):
@@ -50,9 +50,9 @@ class Run(NamedTuple):
         grid (OneRunGrid): Sends messages to nodes and receives their replies.
         strategy (Strategy): The strategy.
         trainer (Trainer): The task with the server's model.
-        settings (Settings): The run's settings.
+        settings (RunSettings): The run's settings.
         history (History): The run's records and listeners.
-        roster (Members): The nodes that participate.
+        roster (Participants): The nodes that participate.
         config (dict): Sent with each message.
         spool (Spool): Storage for large arrays.
         checkpoints (Checkpoints): The run's checkpoints.
@@ -61,9 +61,9 @@ class Run(NamedTuple):
     grid: OneRunGrid
     strategy: Strategy
     trainer: Trainer
-    settings: Settings
+    settings: RunSettings
     history: History
-    roster: Members
+    roster: Participants
     config: dict[str, Any]
     spool: Spool
     checkpoints: Checkpoints

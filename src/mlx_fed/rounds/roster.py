@@ -48,8 +48,8 @@ class Node(NamedTuple):
     partition: int
 
 
-class Members(Protocol):
-    """Who takes part in a run."""
+class Participants(Protocol):
+    """The participants of a run: a roster's interface."""
 
     @property
     def nodes(self) -> Mapping[int, Node]:
@@ -300,7 +300,7 @@ def _node(node_id: int, record: ConfigRecord) -> Node:
 class RosterGrid(Grid):
     """The grid as strategies see it: only nodes that take part, in the roster's order."""
 
-    def __init__(self, grid: Grid, roster: Members):
+    def __init__(self, grid: Grid, roster: Participants):
         self._grid = grid
         self._roster = roster
 

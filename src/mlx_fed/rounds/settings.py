@@ -1,30 +1,27 @@
-"""How a run is led."""
+"""Settings of a run: rounds, limits, checkpoints, evaluation by the server, early stopping."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ..arrays.named_arrays import Arrays
 from ..errors import SettingsError
-from ..settings_check import KINDS, WHOLE, check_config, number, whole_number
-from ..task import Config, Task, TaskSource, make_task
-from ..task_settings import TracedConfig, kebab_case, nearest, plain
-from . import strategies
-from .named_strategies import arguments_of
+from ..settings_check import KINDS, WHOLE, number, whole_number
+from ..task_settings import TracedConfig, nearest, plain, to_kebab
 from .stopping import StopFn, parse_target
 
 if TYPE_CHECKING:
-    from flwr.serverapp.strategy import Strategy
-
     from ..training.trainer import Trainer
 
+P = ParamSpec("P")
+R = TypeVar("R")
 EvaluateFn = Callable[[int, Arrays, Arrays], Mapping[str, float | str] | None]
+"""``evaluate_fn(round, parameters, statistics)``: metrics of the global model."""
 
-
-_DEFAULT_ROUNDS = 3
 VALUES = {
     "num_rounds": whole_number(1),
     "seed": WHOLE,
@@ -42,44 +39,14 @@ VALUES = {
 
 
 @dataclass
-class Settings:
-    """How a run is led.
+class RunSettings:
+    """The settings of a run, as :func:`mlx_fed.serve` documents them.
 
-    Args:
-        num_rounds (int): Rounds to train.
-        seed (int): Decides initial weights, sampling, shuffling and dropout.
-        config (dict): Sent to clients with every message, over the task's own settings.
-        min_nodes (int, optional): Nodes to wait for before each round; at least what the
-            strategy itself asks for.
-        wait (float): Seconds to wait for them. Default: ``600``.
-        round_timeout (float): Seconds a phase may take; later replies are dropped.
-            Default: ``3600``.
-        min_replies (int): Training replies that have to count for a round to be whole. With fewer
-            it is repeated. Default: ``1``.
-        max_repeats (int): How often a round is repeated before the run stops, to be resumed when
-            more nodes are well. Default: ``2``.
-        max_examples (float, optional): Examples that a node may say it has trained or evaluated on:
-            they weigh its reply. Default: 1,000 times the median of the others in the round, or
-            100,000, where there are three replies or more; in a simulation any number.
-        max_update_norm (float, optional): How many times the median of all updates' norms one of
-            at least three may have; ``math.inf`` for no limit. Default: 100 times the median of
-            the others', or as much as the norm of the model where that is more; in a simulation
-            no limit.
-        keep (int): Checkpoints to keep, beside the best; 0 writes none. Default: ``3``.
-        test (tuple, optional): Held-out examples of the server's own, as ``Data.test``: the
-            task's loss and metrics of the global model on them are recorded each round.
-        evaluate_fn (callable, optional): ``evaluate_fn(round, parameters, statistics)`` returns
-            other metrics of the global model, or text such as a sample of what it writes.
-        patience (int, optional): The run ends after so many rounds without a new lowest loss, the
-            loss by which the best round is chosen; 0 is no limit. Default: no limit.
-        target (str or dict, optional): The run ends when a metric is reached:
-            ``"accuracy=0.95"`` or more, ``"loss=0.1"`` or less, ``"ppl<=12"``, or all of
-            ``{"accuracy": 0.95, "loss": 0.1}``. Default: none.
-        stop (callable, optional): ``stop(rounds)`` sees the records of the rounds so far after
-            each one, and ends the run with a reason, a text, or True.
+    Raises:
+        SettingsError: If a value is not of its kind.
     """
 
-    num_rounds: int = _DEFAULT_ROUNDS
+    num_rounds: int = 3
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     min_nodes: int | None = None
@@ -98,7 +65,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, kind in VALUES.items():
-            if (value := plain(getattr(self, name))) is not None:
+            value, default = plain(getattr(self, name)), getattr(type(self), name)
+            if value is not None or default is not None:
                 kind.check("", name, value)
             setattr(self, name, value)
         self.config = TracedConfig.of(self.config)
@@ -119,128 +87,62 @@ class Settings:
         }
 
 
-def settings_of(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Settings:
-    """The settings among a function's arguments, all that are no parameters of its own.
+def select_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a function's arguments that :class:`RunSettings` has.
 
-    Args:
-        function (callable): Such as :func:`mlx_fed.simulate`.
-        arguments (dict): By name, as it was called with them.
-
-    Raises:
-        SettingsError: If there is no such argument, or its value cannot be.
+    ``num_rounds`` is not among them: where it is None, others say how many there are.
     """
-    names = {item.name for item in fields(Settings)}
-    for name in arguments:
-        if name in names:
-            continue
-        there_is_none = f"{function.__name__}() has no argument {name!r}."
-        names |= inspect.signature(function).parameters.keys() - {"settings"}
-        (setting,) = kebab_case({name: None})
-        if setting in KINDS:
-            raise SettingsError(f'{there_is_none} Write config={{"{setting}": ...}}.')
-        if meant := nearest(name, names):
-            raise SettingsError(f"{there_is_none} Did you mean {meant}?")
-        raise SettingsError(
-            f"{there_is_none} It has {', '.join(sorted(names))}. Settings of the task are given as "
-            f'config={{"{setting}": ...}}.'
-        )
-    return Settings(**arguments)
+    names = {field.name for field in fields(RunSettings)} - {"num_rounds"}
+    return {name: value for name, value in arguments.items() if name in names}
 
 
-def make_checked_task(
-    source: TaskSource,
-    settings: Settings,
-    strategy: Strategy,
-    stored: Mapping[str, Any] | None = None,
-    num_clients: int | None = None,
-) -> Task:
-    """The task, made of ``settings.config``, all of which has to be read by something.
-
-    Args:
-        source (Task or callable): The task, or a function that makes it.
-        settings (Settings): What the run is started with.
-        strategy (Strategy): Its strategy.
-        stored (dict, optional): The settings of the run that is resumed, as they were sent.
-        num_clients (int, optional): Of a simulation.
+def with_argument_hints(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: an unknown argument by name is refused with the one that was probably meant.
 
     Raises:
-        SettingsError: If nothing reads a setting, or its value cannot be.
+        SettingsError: Of the decorated function, in place of a TypeError.
     """
-    config = TracedConfig.of(settings.config)
-    task = make_task(source, config)
-    layers = list(strategies.layers(strategy))
-    elsewhere = {
-        **{item.name: f"a field of the task, Task({item.name}=...)" for item in fields(Task)},
-        **{
-            name: f"an argument of the strategy, -s {name.replace('_', '-')}=..."
-            for layer in layers
-            for name in arguments_of(type(layer))[0]
-        },
-        **{
-            item.name: f"--{item.name.replace('_', '-')}, or {item.name}= in Python"
-            for item in fields(Settings)
-        },
-    }
-    readers = layers if isinstance(source, Task) else [source, *layers]
-    check_config(
-        config,
-        task,
-        readers,
-        previous_config=stored,
-        hints=kebab_case(elsewhere),
-        num_clients=num_clients,
+    names = inspect.signature(function).parameters
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in names:
+                raise SettingsError(_unknown_argument(function.__name__, name, sorted(names)))
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _unknown_argument(function: str, name: str, names: Sequence[str]) -> str:
+    setting = to_kebab(name)
+    problem = f"{function}() has no argument {name!r}."
+    if setting in KINDS:
+        return f'{problem} Write config={{"{setting}": ...}}.'
+    if suggestion := nearest(name, names):
+        return f"{problem} Did you mean {suggestion}?"
+    return (
+        f"{problem} It has {', '.join(names)}. Settings of the task are given as "
+        f'config={{"{setting}": ...}}.'
     )
-    return task
 
 
-def decide_rounds(
-    settings: Settings, task: Config, num_rounds: int | None = None, recorded: int | None = None
-) -> None:
-    """Settles how many rounds there are, for the server and in what is sent to clients.
-
-    Args:
-        settings (Settings): Gets the number, and its ``config`` as ``num-rounds``.
-        task (dict): The task's own settings.
-        num_rounds (int, optional): The argument, which stands over all else; ``num-rounds`` in
-            ``settings.config`` comes next.
-        recorded (int, optional): What a run that is resumed was last asked for, which stands
-            over the task's.
+def require_one_model(settings: RunSettings, trainer: Trainer) -> None:
+    """Refuses test examples of the server if clients keep arrays of the model to themselves.
 
     Raises:
-        SettingsError: If it is not a whole number of 1 or more.
-    """
-    key = "num-rounds"
-    sources = (
-        ("num_rounds", num_rounds),
-        (f"{getattr(settings.config, 'source', 'config')}: {key}", settings.config.get(key)),
-        ("num_rounds of the run", recorded),
-        (f"Task.config: {key}", task.get(key)),
-    )
-    for name, rounds in sources:
-        if rounds is not None:
-            KINDS[key].check("", name, rounds)
-    settings.num_rounds = next(
-        (rounds for _, rounds in sources if rounds is not None), settings.num_rounds
-    )
-    settings.config = {**settings.config, key: settings.num_rounds}
-
-
-def require_one_model(settings: Settings, trainer: Trainer) -> None:
-    """Says where the server cannot evaluate: what clients keep to themselves never gets there.
-
-    Raises:
-        SettingsError: If there are test examples and clients keep a part of the model.
+        SettingsError: If there are both.
     """
     if settings.test is None:
         return
     if len(trainer.spec) < len(trainer.slots.parameters):
-        kept = "parameters of its own (Task.personal)"
+        arrays = "parameters of its own (Task.personal)"
     elif len(trainer.statistics_spec) < len(trainer.slots.statistics):
-        kept = 'running statistics of its own (Task.statistics or Task.buffers is "local")'
+        arrays = 'running statistics of its own (Task.statistics or Task.buffers is "local")'
     else:
         return
     raise SettingsError(
-        f"The server cannot evaluate on test: each client keeps {kept}, which never travel. "
+        f"The server cannot evaluate on test: each client keeps {arrays}, which never travel. "
         "Leave out test; clients evaluate on their own examples."
     )
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..runs.history import Previous
     from .checkpoint import Best
-    from .settings import Settings
+    from .settings import RunSettings
 
 StopFn = Callable[[list[dict[str, Any]]], str | bool | None]
 
@@ -95,7 +95,7 @@ class Stopping(NamedTuple):
         patience (int): Rounds without a new lowest loss; 0 is no limit.
         targets (list): Metrics that are to be reached, all of them.
         stop (callable, optional): A function of the user's: see
-            :class:`~mlx_fed.rounds.settings.Settings`.
+            :class:`~mlx_fed.rounds.settings.RunSettings`.
         after (int): The round after which the run ended early and was given more rounds, 0 if it
             was not: patience counts from there, and what was reached then is reached no more.
     """
@@ -164,11 +164,11 @@ class Stopping(NamedTuple):
         return "stop returned True" if answer else None
 
 
-def stopping_of(settings: Settings, strategy: Strategy, previous: Previous) -> Stopping:
+def stopping_of(settings: RunSettings, strategy: Strategy, previous: Previous) -> Stopping:
     """What ends a run early, by its settings and by those that a run which is resumed had.
 
     Args:
-        settings (Settings): The run's.
+        settings (RunSettings): The run's.
         strategy (Strategy): Its strategy.
         previous (Previous): What the run that is resumed had.
 
@@ -194,7 +194,7 @@ def reason_at_start(
     stopping: Stopping,
     rounds: Sequence[dict[str, Any]],
     best: Best | None,
-    settings: Settings,
+    settings: RunSettings,
     previous: Previous,
 ) -> tuple[Stopping, str | None]:
     """Why a run that is resumed is over, None where it goes on, and what ends it then.

@@ -275,7 +275,7 @@ class Previous(NamedTuple):
     Attributes:
         num_rounds (int): Its rounds; 0 if it was never started.
         config (dict): The settings that its nodes were sent.
-        patience (int, optional): As :class:`~mlx_fed.rounds.settings.Settings` has it.
+        patience (int, optional): As :class:`~mlx_fed.rounds.settings.RunSettings` has it.
         target (str or dict, optional): The same.
         stopped (str, optional): Why it ended before its last round, if it did.
         went_on_after (int): The round after which it had ended early before.

@@ -1,23 +1,23 @@
-"""A whole federation in one call."""
+"""Simulation of a federation on one machine."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flwr.serverapp.strategy import Strategy
-
 from ..errors import SettingsError
-from ..events import Event, Listener, Notice, RunResumed
+from ..events import Event, Listener, RunResumed
 from ..flower.log import silence_flower
 from ..monitoring.server_terminal import listeners_or_terminal
-from ..rounds import loop, named_strategies
-from ..rounds.settings import decide_rounds, make_checked_task, settings_of
-from ..runs.history import History, Previous, previous_of, run_folder
+from ..rounds import loop
+from ..rounds.run_setup import StrategySource, set_up_run
+from ..rounds.settings import EvaluateFn, RunSettings, select_settings, with_argument_hints
+from ..rounds.stopping import StopFn
 from ..runs.labels import LabelsFile
+from ..runs.result import Result
 from ..settings_check import whole_number
 from ..system import devices
 from ..task import TaskSource
@@ -31,13 +31,27 @@ from .worker_pool import InProcessPool, Pool, data_bytes, default_workers
 from .worker_progress import received
 
 
+@with_argument_hints
 @devices.restore_default()
 def simulate(
     task: TaskSource,
-    strategy: Strategy | str | None = None,
+    strategy: StrategySource | None = None,
     num_clients: int = 100,
     num_rounds: int | None = None,
     *,
+    config: dict[str, Any] | None = None,
+    seed: int = 0,
+    round_timeout: float = 3600.0,
+    min_replies: int = 1,
+    max_repeats: int = 2,
+    max_examples: float | None = None,
+    max_update_norm: float | None = None,
+    keep: int = 3,
+    test: Sequence[Any] | None = None,
+    evaluate_fn: EvaluateFn | None = None,
+    patience: int | None = None,
+    target: str | Mapping[str, float] | None = None,
+    stop: StopFn | None = None,
     batched: bool = True,
     chunk_size: int | None = None,
     workers: int | None = None,
@@ -47,8 +61,7 @@ def simulate(
     resume: Path | str | None = None,
     device: str | None = None,
     listeners: tuple[Listener, ...] | None = None,
-    **settings: Any,
-) -> loop.Result:
+) -> Result:
     """Runs a federation of clients on this machine, and returns when it is over.
 
     It ends with the weights that a federation of machines would end with, for the same task,
@@ -59,12 +72,37 @@ def simulate(
         task (Task or callable): What is trained, or a function of ``config`` that makes it.
             ``Task.data`` is called with each sampled client's partition, in the process that
             trains it.
-        strategy (flwr.serverapp.strategy.Strategy or str): Any Flower strategy, or the name of
-            one, as ``"FedAvg"``; ``fraction_train`` is the share of clients that train in a
-            round. Default: ``FedAvg()``, all of them.
+        strategy (Strategy, str or callable, optional): Any Flower strategy, the name of one, or a
+            function of ``config`` that returns one; ``fraction_train`` is the share of clients
+            that train in a round. Default: ``FedAvg()``, all of them.
         num_clients (int): How many clients there are. Default: ``100``.
         num_rounds (int, optional): Rounds to train. Default: ``num-rounds`` of ``config`` or
             else of the task, or 3.
+        config (dict, optional): Settings that clients are sent with every message, over the
+            task's own.
+        seed (int): Decides initial weights, sampling, shuffling and dropout. Default: ``0``.
+        round_timeout (float): Seconds that a phase may take; later replies are dropped.
+            Default: ``3600``.
+        min_replies (int): Training replies that have to count in a round; with fewer it is
+            repeated. Default: ``1``.
+        max_repeats (int): How often a round is repeated before the run stops, to be resumed when
+            more nodes are well. Default: ``2``.
+        max_examples (float, optional): Limit of the number of examples that a reply may report,
+            by which it is weighed. Default: any number.
+        max_update_norm (float, optional): Limit of an update's norm, in medians of the norms of
+            all updates, where there are three or more; ``math.inf`` for none. Default: none.
+        keep (int): Checkpoints to keep, beside the best; 0 writes none. Default: ``3``.
+        test (tuple, optional): Held-out examples of the server, as ``Data.test``: the task's loss
+            and metrics of the global model on them are recorded each round.
+        evaluate_fn (callable, optional): ``evaluate_fn(round, parameters, statistics)`` returns
+            other metrics of the global model, or text such as a sample of what it writes.
+        patience (int, optional): The run ends after so many rounds without a new lowest loss, the
+            loss by which the best round is chosen; 0 is no limit. Default: no limit.
+        target (str or dict, optional): The run ends when a metric is reached:
+            ``"accuracy=0.95"`` or more, ``"loss=0.1"`` or less, ``"ppl<=12"``, or all of
+            ``{"accuracy": 0.95, "loss": 0.1}``. Default: none.
+        stop (callable, optional): ``stop(rounds)`` gets the records of the rounds so far after
+            each one, and ends the run with a reason, a text, or True.
         batched (bool): Train clients many at once where that is possible; otherwise, and where
             it is not, one after another. Both give the same. Default: ``True``.
         chunk_size (int, optional): Clients at once. Default: what fits the device's cache.
@@ -80,10 +118,6 @@ def simulate(
         device (str, optional): ``"cpu"`` or ``"gpu"``. Default: MLX's own choice.
         listeners (tuple, optional): Who is told what happens (see
             :mod:`mlx_fed.events`), in place of the progress display.
-        settings: ``config``, ``seed``, ``round_timeout``, ``keep``, ``min_replies``,
-            ``max_repeats``, ``max_examples``, ``max_update_norm``, ``test``, ``evaluate_fn``,
-            ``patience``, ``target`` and ``stop``, as
-            :class:`~mlx_fed.rounds.settings.Settings` has them.
 
     Returns:
         Result: The final model, and a record of each round.
@@ -95,6 +129,7 @@ def simulate(
     Example:
         >>> result = simulate(task, FedAvg(fraction_train=0.1), num_clients=1000, num_rounds=20)
     """
+    settings = RunSettings(**select_settings(locals()))
     for argument, value, minimum in (
         ("num_clients", num_clients, 1),
         ("chunk_size", chunk_size, 1),
@@ -105,62 +140,63 @@ def simulate(
     if faults is not None and not isinstance(faults, Faults):
         raise SettingsError(f"faults is an mlx_fed.Faults, not {faults!r}.")
     silence_flower()
-    computing_on = devices.use(device)
-    leading = settings_of(simulate, settings)
-    strategy = named_strategies.find(strategy, 1)
-    previous = previous_of(run_folder(runs, name, resume)) if resume is not None else Previous()
-    checked_task = make_checked_task(task, leading, strategy, previous.config, num_clients)
-    task_config = leading.config
-    decide_rounds(leading, checked_task.config, num_rounds, previous.num_rounds or None)
     faults = faults or Faults()
     with (
         listeners_or_terminal(listeners) as watching,
         tempfile.TemporaryDirectory(prefix="mlx-fed-") as folder,
     ):
-        trainer = Trainer(checked_task, leading.seed)
-        size = default_workers(device) if workers is None else workers
-        run = run_folder(runs, name, resume)
-        client_states = ClientStateStore(run.resolve() / "clients", leading.keep)
+        setup = set_up_run(
+            task,
+            strategy,
+            settings,
+            num_rounds,
+            runs=runs,
+            name=name,
+            resume=resume,
+            device=device,
+            listeners=watching,
+            description={"engine": "simulation", "clients": num_clients, "faults": vars(faults)},
+            num_clients=num_clients,
+        )
+        _, trainer, settings, history = setup
+        num_workers = default_workers(device) if workers is None else workers
+        client_states = ClientStateStore(history.folder.resolve() / "clients", settings.keep)
 
         def forget(event: Event) -> None:
             if isinstance(event, RunResumed):
                 client_states.delete_after(event.round)
 
-        description = {"engine": "simulation", "clients": num_clients, "faults": vars(faults)}
-        history = History(run, (forget, LabelsFile(run, num_clients), *watching), description)
-        if devices.is_slow(computing_on):
-            history.notify(Notice(f"computing on {computing_on}"))
+        label_file = LabelsFile(history.folder, num_clients)
+        history.listeners = (forget, label_file, *history.listeners)
         worker_config = WorkerConfig(
             task,
-            task_config,
-            leading.seed,
+            settings.config,
+            settings.seed,
             num_clients,
             batched,
             chunk_size,
             faults,
             Path(folder),
-            data_bytes(size or 1),
+            data_bytes(num_workers or 1),
             client_states,
-            trainer.frozen if size else {},
+            trainer.frozen if num_workers else {},
         )
         with (
             received(Path(folder), watching),
-            _pool(worker_config, size, device, trainer) as pool,
+            _pool(worker_config, num_workers, device, trainer) as pool,
         ):
             grid = SimulationGrid(
-                num_clients, pool, Path(folder), leading.round_timeout, history.notify
+                num_clients, pool, Path(folder), settings.round_timeout, history.notify
             )
             roster = SimulatedRoster(num_clients)
-            return loop.run(
-                grid, strategy, trainer, leading, history, roster, resume=resume is not None
-            )
+            return loop.run(grid, *setup, roster, resume=resume is not None)
 
 
 @contextmanager
 def _pool(
-    worker_config: WorkerConfig, size: int, device: str | None, trainer: Trainer
+    config: WorkerConfig, num_workers: int, device: str | None, trainer: Trainer
 ) -> Iterator[Pool | InProcessPool]:
-    pool = Pool(worker_config, size, device) if size else InProcessPool(worker_config, trainer)
+    pool = Pool(config, num_workers, device) if num_workers else InProcessPool(config, trainer)
     try:
         yield pool
     except BaseException:
