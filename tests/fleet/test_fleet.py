@@ -569,7 +569,7 @@ def test_a_new_app_runs(start, tmp_path, monkeypatch):
     assert "File exists" in text
     code, text = command("init", "my-app")
     assert code == 1
-    assert "cannot be imported" in text
+    assert "not valid as the name of a Python module" in text
     app = tmp_path / "my_app"
     server = start(*FED, "serve", "my_app:task", "--port", 0, cwd=app)
     address = server.line(r"Server ready on (\S+)").group(1)
