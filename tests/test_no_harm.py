@@ -16,7 +16,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 
 from mlx_fed.rounds import checkpoint, checks
-from mlx_fed.runs import history
+from mlx_fed.runs import history, run_folder
 from mlx_fed.flower import one_run_grid
 from mlx_fed.rounds.strategy_state import State
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_that_would_run_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["..", "../a", "a/b", "/etc/a", "", "a\n", ".hidden", "a\0"])
 def test_a_runs_name_is_a_plain_one(tmp_path, name):
     with pytest.raises(history.HistoryError, match="A run's name has letters"):
-        history.new_run_folder(tmp_path / "runs", name)
+        run_folder.new_run_folder(tmp_path / "runs", name)
     assert not list(tmp_path.iterdir())
 
 

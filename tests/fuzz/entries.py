@@ -49,7 +49,7 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from google.protobuf.message import DecodeError
 
 from mlx_fed.rounds import checkpoint, checks, messages
-from mlx_fed.runs import history
+from mlx_fed.runs import history, previous
 from mlx_fed.arrays import named_arrays
 from mlx_fed.cli.arguments import parse_settings
 from mlx_fed.system import address
@@ -473,7 +473,7 @@ def history_file(data: bytes) -> None:
 
 def settings_file(data: bytes) -> None:
     folder = _file("run/settings.json", data).parent
-    history.previous_of(folder)
+    previous.previous_of(folder)
 
 
 def nodes_file(data: bytes) -> None:

@@ -13,7 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_fed import events
-from mlx_fed.runs.history import History, HistoryError, new_run_folder
+from mlx_fed.runs.history import History, HistoryError
+from mlx_fed.runs.run_folder import new_run_folder
 
 
 def test_a_run_is_named_by_the_time(tmp_path):

@@ -20,7 +20,8 @@ from ..arrays.spool import Spool
 from ..errors import RunError, TooFewReplies
 from ..events import Notice, RunFinished
 from ..flower.one_run_grid import OneRunGrid, one_run_grid
-from ..runs.history import History, Previous, previous_of
+from ..runs.history import History
+from ..runs.previous import Previous, previous_of
 from ..runs.result import Result
 from ..runs.round_record import RoundRecord
 from ..training.trainer import Trainer

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from flwr.serverapp.strategy import Strategy
 
 from ..events import Listener, Notice
-from ..runs.history import History, Previous, previous_of, run_folder
+from ..runs.history import History
+from ..runs.previous import Previous, previous_of
+from ..runs.run_folder import run_folder
 from ..settings_check import KINDS, check_config
 from ..system import devices
 from ..task import Config, Task, TaskSource, make_task

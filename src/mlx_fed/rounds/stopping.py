@@ -16,7 +16,7 @@ from . import strategies
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
-    from ..runs.history import Previous
+    from ..runs.previous import Previous
     from .checkpoint import Best
     from .settings import RunSettings
 

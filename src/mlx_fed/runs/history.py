@@ -1,4 +1,4 @@
-"""A run's folder: its settings, one line of history a round, and the models it ends with.
+"""A run's record: its settings, one line of history a round, and the models it ends with.
 
 The record is append-only JSON lines, readable while the run goes on. Whoever wants to watch (a
 progress display, a tracker) listens here and keeps no books of its own.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
@@ -209,103 +207,6 @@ class History:
 
 def _bytes(record: dict[str, Any]) -> int:
     return sum(record.get("bytes", {}).values())
-
-
-def run_folder(
-    runs: Path | str = "runs", name: str | None = None, resume: Path | str | None = None
-) -> Path:
-    """The folder of a new run, or of the one that is resumed.
-
-    Raises:
-        HistoryError: If there is no such folder, or it cannot be made.
-    """
-    if resume is None:
-        return new_run_folder(runs, name)
-    if name is not None:
-        raise HistoryError(f"Run {str(resume)!r} has its name: leave out --name to resume it.")
-    return _folder_to_resume(runs, resume)
-
-
-def new_run_folder(runs: Path | str = "runs", name: str | None = None) -> Path:
-    """Makes a new folder for a run, named by the time unless it has a name.
-
-    Raises:
-        HistoryError: If the name is not a plain one, is in use, or the folder cannot be made.
-    """
-    if name is not None and not re.fullmatch(r"[\w][\w.-]*", name):
-        raise HistoryError(f"A run's name has letters, digits, '.', '_' and '-': not {name!r}.")
-    base = name or time.strftime("%Y-%m-%d-%H%M%S")
-    candidates = [base] if name else [base, *(f"{base}-{number}" for number in range(2, 100))]
-    for candidate in candidates:
-        folder = Path(runs) / candidate
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise HistoryError(
-                f"Cannot make the run's folder {folder}: {error.strerror or error}. "
-                "Choose another place with --runs."
-            ) from error
-        return folder
-    raise HistoryError(f"There is a run named {base!r} in {runs}/ already: choose another name.")
-
-
-def _folder_to_resume(runs: Path | str, name: Path | str) -> Path:
-    """The folder of a run that goes on: by its name below ``runs``, or by its path.
-
-    Raises:
-        HistoryError: If there is no such run.
-    """
-    for folder in (Path(runs) / name, Path(name)):
-        if (folder / "settings.json").exists():
-            return folder
-        # It may have been killed before anything was written.
-        if folder.is_dir() and not any(p for p in folder.iterdir() if ".part" not in p.name):
-            return folder
-    raise HistoryError(
-        f"There is no run {str(name)!r} to resume, neither in {runs}/ nor as a path: a run's "
-        "folder has a settings.json."
-    )
-
-
-class Previous(NamedTuple):
-    """What the run that is resumed was last started with, as its ``settings.json`` says.
-
-    Attributes:
-        num_rounds (int): Its rounds; 0 if it was never started.
-        config (dict): The settings that its nodes were sent.
-        patience (int, optional): As :class:`~mlx_fed.rounds.settings.RunSettings` has it.
-        target (str or dict, optional): The same.
-        stopped (str, optional): Why it ended before its last round, if it did.
-        went_on_after (int): The round after which it had ended early before.
-    """
-
-    num_rounds: int = 0
-    config: Mapping[str, Any] = MappingProxyType({})
-    patience: int | None = None
-    target: str | dict[str, float] | None = None
-    stopped: str | None = None
-    went_on_after: int = 0
-
-
-def previous_of(folder: Path) -> Previous:
-    """What the run in the folder was started with; what cannot be read is as if it was not."""
-    settings: Any = {}
-    with suppress(OSError, ValueError):
-        settings = round_record.from_json(read_regular_file(folder / "settings.json"))
-    if not isinstance(settings, dict):
-        return Previous()
-    stopped = settings.get("stopped")
-    settings["stopped"] = stopped.get("reason") if isinstance(stopped, dict) else None
-    kinds: dict[str, Any] = {"config": dict, "target": (str, dict), "stopped": str}
-    return Previous(
-        **{
-            name: settings[name]
-            for name in Previous._fields
-            if isinstance(settings.get(name), kinds.get(name, int))
-        }
-    )
 
 
 @contextmanager

@@ -1,0 +1,51 @@
+"""Settings with which a run was started before it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from ..system.atomic_files import read_regular_file
+from . import round_record
+
+
+class Previous(NamedTuple):
+    """What the run that is resumed was last started with, as its ``settings.json`` says.
+
+    Attributes:
+        num_rounds (int): Its rounds; 0 if it was never started.
+        config (dict): The settings that its nodes were sent.
+        patience (int, optional): As :class:`~mlx_fed.rounds.settings.RunSettings` has it.
+        target (str or dict, optional): The same.
+        stopped (str, optional): Why it ended before its last round, if it did.
+        went_on_after (int): The round after which it had ended early before.
+    """
+
+    num_rounds: int = 0
+    config: Mapping[str, Any] = MappingProxyType({})
+    patience: int | None = None
+    target: str | dict[str, float] | None = None
+    stopped: str | None = None
+    went_on_after: int = 0
+
+
+def previous_of(folder: Path) -> Previous:
+    """What the run in the folder was started with; what cannot be read is as if it was not."""
+    settings: Any = {}
+    with suppress(OSError, ValueError):
+        settings = round_record.from_json(read_regular_file(folder / "settings.json"))
+    if not isinstance(settings, dict):
+        return Previous()
+    stopped = settings.get("stopped")
+    settings["stopped"] = stopped.get("reason") if isinstance(stopped, dict) else None
+    kinds: dict[str, Any] = {"config": dict, "target": (str, dict), "stopped": str}
+    return Previous(
+        **{
+            name: settings[name]
+            for name in Previous._fields
+            if isinstance(settings.get(name), kinds.get(name, int))
+        }
+    )
