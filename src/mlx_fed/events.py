@@ -19,7 +19,7 @@ class Event:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, without copies of their values."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        return {attribute.name: getattr(self, attribute.name) for attribute in fields(self)}
 
 
 Listener = Callable[[Event], None]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_fed.runs.round_record import Refusal, RoundRecord
 from mlx_fed.runs import round_record
 
 NAMES = st.one_of(
@@ -106,3 +107,22 @@ def test_figures_are_flat():
         "evaluate/accuracy/median": 0.2,
         "refused": 1,
     }
+
+
+def test_a_record_has_only_what_the_round_had():
+    record = RoundRecord(3)
+    record.refused += [Refusal("a", "train", "late", missing=True), Refusal("b", "train", "odd")]
+    assert record.to_dict() == {
+        "round": 3,
+        "train": {},
+        "evaluate": {},
+        "seconds": {},
+        "bytes": {"down": 0, "up": 0},
+        "refused": [
+            {"node": "a", "phase": "train", "reason": "late", "missing": True},
+            {"node": "b", "phase": "train", "reason": "odd"},
+        ],
+    }
+    record.central, record.repeats = {}, 1
+    assert record.to_dict()["central"] == {}
+    assert record.to_dict()["repeats"] == 1

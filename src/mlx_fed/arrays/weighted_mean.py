@@ -106,9 +106,10 @@ def blocks(updates: Iterable[CountedUpdate], num_places: int) -> Iterator[Block]
 
 def lazy_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
     """A block whose sums are computed when they are read, a piece of an array at a time."""
-    clients, *both = zip(*updates, strict=True)
+    clients, *arrays_of_updates = zip(*updates, strict=True)
     parameters, statistics = (
-        {name: ArraySum(clients, arrays, name) for name in arrays[0]} for arrays in both
+        {name: ArraySum(clients, arrays, name) for name in arrays[0]}
+        for arrays in arrays_of_updates
     )
     return Block(number, parameters, statistics, list(clients))
 
@@ -127,7 +128,7 @@ class ArraySum(NamedTuple):
 
     def pieces(self) -> Iterator[np.ndarray]:
         """The sum, flat and a piece at a time, each in the memory of the one before."""
-        (first, weight), *others = (
+        (first, weight), *later_updates = (
             (named_arrays.pieces(arrays, self.name), np.float32(client.weight))
             for client, arrays in zip(self.clients, self.arrays, strict=True)
         )
@@ -135,14 +136,14 @@ class ArraySum(NamedTuple):
         for values in first:
             total, product = totals[: values.size], products[: values.size]
             np.multiply(values, weight, out=total)
-            for same, its_weight in others:
-                total += np.multiply(next(same), its_weight, out=product)
+            for values_of_update, its_weight in later_updates:
+                total += np.multiply(next(values_of_update), its_weight, out=product)
             yield total
 
 
-def pieces(part: np.ndarray | ArraySum) -> Iterator[np.ndarray]:
+def pieces(summand: np.ndarray | ArraySum) -> Iterator[np.ndarray]:
     """A block's sum of one array, flat and a piece at a time."""
-    return part.pieces() if isinstance(part, ArraySum) else named_arrays.cut(part)
+    return summand.pieces() if isinstance(summand, ArraySum) else named_arrays.cut(summand)
 
 
 def sum_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
@@ -155,12 +156,12 @@ def sum_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
     """
     parameters: Sums = {}
     statistics: Sums = {}
-    counted = []
+    clients = []
     for client, arrays, running in updates:
         _add(parameters, arrays, client.weight)
         _add(statistics, running, client.weight)
-        counted.append(client)
-    return Block(number, parameters, statistics, counted)
+        clients.append(client)
+    return Block(number, parameters, statistics, clients)
 
 
 class Total:
@@ -210,13 +211,13 @@ class _Sum:
         self._waiting: list[Mapping[str, np.ndarray | ArraySum]] = []
         self._updates = 0
 
-    def take(self, part: Mapping[str, np.ndarray | ArraySum], updates: int) -> None:
+    def take(self, summand: Mapping[str, np.ndarray | ArraySum], updates: int) -> None:
         """Takes in what comes of so many updates."""
-        if not part:
+        if not summand:
             return
-        self._waiting.append(part)
+        self._waiting.append(summand)
         self._updates += updates
-        in_memory = any(isinstance(array, np.ndarray) for array in part.values())
+        in_memory = any(isinstance(array, np.ndarray) for array in summand.values())
         if in_memory or self._updates > _FEW:
             self._add_up()
 
@@ -224,9 +225,9 @@ class _Sum:
         for name, like in self.like.items():
             if name not in self._sums:
                 self._sums[name] = np.full(like.shape, _NOTHING)
-            parts = self._parts(name)
+            summands = self._parts(name)
             for total in named_arrays.cut(self._sums[name]):
-                _add_next(total, parts)
+                _add_next(total, summands)
         self._waiting, self._updates = [], 0
 
     @property
@@ -237,25 +238,25 @@ class _Sum:
     def mean(self, name: str, weight: float) -> np.ndarray:
         """The sum of one array, divided by a weight."""
         mean = np.empty(self.like[name].shape, np.float32)
-        parts = self._parts(name)
-        known = named_arrays.cut(self._sums[name]) if name in self._sums else None
+        summands = self._parts(name)
+        sum_pieces = named_arrays.cut(self._sums[name]) if name in self._sums else None
         totals = np.empty(named_arrays.PIECE)
         for piece in named_arrays.cut(mean):
             total = totals[: piece.size]
-            total[:] = next(known) if known else _NOTHING
-            _add_next(total, parts)
+            total[:] = next(sum_pieces) if sum_pieces else _NOTHING
+            _add_next(total, summands)
             np.divide(total, weight, out=piece, casting="same_kind")
         return mean
 
     def _parts(self, name: str) -> list[Iterator[np.ndarray]]:
         """What has to be added to each piece of an array."""
-        return [pieces(part[name]) for part in self._waiting]
+        return [pieces(summand[name]) for summand in self._waiting]
 
 
-def _add_next(total: np.ndarray, parts: Iterable[Iterator[np.ndarray]]) -> None:
+def _add_next(total: np.ndarray, summands: Iterable[Iterator[np.ndarray]]) -> None:
     """Adds the next piece of each part: one at a time, as a core's cache holds no more."""
-    for part in parts:
-        total += next(part)
+    for summand in summands:
+        total += next(summand)
 
 
 class _Means(Mapping[str, np.ndarray]):
@@ -274,11 +275,11 @@ class _Means(Mapping[str, np.ndarray]):
         return len(self._total.like)
 
 
-def in_order(parts: Iterable[Block]) -> Total:
+def in_order(ordered_blocks: Iterable[Block]) -> Total:
     """The sum of blocks that come in the order of their numbers: none waits for one without
     updates, which never comes."""
     total = Total()
-    for block in parts:
+    for block in ordered_blocks:
         total.append(block)
     return total
 

@@ -125,8 +125,8 @@ def _checked_update(
 def all_updates(phase: Phase, outgoing: list[Message], model: Model) -> list[Update]:
     """All updates that count, for strategies that need each of them."""
     updates = list(checked_updates(phase, outgoing, model))
-    odd = phase.refuse_odd_names({update.node: update.names for update in updates})
-    return [update for update in updates if update.node not in odd]
+    odd_nodes = phase.refuse_odd_names({update.node: update.names for update in updates})
+    return [update for update in updates if update.node not in odd_nodes]
 
 
 def mean_update(phase: Phase, outgoing: list[Message], model: Model) -> Mean:
@@ -137,11 +137,11 @@ def mean_update(phase: Phase, outgoing: list[Message], model: Model) -> Mean:
     """
     run, has_one_content = phase.run, len({id(message.content) for message in outgoing}) == 1
     if has_one_content and not run.settings.max_update_norm:
-        summed = run.grid.sum_updates(outgoing, run.weighted_by)
-        if summed is not None:
-            return _mean_of_grid(phase, outgoing, summed)
+        outcomes = run.grid.sum_updates(outgoing, run.weighted_by)
+        if outcomes is not None:
+            return _mean_of_grid(phase, outgoing, outcomes)
     nodes = [phase.node_of(message) for message in outgoing]
-    index = {node: place for place, node in enumerate(nodes)}
+    index = {node: position for position, node in enumerate(nodes)}
     size = weighted_mean.block_size(len(nodes))
     totals: defaultdict[checks.Names, Total] = defaultdict(Total)
     names: dict[str, checks.Names] = {}
@@ -153,10 +153,10 @@ def mean_update(phase: Phase, outgoing: list[Message], model: Model) -> Mean:
             names[update.node] = update.names
             updates_of[update.names].append(_counted(update, index))
         with phase.timed("aggregate"):
-            for same_names, counted in updates_of.items():
-                totals[same_names].append(weighted_mean.lazy_block(number, counted))
-    odd = phase.refuse_odd_names(names)
-    usual = next((names[node] for node in names if node not in odd), frozenset())
+            for same_names, counted_updates in updates_of.items():
+                totals[same_names].append(weighted_mean.lazy_block(number, counted_updates))
+    odd_nodes = phase.refuse_odd_names(names)
+    usual = next((names[node] for node in names if node not in odd_nodes), frozenset())
     return totals[usual].mean()
 
 
@@ -167,12 +167,12 @@ def mean_statistics(updates: Iterable[Update], nodes: list[str]) -> Mean:
         updates (iterable): Updates in the order of the nodes.
         nodes (list): The names of all nodes with a message.
     """
-    index = {node: place for place, node in enumerate(nodes)}
-    counted: list[weighted_mean.CountedUpdate] = []
+    index = {node: position for position, node in enumerate(nodes)}
+    counted_updates: list[weighted_mean.CountedUpdate] = []
     for update in updates:
         client, _, statistics = _counted(update, index)
-        counted.append((client, {}, statistics))
-    return weighted_mean.in_order(weighted_mean.blocks(counted, len(nodes))).mean()
+        counted_updates.append((client, {}, statistics))
+    return weighted_mean.in_order(weighted_mean.blocks(counted_updates, len(nodes))).mean()
 
 
 def _counted(update: Update, index: dict[str, int]) -> weighted_mean.CountedUpdate:
@@ -181,7 +181,7 @@ def _counted(update: Update, index: dict[str, int]) -> weighted_mean.CountedUpda
     return client, reply.parameters, reply.statistics
 
 
-def _mean_of_grid(phase: Phase, outgoing: list[Message], summed: Iterator[SummedUpdates]) -> Mean:
+def _mean_of_grid(phase: Phase, outgoing: list[Message], outcomes: Iterator[SummedUpdates]) -> Mean:
     """The mean of sums that the grid's workers take, which check each update themselves."""
     nodes = [phase.node_of(message) for message in outgoing]
     phase.begin(outgoing)
@@ -189,16 +189,16 @@ def _mean_of_grid(phase: Phase, outgoing: list[Message], summed: Iterator[Summed
     failures: dict[int, ClientFailure] = {}
     sizes = exchange.sizes(outgoing)
     with phase.timed("train"):
-        for outcome in summed:
+        for outcome in outcomes:
             places = [client.place for block in outcome.blocks for client in block.counted]
             for block in outcome.blocks:
                 total.add(block)
             failures |= {failure.place: failure for failure in outcome.failures}
             # An update has the arrays of the message, in as many bytes.
-            bytes_up += sum(sizes[place] for place in places)
+            bytes_up += sum(sizes[position] for position in places)
             phase.answered(len(places) + len(outcome.failures))
-    for place in sorted(failures):
-        phase.refuse(nodes[place], failures[place].reason, failures[place].missing)
+    for position in sorted(failures):
+        phase.refuse(nodes[position], failures[position].reason, failures[position].missing)
     phase.count_bytes(sum(sizes), bytes_up)
     with phase.timed("aggregate"):
         return total.mean()

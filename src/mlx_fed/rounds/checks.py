@@ -77,20 +77,20 @@ def check_answer(message: Message) -> None:
 
 def check_origin(message: Message, round: int, run_id: int) -> None:
     """Raises :class:`Refused` if a reply is one of another round or run."""
-    about = message.metadata
-    if about.group_id and about.group_id != str(round):
-        raise Refused(f"it is a reply of round {about.group_id[:20]}, expected round {round}")
-    if about.run_id and run_id and about.run_id != run_id:
-        raise Refused(f"it is a reply of run {about.run_id}, expected run {run_id}")
+    metadata = message.metadata
+    if metadata.group_id and metadata.group_id != str(round):
+        raise Refused(f"it is a reply of round {metadata.group_id[:20]}, expected round {round}")
+    if metadata.run_id and run_id and metadata.run_id != run_id:
+        raise Refused(f"it is a reply of run {metadata.run_id}, expected run {run_id}")
 
 
-def check_size(content: RecordDict, *expected: Spec) -> None:
+def check_size(content: RecordDict, *specs: Spec) -> None:
     """Raises :class:`Refused`, before anything is read, if the arrays take far more bytes than the
     model in float32."""
-    values = sum(math.prod(shape) for spec in expected for shape, _ in spec.values())
-    most = 2 * 4 * values + _SPARE
-    if (size := messages.count_bytes(content)) > most:
-        raise Refused(f"its arrays take {size} bytes, and no reply of this model more than {most}")
+    values = sum(math.prod(shape) for spec in specs for shape, _ in spec.values())
+    limit = 2 * 4 * values + _SPARE
+    if (size := messages.count_bytes(content)) > limit:
+        raise Refused(f"its arrays take {size} bytes, and no reply of this model more than {limit}")
 
 
 def check_update(
@@ -147,38 +147,41 @@ def norm_of(arrays: Mapping[str, mx.array]) -> float:
     return distance(arrays, {})
 
 
-def distance(arrays: Mapping[str, mx.array], others: Mapping[str, mx.array]) -> float:
-    """The Euclidean norm of a difference, a piece at a time; what ``others`` lack is 0 there."""
+def distance(arrays: Mapping[str, mx.array], reference: Mapping[str, mx.array]) -> float:
+    """The Euclidean norm of a difference, a piece at a time; a name that only ``arrays`` has is
+    compared with 0."""
     squares = 0.0
     for name in arrays:
         pieces = named_arrays.pieces(arrays, name)
-        of_others = named_arrays.pieces(others, name) if name in others else repeat(_ZERO)
+        reference_pieces = (
+            named_arrays.pieces(reference, name) if name in reference else repeat(_ZERO)
+        )
         with np.errstate(all="ignore"):
-            for piece, other in zip(pieces, of_others, strict=False):
-                difference = np.subtract(piece, other, dtype=np.float32)
+            for piece, reference_piece in zip(pieces, reference_pieces, strict=False):
+                difference = np.subtract(piece, reference_piece, dtype=np.float32)
                 squares += float(np.dot(difference, difference))
     return math.sqrt(squares)
 
 
 def check_arrays(
-    record: ArrayRecord, expected: Spec, packed: bool, weight: float, are_statistics: bool = False
+    record: ArrayRecord, specs: Spec, is_packed: bool, weight: float, are_statistics: bool = False
 ) -> LazyArrays:
     """Checks the arrays in a record, a part at a time, and gives them in the expected order.
 
     Those that are not packed come from mods, which have worked on float32 masters: they are
     checked as they would be in the model's dtypes, and stay as they are.
     """
-    places: dict[str, str] = {}
-    given: Spec = {}
-    for place, part in messages.shards(record):
-        for name, stored in part.items():
-            master_weights.check_array(name, stored.shape, stored.dtype, expected)
-            places[name] = place
-            given[name] = stored.shape, expected[name][1] if packed else stored.dtype
+    record_names: dict[str, str] = {}
+    array_specs: Spec = {}
+    for record_name, shard in messages.shards(record):
+        for name, array in shard.items():
+            master_weights.check_array(name, array.shape, array.dtype, specs)
+            record_names[name] = record_name
+            array_specs[name] = array.shape, specs[name][1] if is_packed else array.dtype
             is_variance = are_statistics and name.endswith(_VARIANCE)
-            _check_pieces(name, stored.pieces(given[name][1]), weight, is_variance)
-    named_arrays.check(expected, {name: expected[name] for name in places})
-    return messages.lazy_arrays(record, {name: given[name] for name in expected}, places)
+            _check_pieces(name, array.pieces(array_specs[name][1]), weight, is_variance)
+    named_arrays.check(specs, {name: specs[name] for name in record_names})
+    return messages.lazy_arrays(record, {name: array_specs[name] for name in specs}, record_names)
 
 
 def check_values(
@@ -249,26 +252,28 @@ def check_evaluation(
     metrics = _metrics_of(message)
     record = messages.config_record(message.content, messages.WEIGHTS)
     # They may count tokens or pixels, of which an example has many.
-    most = max(max_weight, _LARGEST_WEIGHT)
+    limit = max(max_weight, _LARGEST_WEIGHT)
     weights: dict[str, Any] = {name: record[name] for name in metrics if name in record}
     for name, weight in weights.items():
-        if not isinstance(weight, (int, float)) or not 0 <= weight <= most:
-            shown = f"{weight!r}"[:_LONGEST]
-            raise Refused(f"the weight of metric {name!r} must be from 0 to {most:g}, not {shown}")
+        if not isinstance(weight, (int, float)) or not 0 <= weight <= limit:
+            weight_text = f"{weight!r}"[:_LONGEST]
+            raise Refused(
+                f"the weight of metric {name!r} must be from 0 to {limit:g}, not {weight_text}"
+            )
     if weights and weighted_by != "num-examples":
         _check_weight(metrics, "num-examples", max_weight)
     # With weights of their own all but counts do without num-tokens, which may be 0.
     _check_weight(metrics, weighted_by, max_weight, bool(weights) and weighted_by != "num-examples")
     _check_extent(metrics)
     reasons = messages.config_record(message.content, messages.UNDEFINED)
-    undefined = {
+    undefined_metrics = {
         name: str(reasons.get(name, f"it is {value}"))[:_LONGEST]
         for name, value in metrics.items()
         if not is_defined(value) or weights.get(name) == 0
     }
-    for name, why in undefined.items() if must_be_defined else ():
+    for name, why in undefined_metrics.items() if must_be_defined else ():
         raise Refused(f"metric {name!r} is not finite: {why}"[:_LONGEST])
-    return Evaluation(dict(metrics), weights, undefined)
+    return Evaluation(dict(metrics), weights, undefined_metrics)
 
 
 def _metrics_of(message: Message) -> MetricRecord:
@@ -319,41 +324,43 @@ Names = frozenset[tuple[str, str]]
 """What is in a reply: each name, and of what kind it is."""
 
 
-def odd_names(names: Mapping[str, Names], expected: Names) -> dict[str, str]:
+def odd_names(names: Mapping[str, Names], task_names: Names) -> dict[str, str]:
     """Why replies do not count whose records or metrics are called otherwise than in most, or are
     of another kind.
 
     Args:
         names (dict): Of each node, by its name, what :func:`names_in` gives.
-        expected (frozenset): What the task's own replies have: of two ways that as many nodes
+        task_names (frozenset): What the task's own replies have: of two ways that as many nodes
             have, the one that is nearer to it is right.
 
     Returns:
         dict: A reason for each such node, by name.
     """
-    odd: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     counts = Counter(names.values())
-    most = max(counts, key=lambda ways: (counts[ways], -len(ways ^ expected)), default=expected)
-    for node, own in names.items():
-        for name in sorted(name for name, _ in most ^ own)[:1]:
-            odd[node] = _why_odd(name, dict(own), dict(most))
-    return odd
+    usual_names = max(
+        counts, key=lambda ways: (counts[ways], -len(ways ^ task_names)), default=task_names
+    )
+    for node, node_names in names.items():
+        for name in sorted(name for name, _ in usual_names ^ node_names)[:1]:
+            reasons[node] = _why_odd(name, dict(node_names), dict(usual_names))
+    return reasons
 
 
-def _why_odd(name: str, own: Mapping[str, str], usual: Mapping[str, str]) -> str:
-    if name not in own:
+def _why_odd(name: str, node_names: Mapping[str, str], usual: Mapping[str, str]) -> str:
+    if name not in node_names:
         return f"{name} is missing"
     if name not in usual:
         return f"{name} is not in the other replies"
-    return f"{name} is {own[name]}, and {usual[name]} in the other replies"
+    return f"{name} is {node_names[name]}, and {usual[name]} in the other replies"
 
 
 def names_in(content: RecordDict) -> Names:
     """What a reply's records and metrics are called, and whether a metric is a number or a list of
     how many; statistics are not a strategy's matter."""
-    own = records_in(content, MetricRecord)
-    records = (*records_in(content, ArrayRecord), *own)
-    metrics = {name: value for record in own.values() for name, value in record.items()}
+    metric_records = records_in(content, MetricRecord)
+    records = (*records_in(content, ArrayRecord), *metric_records)
+    metrics = {name: value for record in metric_records.values() for name, value in record.items()}
     return names_of((n for n in records if n != messages.STATISTICS), metrics)
 
 

@@ -44,20 +44,22 @@ def evaluate(run: Run, model: Model, record: RoundRecord) -> None:
     names = {node: checks.names_in(reply.content) for node, reply in replies.items()}
     for node in phase.refuse_odd_names(names):
         del replies[node], evaluations[node]
-    weighed = dict.fromkeys(name for each in evaluations.values() for name in each.weights)
-    for metric in (run.weighted_by, *weighed):
+    weighed_metrics = dict.fromkeys(
+        name for evaluation in evaluations.values() for name in evaluation.weights
+    )
+    for metric in (run.weighted_by, *weighed_metrics):
         shares = {
-            node: each.weights.get(metric, float(str(each.metrics[run.weighted_by])))
-            for node, each in evaluations.items()
+            node: evaluation.weights.get(metric, float(str(evaluation.metrics[run.weighted_by])))
+            for node, evaluation in evaluations.items()
         }
-        what = f"the weight of {metric}" if metric in weighed else metric
+        what = f"the weight of {metric}" if metric in weighed_metrics else metric
         for node in phase.refuse_heavy(shares, what):
             del replies[node], evaluations[node]
     metrics: dict[str, Any] = {}
-    undefined: dict[str, dict[str, str]] = {}
-    for node, each in evaluations.items():
-        for name, why in each.undefined.items():
-            undefined.setdefault(name, {})[node] = why
+    undefined_metrics: dict[str, dict[str, str]] = {}
+    for node, evaluation in evaluations.items():
+        for name, why in evaluation.undefined.items():
+            undefined_metrics.setdefault(name, {})[node] = why
     if replies:
         with phase.hook("aggregate_evaluate"), strategies.pooling(run.strategy):
             result = run.strategy.aggregate_evaluate(phase.number, list(replies.values()))
@@ -66,13 +68,13 @@ def evaluate(run: Run, model: Model, record: RoundRecord) -> None:
         further, reasons = derive_metrics(run.trainer.task, metrics)
         metrics |= further
         for name, why in reasons.items():
-            undefined.setdefault(name, {"their mean": why})
+            undefined_metrics.setdefault(name, {"their mean": why})
     record.evaluate = {**metrics, "nodes": list(replies)}
-    _record_undefined(phase, undefined, len(replies))
+    _record_undefined(phase, undefined_metrics, len(replies))
     phase.record_each(
         {
-            node: {name: value for name, value in each.metrics.items() if is_defined(value)}
-            for node, each in evaluations.items()
+            node: {name: value for name, value in evaluation.metrics.items() if is_defined(value)}
+            for node, evaluation in evaluations.items()
         }
     )
 
@@ -115,7 +117,9 @@ def _record_undefined(
         return
     history = phase.run.history
     counts = {name: len(by_node) for name, by_node in reasons.items()}
-    before = [each.get("undefined", {}).get(phase.name, {}) for each in history.rounds]
+    before = [
+        earlier_record.get("undefined", {}).get(phase.name, {}) for earlier_record in history.rounds
+    ]
     for name, by_node in reasons.items():
         if any(name in earlier for earlier in before):
             continue

@@ -26,7 +26,7 @@ def exchange(
     outgoing: list[Message],
     names: Mapping[int, str],
     timeout: float,
-    arrived: Callable[[str], None],
+    on_reply: Callable[[str], None],
     spool: Spool | None = None,
 ) -> Iterator[tuple[str, Message | str]]:
     """Sends messages and gives each node's name with its reply, in the order of the names.
@@ -40,40 +40,40 @@ def exchange(
             ones must not be in memory while the replies come.
         names (dict): The nodes' names by id, in the order of the replies.
         timeout (float): Seconds to wait; a reply that comes later is dropped.
-        arrived (callable): Told the name of each node as its reply comes.
+        on_reply (callable): Told the name of each node as its reply comes.
         spool (Spool, optional): Where early replies wait. Default: in memory.
     """
     spool = spool or Spool()
-    came: dict[int, Message | str] = dict.fromkeys(
+    answers: dict[int, Message | str] = dict.fromkeys(
         (message.metadata.dst_node_id for message in outgoing),
         "the message to it could not be sent",
     )
     pending = push(grid, outgoing)
     outgoing.clear()
     for node_id in pending.values():
-        del came[node_id]
+        del answers[node_id]
     order = deque(names)
     deadline = math.inf if grid.virtual_time else time.monotonic() + timeout
     while order:
-        if order[0] in came:
+        if order[0] in answers:
             node_id = order.popleft()
-            yield names[node_id], came.pop(node_id)
+            yield names[node_id], answers.pop(node_id)
             continue
-        pulled = list(grid.pull_messages(list(pending)))
-        for reply in pulled:
+        replies = list(grid.pull_messages(list(pending)))
+        for reply in replies:
             node_id = pending.pop(reply.metadata.reply_to_message_id)
             if reply.has_content():
                 spool.put_message(reply.content)
-            came[node_id] = reply
-            arrived(names[node_id])
-        if pulled:
+            answers[node_id] = reply
+            on_reply(names[node_id])
+        if replies:
             continue
         if time.monotonic() < deadline:
             grid.wait(POLL)
             continue
         grid.withdraw(pending)
-        late = f"no reply within {timeout:.0f} seconds: one that comes later is dropped"
-        came |= dict.fromkeys(pending.values(), late)
+        reason = f"no reply within {timeout:.0f} seconds: one that comes later is dropped"
+        answers |= dict.fromkeys(pending.values(), reason)
         pending.clear()
 
 
@@ -89,25 +89,27 @@ def pack(outgoing: list[Message], spec: Spec, statistics: Arrays, config: Config
         statistics (dict): Running statistics to send along, if any.
         config (dict): Settings for all, which a message's own stand over.
     """
-    packed: dict[int, ArrayRecord] = {}
+    packed_records: dict[int, ArrayRecord] = {}
     contents: dict[int, tuple[RecordDict, RecordDict]] = {}
-    beside = {messages.STATISTICS: messages.pack(statistics)} if statistics else {}
+    statistics_records = {messages.STATISTICS: messages.pack(statistics)} if statistics else {}
     for message in outgoing:
         message.metadata.group_id = str(config["server-round"])
-        given = message.content
-        if id(given) not in contents:
-            name, record = messages.parameters_of(given)
-            if id(record) not in packed:
-                packed[id(record)] = messages.pack(master_weights.lazy_masters(record, spec))
-            settings_name, own = messages.config_of(given)
-            travels: dict[str, Any] = {
-                **beside,
-                name: packed[id(record)],
-                settings_name: ConfigRecord({**config, **own}),
+        content = message.content
+        if id(content) not in contents:
+            name, record = messages.parameters_of(content)
+            if id(record) not in packed_records:
+                packed_records[id(record)] = messages.pack(
+                    master_weights.lazy_masters(record, spec)
+                )
+            settings_name, message_config = messages.config_of(content)
+            packed_content: dict[str, Any] = {
+                **statistics_records,
+                name: packed_records[id(record)],
+                settings_name: ConfigRecord({**config, **message_config}),
             }
             # Held together with what it was made from, whose id would else be free for another.
-            contents[id(given)] = (given, RecordDict({**given, **travels}))
-        message.content = contents[id(given)][1]
+            contents[id(content)] = (content, RecordDict({**content, **packed_content}))
+        message.content = contents[id(content)][1]
 
 
 def sizes(outgoing: list[Message]) -> list[int]:

@@ -23,8 +23,8 @@ def refused_running(records: Sequence[Mapping[str, Any]], node: str) -> int:
     """
     times = 0
     for record in reversed(records):
-        trained = node in record.get("train", {}).get("nodes", ())
-        if trained or node in record.get("left_out", ()):
+        has_trained = node in record.get("train", {}).get("nodes", ())
+        if has_trained or node in record.get("left_out", ()):
             break
         times += sum(1 for name in _refused(record) if name == node)
     return times
@@ -50,6 +50,6 @@ def _refused(record: Mapping[str, Any]) -> Iterable[str]:
 
 def _reasons(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     for entry in record.get("refused", ()):
-        held_against_it = not (entry.get("missing") or entry.get("excused"))
-        if entry["phase"] == "train" and held_against_it:
+        counts_against_node = not (entry.get("missing") or entry.get("excused"))
+        if entry["phase"] == "train" and counts_against_node:
             yield entry["node"], entry["reason"]

@@ -84,14 +84,14 @@ def run(
     with history.held(), run.spool.open():
         state = (resume_state(run, identity) if resume else None) or _initial_state(run)
         trainer.release_parameters()
-        stopping, stopped = reason_at_start(
+        stopping, stop_reason = reason_at_start(
             stopping, history.rounds, state.best, settings, previous
         )
         _write_settings(run, stopping.after)
         snapshot = _snapshot(strategy)
         try:
             for number in range(state.round + 1, settings.num_rounds + 1):
-                if stopped:
+                if stop_reason:
                     break
                 run.roster.wait_for(run.min_nodes, settings.wait)
                 state = _round(run, state, number, snapshot)
@@ -100,14 +100,14 @@ def run(
                     run.checkpoints.save(state.checkpoint(strategy, identity), history.sync)
                 # The checkpoint has the strategy's state from now on, if there is one.
                 snapshot = None if settings.keep else _snapshot(strategy)
-                stopped = stopping.reason(history.rounds, state.best)
+                stop_reason = stopping.reason(history.rounds, state.best)
         finally:
             path = save_model(run, state.model)
             run.checkpoints.wait()
             best_path = save_best_model(run, state.best, state.model)
-        if stopped:
-            history.write_end(stopped)
-    history.notify(RunFinished(path, time.monotonic() - start_time, stopped))
+        if stop_reason:
+            history.write_end(stop_reason)
+    history.notify(RunFinished(path, time.monotonic() - start_time, stop_reason))
     return Result(
         trainer.parameters(),
         state.model.statistics,
@@ -115,7 +115,7 @@ def run(
         history.folder,
         path,
         best_path,
-        stopped,
+        stop_reason,
         trainer.task,
         trainer.seed,
     )
@@ -163,7 +163,7 @@ def _train(run: Run, model: Model, record: RoundRecord) -> Model:
         with phase.timed("aggregate"):
             content = mean.as_reply(model.masters, run.weighted_by, run.spool)
             with phase.hook("aggregate_train"):
-                masters, aggregated = strategies.aggregate_mean(
+                masters, train_metrics = strategies.aggregate_mean(
                     run.strategy, phase.number, content, list(metrics.values())
                 )
                 masters = phase.masters_from_strategy(masters, model)
@@ -174,12 +174,12 @@ def _train(run: Run, model: Model, record: RoundRecord) -> Model:
         with phase.timed("aggregate"):
             replies = [update.for_strategy() for update in updates]
             with phase.hook("aggregate_train"):
-                masters, aggregated = run.strategy.aggregate_train(phase.number, replies)
+                masters, train_metrics = run.strategy.aggregate_train(phase.number, replies)
                 masters = phase.masters_from_strategy(masters, model)
             mean = mean_statistics(updates, nodes)
     has_statistics = run.averaged and metrics
     statistics = mean.running_statistics(run.averaged) if has_statistics else model.statistics
-    record.train = {**(aggregated or {}), "nodes": list(metrics)}
+    record.train = {**(train_metrics or {}), "nodes": list(metrics)}
     phase.record_each(metrics)
     return Model(masters, statistics)
 

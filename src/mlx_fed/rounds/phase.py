@@ -153,8 +153,8 @@ class Phase:
 
     def answered(self, count: int) -> None:
         """Says that so many more nodes have answered, with an update or without."""
-        answered = self.progress.answered + count
-        self.progress = RepliesArrived(**{**self.progress.to_dict(), "answered": answered})
+        num_answers = self.progress.answered + count
+        self.progress = RepliesArrived(**{**self.progress.to_dict(), "answered": num_answers})
         self.run.history.notify(self.progress)
 
     def exchange(self, outgoing: list[Message]) -> Iterator[tuple[str, Message]]:
@@ -202,16 +202,16 @@ class Phase:
             return ()
         training = self.name == "train"
         loss_key = strategies.attribute(self.run.strategy, "train_loss_key") if training else None
-        odd = checks.odd_names(
+        odd_nodes = checks.odd_names(
             names,
             checks.names_of(
                 [self.record_name, "metrics"] if training else ["metrics"],
                 placeholder_metrics(self.run.trainer.task, self.name, loss_key),
             ),
         )
-        for node, reason in odd.items():
+        for node, reason in odd_nodes.items():
             self.refuse(node, reason)
-        return odd
+        return odd_nodes
 
     @property
     def max_examples(self) -> float:
@@ -271,7 +271,7 @@ class Phase:
 
     def common_failure(self) -> str | None:
         """The exception with which every node of the phase failed, if it is the same for all."""
-        refusals = [each for each in self.record.refused if each.phase == self.name]
+        refusals = [refusal for refusal in self.record.refused if refusal.phase == self.name]
         reasons = {refusal.reason for refusal in refusals[-self.num_messages :]}
         if len(reasons) != 1 or len(refusals) < self.num_messages or refusals[-1].missing:
             return None
@@ -294,12 +294,12 @@ class Phase:
                 f"Round {self.number}: all {self.num_messages} nodes failed with the same error: "
                 f"{reason}"
             )
-        needed = min(self.run.settings.min_replies, self.num_messages)
-        if count < needed or (self.num_messages and not count):
+        min_replies = min(self.run.settings.min_replies, self.num_messages)
+        if count < min_replies or (self.num_messages and not count):
             some = f"{count} of {self.num_messages}" if count else f"none of {self.num_messages}"
-            wanted = f", and {needed} are needed" if needed > 1 else ""
+            minimum = f", and {min_replies} are needed" if min_replies > 1 else ""
             raise TooFewReplies(
-                f"Round {self.number}: {some} nodes gave a train reply that counts{wanted}. "
+                f"Round {self.number}: {some} nodes gave a train reply that counts{minimum}. "
                 "The reasons stand above; the model of the round before is kept."
             )
 
@@ -313,7 +313,7 @@ class Phase:
     def record_each(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
         """Records the metrics of each node, or their quantiles if there are many nodes."""
         if len(metrics) <= round_record.MANY:
-            self.record.each[self.name] = {node: {**each} for node, each in metrics.items()}
+            self.record.each[self.name] = {node: {**values} for node, values in metrics.items()}
         else:
             self.record.spread[self.name] = round_record.spread(metrics.values())
 

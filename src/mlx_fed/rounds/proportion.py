@@ -94,8 +94,8 @@ def _median_of_others(values: Mapping[str, float]) -> float:
 
 def believed_after(record: Mapping[str, Any], weighted_by: str) -> float:
     """The weight that is believed whatever the others are, once a round has been."""
-    each = record.get("each", {}).get("train", {}).values()
-    middle = median([metrics.get(weighted_by, 0.0) for metrics in each] or [0.0])
+    metrics_of_nodes = record.get("each", {}).get("train", {}).values()
+    middle = median([metrics.get(weighted_by, 0.0) for metrics in metrics_of_nodes] or [0.0])
     if spread := record.get("spread", {}).get("train", {}).get(weighted_by):
         middle = spread[2]
     return max(WEIGHT_TIMES * float(middle), BELIEVED)

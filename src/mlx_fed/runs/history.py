@@ -40,18 +40,18 @@ class History:
         listeners (tuple): Each is called with the run's events, of :mod:`mlx_fed.events`. Only
             rounds are written down, and in ``status.json`` what the run is doing now: a listener
             that wants earlier events reads it there.
-        about (dict, optional): What is known of the run beside its settings, for the record.
+        run_info (dict, optional): What is known of the run beside its settings, for the record.
     """
 
     def __init__(
         self,
         folder: Path,
         listeners: tuple[Listener, ...] = (),
-        about: dict[str, Any] | None = None,
+        run_info: dict[str, Any] | None = None,
     ):
         self.folder = folder
         self.listeners: tuple[Listener, ...] = (Status(folder), *listeners)
-        self.about = about or {}
+        self.about = run_info or {}
         self.settings: dict[str, Any] = {}
         self.rounds: list[dict[str, Any]] = []
         self.moved = 0
@@ -83,8 +83,8 @@ class History:
     def _write_settings(self) -> None:
         text = json.dumps(self.settings, indent=2, default=str) + "\n"
         path = self.folder / "settings.json"
-        with errors_named(path), atomic_write(path) as part:
-            part.write_text(text, encoding="utf-8")
+        with errors_named(path), atomic_write(path) as temporary_path:
+            temporary_path.write_text(text, encoding="utf-8")
 
     def add_round(self, record: dict[str, Any]) -> None:
         """Appends a round to ``history.jsonl``.
@@ -108,16 +108,16 @@ class History:
         self.moved += _bytes(record)
         self.notify(RoundFinished(record))
 
-    def so_far(self, left: int) -> tuple[int, float | None]:
+    def so_far(self, num_remaining: int) -> tuple[int, float | None]:
         """The bytes that the rounds so far moved, and about how many seconds those to come take,
         or None while there is none to go by.
 
         Args:
-            left (int): How many rounds are to come.
+            num_remaining (int): How many rounds are to come.
         """
-        lately = self.rounds[1:][-_LATELY:] or self.rounds  # the first may compile and load
-        took = [sum(record.get("seconds", {}).values()) for record in lately]
-        seconds = left * sum(took) / len(took) if took else None
+        last_rounds = self.rounds[1:][-_LATELY:] or self.rounds  # the first may compile and load
+        took = [sum(record.get("seconds", {}).values()) for record in last_rounds]
+        seconds = num_remaining * sum(took) / len(took) if took else None
         return self.moved, seconds
 
     def sync(self) -> None:
@@ -147,8 +147,8 @@ class History:
         self.rounds = [rounds[n] for n in sorted(rounds) if n <= number]
         self.moved = sum(map(_bytes, self.rounds))
         text = "".join(round_record.to_line(record) + "\n" for record in self.rounds)
-        with errors_named(path), atomic_write(path) as part:
-            part.write_text(text, encoding="utf-8")
+        with errors_named(path), atomic_write(path) as temporary_path:
+            temporary_path.write_text(text, encoding="utf-8")
         self.notify(RunResumed(number))
 
     @contextmanager
@@ -185,7 +185,11 @@ class History:
         """
         path = self.folder / name
         # Through a file of Python's, whose errors say what was wrong.
-        with errors_named(path), atomic_write(path) as part, part.open("wb") as file:
+        with (
+            errors_named(path),
+            atomic_write(path) as temporary_path,
+            temporary_path.open("wb") as file,
+        ):
             mx.save_safetensors(file, arrays, {"format": "mlx"})
         return path
 

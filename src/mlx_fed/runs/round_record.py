@@ -97,14 +97,14 @@ class RoundRecord:
 
 def to_line(record: Mapping[str, Any]) -> str:
     """A round's record as one line of JSON, without its end."""
-    written = dict(record)
+    line_values = dict(record)
     for phase in _PHASES:
         if isinstance(nodes := record.get(phase, {}).get("nodes"), list):
-            written[phase] = {**record[phase], "nodes": _pack(nodes)}
-    refused = record.get("refused", ())
-    if len(refused) > MANY:
-        written["refused"] = _together(refused)
-    return to_json(written)
+            line_values[phase] = {**record[phase], "nodes": _pack(nodes)}
+    refusals = record.get("refused", ())
+    if len(refusals) > MANY:
+        line_values["refused"] = _together(refusals)
+    return to_json(line_values)
 
 
 def to_json(value: Any) -> str:
@@ -141,10 +141,12 @@ def from_line(line: str | bytes) -> dict[str, Any]:
     try:
         record["round"] = int(record["round"])
         for phase in _PHASES:
-            if "nodes" in (found := record.get(phase, {})):
-                found["nodes"] = _unpack(found["nodes"])
+            if "nodes" in (metrics := record.get(phase, {})):
+                metrics["nodes"] = _unpack(metrics["nodes"])
         if "refused" in record:
-            record["refused"] = [each for entry in record["refused"] for each in _apart(entry)]
+            record["refused"] = [
+                refusal for entry in record["refused"] for refusal in _apart(entry)
+            ]
             if len(record["refused"]) > _MOST_NAMES:
                 raise ValueError("too many nodes")
         figures(record)
@@ -167,8 +169,10 @@ def from_json(text: str | bytes) -> Any:
         raise ValueError("it is too deep") from error
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(_DEEPEST):
-        inner = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [each for one in inner for each in one if isinstance(each, (dict, list))]
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [
+            item for container in inner for item in container if isinstance(item, (dict, list))
+        ]
         if not level:
             return value
     raise ValueError("it is too deep")
@@ -196,12 +200,12 @@ def spread(each: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
     }
 
 
-def _quantiles(ordered: np.ndarray) -> np.ndarray:
+def _quantiles(sorted_values: np.ndarray) -> np.ndarray:
     """As ``np.quantile`` has them, in a third of its time."""
-    at = _SHARES * (len(ordered) - 1)
+    at = _SHARES * (len(sorted_values) - 1)
     low = at.astype(int)
-    below, above = ordered[low], ordered[np.minimum(low + 1, len(ordered) - 1)]
-    quantiles: np.ndarray = below + (above - below) * (at - low)
+    lower, upper = sorted_values[low], sorted_values[np.minimum(low + 1, len(sorted_values) - 1)]
+    quantiles: np.ndarray = lower + (upper - lower) * (at - low)
     return quantiles
 
 
@@ -211,22 +215,24 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
     They are what a table, a tracker or a curve shows: the aggregated metrics, the server's own,
     the median of nodes, seconds, bytes, and how many nodes counted and were left out.
     """
-    found: dict[str, float] = {}
+    flat_figures: dict[str, float] = {}
     for kind in (*_PHASES, "central", "seconds", "bytes"):
         for name, value in record.get(kind, {}).items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 if math.isfinite(value):  # or there is none, as where no node has a metric
-                    found[f"{kind}/{name}"] = value
+                    flat_figures[f"{kind}/{name}"] = value
             elif name == "nodes":
-                found[f"{kind}/nodes"] = len(value)
+                flat_figures[f"{kind}/nodes"] = len(value)
     for phase in _PHASES:
-        own = record.get("spread", {}).get(phase)
-        if own is None:
-            own = spread(record.get("each", {}).get(phase, {}).values())
-        medians = {f"{phase}/{name}/median": values[2] for name, values in own.items()}
-        found |= {name: value for name, value in medians.items() if isinstance(value, (int, float))}
-    found["refused"] = len(record.get("refused", ()))
-    return found
+        quantiles = record.get("spread", {}).get(phase)
+        if quantiles is None:
+            quantiles = spread(record.get("each", {}).get(phase, {}).values())
+        medians = {f"{phase}/{name}/median": values[2] for name, values in quantiles.items()}
+        flat_figures |= {
+            name: value for name, value in medians.items() if isinstance(value, (int, float))
+        }
+    flat_figures["refused"] = len(record.get("refused", ()))
+    return flat_figures
 
 
 # -- names ---------------------------------------------------------------------------------
@@ -266,10 +272,10 @@ def _unpack(nodes: Any) -> list[str]:
     return names
 
 
-def _together(refused: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _together(refusals: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """An entry for each phase and reason, with the nodes that share it."""
     nodes: dict[tuple[Any, ...], list[str]] = {}
-    for entry in refused:
+    for entry in refusals:
         nodes.setdefault(tuple(_why(entry).items()), []).append(entry["node"])
     return [{"nodes": _pack(names), **dict(why)} for why, names in nodes.items()]
 

@@ -94,21 +94,21 @@ class Status:
         self.begun = self.begun or isinstance(event, events.RunStarted)
         if not self.begun:
             return
-        now = time.monotonic()
-        if isinstance(event, _FREQUENT) and now - self.written < _PAUSE:
+        current_time = time.monotonic()
+        if isinstance(event, _FREQUENT) and current_time - self.written < _PAUSE:
             return
         if isinstance(event, events.PhaseStarted):
-            if now - self.phase_written < _GLANCE:
+            if current_time - self.phase_written < _GLANCE:
                 return
-            self.phase_written = now
+            self.phase_written = current_time
         self._write()
 
     def _write(self) -> None:
         self.written = time.monotonic()
-        known = {"refused": self.refused, "failed": self.failed, "notices": self.notices}
-        text = json.dumps({**self.now, "time": time.time(), **known}, default=str)
-        with suppress(OSError), atomic_write(self.path, durable=False) as part:
-            part.write_text(text, encoding="utf-8")
+        details = {"refused": self.refused, "failed": self.failed, "notices": self.notices}
+        text = json.dumps({**self.now, "time": time.time(), **details}, default=str)
+        with suppress(OSError), atomic_write(self.path, durable=False) as temporary_path:
+            temporary_path.write_text(text, encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -71,17 +71,17 @@ class SimulationGrid(one_run_grid.OneRunGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that come next; whoever pulls gets its messages' work done."""
-        wanted = [id for id in message_ids if id in self._pushed]
-        if wanted:
-            messages = [self._pushed.pop(id) for id in wanted]
+        pushed_ids = [id for id in message_ids if id in self._pushed]
+        if pushed_ids:
+            messages = [self._pushed.pop(id) for id in pushed_ids]
             self._coming = chain(self._coming, self._replies(messages))
         return next(self._coming, [])
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        sent = [self._pushed.pop(id) for id in self.push_messages(messages)]
-        return [reply for some in self._replies(sent) for reply in some]
+        pushed_messages = [self._pushed.pop(id) for id in self.push_messages(messages)]
+        return [reply for some in self._replies(pushed_messages) for reply in some]
 
     # -- the work --------------------------------------------------------------------------
 
@@ -98,10 +98,11 @@ class SimulationGrid(one_run_grid.OneRunGrid):
     def _replies(self, messages: list[Message]) -> Iterator[list[Message]]:
         for outcome in self._work(messages, None):
             replies = [
-                Message(content, reply_to=messages[place]) for place, content in outcome.replies
+                Message(content, reply_to=messages[position])
+                for position, content in outcome.replies
             ]
-            for place, reason, missing in outcome.failures:
-                replies.append(failed_reply(messages[place], reason, missing))
+            for position, reason, missing in outcome.failures:
+                replies.append(failed_reply(messages[position], reason, missing))
             yield replies
 
     def _work(self, messages: Sequence[Message], weighted_by: str | None) -> Iterator[WorkResult]:
@@ -109,7 +110,7 @@ class SimulationGrid(one_run_grid.OneRunGrid):
         requests: dict[tuple[int, str], Path] = {}
         by_request: dict[Path, list[SampledClient]] = {}
         size = block_size(len(messages))
-        for place, message in enumerate(messages):
+        for position, message in enumerate(messages):
             kind = message.metadata.message_type
             content = message.content
             key = (id(content), kind)
@@ -117,7 +118,7 @@ class SimulationGrid(one_run_grid.OneRunGrid):
                 requests[key] = self.folder / f"{next(self._numbers)}.request"
                 request = WorkRequest(kind, content, self.timeout, weighted_by)
                 worker_process.write_request(request, requests[key])
-            seat = SampledClient(place, message.metadata.dst_node_id - 1, place // size)
+            seat = SampledClient(position, message.metadata.dst_node_id - 1, position // size)
             by_request.setdefault(requests[key], []).append(seat)
         spans = [
             WorkUnit(path, tuple(seats))
