@@ -140,7 +140,8 @@ def crowd(port: int, megabytes: int, size: int) -> None:
     """Many nodes in one process, which work one after another."""
     from flwr.app import Context
     from mlx_fed import clientapp
-    from mlx_fed.flower.fleet_client import FleetClient, Unreachable
+    from mlx_fed.flower.fleet_client import FleetClient
+    from mlx_fed.flower.transport import Unreachable
 
     clientapp.Trainer = Still
     app = clientapp.client_app(lambda config: task({"megabytes": megabytes}))
@@ -158,7 +159,7 @@ def crowd(port: int, megabytes: int, size: int) -> None:
 
         def beat() -> None:
             while not beating.wait(2.0):
-                client.beat()
+                client.heartbeat()
 
         threading.Thread(target=beat, daemon=True).start()
         context = Context(1, client.node_id, {"partition-id": partition}, RecordDict(), {})

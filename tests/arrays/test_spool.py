@@ -179,7 +179,7 @@ class Scattered(one_run_grid.OneRunGrid):
     def push_messages(self, messages):
         self.messages = {str(n): message for n, message in enumerate(messages)}
         for number, message in self.messages.items():
-            one_run_grid.number(message, number)
+            one_run_grid.set_message_id(message, number)
         return list(self.messages)
 
     def pull_messages(self, message_ids):

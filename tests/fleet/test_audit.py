@@ -99,8 +99,8 @@ def test_the_command_shows_and_verifies(tmp_path):
 def test_a_federation_records_invitations_enrolment_and_revocation(tmp_path):
     federation = Federation(tmp_path / "federation", "127.0.0.1:1")
     token = tokens.decode(federation.invite("hospital"))
-    federation.members.enrol(token.invitation, b"key of the node")
-    federation.members.revoke("hospital")
+    federation.nodes.enrol(token.invitation, b"key of the node")
+    federation.nodes.revoke("hospital")
     events = [(entry.event, entry.fields["node"]) for entry in entries(federation.audit_log)]
     assert events == [("invited", "hospital"), ("enrolled", "hospital"), ("revoked", "hospital")]
 

@@ -24,7 +24,8 @@ from mlx_fed.rounds import messages
 from mlx_fed.fleet.identity import from_files
 from mlx_fed.fleet.node import JoinError, _Node
 from mlx_fed.fleet.server import _serving, _socket
-from mlx_fed.flower import fleet_client
+from mlx_fed.flower import transport
+from mlx_fed.flower.fleet_client import FleetClient
 from mlx_fed.flower.link_grid import LinkGrid
 from mlx_fed.monitoring.server_terminal import server_line
 from mlx_fed.system.printable import printable
@@ -240,10 +241,10 @@ def test_a_node_at_work_when_the_run_ends_does_not_wait_for_its_server(start):
 
 def test_a_server_that_answers_now_and_then_is_not_given_up(monkeypatch):
     """As on a connection that breaks time and again in the middle of a large reply."""
-    monkeypatch.setattr(fleet_client, "_HELD", {})
+    monkeypatch.setattr(transport, "LONG_POLLS", {})
     with _socket("127.0.0.1", 0) as listening, _serving(listening) as link:
         address = f"127.0.0.1:{listening.getsockname()[1]}"
-        connection = fleet_client.FleetClient(*listening.getsockname())
+        connection = FleetClient(*listening.getsockname())
         connection.register()
         told: list[str] = []
 
@@ -256,8 +257,8 @@ def test_a_server_that_answers_now_and_then_is_not_given_up(monkeypatch):
         def send() -> str:
             tries.append(True)
             if len(tries) < 6:
-                connection.beat()
-                raise fleet_client.Unreachable("its connection broke")
+                connection.heartbeat()
+                raise transport.Unreachable("its connection broke")
             return "sent"
 
         assert node._persist(send) == "sent"
@@ -265,7 +266,7 @@ def test_a_server_that_answers_now_and_then_is_not_given_up(monkeypatch):
         link.finish()
     connection._transport.outcome = ""
     with pytest.raises(JoinError, match=f"{address} has been gone for 0 seconds"):
-        node._persist(connection.beat)
+        node._persist(connection.heartbeat)
 
 
 def test_a_node_holds_its_examples_once(start, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_fed.fleet.federation import Federation
 from mlx_fed.fleet.server import _serving, _socket
-from mlx_fed.flower import fleet_client
+from mlx_fed.flower import transport
 
 from ..conftest import command, free_port
 
@@ -146,12 +146,12 @@ def test_a_token_is_not_used_up(secured):
     for _ in range(2):
         run = secured.check()
         assert run.code == 0, run.text
-    assert secured.federation.members.all()[0].state == "invited"
+    assert secured.federation.nodes.all()[0].state == "invited"
 
 
 def test_a_clock_that_is_wrong_is_found(secured, monkeypatch):
-    ahead = fleet_client.now() + timedelta(hours=1)
-    monkeypatch.setattr(fleet_client, "now", lambda: ahead)
+    ahead = transport.utc_now() + timedelta(hours=1)
+    monkeypatch.setattr(transport, "utc_now", lambda: ahead)
     (fault,) = faults(secured.check().text)
     assert "this node's clock is" in fault
     assert "setting of the clock" in fault

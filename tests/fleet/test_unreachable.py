@@ -24,8 +24,9 @@ from mlx_fed.fleet.federation import Federation
 from mlx_fed.fleet.identity import from_token
 from mlx_fed.fleet.node import JoinError, _Node
 from mlx_fed.fleet.server import _serving, _socket
-from mlx_fed.flower import fleet_client
-from mlx_fed.flower.fleet_client import FleetClient, Refused, Unreachable
+from mlx_fed.flower import transport
+from mlx_fed.flower.fleet_client import FleetClient
+from mlx_fed.flower.transport import RequestRefused, Unreachable
 from mlx_fed.flower.link_grid import LinkGrid
 
 from ..conftest import free_port
@@ -72,7 +73,7 @@ def test_what_a_proxy_answers_is_no_refusal(proxy, said: bytes):
     way = proxy(free_port())
     way.say(said)
     connection = FleetClient("127.0.0.1", way.port)
-    for request in (connection.register, connection.beat, connection.receive):
+    for request in (connection.register, connection.heartbeat, connection.receive):
         with pytest.raises(Unreachable):
             request()
 
@@ -80,7 +81,7 @@ def test_what_a_proxy_answers_is_no_refusal(proxy, said: bytes):
 def test_what_a_server_answers_is_a_refusal(proxy):
     way = proxy(free_port())
     way.say(answer("401 Unauthorized", b'{"detail": "who are you?"}', "application/json"))
-    with pytest.raises(Refused, match="who are you"):
+    with pytest.raises(RequestRefused, match="who are you"):
         FleetClient("127.0.0.1", way.port).register()
 
 
@@ -102,7 +103,7 @@ def test_a_node_outlives_a_proxy_whose_server_is_gone(start, proxy, tmp_path):
 
 def test_a_server_that_only_ever_answers_that_it_cannot_is_given_up(monkeypatch):
     """Although it answers heartbeats."""
-    monkeypatch.setattr(fleet_client, "_HELD", {})
+    monkeypatch.setattr(transport, "LONG_POLLS", {})
     with _socket("127.0.0.1", 0) as listening, _serving(listening) as link:
         connection = FleetClient(*listening.getsockname())
         connection.register()
@@ -110,8 +111,8 @@ def test_a_server_that_only_ever_answers_that_it_cannot_is_given_up(monkeypatch)
         persisting = _Node(connection, None, {}, who, 1.0, lambda *_, **__: None)
 
         def send() -> None:
-            connection.beat()
-            raise fleet_client.Unavailable("Internal server error.")
+            connection.heartbeat()
+            raise transport.Unavailable("Internal server error.")
 
         with pytest.raises(JoinError, match=r"gone for 1 seconds .Internal server error"):
             persisting._persist(send)
@@ -196,7 +197,7 @@ def test_an_answer_over_a_slow_connection_has_the_time_that_it_takes(tmp_path, m
 
 
 def test_an_answer_that_nobody_takes_is_given_up(monkeypatch):
-    monkeypatch.setattr(server.BoundedConnection, "patience", 1.0)
+    monkeypatch.setattr(server.LimitedHttpProtocol, "send_timeout", 1.0)
     with _socket("127.0.0.1", 0) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
         with _serving(listening) as link:
@@ -216,7 +217,7 @@ def test_an_answer_that_nobody_takes_is_given_up(monkeypatch):
                 taking.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
                 taking.sock.connect(listening.getsockname())
                 headers = connection._transport._signed_headers()
-                taking.request("POST", fleet_client._PULL, request.SerializeToString(), headers)
+                taking.request("POST", transport.PULL_OBJECT, request.SerializeToString(), headers)
                 response = taking.getresponse()
                 if int(response.headers["content-length"]) > 2**22:
                     break
@@ -231,7 +232,7 @@ def test_an_answer_that_nobody_takes_is_given_up(monkeypatch):
 @pytest.mark.timeout(30)
 def test_an_upload_of_which_nothing_arrives_is_broken_off(monkeypatch):
     """Long before the time that it may take over a slow connection."""
-    monkeypatch.setattr(fleet_client, "_SILENCE", 6)
+    monkeypatch.setattr(transport, "_DEAD_PEER", 6)
     with socket.socket() as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
         silent.bind(("127.0.0.1", 0))

@@ -26,8 +26,9 @@ from mlx_fed.fleet import certificates
 from mlx_fed.fleet.federation import Federation
 from mlx_fed.fleet.identity import Identity, from_files, from_token, make_key
 from mlx_fed.fleet.server import _serving, _socket
-from mlx_fed.flower import fleet_client, keys
-from mlx_fed.flower.fleet_client import FleetClient, Refused, Unreachable, Untrusted
+from mlx_fed.flower import keys, transport
+from mlx_fed.flower.fleet_client import FleetClient
+from mlx_fed.flower.transport import RequestRefused, Unreachable, UntrustedServer
 from mlx_fed.flower.link_grid import LinkGrid
 from mlx_fed.flower.link_state import Link
 from mlx_fed.flower.error_replies import is_missing
@@ -125,7 +126,9 @@ def test_what_is_secret_is_its_owners_alone(server):
 def test_a_token_serves_for_one_node(server, tmp_path):
     token = server.federation.invite("node-0")
     joined(from_token(token, None, tmp_path / "one")).leave()
-    with pytest.raises(Refused, match="This token was used: node-0 has enrolled with another key"):
+    with pytest.raises(
+        RequestRefused, match="This token was used: node-0 has enrolled with another key"
+    ):
         joined(from_token(token, None, tmp_path / "two"))
     joined(from_token(token, None, tmp_path / "one"))  # the line that started it starts it again
 
@@ -135,10 +138,10 @@ def test_a_key_that_nobody_invited_is_turned_away(server, tmp_path, token):
     stranger = from_files(server.federation.address, server.federation.authority, None)
     if token:
         told = server.federation.invite("node-0")
-        server.federation.members.revoke("node-0")
+        server.federation.nodes.revoke("node-0")
         stranger = from_token(told, None, tmp_path / "stranger")
     why = "This token was revoked" if token else "does not know this node's key"
-    with pytest.raises(Refused, match=why) as refusal:
+    with pytest.raises(RequestRefused, match=why) as refusal:
         joined(stranger)
     assert refusal.value.status == 401
     assert not server.link.state.nodes, "a stranger takes memory"
@@ -147,8 +150,8 @@ def test_a_key_that_nobody_invited_is_turned_away(server, tmp_path, token):
 def test_keys_that_were_handed_over_otherwise(server, tmp_path):
     key = tmp_path / "own.key"
     make_key(key)
-    public = keys.public(key.with_suffix(".pub").read_bytes())
-    server.federation.members.add("hospital-a", public)
+    public = keys.load_public(key.with_suffix(".pub").read_bytes())
+    server.federation.nodes.add("hospital-a", public)
     brought = from_files(server.federation.address, server.federation.authority, key)
     one = joined(brought)
     assert server.grid.name_of(one.node_id) == "hospital-a"
@@ -157,9 +160,9 @@ def test_keys_that_were_handed_over_otherwise(server, tmp_path):
 def test_flowers_own_client_gets_in_with_a_known_key(server, tmp_path):
     from flwr.supernode.fleet_http_connection import http_request_response
 
-    key = keys.load(make_key(tmp_path / "own.key"))
-    public = keys.public((tmp_path / "own.pub").read_bytes())
-    server.federation.members.add("stock", public)
+    key = keys.load_private(make_key(tmp_path / "own.key"))
+    public = keys.load_public((tmp_path / "own.pub").read_bytes())
+    server.federation.nodes.add("stock", public)
     with http_request_response(
         server.federation.address,
         insecure=False,
@@ -172,7 +175,7 @@ def test_flowers_own_client_gets_in_with_a_known_key(server, tmp_path):
 def test_one_key_is_one_node_at_a_time(server):
     who = server.identity()
     first = joined(who)
-    with pytest.raises(Refused, match="A node with this key is online") as refusal:
+    with pytest.raises(RequestRefused, match="A node with this key is online") as refusal:
         joined(who)
     assert refusal.value.status == 409
     first.leave()
@@ -235,12 +238,12 @@ def test_a_node_that_was_started_again_at_work_is_not_waited_for(server):
 
 def test_a_node_that_was_given_up_and_is_back_goes_on(server, monkeypatch):
     """Its connections were down for a while: it is the same process, and at work still."""
-    monkeypatch.setattr(fleet_client, "_HELD", {})
+    monkeypatch.setattr(transport, "LONG_POLLS", {})
     one = joined(server.identity())
     message_id = ask(server, one)
     received = one.receive()
     server.link.state.deactivate_node(one.node_id)  # as when nothing is heard of it
-    one.beat()
+    one.heartbeat()
     one.send(Message(RecordDict(), reply_to=received), 0.0)
     (reply,) = server.grid.pull_messages([message_id])
     assert reply.has_content()
@@ -252,23 +255,25 @@ def test_a_process_that_another_took_the_place_of_is_told_so(server):
     one = joined(who)
     server.link.state.deactivate_node(one.node_id)
     joined(who)
-    for request in (one.beat, one.receive):
-        with pytest.raises(Refused) as refusal:
+    for request in (one.heartbeat, one.receive):
+        with pytest.raises(RequestRefused) as refusal:
             request()
         assert refusal.value.status == 401
-    with pytest.raises(Refused, match="A node with this key is online"):
+    with pytest.raises(RequestRefused, match="A node with this key is online"):
         one.register()
 
 
 def test_a_node_that_is_back_while_replies_are_read_has_an_answer(server, monkeypatch):
-    monkeypatch.setattr(fleet_client, "_HELD", {})
+    monkeypatch.setattr(transport, "LONG_POLLS", {})
     one, other = joined(server.identity("one")), joined(server.identity("other"))
     ids = [ask(server, one), ask(server, other)]
     other.send(Message(RecordDict(), reply_to=other.receive()), 0.0)
     one.receive()
     server.link.state.deactivate_node(one.node_id)
     read = server.grid._reply_to
-    monkeypatch.setattr(server.grid, "_reply_to", lambda message_id: one.beat() or read(message_id))
+    monkeypatch.setattr(
+        server.grid, "_reply_to", lambda message_id: one.heartbeat() or read(message_id)
+    )
     assert sorted(map(is_missing, server.grid.pull_messages(ids))) == [False, True]
 
 
@@ -296,26 +301,26 @@ def test_a_node_that_is_revoked_is_told_as_it_waits_and_does_not_come_back(serve
     def wait() -> None:
         try:
             one.receive()
-        except Refused as error:
+        except RequestRefused as error:
             refused.append(error)
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    while not server.link._held[one.node_id]:
+    while not server.link._open_polls[one.node_id]:
         time.sleep(0.01)
-    Federation(server.federation.folder).members.revoke("node-0")
+    Federation(server.federation.folder).nodes.revoke("node-0")
     assert list(server.grid.get_node_ids()) == []
     waiting.join(10)
     assert "The key of node-0 was revoked" in str(refused[0])
-    for request in (one.register, one.receive, one.beat, lambda: joined(who)):
-        with pytest.raises(Refused, match="The key of node-0 was revoked"):
+    for request in (one.register, one.receive, one.heartbeat, lambda: joined(who)):
+        with pytest.raises(RequestRefused, match="The key of node-0 was revoked"):
             request()
 
 
 def test_a_message_for_a_revoked_node_is_answered_for_it(server):
     one = joined(server.identity())
     message_id = ask(server, one)
-    server.federation.members.revoke("node-0")
+    server.federation.nodes.revoke("node-0")
     (reply,) = server.grid.pull_messages([message_id])
     assert reply.has_error()
 
@@ -324,7 +329,7 @@ def test_a_node_is_known_after_the_server_was_started_again(federation, tmp_path
     with serving(federation, tmp_path) as server:
         one = joined(server.identity())
     with serving(Federation(federation.folder), tmp_path) as again:
-        with pytest.raises(Refused) as refusal:
+        with pytest.raises(RequestRefused) as refusal:
             one.receive()
         assert refusal.value.status == 401  # it has another id now
         one.register()
@@ -333,7 +338,7 @@ def test_a_node_is_known_after_the_server_was_started_again(federation, tmp_path
 
 def test_nothing_is_answered_but_fleet_routes_and_those_to_known_nodes(server):
     one = joined(server.identity())
-    strangers_key = keys.make()[0]
+    strangers_key = keys.generate_files()[0]
     stranger = FleetClient(HOST, server.port, None, strangers_key)
     own, theirs = one._transport._signed_headers(), stranger._transport._signed_headers()
     for _, path in PROTOBUF_REQUEST_TYPES:
@@ -349,8 +354,8 @@ def test_nothing_is_answered_but_fleet_routes_and_those_to_known_nodes(server):
 @pytest.mark.parametrize(("seconds", "where"), [(-3600, "behind"), (-306, "behind"), (10, "ahead")])
 def test_a_request_of_another_time_is_refused(server, monkeypatch, seconds, where):
     one = joined(server.identity())
-    then = fleet_client.now() + datetime.timedelta(seconds=seconds)
-    monkeypatch.setattr(fleet_client, "now", lambda: then)
+    then = transport.utc_now() + datetime.timedelta(seconds=seconds)
+    monkeypatch.setattr(transport, "utc_now", lambda: then)
     one._transport._signed_at = 0.0
     with pytest.raises(Unreachable, match=rf"clock is {abs(seconds)} s {where}"):
         one.receive()
@@ -378,7 +383,7 @@ def test_a_server_with_another_authority_is_not_trusted(server, tmp_path):
         joined(from_token(token, None, tmp_path / "first"))
     known = from_token(token, None, tmp_path / "second")
     known.authority.write_bytes(elsewhere.authority.read_bytes())  # it has been there before
-    with pytest.raises(Untrusted, match="certificate"):
+    with pytest.raises(UntrustedServer, match="certificate"):
         joined(known)
     assert not server.link.state.nodes, "something was sent"
 
@@ -391,7 +396,7 @@ def test_to_show_the_authoritys_certificate_is_not_to_have_its_key(tmp_path):
     stolen = between.certificate.read_bytes() + honest.authority.read_bytes()
     between.certificate.write_bytes(stolen)
     between.authority_key.unlink()  # it serves what lies there
-    with serving(between, tmp_path), pytest.raises(Untrusted, match="certificate"):
+    with serving(between, tmp_path), pytest.raises(UntrustedServer, match="certificate"):
         joined(from_token(token, None, tmp_path / "node"))
 
 
@@ -401,7 +406,7 @@ def test_a_certificate_for_another_host_is_not_trusted(server, tmp_path):
     with (
         _socket("127.0.0.2", server.port) as listening,
         _serving(listening, server.federation, HOST),
-        pytest.raises(Untrusted, match="IP address mismatch"),
+        pytest.raises(UntrustedServer, match="IP address mismatch"),
     ):
         joined(from_token(token, where, tmp_path / "node"))
 
@@ -427,7 +432,7 @@ def test_both_sides_say_which_of_them_does_not_encrypt(server, tmp_path):
         assert not certificates.speaks_tls(HOST, port)
         with pytest.raises(certificates.NoTLS, match="does not encrypt"):
             joined(from_token(server.federation.invite("a"), f"{HOST}:{port}", tmp_path / "a"))
-        with pytest.raises(Untrusted, match="does not encrypt"):
+        with pytest.raises(UntrustedServer, match="does not encrypt"):
             joined(from_files(f"{HOST}:{port}", server.federation.authority, None))
         link.finish()
 
@@ -439,7 +444,7 @@ def test_certificates_that_were_issued_elsewhere(tmp_path):
     theirs = Federation(tmp_path / "theirs", f"{HOST}:1")
     theirs.context(HOST)
     ours = Federation(tmp_path / "ours", f"{HOST}:{free_port()}")
-    ours.bring(theirs.certificate, theirs.key, theirs.authority)
+    ours.install_certificates(theirs.certificate, theirs.key, theirs.authority)
     assert not ours.authority_key.exists()
     served = ours.certificate.read_bytes()
     with serving(ours, tmp_path) as server:
@@ -448,9 +453,9 @@ def test_certificates_that_were_issued_elsewhere(tmp_path):
     another = tmp_path / "another.key"
     another.write_bytes(certificates.key_to_pem(certificates.new_key()))
     with pytest.raises(certificates.CertificateError, match="Cannot serve with"):
-        ours.bring(theirs.certificate, another, theirs.authority)
+        ours.install_certificates(theirs.certificate, another, theirs.authority)
     with pytest.raises(fed.FedError, match="Cannot read"):
-        ours.bring(tmp_path / "missing", theirs.key, theirs.authority)
+        ours.install_certificates(tmp_path / "missing", theirs.key, theirs.authority)
 
 
 def test_a_key_that_others_can_read_is_not_served_with(federation):

@@ -17,8 +17,8 @@ def test_a_server_makes_room_for_its_connections(soft, hard, raised, most):
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 from mlx_fed.flower import connections
-connections.MOST = 300
-most = connections.make_room()
+connections.MAX_CONNECTIONS = 300
+most = connections.raise_file_limit()
 print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], most)
 """
     )

@@ -45,11 +45,12 @@ from mlx_fed.rounds import messages
 from mlx_fed.arrays import spool
 from mlx_fed.rounds.exchange import exchange
 from mlx_fed.fleet.server import _serving, _socket
-from mlx_fed.flower import fleet_client, serialize, one_run_grid
-from mlx_fed.flower.fleet_client import FleetClient, Refused, Unreachable
+from mlx_fed.flower import fleet_client, serialize, transport, one_run_grid
+from mlx_fed.flower.fleet_client import FleetClient
+from mlx_fed.flower.transport import RequestRefused, Unreachable
 from mlx_fed.flower.link_state import Link
 from mlx_fed.flower.error_replies import error_reply
-from mlx_fed.flower.fleet_routes import FleetRoutes
+from mlx_fed.flower.fleet_handlers import HANDLERS, PREFIX
 
 from ..helpers.proxy import Proxy
 from ..helpers.fleet_routes import ARRAYS, Fleet, assert_carried, push_request, reply_to
@@ -126,7 +127,7 @@ def test_arrays_are_cut_into_flowers_own_chunks(largest, monkeypatch, tmp_path):
     one_run_grid.begin_run()
     serialize.cut_arrays(Message(ours, 7, MessageType.TRAIN))
     got = {
-        key: b"".join(serialize.parts_in(item))
+        key: b"".join(serialize.views_of(item))
         for key, item in get_all_nested_objects(ours).items()
     }
     assert got == expected
@@ -232,13 +233,13 @@ def test_a_message_for_a_node_that_left_is_answered_with_an_error(fleet):
 def test_a_key_can_be_given_another_id_once_its_node_has_left():
     link = Link()
     before = link.state.create_node("", "", b"key", 0, name="node-0")
-    link.make_another_of(b"key")
+    link.renew_node_id(b"key")
     assert link.state.get_node_id_by_public_key(b"key") == before, "it was never here"
     link.state.activate_node(before, 10)
-    link.make_another_of(b"key")
+    link.renew_node_id(b"key")
     assert link.online() == {before}
     link.state.deactivate_node(before)
-    link.make_another_of(b"key")
+    link.renew_node_id(b"key")
     after = link.state.get_node_id_by_public_key(b"key")
     assert after != before
     assert not link.state.acknowledge_node_heartbeat(before, 10)
@@ -297,7 +298,7 @@ def test_what_came_of_a_message_before_it_broke_off_does_not_come_again(fleet, m
     assert_carried(message.content)
     came = [object_id for object_id in pulled if object_id]
     assert len(came) == len(set(came)) > 6
-    assert not node._held, "what is trained from is in memory twice"
+    assert not node._objects, "what is trained from is in memory twice"
 
 
 def test_what_came_of_a_message_that_cannot_be_read_comes_again(fleet, monkeypatch):
@@ -313,7 +314,7 @@ def test_what_came_of_a_message_that_cannot_be_read_comes_again(fleet, monkeypat
 
 def test_a_large_piece_over_a_slow_connection_has_the_time_that_it_takes(monkeypatch):
     """It has longer than a small request, and a server that does not answer that one is gone."""
-    monkeypatch.setattr(fleet_client, "_TIMEOUT", 0.5)
+    monkeypatch.setattr(fleet_client, "TIMEOUT", 0.5)
     with _socket("127.0.0.1", 0) as listening, _serving(listening) as link:
         way = Proxy(listening.getsockname()[1], speed=4e6)
         fleet = Fleet(link, way.port)
@@ -367,7 +368,7 @@ def test_pieces_that_do_not_fit_each_other_are_no_object(fleet, monkeypatch):
             response.object_content = b"?" + response.object_content[1:]
         return response
 
-    node._piece = 2**18
+    node._piece_size = 2**18
     with monkeypatch.context() as broken:
         broken.setattr(node._transport, "PullObject", pull_another)
         with pytest.raises(Unreachable, match="do not fit each other"):
@@ -385,7 +386,7 @@ def test_bytes_that_nobody_has(fleet, asked: str):
         run_id=fleet.link.run_id,
         object_id=pulled.message_object_trees[0].object_id,
     )
-    node._transport.bytes = asked
+    node._transport.byte_range = asked
     response = node._transport.PullObject(request)
     assert response.object_available
     assert bool(response.object_content) == (asked not in ("0-0", "7-3"))
@@ -458,7 +459,7 @@ def test_a_node_whose_connection_breaks_and_comes_back_stays_online(fleet):
 
     waiting = threading.Thread(target=receive)
     waiting.start()
-    while not fleet.link._held[node.node_id]:
+    while not fleet.link._open_polls[node.node_id]:
         time.sleep(0.01)
     connections[0].sock.shutdown(socket.SHUT_RDWR)
     deadline = time.monotonic() + 2
@@ -472,12 +473,12 @@ def test_a_node_whose_connection_breaks_and_comes_back_stays_online(fleet):
 
 def test_a_node_whose_next_connection_breaks_too_is_given_time_for_another(fleet):
     node, link = fleet.node(), fleet.link
-    heard = link._heard[node.node_id]
-    link.hold(node.node_id)
-    link.let_go(node.node_id, broken=True)
-    link._count_as_gone(node.node_id, heard)
+    poll_count = link._poll_counts[node.node_id]
+    link.begin_poll(node.node_id)
+    link.end_poll(node.node_id, is_connected=False)
+    link._deactivate_silent(node.node_id, poll_count)
     assert list(fleet.grid.get_node_ids()) == [node.node_id]
-    link._count_as_gone(node.node_id, heard + 1)
+    link._deactivate_silent(node.node_id, poll_count + 1)
     assert list(fleet.grid.get_node_ids()) == []
 
 
@@ -498,10 +499,10 @@ def test_a_machine_that_slept_signs_anew(monkeypatch):
     with _socket("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     node = FleetClient("127.0.0.1", port)
-    an_hour_ago = fleet_client.now() - datetime.timedelta(hours=1)
+    an_hour_ago = transport.utc_now() - datetime.timedelta(hours=1)
     with monkeypatch.context() as then:
-        then.setattr(fleet_client, "now", lambda: an_hour_ago)
-        then.setattr(fleet_client.time, "time", an_hour_ago.timestamp)
+        then.setattr(transport, "utc_now", lambda: an_hour_ago)
+        then.setattr(transport.time, "time", an_hour_ago.timestamp)
         with pytest.raises(Unreachable):
             node.register()
     with _socket("127.0.0.1", port) as listening, _serving(listening):
@@ -516,7 +517,7 @@ def test_nodes_that_could_not_be_heard_are_not_given_up(fleet, monkeypatch):
     later = time.time() + 3600  # the server's machine slept for an hour
     fleet.link.state.nodes[node.node_id].online_until -= 3600
     monkeypatch.setattr(link_state.time, "time", lambda: later - 3600 + 10)
-    fleet.link._looked -= 3600
+    fleet.link._last_check -= 3600
     assert list(fleet.grid.pull_messages([message_id])) == []
     assert list(fleet.grid.get_node_ids()) == [node.node_id]
     node.send(reply_to(node.receive()), 0.0)
@@ -615,7 +616,7 @@ def test_a_node_cannot_send_in_anothers_name(fleet, pose):
         },
         "nobody": {"src_node_id": node.node_id, "reply_to_message_id": ""},
     }[pose]
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(RequestRefused) as refusal:
         node._transport.PushMessages(push_request(node, reply, **changes))
     assert refusal.value.status == 403
     assert list(fleet.grid.pull_messages([message_id])) == []
@@ -645,7 +646,7 @@ def test_a_reply_that_cannot_be_read_counts_as_an_error(fleet, sent):
     request.message_object_trees[0].CopyFrom(tree)
     response = node._transport.PushMessages(request)
     for object_id in response.objects_to_push:
-        with suppress(Refused):
+        with suppress(RequestRefused):
             node._transport.PushObject(
                 message_pb2.PushObjectRequest(
                     node=node._node,
@@ -671,7 +672,7 @@ def test_another_run_is_forbidden(fleet):
             "PullObject": message_pb2.PullObjectRequest,
             "PushObject": message_pb2.PushObjectRequest,
         }[send.__name__]
-        with pytest.raises(Refused) as refusal:
+        with pytest.raises(RequestRefused) as refusal:
             send(request(node=node._node, run_id=1, object_id="0" * 64))
         assert refusal.value.status == 403
     node._run_id = 1
@@ -714,8 +715,11 @@ def test_flowers_own_client_speaks_with_our_routes(fleet):
 
 
 def test_only_fleet_routes_answer(fleet):
-    fleet_routes = {path for _, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/")}
-    assert set(FleetRoutes(fleet.link)._handlers) == fleet_routes
+    """All of Flower's, with its own request types."""
+    fleet_routes = {
+        path: kind for (_, path), kind in PROTOBUF_REQUEST_TYPES.items() if path.startswith(PREFIX)
+    }
+    assert {path: kind for path, (kind, _) in HANDLERS.items()} == fleet_routes
     others = [path for _, path in PROTOBUF_REQUEST_TYPES if path not in fleet_routes]
     assert len(others) > 50
     for path in (*others, "/", "/docs", "/openapi.json", "/health", "/v1/fleet", "/v1/fleet/"):
@@ -735,12 +739,12 @@ def test_a_node_speaks_for_itself_only(fleet):
         node=node_pb2.Node(node_id=other.node_id), heartbeat_interval=10
     )
     for _ in range(2):  # the second time from the cache of signatures
-        with pytest.raises(Refused) as refusal:
+        with pytest.raises(RequestRefused) as refusal:
             node._transport.SendNodeHeartbeat(request)
         assert refusal.value.status == 401
         node._transport.GetRun  # noqa: B018
     again = fleet_pb2.RegisterNodeFleetRequest(public_key=other._transport.public_key)
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         node._transport.RegisterNode(again)
 
 
@@ -748,8 +752,8 @@ def test_an_old_signature_is_refused(fleet, monkeypatch):
     import datetime
 
     node = fleet.node()
-    an_hour_ago = fleet_client.now() - datetime.timedelta(hours=1)
-    monkeypatch.setattr(fleet_client, "now", lambda: an_hour_ago)
+    an_hour_ago = transport.utc_now() - datetime.timedelta(hours=1)
+    monkeypatch.setattr(transport, "utc_now", lambda: an_hour_ago)
     node._transport._signed_at = 0.0
     with pytest.raises(Unreachable, match="this node's clock is 3600 s behind the server's"):
         node.receive()

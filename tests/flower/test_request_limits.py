@@ -18,8 +18,9 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from mlx_fed.flower import connections
 from mlx_fed.fleet.server import _serving, _socket
-from mlx_fed.flower import fleet_client, incoming_replies, link_state, request_limits
-from mlx_fed.flower.fleet_client import FleetClient, Refused, Unreachable
+from mlx_fed.flower import transport, incoming_replies, link_state, request_limits
+from mlx_fed.flower.fleet_client import FleetClient
+from mlx_fed.flower.transport import RequestRefused, Unreachable
 
 from ..helpers.fleet_routes import Fleet, push_request
 
@@ -63,17 +64,17 @@ def answer(connection: socket.socket) -> int:
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/fleet/get-run HTTP/1.1\r\nhost: "])
 def test_a_connection_that_asks_nothing_is_closed(fleet, monkeypatch, sent):
-    monkeypatch.setattr(connections, "_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "_HEADER_TIMEOUT", 0.3)
     with connect(fleet) as connection:
         connection.sendall(sent)
         assert is_closed(connection)
 
 
 def test_a_node_that_is_idle_between_requests_is_not_closed(fleet, monkeypatch):
-    monkeypatch.setattr(connections, "_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "_HEADER_TIMEOUT", 0.3)
     node = fleet.node()
     request = heartbeat_pb2.SendNodeHeartbeatRequest(node=node._node, heartbeat_interval=10)
-    monkeypatch.setattr("mlx_fed.flower.fleet_client._HELD", {})
+    monkeypatch.setattr("mlx_fed.flower.transport.LONG_POLLS", {})
     node._transport.SendNodeHeartbeat(request)
     kept = node._transport._local.connection
     for _ in range(2):
@@ -106,7 +107,7 @@ def test_headers_without_an_end_are_cut_off(fleet, start, more):
 @pytest.fixture
 def few(monkeypatch) -> Iterator[Fleet]:
     """A server of at most 8 connections."""
-    monkeypatch.setattr("mlx_fed.fleet.server.make_room", lambda: 8)
+    monkeypatch.setattr("mlx_fed.fleet.server.raise_file_limit", lambda: 8)
     with _socket("127.0.0.1", 0) as listening, _serving(listening) as state:
         yield Fleet(state, listening.getsockname()[1])
         state.finish()
@@ -119,14 +120,14 @@ def connect_from(fleet: Fleet, host: str) -> socket.socket:
 def test_strangers_make_room_for_others(few):
     """The oldest, from where most of them are; a node's connection is not closed for them."""
     node = few.node()
-    node.beat()
+    node.heartbeat()
     kept = node._transport._local.connection
     lone = connect_from(few, "127.0.0.3")
     flood = [connect_from(few, "127.0.0.2") for _ in range(20)]
     assert is_closed(flood[0])
     assert not is_closed(lone, 0.2)
     assert not is_closed(flood[-1], 0.2)
-    node.beat()
+    node.heartbeat()
     assert node._transport._local.connection is kept
     assert few.node().node_id
     for connection in (lone, *flood):
@@ -134,7 +135,7 @@ def test_strangers_make_room_for_others(few):
 
 
 def test_a_node_has_so_many_connections(few, monkeypatch):
-    monkeypatch.setattr(connections, "_MOST_OF_KEY", 3)
+    monkeypatch.setattr(connections, "_MAX_OF_NODE", 3)
     node = few.node()
     body = fleet_pb2.PullMessagesRequest(node=node._node).SerializeToString()
     request = head("pull-messages", node, **{"content-length": str(len(body))}) + body
@@ -151,8 +152,8 @@ def test_a_node_has_so_many_connections(few, monkeypatch):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(fleet, monkeypatch):
-    monkeypatch.setattr(request_limits, "_PATIENCE", 0.3)
-    monkeypatch.setattr(request_limits, "_SLOWEST", 2**40)
+    monkeypatch.setattr(request_limits, "_BODY_TIMEOUT", 0.3)
+    monkeypatch.setattr(request_limits, "_MIN_SPEED", 2**40)
     node = fleet.node()
     with connect(fleet) as connection:
         connection.sendall(head("pull-messages", node, **{"content-length": "100"}) + b"a")
@@ -164,9 +165,11 @@ def test_a_body_that_does_not_come_is_not_waited_for(fleet, monkeypatch):
 @pytest.mark.parametrize("said", [True, False])
 def test_a_body_is_as_large_as_its_route_needs(fleet, monkeypatch, route, said):
     monkeypatch.setattr(
-        request_limits, "_LARGEST", {"push-object": 200_000, "push-messages": 100_000}
+        request_limits, "_MAX_BODY", {"push-object": 200_000, "push-messages": 100_000}
     )
-    largest = {"pull-messages": request_limits._OTHERS}.get(route) or request_limits._LARGEST[route]
+    largest = {"pull-messages": request_limits._MAX_OTHER_BODY}.get(
+        route
+    ) or request_limits._MAX_BODY[route]
     node = fleet.node()
     with connect(fleet) as connection:
         if said:
@@ -196,12 +199,12 @@ def asked(fleet: Fleet, node: FleetClient) -> Message:
 
 
 def test_a_message_has_so_many_objects(fleet, monkeypatch):
-    monkeypatch.setattr(incoming_replies, "MOST_OBJECTS", 10)
+    monkeypatch.setattr(incoming_replies, "MAX_OBJECTS", 10)
     node = fleet.node()
     request = push_request(node, Message(RecordDict(), reply_to=asked(fleet, node)))
     many = [ObjectTree(object_id=f"{number:064x}") for number in range(11)]
     request.message_object_trees[0].children.extend(many)
-    with pytest.raises(Refused, match="More than 10 objects") as refusal:
+    with pytest.raises(RequestRefused, match="More than 10 objects") as refusal:
         node._transport.PushMessages(request)
     assert refusal.value.status == 413
     assert len(fleet.link.state.object_store) == 0
@@ -244,7 +247,7 @@ def test_objects_have_ids_of_objects(fleet, name):
     node = fleet.node()
     request = push_request(node, Message(RecordDict(), reply_to=asked(fleet, node)))
     request.message_object_trees[0].children.append(ObjectTree(object_id=name))
-    with pytest.raises(Refused, match="Not the id of an object"):
+    with pytest.raises(RequestRefused, match="Not the id of an object"):
         node._transport.PushMessages(request)
 
 
@@ -254,7 +257,7 @@ def test_a_reply_has_so_many_bytes(fleet):
     reply = Message(
         RecordDict({"c": ConfigRecord({"b": b"x" * 3000})}), reply_to=asked(fleet, node)
     )
-    with pytest.raises(Refused, match="The reply has more than 2000 bytes"):
+    with pytest.raises(RequestRefused, match="The reply has more than 2000 bytes"):
         node.send(reply, 0.0)
 
 
@@ -324,7 +327,7 @@ def test_a_node_confirms_nothing_of_others(fleet):
 
 
 def test_so_many_nodes_may_register_where_any_may(fleet, monkeypatch):
-    monkeypatch.setattr(link_state, "_MOST_NODES", 2)
+    monkeypatch.setattr(link_state, "_MAX_NODES", 2)
     fleet.node(), fleet.node()
     with pytest.raises(Unreachable, match="Too many nodes"):  # one of them may leave
         fleet.node()
@@ -349,7 +352,7 @@ def test_a_node_cannot_be_silent_for_long(fleet, interval):
 def test_a_wait_is_a_few_seconds_whatever_is_asked_for(wait):
     from mlx_fed.flower import headers, fleet_routes
 
-    assert 0 <= fleet_routes._seconds_to_wait({headers.WAIT: wait}) <= fleet_routes._MAX_WAIT
+    assert 0 <= fleet_routes._wait_seconds({headers.WAIT: wait}) <= fleet_routes._MAX_WAIT
 
 
 def test_what_is_bounded_is_enough_for_a_large_model():
@@ -358,10 +361,10 @@ def test_what_is_bounded_is_enough_for_a_large_model():
     for number in range(25_000):
         tree.children.append(ObjectTree(object_id=f"{number + 1:064x}"))
     request = fleet_pb2.PushMessagesRequest(message_object_trees=[tree])
-    assert request.ByteSize() < request_limits._LARGEST["push-messages"]
+    assert request.ByteSize() < request_limits._MAX_BODY["push-messages"]
     assert len(incoming_replies.children_in(tree)) == 25_001
-    assert request_limits._LARGEST["push-object"] > 5 * 2**20 + 1024
+    assert request_limits._MAX_BODY["push-object"] > 5 * 2**20 + 1024
 
 
 def test_nodes_send_as_slowly_as_the_server_lets_them():
-    assert fleet_client._SLOWEST == request_limits._SLOWEST
+    assert transport._MIN_SPEED == request_limits._MIN_SPEED

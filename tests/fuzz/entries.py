@@ -54,11 +54,12 @@ from mlx_fed.arrays import named_arrays
 from mlx_fed.cli.arguments import parse_settings
 from mlx_fed.system import address
 from mlx_fed.fleet import certificates, tokens
-from mlx_fed.fleet.members import Members
+from mlx_fed.fleet.node_list import NodeList
 from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower import keys, one_run_grid
-from mlx_fed.flower.fleet_client import FleetClient, Refused, Unreachable
-from mlx_fed.flower.access import Denied
+from mlx_fed.flower.fleet_client import FleetClient
+from mlx_fed.flower.transport import RequestRefused, Unreachable
+from mlx_fed.flower.allowlist import AccessDenied
 from mlx_fed.flower.link_grid import LinkGrid
 from mlx_fed.flower.link_state import Link
 from mlx_fed.flower.fleet_routes import FleetRoutes
@@ -386,14 +387,14 @@ def invitation(data: bytes) -> None:
     members = _members()
     try:
         members.enrol(data.decode("latin-1"), b"key")
-    except Denied:
+    except AccessDenied:
         return
     raise AssertionError("a made-up invitation was taken")
 
 
 @cache
-def _members() -> Members:
-    members = Members(_folder() / "nodes.json")
+def _members() -> NodeList:
+    members = NodeList(_folder() / "nodes.json")
     members.invite("node-0", b"0123456789abcdef")
     return members
 
@@ -414,8 +415,8 @@ def answers(data: bytes) -> bool:
 
     node._transport._post = post  # type: ignore[method-assign]  # what lies below is the library's
     got = []
-    for ask in (node.register, node.receive, node.beat, node.run_has_ended):
-        with suppress(Unreachable, Refused):
+    for ask in (node.register, node.receive, node.heartbeat, node.run_has_ended):
+        with suppress(Unreachable, RequestRefused):
             got.append(ask())
     return any(isinstance(each, Message) for each in got)
 
@@ -477,7 +478,7 @@ def settings_file(data: bytes) -> None:
 
 
 def nodes_file(data: bytes) -> None:
-    members = Members(_file("members/nodes.json", data))
+    members = NodeList(_file("members/nodes.json", data))
     with suppress(fed.FedError):
         members.all()
         members.name_of(b"key")
@@ -495,9 +496,9 @@ def certificate_file(data: bytes) -> None:
 
 def key_file(data: bytes) -> None:
     with suppress(fed.FedError):
-        keys.load(data)
+        keys.load_private(data)
     with suppress(fed.FedError):
-        keys.public(data)
+        keys.load_public(data)
 
 
 def settings(data: bytes) -> None:
@@ -628,7 +629,7 @@ def seeds() -> dict[str, list[bytes]]:
     shard, plain = BytesIO(), BytesIO()
     mx.save_safetensors(shard, ARRAYS)
     np.save(plain, np.ones((2, 2), np.float32))
-    private, public = keys.make()
+    private, public = keys.generate_files()
     node = {"name": "a", "number": 0, "key": "key", "secret": "", "expires": 1.5}
     some_token = tokens.Token("127.0.0.1:8080", b"f" * 32, "node-0", 0, b"s" * 16)
     return {

@@ -81,7 +81,7 @@ class LoopbackGrid(one_run_grid.OneRunGrid):
 
     def _push(self, message: Message) -> str:
         message_id = f"message-{next(self._numbers)}"
-        one_run_grid.number(message, message_id)
+        one_run_grid.set_message_id(message, message_id)
         self._replies[message_id] = copy.deepcopy(self._answer(copy.deepcopy(message)))
         return message_id
 

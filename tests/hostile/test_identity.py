@@ -8,7 +8,8 @@ import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import pytest
 
-from mlx_fed.flower.fleet_client import FleetClient, Unavailable
+from mlx_fed.flower.fleet_client import FleetClient
+from mlx_fed.flower.transport import Unavailable
 
 from .running import Running, roll_call_answer
 
@@ -73,7 +74,7 @@ def test_a_number_is_one(running, number):
 def test_nodes_that_leave_free_their_places(start, tmp_path, monkeypatch):
     """As many register and unregister as may be there at once, and one more."""
     code = (
-        "from mlx_fed.flower import link_state; link_state._MOST_NODES = 20; "
+        "from mlx_fed.flower import link_state; link_state._MAX_NODES = 20; "
         "from mlx_fed.__main__ import main; main()"
     )
     running = Running(start, tmp_path, secure=False, command=("-c", code))

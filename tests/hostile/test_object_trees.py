@@ -19,7 +19,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_tree,
 )
 
-from mlx_fed.flower.fleet_client import Refused
+from mlx_fed.flower.transport import RequestRefused
 
 from .running import (
     HostileNode,
@@ -114,7 +114,7 @@ def test_a_tree_of_objects_is_one_that_a_message_has(running, node, tree):
     question = node.asked()
     try:
         taken = node.push_all(empty_reply(question), announced, contents)
-    except Refused as refusal:
+    except RequestRefused as refusal:
         assert refusal.status == 400  # noqa: PT017
     else:
         assert not all(taken)
@@ -175,7 +175,7 @@ def push_a_heap(node: HostileNode, question: Message, root: str, count: int) -> 
     """Pushes a reply's objects, each too small for the disk, but for the reply itself."""
     objects = dict(made([], body=os.urandom(250_000)) for _ in range(count))
     tree = ObjectTree(object_id=root, children=[ObjectTree(object_id=each) for each in objects])
-    with suppress(Refused):
+    with suppress(RequestRefused):
         node.push_all(empty_reply(question), tree, objects)
 
 

@@ -13,7 +13,7 @@ import mlx_fed as fed  # noqa: F401  before mlx.core
 import pytest
 
 from mlx_fed.monitoring.dashboard import serving
-from mlx_fed.flower.connections import MOST_OF_PAGE
+from mlx_fed.flower.connections import MAX_PAGE_CONNECTIONS
 
 from .running import Running
 
@@ -80,7 +80,9 @@ def test_connections_to_a_page_take_only_so_many_files(tmp_path):
     """It is served by the process that leads the run."""
     with serving(tmp_path, port=0) as page:
         port = int(page.rstrip("/").rpartition(":")[2])
-        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(MOST_OF_PAGE + 10)]
+        idle = [
+            socket.create_connection(("127.0.0.1", port)) for _ in range(MAX_PAGE_CONNECTIONS + 10)
+        ]
         with urllib.request.urlopen(page, timeout=10) as answer:
             assert answer.status == 200
         idle[0].settimeout(10)

@@ -12,7 +12,7 @@ from .options import FederationFolder
 
 if TYPE_CHECKING:
     from ..fleet.federation import Federation
-    from ..fleet.members import Member
+    from ..fleet.node_list import Node
 
 _FOLDER = Path("federation")
 
@@ -25,7 +25,7 @@ NodeName = Annotated[str, typer.Argument(metavar="NAME", help="The node's name."
 @nodes_app.command("list")
 def list_nodes(federation: FederationFolder = _FOLDER) -> None:
     """List the nodes: joined, invited or revoked."""
-    members = _open(federation).members.all()
+    members = _open(federation).nodes.all()
     if not members:
         typer.echo("No nodes yet: mlx-fed nodes add NAME creates a token for one.")
         return
@@ -63,14 +63,14 @@ def add(
         token = files.invite(name, node_id, hours * 3600)
         typer.echo(f"{name} joins with:  mlx-fed join MODULE:TASK {token}")
     else:
-        member = files.members.add(name, keys.public(_read(key), key), node_id)
+        member = files.nodes.add(name, keys.load_public(_read(key), key), node_id)
         typer.echo(f"{name} may join, with node id {member.number}.")
 
 
 @nodes_app.command()
 def revoke(name: NodeName, federation: FederationFolder = _FOLDER) -> None:
     """Revoke a node or its token."""
-    member = _open(federation).members.revoke(name)
+    member = _open(federation).nodes.revoke(name)
     typer.echo(f"{name} is revoked." if member.key else f"The token of {name} is revoked.")
 
 
@@ -119,7 +119,7 @@ def bring(
     from ..fleet.federation import Federation
 
     files = Federation(federation)
-    files.bring(certificate, key, authority)
+    files.install_certificates(certificate, key, authority)
     typer.echo(f"Imported into {files.folder}/. Renew them yourself; old tokens are invalid.")
 
 
@@ -148,7 +148,7 @@ def _open(folder: Path) -> Federation:
     return Federation(folder)
 
 
-def _state(member: Member) -> str:
+def _state(member: Node) -> str:
     if member.state != "invited":
         return str(member.state)
     from datetime import datetime

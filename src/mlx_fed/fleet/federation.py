@@ -23,7 +23,7 @@ from pathlib import Path
 from ..errors import FedError
 from ..system import address
 from . import certificates, private_files, tokens
-from .members import INVITED, Member, Members
+from .node_list import INVITATION_TIME, Node, NodeList
 
 DEFAULT_FOLDER = Path("federation")
 
@@ -50,12 +50,12 @@ class Federation:
         self.authority_key = self.folder / "secret" / "ca.key"
         self.key = self.folder / "secret" / "server.key"
         self.audit_log = self.folder / "audit.jsonl"
-        self.members = Members(self.folder / "nodes.json", self.audit_log)
+        self.nodes = NodeList(self.folder / "nodes.json", self.audit_log)
         if announced is not None:
             address.parse(announced)
             private_files.publish(self.folder / "address", announced.encode() + b"\n")
         if not self.authority.exists():
-            self._found()
+            self._create_authority()
 
     @property
     def address(self) -> str:
@@ -93,7 +93,7 @@ class Federation:
         private_files.read(self.key)  # not if others can
         return certificates.server_context(self.certificate, self.key)
 
-    def bring(self, certificate: Path, key: Path, authority: Path) -> None:
+    def install_certificates(self, certificate: Path, key: Path, authority: Path) -> None:
         """Takes over certificates that were issued elsewhere, in place of its own.
 
         Args:
@@ -118,7 +118,7 @@ class Federation:
         with suppress(FileNotFoundError):
             self.authority_key.unlink()
 
-    def invite(self, name: str, number: int | None = None, lasts: float = INVITED) -> str:
+    def invite(self, name: str, number: int | None = None, lasts: float = INVITATION_TIME) -> str:
         """A token for one node of this name.
 
         Raises:
@@ -126,21 +126,21 @@ class Federation:
         """
         where = self.address
         secret = tokens.new_secret()
-        member = self.members.invite(name, secret, number, lasts)
+        member = self.nodes.invite(name, secret, number, lasts)
         return self._token(where, member, secret)
 
     def invite_missing(self, needed: int) -> dict[str, str]:
         """Tokens for as many nodes as are needed beside those known and invited, by name."""
-        present = [m for m in self.members.all() if m.state in ("enrolled", "invited")]
-        names = {member.name for member in self.members.all() if member.state != "expired"}
+        present = [m for m in self.nodes.all() if m.state in ("enrolled", "invited")]
+        names = {member.name for member in self.nodes.all() if member.state != "expired"}
         free = (name for n in count() if (name := f"node-{n}") not in names)
         return {name: self.invite(name) for name in islice(free, max(0, needed - len(present)))}
 
-    def _token(self, where: str, member: Member, secret: bytes) -> str:
+    def _token(self, where: str, member: Node, secret: bytes) -> str:
         authority = certificates.fingerprint(self.authority.read_bytes())
         return tokens.encode(tokens.Token(where, authority, member.name, member.number, secret))
 
-    def _found(self) -> None:
+    def _create_authority(self) -> None:
         key = certificates.new_key()
         private_files.write(self.authority_key, certificates.key_to_pem(key))
         private_files.publish(self.authority, certificates.make_authority(key))

@@ -123,9 +123,9 @@ def make_key(path: Path) -> bytes:
     """A node's private key (PEM), made where there is none, with the public one beside it."""
     if path.exists():
         pem = private_files.read(path)
-        keys.check(pem, path)
+        keys.load_private(pem, path)
         return pem
-    pem, public = keys.make()
+    pem, public = keys.generate_files()
     private_files.write(path, pem)
     private_files.publish(path.with_suffix(".pub"), public)
     return pem

@@ -36,8 +36,9 @@ from ..events import (
 )
 from ..flower import headers
 from ..flower.error_replies import error_reply
-from ..flower.fleet_client import FleetClient, Refused, Unavailable, Unreachable, Untrusted
+from ..flower.fleet_client import FleetClient
 from ..flower.log import silence_flower
+from ..flower.transport import RequestRefused, Unavailable, Unreachable, UntrustedServer
 from ..monitoring.node_terminal import node_listener_or_terminal
 from ..rounds import messages, privacy
 from ..rounds.roster import LONGEST_NAME, is_name
@@ -298,7 +299,7 @@ class _Node:
         while True:
             try:
                 self.client.register()
-            except (Untrusted, certificates.CertificateError) as error:
+            except (UntrustedServer, certificates.CertificateError) as error:
                 raise JoinError(
                     f"{self.server} is not the server that this node trusts: {error}. It may have "
                     "been set up anew (ask for a token), or somebody is in between."
@@ -317,7 +318,7 @@ class _Node:
                 time.sleep(pause)
                 pause = min(2 * pause, _MAX_PAUSE)
                 taken = None  # it may have been heard, and the answer was lost
-            except Refused as error:
+            except RequestRefused as error:
                 if error.status == HTTPStatus.CONFLICT:
                     # That node may be this one, or its last process that was killed just now.
                     taken = taken or time.monotonic()
@@ -356,15 +357,16 @@ class _Node:
                     self.listener(ServerLost(self.server, str(error)))
                 # One that answers other requests, or parts of this one, is there; not so where its
                 # answer to this one is that it cannot.
-                heard = lost if isinstance(error, Unavailable) else max(lost, self.client.heard)
-                if time.monotonic() > heard + self.wait:
+                is_down = isinstance(error, Unavailable)
+                last_response = lost if is_down else max(lost, self.client.last_response)
+                if time.monotonic() > last_response + self.wait:
                     raise JoinError(
                         f"The server at {self.server} has been gone for {self.wait:.0f} seconds "
                         f"({error})."
                     ) from error
                 time.sleep(pause)
                 pause = min(2 * pause, _MAX_PAUSE)
-            except Refused as error:
+            except RequestRefused as error:
                 if error.status == 403:  # the run ended while this node was at work
                     return None
                 if error.status == 401:  # a server that was started again knows no node
@@ -381,10 +383,10 @@ class _Node:
             while not stop.wait(pause):
                 started = time.monotonic()
                 try:
-                    self.client.beat()
+                    self.client.heartbeat()
                     # A server of ours has held the beat for longer than the pause.
                     pause = max(0.0, _BEAT - (time.monotonic() - started))
-                except (Unreachable, Refused):
+                except (Unreachable, RequestRefused):
                     # What is wrong is for the main thread to act on. It may be at work, and the
                     # server takes a node whose connections broke for gone within a second.
                     pause = min(2 * pause + 0.1, _BEAT)

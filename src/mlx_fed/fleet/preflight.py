@@ -22,7 +22,8 @@ from cryptography import x509
 
 from ..arrays import examples
 from ..errors import FedError
-from ..flower.fleet_client import FleetClient, Refused, Unreachable, Untrusted
+from ..flower.fleet_client import FleetClient
+from ..flower.transport import RequestRefused, Unreachable, UntrustedServer
 from ..settings_check import check_config
 from ..system import address, devices, http
 from ..task import Data, Task, TaskSource, make_task
@@ -277,8 +278,8 @@ def _check_server(identity: Identity) -> Iterator[Finding]:
             identity.host, identity.port, identity.context, identity.key, None, proxy
         )
         try:
-            client.beat()
-        except Untrusted as error:
+            client.heartbeat()
+        except UntrustedServer as error:
             raise _Fault(
                 f"{where} is not the server that this node trusts: {error}",
                 "ask for a token of the server as it is set up now; or somebody is in between",
@@ -292,7 +293,7 @@ def _check_server(identity: Identity) -> Iterator[Finding]:
                 f"no answer from {where}: {error}",
                 "start the server, or mend the address, the firewall or the network between",
             ) from error
-        except Refused as refusal:
+        except RequestRefused as refusal:
             if "revoked" in str(refusal):
                 raise _Fault(str(refusal), "ask the server's operator for a new token") from refusal
             if "clock" in str(refusal):

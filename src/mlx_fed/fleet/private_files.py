@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import FedError
 
 
-class PrivacyError(FedError):
+class SecretFileError(FedError):
     """A secret that others can read, or that cannot be kept."""
 
 
@@ -17,19 +17,19 @@ def make_folder(folder: Path) -> None:
     """A folder that only its owner may enter, where there is none.
 
     Raises:
-        PrivacyError: If it cannot be made.
+        SecretFileError: If it cannot be made.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise PrivacyError(f"Cannot make {folder}: {error.strerror or error}.") from error
+        raise SecretFileError(f"Cannot make {folder}: {error.strerror or error}.") from error
 
 
 def write(path: Path, content: bytes) -> None:
     """Writes a file that only its owner may read: all of it or nothing.
 
     Raises:
-        PrivacyError: If it cannot be written.
+        SecretFileError: If it cannot be written.
     """
     replace(path, content, 0o600)
 
@@ -38,7 +38,7 @@ def publish(path: Path, content: bytes) -> None:
     """Writes a file that anyone may read: all of it or nothing.
 
     Raises:
-        PrivacyError: If it cannot be written.
+        SecretFileError: If it cannot be written.
     """
     replace(path, content, 0o644)
 
@@ -57,20 +57,20 @@ def replace(path: Path, content: bytes, mode: int) -> None:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise PrivacyError(f"Cannot write {path}: {error.strerror or error}.") from error
+        raise SecretFileError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def read(path: Path) -> bytes:
     """A secret, if it is one.
 
     Raises:
-        PrivacyError: If it cannot be read, or others can read it too.
+        SecretFileError: If it cannot be read, or others can read it too.
     """
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if mode & (stat.S_IRWXG | stat.S_IRWXO):
-                raise PrivacyError(f"{path} is secret, and others can read it: chmod 600 {path}")
+                raise SecretFileError(f"{path} is secret, and others can read it: chmod 600 {path}")
             return file.read()
     except OSError as error:
-        raise PrivacyError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise SecretFileError(f"Cannot read {path}: {error.strerror or error}.") from error

@@ -18,7 +18,7 @@ from ..arrays.spool import Spool
 from ..errors import FedError, RunError
 from ..events import Listener, NodeInvited, Notice, ServerReady
 from ..flower import headers as ours
-from ..flower.connections import BoundedConnection, Server, make_room
+from ..flower.connections import LimitedHttpProtocol, LimitedServer, raise_file_limit
 from ..flower.fleet_routes import FleetRoutes
 from ..flower.link_grid import LinkGrid
 from ..flower.link_state import Link
@@ -238,15 +238,15 @@ def _serving(
 
     With a federation's folder connections are encrypted, and only its nodes are answered.
     """
-    most = make_room()
-    link = Link(spool, federation.members if federation else None)
+    max_connections = raise_file_limit()
+    link = Link(spool, federation.nodes if federation else None)
     secure: dict[str, Any] = {}
     if federation is not None:
         context = federation.context(host)
         secure = {"ssl_context_factory": lambda config, default: context}
     config = uvicorn.Config(
         FleetRoutes(link),
-        http=BoundedConnection,
+        http=LimitedHttpProtocol,
         **secure,
         lifespan="off",
         log_level="error",
@@ -260,7 +260,7 @@ def _serving(
     )
     failed = ServeError("The server's HTTP thread ended at its start.")
     try:
-        with http.serve_in_thread(Server(config, most), listening, failed):
+        with http.serve_in_thread(LimitedServer(config, max_connections), listening, failed):
             yield link
     finally:
         link.close()
@@ -293,6 +293,6 @@ def _wait_for_farewell(link: Link) -> None:
     """Waits for the nodes to leave."""
     deadline = time.monotonic() + _FAREWELL
     while link.online() and time.monotonic() < deadline:
-        seen = link.news()
+        seen = link.news_count()
         if link.online():
             link.wait_for_news(seen, 0.2)

@@ -1,7 +1,7 @@
-"""Messages from the objects that they are made of, without a copy of their arrays.
+"""Deserialization of Flower's messages from their objects, without a copy of the arrays.
 
-Flower's own way joins the chunks of each array into bytes of their own. Here an array holds its
-chunks, in memory or on disk, and joins them when it is asked for its bytes.
+Flower's ``inflate_object_from_contents`` joins the chunks of each array into new bytes. Here an
+array refers to its chunks, in memory or on disk, and joins them when its bytes are read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, Message
-from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
@@ -23,9 +22,8 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 
 from ..arrays.flower_records import Segment, SegmentedArray, SpooledBytes, records_in
 
-_ARRAY, _CHUNK = (
-    f"{kind.__qualname__}{HEAD_VALUE_DIVIDER}".encode() for kind in (Array, ArrayChunk)
-)
+_ARRAY, _CHUNK = (f"{kind}{HEAD_VALUE_DIVIDER}".encode() for kind in ("Array", "ArrayChunk"))
+"""The first bytes of an array's object and of a chunk's."""
 _HEAD = 256
 """Bytes that are more than the head of an array's chunk."""
 
@@ -33,7 +31,7 @@ _HEAD = 256
 def inflate(
     object_id: str, objects: Mapping[str, SpooledBytes | bytes], limit: float = math.inf
 ) -> Any:
-    """An object with all that it is made of.
+    """The object of an id, inflated from the bytes of its descendants.
 
     Args:
         object_id (str): Its id.
@@ -43,48 +41,48 @@ def inflate(
     Raises:
         ValueError: If they have more.
     """
-    inflated: dict[str, InflatableObject] = {}
+    arrays: dict[str, InflatableObject] = {}
     contents: dict[str, bytes] = {}
-    for each, held in objects.items():
-        if _head(held).startswith(_CHUNK):
+    for key, value in objects.items():
+        if _head(value).startswith(_CHUNK):
             continue
-        contents[each] = content = held.read() if isinstance(held, SpooledBytes) else held
+        contents[key] = content = value.read() if isinstance(value, SpooledBytes) else value
         if content.startswith(_ARRAY):
-            inflated[each] = array = _array(content, objects, limit)
+            arrays[key] = array = _array(content, objects, limit)
             limit -= sum(map(len, cast(_Segments, array.data).segments))
-    found = inflate_object_from_contents(object_id, contents, objects=inflated)
-    if isinstance(found, Message) and found.has_content():
-        for record in records_in(found.content, ArrayRecord).values():
+    item = inflate_object_from_contents(object_id, contents, objects=arrays)
+    if isinstance(item, Message) and item.has_content():
+        for record in records_in(item.content, ArrayRecord).values():
             for name, array in record.items():
                 segments = cast(_Segments, array.data).segments
                 record[name] = SegmentedArray(array.dtype, array.shape, array.stype, segments)
-    return found
+    return item
 
 
 def _array(content: bytes, objects: Mapping[str, SpooledBytes | bytes], limit: float) -> Array:
-    """An array that has its chunks in place of their bytes."""
+    """An array over the segments of its chunks, from its serialized form."""
     ids = get_object_children_ids_from_object_content(content)
-    about = json.loads(get_object_body(content, Array))
-    by_id = {each: _chunk(objects[each]) for each in ids}
-    chunks = [by_id[ids[number]] for number in about["arraychunk_ids"]]
+    header = json.loads(get_object_body(content, Array))
+    by_id = {key: _chunk(objects[key]) for key in ids}
+    chunks = [by_id[ids[number]] for number in header["arraychunk_ids"]]
     if sum(map(len, chunks)) > limit:
         raise ValueError("its arrays have more bytes than a reply may have")
-    return Array(about["dtype"], tuple(about["shape"]), about["stype"], _Segments(chunks))
+    return Array(header["dtype"], tuple(header["shape"]), header["stype"], _Segments(chunks))
 
 
-def _chunk(held: SpooledBytes | bytes) -> Segment:
-    head = _head(held)
+def _chunk(value: SpooledBytes | bytes) -> Segment:
+    head = _head(value)
     if not head.startswith(_CHUNK) or HEAD_BODY_DIVIDER not in head:
-        raise ValueError("a part of an array is none")
-    return Segment(held, head.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER))
+        raise ValueError("a chunk of an array is not one")
+    return Segment(value, head.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER))
 
 
-def _head(held: SpooledBytes | bytes) -> bytes:
-    return held.read(0, _HEAD) if isinstance(held, SpooledBytes) else held[:_HEAD]
+def _head(value: SpooledBytes | bytes) -> bytes:
+    return value.read(0, _HEAD) if isinstance(value, SpooledBytes) else value[:_HEAD]
 
 
 class _Segments(bytes):
-    """No bytes, and segments as an attribute: Flower's records copy arrays, and take only bytes."""
+    """Empty bytes with the segments as an attribute: Flower's records accept only bytes."""
 
     segments: tuple[Segment, ...]
 

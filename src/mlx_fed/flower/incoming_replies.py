@@ -1,9 +1,8 @@
-"""Replies while their objects arrive: what a node announced, and what it has sent of it.
+"""Replies of nodes while their objects arrive.
 
-A reply is announced by the tree of the objects that it is made of, and the tree does not change any
-more. Each reply holds its objects by itself. Nothing is shared with the server's messages or with
-another node's reply, so what a node announces or sends can change or delete neither, and all of a
-reply is freed with it.
+A node announces a reply by the tree of its objects, which is final. Each reply stores its own
+objects: nothing is shared with the server's messages or other replies, so that a node can change or
+delete neither, and all objects are freed with their reply.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from flwr.supercore.inflatable.inflatable_utils import validate_object_content
 from ..arrays.flower_records import SpooledBytes
 from ..arrays.spool import Spool
 from .deserialize import inflate
-from .request_limits import MOST_OBJECTS, OBJECT_ID
+from .request_limits import MAX_OBJECTS, OBJECT_ID
 
-_DEEPEST = 8
+_MAX_DEPTH = 8
 """Levels of an object tree. Flower's messages have 5: message, records, record, array, chunk."""
 
 Children = Mapping[str, frozenset[str]]
@@ -36,17 +35,15 @@ Children = Mapping[str, frozenset[str]]
 
 
 def children_in(tree: ObjectTree) -> Children:
-    """The objects that a tree names, each with its children.
-
-    An object may stand at several places of a tree, with the same children at each.
+    """The children of each object in a tree; an object that occurs twice has the same ones.
 
     Raises:
-        HTTPException: If the tree is too deep or too large, has something else than ids of
-            objects, or gives an object two sets of children.
+        HTTPException: If the tree is too deep or too large, has an id that is not a SHA-256, or two
+            sets of children of one object.
     """
     children: dict[str, frozenset[str]] = {}
     level, count = [tree], 1
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         for node in level:
             ids = frozenset(child.object_id for child in node.children)
             if not OBJECT_ID.fullmatch(node.object_id):
@@ -55,12 +52,12 @@ def children_in(tree: ObjectTree) -> Children:
                 raise HTTPException(HTTPStatus.BAD_REQUEST, "Not the tree of an object")
         level = [child for node in level for child in node.children]
         count += len(level)
-        if count > MOST_OBJECTS:
-            why = f"More than {MOST_OBJECTS} objects in a message"
+        if count > MAX_OBJECTS:
+            why = f"More than {MAX_OBJECTS} objects in a message"
             raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, why)
         if not level:
             return children
-    raise HTTPException(HTTPStatus.BAD_REQUEST, f"An object tree of more than {_DEEPEST} levels")
+    raise HTTPException(HTTPStatus.BAD_REQUEST, f"An object tree of more than {_MAX_DEPTH} levels")
 
 
 class IncomingReply:
@@ -88,21 +85,21 @@ class IncomingReply:
         return not self.missing
 
     def put(self, object_id: str, content: bytes, spool: Spool, limit: int) -> bool:
-        """Takes an object's bytes if they are what the id says, and the announced tree.
+        """Stores an object's bytes if their hash is its id and their children are in the tree.
 
         Args:
             object_id (str): Its id.
             content (bytes): Its bytes.
-            spool (Spool): Where large ones wait.
+            spool (Spool): Storage of large objects.
             limit (int): Bytes that the objects of the reply may have in all.
 
         Returns:
-            bool: Whether they were missing, and are right.
+            bool: Whether they were stored: not if they are wrong, or there already.
 
         Raises:
             HTTPException: If the reply becomes too large.
         """
-        if object_id not in self.missing or not self._is_right(object_id, content):
+        if object_id not in self.missing or not self._is_valid(object_id, content):
             return False
         with self._lock:
             if self._bytes + len(content) > limit:
@@ -116,7 +113,7 @@ class IncomingReply:
             self.missing.remove(object_id)
         return True
 
-    def _is_right(self, object_id: str, content: bytes) -> bool:
+    def _is_valid(self, object_id: str, content: bytes) -> bool:
         if get_object_id(content) != object_id:
             return False
         try:
@@ -127,7 +124,7 @@ class IncomingReply:
         return len(children) == len(set(children)) and self.children[object_id] == set(children)
 
     def inflate(self, limit: int) -> Any:
-        """The reply; the bytes of its arrays stay where they are.
+        """The reply as a message, without a copy of its arrays.
 
         Args:
             limit (int): Bytes that its arrays may have in all.

@@ -1,4 +1,4 @@
-"""Messages between the round loop and Flower's state, in one process: no request, no polling."""
+"""Flower's Grid over a server's state in the same process, without requests or polling."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 
-from .error_replies import error_reply, gone
+from .error_replies import error_reply, explain_missing
 from .link_state import Link
-from .one_run_grid import OneRunGrid, number
-from .serialize import cut_arrays, parts_in
+from .one_run_grid import OneRunGrid, set_message_id
+from .serialize import cut_arrays, views_of
 
 _LIFETIME = 10 * 365 * 86400.0
-"""Seconds until Flower forgets a message: a round's timeout is what ends its waiting."""
+"""Seconds to live of a message in Flower: the round's timeout ends the wait for it."""
 
 
 class LinkGrid(OneRunGrid):
-    """A Flower Grid straight on a :class:`Link`."""
+    """Flower's ``Grid`` on the state that the Fleet routes serve."""
 
     def __init__(self, link: Link):
         self._link = link
         self.spool = link.spool
-        self._seen = 0
+        self._news_count = 0
         self._receivers: dict[str, int] = {}
 
     @property
@@ -41,7 +41,7 @@ class LinkGrid(OneRunGrid):
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that nodes have pulled so far: what they hold already does not come again."""
+        """Bytes that nodes have pulled so far; objects in their caches are not pulled again."""
         return self._link.bytes_sent
 
     def get_node_ids(self) -> Iterable[int]:
@@ -53,17 +53,17 @@ class LinkGrid(OneRunGrid):
         return self._link.state.get_node_info(node_ids=list(self.get_node_ids()))
 
     def name_of(self, node_id: int) -> str | None:
-        """The name that the server knows a node by, where it does."""
+        """The name of a node's key on the allowlist, if there is one."""
         return self._link.name_of(node_id)
 
     def number_of(self, node_id: int) -> int | None:
-        """Which part of the data a node has to hold, where the server knows it."""
+        """The node id (partition) of a node's key on the allowlist, if there is one."""
         return self._link.number_of(node_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Hands messages to the nodes they are for; every one gets an id, in order.
+        """Stores messages for their nodes; returns their ids, in order.
 
-        A message for a node that has left is answered with an error when its reply is pulled.
+        The reply to a message for a node that is offline is an error.
         """
         state, store = self._link.state, self._link.store
         messages = list(messages)
@@ -75,11 +75,11 @@ class LinkGrid(OneRunGrid):
             for message in messages:
                 cut_arrays(message)
                 message.metadata.ttl = _LIFETIME
-                number(message, message.object_id)
+                set_message_id(message, message.object_id)
                 objects.update(get_all_nested_objects(message))
                 missing.update(store.preregister(self._link.run_id, get_object_tree(message)))
             for object_id in missing:
-                store.put_parts(object_id, *parts_in(objects[object_id]))
+                store.put_views(object_id, *views_of(objects[object_id]))
         for message in messages:
             self._receivers[message.metadata.message_id] = message.metadata.dst_node_id
             state.store_message_ins(remove_content_from_message(message))
@@ -87,22 +87,22 @@ class LinkGrid(OneRunGrid):
         return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies to these messages that are complete, or that will never come."""
+        """Complete replies to these messages, and errors for those whose nodes are offline."""
         message_ids = set(message_ids)
         state = self._link.state
-        with state.lock:  # of a node that came back in here Flower would say nothing
+        with state.lock:  # a node must not come online in between: Flower has no error for it
             online = self._link.online()
             complete = set(filter(self._link.is_complete, message_ids))
-            lost = {i for i in message_ids if self._receivers.get(i) not in online} - complete
-            # Flower would give a node's last reply away for an error once the node has left.
-            errors = state.get_message_res(set(lost), self._link.run_id) if lost else []
+            missing = {i for i in message_ids if self._receivers.get(i) not in online} - complete
+            # For complete replies Flower would give errors, too, once their nodes are offline.
+            errors = state.get_message_res(set(missing), self._link.run_id) if missing else []
         replies = [self._reply_to(message_id) for message_id in complete]
-        replies += map(gone, errors)
-        self._forget(complete | lost)
+        replies += map(explain_missing, errors)
+        self._forget(complete | missing)
         return replies
 
     def withdraw(self, message_ids: Iterable[str]) -> None:
-        """Takes messages back: nodes are not given them any more, and replies are dropped."""
+        """Deletes messages and their replies, which nodes may be working on."""
         self._forget(set(message_ids))
 
     def _forget(self, message_ids: set[str]) -> None:
@@ -122,28 +122,28 @@ class LinkGrid(OneRunGrid):
         pending = set(self.push_messages(messages))
         replies: list[Message] = []
         while pending and (deadline is None or time.monotonic() < deadline):
-            arrived = self.pull_messages(pending)
-            pending -= {reply.metadata.reply_to_message_id for reply in arrived}
-            replies += arrived
-            if not arrived:
+            batch = self.pull_messages(pending)
+            pending -= {reply.metadata.reply_to_message_id for reply in batch}
+            replies += batch
+            if not batch:
                 self.wait(0.5)
         return replies
 
     def wait(self, timeout: float) -> None:
-        """Waits for news since it last returned, at most ``timeout`` seconds."""
-        self._seen = self._link.wait_for_news(self._seen, timeout)
+        """Waits for news since the last call, at most ``timeout`` seconds."""
+        self._news_count = self._link.wait_for_news(self._news_count, timeout)
 
     def _reply_to(self, message_id: str) -> Message:
-        """The reply with its content or error.
-
-        A node may send anything: what cannot be read counts as its error.
-        """
+        """The reply to a message, or an error reply where what the node sent cannot be parsed."""
         incoming = self._link.replies[message_id]
         try:
             reply = cast(Message, incoming.inflate(self._link.reply_limit))
-            number(reply, incoming.object_id)
-            about = reply.metadata
-            if (about.reply_to_message_id, about.src_node_id) != (message_id, incoming.node_id):
+            set_message_id(reply, incoming.object_id)
+            metadata = reply.metadata
+            if (metadata.reply_to_message_id, metadata.src_node_id) != (
+                message_id,
+                incoming.node_id,
+            ):
                 raise ValueError("it is another message than was announced")
         except Exception as error:
             problem = ValueError(f"the reply cannot be read: {error!r:.500}")

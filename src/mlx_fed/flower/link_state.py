@@ -1,4 +1,7 @@
-"""The state of a federation's server: Flower's LinkState in memory, and one run in it."""
+"""State of a federation's server: Flower's in-memory ``LinkState`` with one run.
+
+Its event loop serves the Fleet routes; the round loop uses the grid in another thread.
+"""
 
 from __future__ import annotations
 
@@ -24,50 +27,49 @@ from flwr.superlink.federation import NoOpFederationManager
 from ..arrays.spool import Spool
 from . import headers as ours
 from . import one_run_grid
-from .access import Denied, Door
+from .allowlist import AccessDenied, NodeAllowlist
 from .incoming_replies import IncomingReply
-from .object_store import Objects, StoreFactory
+from .object_store import SpoolingObjectStore, SpoolingStoreFactory
 
-_SUSPENDED = 5.0
-"""Seconds without a look at the nodes, after which this process may have been suspended."""
+_SUSPENSION = 5.0
+"""Seconds between two checks of the nodes, after which this process may have been suspended."""
 _GRACE = 20.0
-"""Seconds that nodes then have to be heard again: what Flower gives them between two beats."""
-_MOST_NODES = 10_000
-"""Nodes that may register where any may."""
+"""Seconds that nodes then have for a heartbeat: what Flower allows between two."""
+_MAX_NODES = 10_000
+"""Nodes that may register where there is no allowlist."""
 _REPLY_LIMIT = 2**30
 _RECONNECT = 1.0
-"""Seconds that a node whose connection broke has to make another."""
+"""Seconds for a node whose connection broke to make another."""
 
 
 class Link:
-    """Flower's state with one run, and the events that routes and grid wake each other with.
+    """Flower's state with one run, and the events between routes and grid.
 
     Args:
-        spool (Spool, optional): Where large objects wait. Default: in memory.
-        door (Door, optional): Knows which nodes may take part; without one any may.
+        spool (Spool, optional): Storage of large objects. Default: memory.
+        allowlist (NodeAllowlist, optional): The nodes that may participate. Default: any.
 
     Attributes:
         reply_limit (int): Bytes that a reply may have in all.
         state (InMemoryLinkState): Flower's own.
-        store (Objects): The objects that the server's messages are made of.
-        replies (dict): Replies that arrive or have arrived, by the ids of the messages that they
-            answer.
+        store (SpoolingObjectStore): The objects that the server's messages are made of.
+        replies (dict): Replies, complete or not, by the ids of their messages.
         run_id (int): The run.
         bytes_sent (int): Bytes of objects that nodes have pulled.
-        outcome (str): The run's, once it is over: nodes that ask for work are told.
+        outcome (str): The outcome of the run, once it is over.
         loop (asyncio.AbstractEventLoop): Where the routes run, once they do.
-        over (asyncio.Event): Set when the run or its server ends: no request is held any more.
+        run_end (asyncio.Event): Set when the run or its server ends: long polls end as well.
     """
 
-    def __init__(self, spool: Spool | None = None, door: Door | None = None) -> None:
+    def __init__(self, spool: Spool | None = None, allowlist: NodeAllowlist | None = None) -> None:
         self.spool = spool or Spool()
-        self.door = door
+        self.allowlist = allowlist
         self.reply_limit = _REPLY_LIMIT
         self.factory = LinkStateFactory(
-            FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), StoreFactory(self.spool)
+            FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), SpoolingStoreFactory(self.spool)
         )
         self.state = cast(InMemoryLinkState, self.factory.state())
-        self.store = cast(Objects, self.state.object_store)
+        self.store = cast(SpoolingObjectStore, self.state.object_store)
         self.replies: dict[str, IncomingReply] = {}
         self.run_id = self.state.create_run(
             fab_id=None,
@@ -92,173 +94,176 @@ class Link:
         self.outcome = ""
         self.bytes_sent = 0
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.over = asyncio.Event()
-        self._work: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
+        self.run_end = asyncio.Event()
+        self._message_events: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self._news = threading.Condition()
-        self._count = 0
-        self._held: Counter[int] = Counter()
-        self._heard: Counter[int] = Counter()
-        self._looked = time.time()
+        self._news_count = 0
+        self._open_polls: Counter[int] = Counter()
+        self._poll_counts: Counter[int] = Counter()
+        self._last_check = time.time()
 
     def finish(self, outcome: str = ours.FINISHED) -> None:
-        """Answers the requests that are held: that the run is over, and how it ended.
+        """Ends the long polls: the responses have the outcome of the run.
 
         Args:
-            outcome (str): The run's; empty where it goes on with another server.
+            outcome (str): The outcome; empty where another server resumes the run.
         """
         self.outcome = outcome
         if self.loop is not None:
-            self.loop.call_soon_threadsafe(self.over.set)
-        self.wake_nodes(list(self._work))
+            self.loop.call_soon_threadsafe(self.run_end.set)
+        self.wake_nodes(list(self._message_events))
 
     def close(self) -> None:
         """Ends the run in Flower's state."""
         self.state.finish_task(self._task_id, SubStatus.COMPLETED, "")
 
-    # Who is there.
+    # Nodes.
 
     def online(self) -> set[int]:
-        """The ids of the nodes that are online.
+        """The ids of the nodes that are online, by Flower's rule for heartbeats.
 
-        Nodes could not be heard while this process was suspended: they get a while to be. And
-        where the clock was set back, a node that is silent from then on has no more than its time:
-        Flower goes by that clock.
+        After a suspension of this process nodes have a grace period. Where the clock was set back,
+        a node's deadline moves with it, since Flower compares it with that clock.
         """
-        now = time.time()
-        suspended = now - self._looked > _SUSPENDED
+        clock = time.time()
+        was_suspended = clock - self._last_check > _SUSPENSION
         with self.state.lock:
             for node in self.state.nodes.values():
                 if node.status == NodeStatus.ONLINE:
-                    most = now + HEARTBEAT_PATIENCE * node.heartbeat_interval
-                    least = now + _GRACE if suspended else 0.0
-                    node.online_until = min(max(node.online_until, least), most)
-        self._looked = now
+                    latest = clock + HEARTBEAT_PATIENCE * node.heartbeat_interval
+                    earliest = clock + _GRACE if was_suspended else 0.0
+                    node.online_until = min(max(node.online_until, earliest), latest)
+        self._last_check = clock
         online = self.state.get_nodes(self.run_id)
-        return online if self.door is None else {i for i in online if self._is_known(i)}
+        return online if self.allowlist is None else {i for i in online if self._is_listed(i)}
 
     def is_full(self) -> bool:
-        """Whether as many nodes are online as may register: one that is not makes room."""
+        """Whether as many nodes are online as may register; else one offline node is forgotten."""
         state = self.state
         with state.lock:
-            if len(state.nodes) >= _MOST_NODES:
-                gone = (node for node in state.nodes.values() if node.status != NodeStatus.ONLINE)
-                for node in islice(gone, 1):
+            if len(state.nodes) >= _MAX_NODES:
+                offline = (
+                    node for node in state.nodes.values() if node.status != NodeStatus.ONLINE
+                )
+                for node in islice(offline, 1):
                     self.forget_node(node.node_id)
-            return len(state.nodes) >= _MOST_NODES
+            return len(state.nodes) >= _MAX_NODES
 
     def forget_node(self, node_id: int) -> None:
-        """Takes a node off the list for good, with all that is kept of it."""
+        """Deletes a node and its state."""
         state = self.state
         with state.lock:
             if (node := state.nodes.pop(node_id, None)) is None:
                 return
             state.node_public_key_to_node_id.pop(node.public_key, None)
             state.owner_to_node_ids[node.owner_aid].discard(node_id)
-        for kept in (self._work, self._held, self._heard):
-            kept.pop(node_id, None)
+        for by_node in (self._message_events, self._open_polls, self._poll_counts):
+            by_node.pop(node_id, None)
 
     def name_of(self, node_id: int) -> str | None:
-        """The name that the door has for a node, where there is a door."""
+        """The name of a node on the allowlist, if there is one."""
         node = self.state.nodes.get(node_id)
-        return node.name if node is not None and self.door is not None else None
+        return node.name if node is not None and self.allowlist is not None else None
 
     def number_of(self, node_id: int) -> int | None:
-        """The number that the door has for a node, where there is a door.
+        """The node id (partition) of a node on the allowlist, if there is one.
 
         Raises:
-            Denied: If the door does not know the node any more.
+            AccessDenied: If the node is not listed any more.
         """
         node = self.state.nodes.get(node_id)
-        return self.door.number_of(node.public_key) if node and self.door is not None else None
+        return (
+            self.allowlist.number_of(node.public_key)
+            if node and self.allowlist is not None
+            else None
+        )
 
-    def require_known(self, node_id: int) -> None:
-        """Raises :class:`Denied` if the door does not know a node any more."""
-        if self.door is not None:
+    def require_listed(self, node_id: int) -> None:
+        """Raises :class:`AccessDenied` if a node is not listed any more."""
+        if self.allowlist is not None:
             node = self.state.nodes.get(node_id)
             if node is None:
-                raise Denied("This node has been started a second time.")
-            self.door.name_of(node.public_key)
+                raise AccessDenied("This node has been started a second time.")
+            self.allowlist.name_of(node.public_key)
 
-    def _is_known(self, node_id: int) -> bool:
-        """Whether the door knows a node still; one that was revoked is told so as it waits."""
+    def _is_listed(self, node_id: int) -> bool:
+        """Whether a node is listed; the long poll of one that was revoked ends with the reason."""
         try:
-            self.require_known(node_id)
-        except Denied:
+            self.require_listed(node_id)
+        except AccessDenied:
             self.state.deactivate_node(node_id)
             self.wake_nodes([node_id])
             return False
         return True
 
-    def hold(self, node_id: int) -> None:
-        """A request of the node is held open."""
-        self._held[node_id] += 1
-        self._heard[node_id] += 1
+    def begin_poll(self, node_id: int) -> None:
+        """Counts a long poll of a node as open."""
+        self._open_polls[node_id] += 1
+        self._poll_counts[node_id] += 1
 
-    def let_go(self, node_id: int, broken: bool) -> None:
-        """A held request has been answered, or its connection broke.
+    def end_poll(self, node_id: int, is_connected: bool) -> None:
+        """Counts a long poll as ended; a node without another one soon is offline.
 
-        A process that ends closes its connections, so that a node which was killed is noticed
-        without waiting for heartbeats that do not come.
+        The system closes the connections of a process that is killed, before a heartbeat is
+        missing.
         """
-        if node_id not in self._held:
-            return  # it has been forgotten meanwhile
-        self._held[node_id] -= 1
-        if broken and self.loop is not None:
-            heard = self._heard[node_id]
-            self.loop.call_later(_RECONNECT, self._count_as_gone, node_id, heard)
+        if node_id not in self._open_polls:
+            return  # the node was forgotten meanwhile
+        self._open_polls[node_id] -= 1
+        if not is_connected and self.loop is not None:
+            poll_count = self._poll_counts[node_id]
+            self.loop.call_later(_RECONNECT, self._deactivate_silent, node_id, poll_count)
 
-    def _count_as_gone(self, node_id: int, heard: int) -> None:
-        """A node that was heard since has made another connection; if that broke too, it has time
-        of its own."""
-        silent = not self._held[node_id] and self._heard[node_id] == heard
-        if silent and self.state.deactivate_node(node_id):
-            self.tell_grid()
+    def _deactivate_silent(self, node_id: int, poll_count: int) -> None:
+        """Deactivates a node that has made no poll since; a later one has a deadline itself."""
+        is_silent = not self._open_polls[node_id] and self._poll_counts[node_id] == poll_count
+        if is_silent and self.state.deactivate_node(node_id):
+            self.notify_grid()
 
-    def make_another_of(self, key: bytes) -> None:
-        """A node that was here and comes again gets another id, as one without a key does.
+    def renew_node_id(self, key: bytes) -> None:
+        """Gives an offline node that is activated again another id.
 
-        It is another process: what the one before it was asked, will never be answered, and what
-        is known of that one need not hold for this. One whose connection was down for a while
-        does not come again, but goes on.
+        It is another process: messages to the previous one will not be answered, and its state
+        does not hold. A node whose connection was down for a while is not activated again.
         """
         state = self.state
         with state.lock:
             node_id = state.get_node_id_by_public_key(key)
-            found = state.get_node_info(node_ids=[] if node_id is None else [node_id])
-            for node in found:
+            nodes = state.get_node_info(node_ids=[] if node_id is None else [node_id])
+            for node in nodes:
                 if node.status == NodeStatus.OFFLINE:
                     self.forget_node(node.node_id)
                     state.create_node(node.owner_aid, node.owner_name, key, 0, name=node.name)
 
     # Messages.
 
-    def is_for(self, message_id: str, node_id: int) -> bool:
-        """Whether there is such a message, for this node."""
+    def is_addressed_to(self, message_id: str, node_id: int) -> bool:
+        """Whether a message with this id exists, for this node."""
         message = self.state.message_ins_store.get(message_id)
         return message is not None and message.metadata.dst_node_id == node_id
 
-    def announce(self, message_id: str, reply: IncomingReply) -> IncomingReply | None:
-        """The reply to a message that counts: the first that its node announced.
+    def accept_reply(self, message_id: str, reply: IncomingReply) -> IncomingReply | None:
+        """The reply to a message with the objects that have arrived: the first announced counts.
 
-        One whose sending broke off is announced again, and goes on. ``None`` if another counts,
-        or the message is not waited for any more.
+        A reply whose transfer broke off is announced again, and resumed. ``None`` for another
+        reply than the first, or where the message was withdrawn.
         """
         with self.state.lock:
-            if not self.is_for(message_id, reply.node_id):
+            if not self.is_addressed_to(message_id, reply.node_id):
                 return None
-            counts = self.replies.setdefault(message_id, reply)
-        same = (counts.object_id, counts.children) == (reply.object_id, reply.children)
-        return counts if same else None
+            first = self.replies.setdefault(message_id, reply)
+        is_first = (first.object_id, first.children) == (reply.object_id, reply.children)
+        return first if is_first else None
 
     def is_complete(self, message_id: str) -> bool:
-        """Whether a message's reply has arrived."""
+        """Whether all objects of a message's reply have arrived."""
         reply = self.replies.get(message_id)
         return reply is not None and reply.is_complete
 
-    def deliver_again(self, node_id: int) -> None:
-        """Offers a node what it was sent before and did not get: the connection broke.
+    def redeliver(self, node_id: int) -> None:
+        """Delivers messages again that a node has not answered: the connection broke before.
 
-        To be called when it asks for work, since it does so with nothing left to answer.
+        A node that pulls messages has no others to answer.
         """
         state = self.state
         with state.lock:
@@ -270,37 +275,37 @@ class Link:
                 ):
                     message.metadata.delivered_at = ""
 
-    # Routes wait for work on their event loop; the grid puts it there from its own thread.
+    # Events for the routes, which the grid sets from its thread.
 
-    def work_for(self, node_id: int) -> asyncio.Event:
-        """Set when there may be a message for the node."""
-        return self._work[node_id]
+    def message_event(self, node_id: int) -> asyncio.Event:
+        """The event that is set when there may be a message for a node."""
+        return self._message_events[node_id]
 
     def wake_nodes(self, node_ids: list[int]) -> None:
-        """Lets nodes that wait for work look again."""
+        """Ends the waiting of long polls for messages."""
         if self.loop is None or self.loop.is_closed():
             return
         for node_id in node_ids:
-            self.loop.call_soon_threadsafe(self._work[node_id].set)
+            self.loop.call_soon_threadsafe(self._message_events[node_id].set)
 
-    # The grid waits for news in its thread; the routes bring them.
+    # News for the grid, from the routes.
 
-    def tell_grid(self) -> None:
-        """A reply is complete, or a node has come or gone."""
+    def notify_grid(self) -> None:
+        """Counts a piece of news: a complete reply, or a node that is online or offline now."""
         with self._news:
-            self._count += 1
+            self._news_count += 1
             self._news.notify_all()
 
-    def news(self) -> int:
-        """A number that grows with every piece of news."""
-        return self._count
+    def news_count(self) -> int:
+        """The number of pieces of news so far."""
+        return self._news_count
 
-    def wait_for_news(self, since: int, timeout: float) -> int:
-        """Waits until there is news after ``since``, at most ``timeout`` seconds.
+    def wait_for_news(self, last_count: int, timeout: float) -> int:
+        """Waits for more news than ``last_count``, at most ``timeout`` seconds.
 
         Returns:
             int: The number of news then.
         """
         with self._news:
-            self._news.wait_for(lambda: self._count > since, timeout)
-            return self._count
+            self._news.wait_for(lambda: self._news_count > last_count, timeout)
+            return self._news_count

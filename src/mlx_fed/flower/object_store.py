@@ -1,4 +1,4 @@
-"""The objects that the server's messages are made of; large ones wait on disk."""
+"""Flower's object store in memory, with large objects on disk."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from ..arrays.flower_records import SpooledBytes
 from ..arrays.spool import Spool
 
 
-class StoreFactory(ObjectStoreFactory):
-    """Gives Flower's state a store that lets large objects wait in a spool."""
+class SpoolingStoreFactory(ObjectStoreFactory):
+    """The factory of a :class:`SpoolingObjectStore`, as Flower's LinkState takes it."""
 
     def __init__(self, spool: Spool):
         super().__init__()
-        self.store_instance = Objects(spool)
+        self.store_instance = SpoolingObjectStore(spool)
 
 
-class Objects(InMemoryObjectStore):
-    """Flower's store in memory, but for large objects, whose bytes are in a spool.
+class SpoolingObjectStore(InMemoryObjectStore):
+    """Flower's store in memory, with the bytes of large objects in a spool.
 
-    Only objects of the server's own messages are in it: what nodes send is in ``incoming``.
+    It has the objects of the server's own messages; those of replies are in
+    :mod:`~mlx_fed.flower.incoming_replies`.
     """
 
     def __init__(self, spool: Spool):
         super().__init__()
         self._spool = spool
 
-    def put_parts(self, object_id: str, *parts: bytes | memoryview) -> None:
-        """Takes the bytes of an object, whose id was just made from them."""
-        waiting: Any = self._spool.put(*parts)
+    def put_views(self, object_id: str, *views: bytes | memoryview) -> None:
+        """Stores the bytes of an object, which are not hashed again."""
+        content: Any = self._spool.put(*views)
         with self.lock_store:
             entry = self.store[object_id]
             if not entry.is_available:
-                entry.content, entry.is_available = waiting, True
+                entry.content, entry.is_available = content, True
 
     def get(self, object_id: str) -> bytes | None:
-        held: SpooledBytes | bytes | None = super().get(object_id)
-        return held.read() if isinstance(held, SpooledBytes) else held
+        content: SpooledBytes | bytes | None = super().get(object_id)
+        return content.read() if isinstance(content, SpooledBytes) else content

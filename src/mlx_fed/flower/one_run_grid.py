@@ -19,13 +19,13 @@ _POLL = 0.1
 
 
 def begin_run(run_id: int = 1, task_id: int = 1) -> None:
-    """Lets this process make messages: Message reads who sends it from here."""
+    """Sets this process's ``TaskIdentity``, which Flower's ``Message(...)`` has its sender from."""
     TaskIdentity.task_id, TaskIdentity.run_id = task_id, run_id
     TaskIdentity.node_id = SUPERLINK_NODE_ID
 
 
-def number(message: Message, message_id: str) -> None:
-    """Gives a message the id that its reply will refer to."""
+def set_message_id(message: Message, message_id: str) -> None:
+    """Sets the id of a message, which Flower has as read-only: its reply refers to it."""
     message.metadata.__dict__["_message_id"] = message_id
 
 

@@ -1,4 +1,4 @@
-"""The HTTP proxy through which a node reaches its server, as the environment names it."""
+"""HTTP proxies of the environment (HTTPS_PROXY, NO_PROXY), and connections through them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..errors import FedError
 
 
 class ProxyError(FedError):
-    """A proxy that nodes cannot go through."""
+    """A proxy of another kind than HTTP."""
 
 
 class Proxy(NamedTuple):
-    """An HTTP proxy, which is asked to pass connections on (CONNECT).
+    """An HTTP proxy, which forwards connections (CONNECT).
 
     Attributes:
         host (str): The proxy's.
         port (int): Its port.
-        headers (dict): What it is shown: who asks, where the environment says so.
+        headers (dict): Its authorization, where the environment has it.
     """
 
     host: str
@@ -47,19 +47,19 @@ def from_environment(host: str, port: int, scheme: str) -> Proxy | None:
         return None
     try:
         url = urlsplit(address if "://" in address else f"http://{address}")
-        named, at = url.hostname, url.port or 80
+        proxy_host, proxy_port = url.hostname, url.port or 80
     except ValueError:
-        url, named, at = SplitResult("", "", "", "", ""), None, 0
-    if url.scheme != "http" or named is None:
+        url, proxy_host, proxy_port = SplitResult("", "", "", "", ""), None, 0
+    if url.scheme != "http" or proxy_host is None:
         raise ProxyError(
             f"The proxy in {scheme.upper()}_PROXY or ALL_PROXY is not http://HOST:PORT, and a node "
             f"goes through no other. Name {host} in NO_PROXY to reach it without."
         )
     headers: dict[str, str] = {}
     if url.username is not None:
-        who = f"{unquote(url.username)}:{unquote(url.password or '')}"
-        headers["proxy-authorization"] = f"Basic {b64encode(who.encode()).decode()}"
-    return Proxy(named, at, headers)
+        credentials = f"{unquote(url.username)}:{unquote(url.password or '')}"
+        headers["proxy-authorization"] = f"Basic {b64encode(credentials.encode()).decode()}"
+    return Proxy(proxy_host, proxy_port, headers)
 
 
 def connection_to(
@@ -69,12 +69,12 @@ def connection_to(
     context: ssl.SSLContext | None = None,
     timeout: float | None = None,
 ) -> http.client.HTTPConnection:
-    """A connection that is still to be made: to the server, or through the proxy to it."""
-    to = (proxy.host, proxy.port) if proxy else (host, port)
+    """An unopened connection to the server, through the proxy if there is one."""
+    endpoint = (proxy.host, proxy.port) if proxy else (host, port)
     connection = (
-        http.client.HTTPConnection(*to, timeout=timeout)
+        http.client.HTTPConnection(*endpoint, timeout=timeout)
         if context is None
-        else http.client.HTTPSConnection(*to, context=context, timeout=timeout)
+        else http.client.HTTPSConnection(*endpoint, context=context, timeout=timeout)
     )
     if proxy:
         connection.set_tunnel(host, port, proxy.headers)

@@ -1,8 +1,4 @@
-"""How much a node may send in one request, and for how long.
-
-A body is bounded by what its route is for, before it is read; what it announces is bounded before
-anything is kept of it.
-"""
+"""Limits on requests by route: bytes and time of a body, objects of a message, heartbeats."""
 
 from __future__ import annotations
 
@@ -18,27 +14,27 @@ from flwr.proto.message_pb2 import PullObjectResponse
 
 from . import headers as ours
 
-_LARGEST = {"push-object": 16 * 2**20, "push-messages": 8 * 2**20}
-_OTHERS = 64 * 2**10
+_MAX_BODY = {"push-object": 16 * 2**20, "push-messages": 8 * 2**20}
+_MAX_OTHER_BODY = 64 * 2**10
 """Bytes of a body, by route."""
-_SLOWEST = 16 * 2**10
-"""Bytes a second, below which a body has not come in time."""
-_PATIENCE = 30.0
+_MIN_SPEED = 16 * 2**10
+"""Bytes a second of a body."""
+_BODY_TIMEOUT = 30.0
 """Seconds beyond that for any body."""
-_AT_ONCE = 64 * 2**20
-"""Bytes of bodies that one node may be sending at a time."""
-MOST_OBJECTS = 50_000
+_MAX_OF_NODE = 64 * 2**20
+"""Bytes of the unfinished bodies of one node."""
+MAX_OBJECTS = 50_000
 """Objects of a message."""
-_LONGEST_HEARTBEAT = 60.0
+_MAX_HEARTBEAT_INTERVAL = 60.0
 OBJECT_ID = re.compile(r"[0-9a-f]{64}")
-_BYTES = re.compile(r"([0-9]{1,18})-([0-9]{1,18})", re.ASCII)
+_BYTE_RANGE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})", re.ASCII)
 
 
-class Bodies:
-    """Reads the bodies of requests, within bounds."""
+class BodyReader:
+    """Reads the bodies of requests within the limits."""
 
     def __init__(self) -> None:
-        self._arriving: Counter[bytes] = Counter()
+        self._pending: Counter[bytes] = Counter()
 
     async def read(
         self,
@@ -50,42 +46,42 @@ class Bodies:
         """A request's body.
 
         Args:
-            receive (callable): Gives its parts.
+            receive (callable): ASGI's, for the parts of the body.
             headers (dict): The request's headers.
-            route (str): What it is for.
-            key (bytes): Whose it is.
+            route (str): The last part of its path.
+            key (bytes): The node's public key.
 
         Raises:
-            HTTPException: If it is too large, before it is read where it says so, or too slow, or
-                its node is sending too much at a time.
+            HTTPException: If it is too large (before it is read, where its length is known), too
+                slow, or one of too many at a time.
         """
-        largest = _LARGEST.get(route, _OTHERS)
-        if int(headers.get("content-length", 0)) > largest:
+        max_size = _MAX_BODY.get(route, _MAX_OTHER_BODY)
+        if int(headers.get("content-length", 0)) > max_size:
             raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "Request body too large")
-        parts: list[bytes] = []
+        chunks: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(_PATIENCE + largest / _SLOWEST):
-                async for part in _parts(receive):
-                    parts.append(part)
-                    size += len(part)
-                    self._arriving[key] += len(part)
-                    if size > largest:
+            async with asyncio.timeout(_BODY_TIMEOUT + max_size / _MIN_SPEED):
+                async for chunk in _chunks(receive):
+                    chunks.append(chunk)
+                    size += len(chunk)
+                    self._pending[key] += len(chunk)
+                    if size > max_size:
                         why = "Request body too large"
                         raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, why)
-                    if self._arriving[key] > _AT_ONCE:
+                    if self._pending[key] > _MAX_OF_NODE:
                         why = "Too many requests at a time"
                         raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, why)
         except TimeoutError:
             raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, "Request body too slow") from None
         finally:
-            self._arriving[key] -= size
-            if not self._arriving[key]:
-                del self._arriving[key]
-        return b"".join(parts) if len(parts) > 1 else parts[0]
+            self._pending[key] -= size
+            if not self._pending[key]:
+                del self._pending[key]
+        return b"".join(chunks) if len(chunks) > 1 else chunks[0]
 
 
-async def _parts(receive: Callable[[], Awaitable[dict[str, Any]]]) -> AsyncIterator[bytes]:
+async def _chunks(receive: Callable[[], Awaitable[dict[str, Any]]]) -> AsyncIterator[bytes]:
     while True:
         event = await receive()
         if event["type"] == "http.disconnect":
@@ -95,16 +91,16 @@ async def _parts(receive: Callable[[], Awaitable[dict[str, Any]]]) -> AsyncItera
             return
 
 
-def cut(response: PullObjectResponse, headers: dict[str, str]) -> None:
-    """Leaves of an object the bytes that were asked for."""
-    if found := _BYTES.fullmatch(headers.get(ours.BYTES, "")):
-        start, end = map(int, found.groups())
+def cut_object(response: PullObjectResponse, headers: dict[str, str]) -> None:
+    """Cuts the object in a response to the byte range of the request, if it has one."""
+    if match := _BYTE_RANGE.fullmatch(headers.get(ours.BYTES, "")):
+        start, end = map(int, match.groups())
         if start > 0 or end < len(response.object_content):
             response.object_content = response.object_content[start:end]
 
 
 def shorten_heartbeat(request: Any) -> None:
-    """A node that promises to be silent for half an hour would count as there for an hour."""
+    """Limits the interval that a node announces: it counts as online for twice as long."""
     interval = getattr(request, "heartbeat_interval", 0.0)
-    if interval > _LONGEST_HEARTBEAT:
-        request.heartbeat_interval = _LONGEST_HEARTBEAT
+    if interval > _MAX_HEARTBEAT_INTERVAL:
+        request.heartbeat_interval = _MAX_HEARTBEAT_INTERVAL

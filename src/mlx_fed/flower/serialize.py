@@ -1,7 +1,7 @@
-"""The objects that a message is made of, without a copy of its arrays.
+"""Serialization of Flower's messages into objects, without a copy of the arrays.
 
-Flower's own way joins the bytes of each array and copies each of its chunks, and does so again
-for every use of one. Here a chunk is a view of an array's bytes, and its id is made once.
+Flower joins the bytes of each array and copies each of its chunks, again for every use. Here a
+chunk is a view of an array's bytes, and its id is computed once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 
 from flwr.app import Array, ArrayRecord, Message
-from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
@@ -23,16 +22,18 @@ class Chunk(InflatableObject):
     """A chunk of an array, in the same bytes as Flower's own.
 
     Attributes:
-        parts (list): Its bytes, one part after another.
+        views (list): Its bytes, one view after another.
     """
 
     def __init__(self, views: list[memoryview]):
-        kind, size = ArrayChunk.__qualname__, sum(map(len, views))
-        head = f"{kind}{HEAD_VALUE_DIVIDER}{HEAD_VALUE_DIVIDER}{size}".encode() + HEAD_BODY_DIVIDER
-        self.parts = [memoryview(head), *views]
+        size = sum(map(len, views))
+        head = (
+            f"ArrayChunk{HEAD_VALUE_DIVIDER}{HEAD_VALUE_DIVIDER}{size}".encode() + HEAD_BODY_DIVIDER
+        )
+        self.views = [memoryview(head), *views]
         digest = hashlib.sha256()
-        for part in self.parts:
-            digest.update(part)
+        for view in self.views:
+            digest.update(view)
         self._id = digest.hexdigest()
 
     @property
@@ -40,17 +41,17 @@ class Chunk(InflatableObject):
         return self._id
 
     def deflate(self) -> bytes:
-        return b"".join(self.parts)
+        return b"".join(self.views)
 
 
-def cut_arrays(message: Message, largest: float = math.inf) -> None:
-    """Cuts the arrays of a message into chunks of ours, which Flower takes for its own.
+def cut_arrays(message: Message, max_bytes: float = math.inf) -> None:
+    """Splits the arrays of a message into :class:`Chunk`, in place of Flower's ``ArrayChunk``.
 
     Args:
-        message (Message): The message; arrays that are cut already stay so.
-        largest (float): Bytes of a chunk, where Flower would take more.
+        message (Message): The message; arrays that have chunks already keep them.
+        max_bytes (float): Bytes of a chunk, where Flower would take more.
     """
-    size = int(min(largest, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE))
+    size = int(min(max_bytes, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE))
     if not message.has_content():
         return
     for record in records_in(message.content, ArrayRecord).values():
@@ -61,22 +62,22 @@ def cut_arrays(message: Message, largest: float = math.inf) -> None:
                 ]
 
 
-def parts_in(item: InflatableObject) -> list[memoryview] | tuple[bytes]:
-    """An object's bytes, one part after another."""
-    return item.parts if isinstance(item, Chunk) else (item.deflate(),)
+def views_of(item: InflatableObject) -> list[memoryview] | tuple[bytes]:
+    """An object's bytes, one view after another."""
+    return item.views if isinstance(item, Chunk) else (item.deflate(),)
 
 
 def _chunks(array: Array, size: int) -> Iterator[Chunk]:
     views: list[memoryview] = []
-    room = size
-    for part in segments_of(array):
-        left = memoryview(part.read())
-        while left:
-            views.append(left[:room])
-            left = left[room:]
-            room -= len(views[-1])
-            if not room:
+    space = size
+    for segment in segments_of(array):
+        remainder = memoryview(segment.read())
+        while remainder:
+            views.append(remainder[:space])
+            remainder = remainder[space:]
+            space -= len(views[-1])
+            if not space:
                 yield Chunk(views)
-                views, room = [], size
+                views, space = [], size
     if views:
         yield Chunk(views)

@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from ..errors import FedError
-from ..flower.connections import MOST_OF_PAGE, BoundedConnection, Server
+from ..flower.connections import MAX_PAGE_CONNECTIONS, LimitedHttpProtocol, LimitedServer
 from ..runs import folders, labels, round_record, status
 from ..system import address, http
 from ..system.atomic_files import open_regular_file
@@ -79,7 +79,7 @@ def serving(
     listener = _listen(host, port, insecure)
     config = uvicorn.Config(
         app(folder),
-        http=BoundedConnection,
+        http=LimitedHttpProtocol,
         lifespan="off",
         log_level="error",
         access_log=False,
@@ -89,7 +89,7 @@ def serving(
         server_header=False,
     )
     error = DashboardError("The dashboard's thread ended at its start.")
-    with http.serve_in_thread(Server(config, MOST_OF_PAGE), listener, error):
+    with http.serve_in_thread(LimitedServer(config, MAX_PAGE_CONNECTIONS), listener, error):
         yield f"http://{address.join(host, listener.getsockname()[1])}/"
 
 

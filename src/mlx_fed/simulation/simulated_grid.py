@@ -65,7 +65,7 @@ class SimulationGrid(one_run_grid.OneRunGrid):
         ids = []
         for message in messages:
             ids.append(f"message-{next(self._numbers)}")
-            one_run_grid.number(message, ids[-1])
+            one_run_grid.set_message_id(message, ids[-1])
             self._pushed[ids[-1]] = message
         return ids
 

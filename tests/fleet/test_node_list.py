@@ -11,26 +11,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fed.fleet.members import Members, MembersError
+from mlx_fed.fleet.node_list import NodeList, NodeListError
 from mlx_fed.fleet.tokens import TokenError
-from mlx_fed.flower.access import Denied
+from mlx_fed.flower.allowlist import AccessDenied
 
 SECRET = b"0123456789abcdef"
 
 
 @pytest.fixture
-def members(tmp_path) -> Members:
-    return Members(tmp_path / "nodes.json")
+def members(tmp_path) -> NodeList:
+    return NodeList(tmp_path / "nodes.json")
 
 
 def test_an_invitation_serves_once_and_its_node_is_known_from_then_on(members):
     members.invite("a", SECRET)
     assert members.enrol(f"a:{SECRET.hex()}", b"key of a") == "a"
     assert members.name_of(b"key of a") == "a"
-    assert Members(members.path).name_of(b"key of a") == "a"
+    assert NodeList(members.path).name_of(b"key of a") == "a"
     # The same node may show it again: it does not know whether its first try came through.
     assert members.enrol(f"a:{SECRET.hex()}", b"key of a") == "a"
-    with pytest.raises(Denied, match="This token was used: a has enrolled with another key"):
+    with pytest.raises(AccessDenied, match="This token was used: a has enrolled with another key"):
         members.enrol(f"a:{SECRET.hex()}", b"another key")
 
 
@@ -46,19 +46,19 @@ def test_the_secret_is_not_in_the_file(members):
 )
 def test_a_wrong_secret_is_refused(members, shown):
     members.invite("a", SECRET)
-    with pytest.raises(Denied, match="This token is not valid here"):
+    with pytest.raises(AccessDenied, match="This token is not valid here"):
         members.enrol(shown, b"key")
-    with pytest.raises(Denied, match="does not know this node's key"):
+    with pytest.raises(AccessDenied, match="does not know this node's key"):
         members.name_of(b"key")
 
 
 def test_an_invitation_expires_and_can_be_taken_back(members):
     members.invite("late", SECRET, lasts=0)
-    with pytest.raises(Denied, match="This token has expired"):
+    with pytest.raises(AccessDenied, match="This token has expired"):
         members.enrol(f"late:{SECRET.hex()}", b"key")
     members.invite("back", SECRET)
     members.revoke("back")
-    with pytest.raises(Denied, match="This token was revoked"):
+    with pytest.raises(AccessDenied, match="This token was revoked"):
         members.enrol(f"back:{SECRET.hex()}", b"key")
 
 
@@ -66,13 +66,13 @@ def test_a_revoked_key_stays_out_also_with_a_new_token(members):
     members.invite("a", SECRET)
     members.enrol(f"a:{SECRET.hex()}", b"key")
     members.revoke("a")
-    with pytest.raises(Denied, match="The key of a was revoked"):
+    with pytest.raises(AccessDenied, match="The key of a was revoked"):
         members.name_of(b"key")
     members.invite("a", b"another secret!!")
-    with pytest.raises(Denied, match="The key of a was revoked"):
+    with pytest.raises(AccessDenied, match="The key of a was revoked"):
         members.enrol(f"a:{b'another secret!!'.hex()}", b"key")
     assert members.enrol(f"a:{b'another secret!!'.hex()}", b"new key") == "a"
-    with pytest.raises(Denied, match="revoked"):
+    with pytest.raises(AccessDenied, match="revoked"):
         members.name_of(b"key")
 
 
@@ -80,22 +80,22 @@ def test_one_key_is_one_node(members):
     members.invite("a", SECRET)
     members.invite("b", SECRET)
     members.enrol(f"a:{SECRET.hex()}", b"key")
-    with pytest.raises(Denied, match="has enrolled as a: one key is one node"):
+    with pytest.raises(AccessDenied, match="has enrolled as a: one key is one node"):
         members.enrol(f"b:{SECRET.hex()}", b"key")
-    with pytest.raises(MembersError, match="This key is in use, by a"):
+    with pytest.raises(NodeListError, match="This key is in use, by a"):
         members.add("c", b"key")
 
 
 def test_names_and_numbers_are_given_once(members):
     members.add("a", b"key of a")
-    with pytest.raises(MembersError, match="There is a node named a already"):
+    with pytest.raises(NodeListError, match="There is a node named a already"):
         members.invite("a", SECRET)
-    with pytest.raises(MembersError, match="The number 0 is taken"):
+    with pytest.raises(NodeListError, match="The number 0 is taken"):
         members.add("b", b"key of b", 0)
     assert members.add("b", b"key of b").number == 1
     members.revoke("a")
     assert members.invite("a", SECRET).number == 0
-    with pytest.raises(MembersError, match="There is no node named 'nobody'"):
+    with pytest.raises(NodeListError, match="There is no node named 'nobody'"):
         members.revoke("nobody")
 
 
@@ -106,18 +106,18 @@ def test_names_that_no_folder_should_have(members, name):
 
 
 def test_a_change_of_another_process_is_seen_at_once(members):
-    other = Members(members.path)
+    other = NodeList(members.path)
     for number in range(20):
         other.add(f"n{number}", f"key {number}".encode())
         assert members.name_of(f"key {number}".encode()) == f"n{number}"
         other.revoke(f"n{number}")
-        with pytest.raises(Denied):
+        with pytest.raises(AccessDenied):
             members.name_of(f"key {number}".encode())
 
 
 def add_many(path: Path, who: int) -> None:
     for number in range(10):
-        Members(path).add(f"p{who}-{number}", f"{who} {number}".encode())
+        NodeList(path).add(f"p{who}-{number}", f"{who} {number}".encode())
 
 
 def test_changes_at_the_same_time_are_all_kept(members):
@@ -133,9 +133,9 @@ def test_a_file_that_was_broken_by_hand_locks_nobody_out(members):
     members.name_of(b"key")
     members.path.write_text("{")
     assert members.name_of(b"key") == "a"
-    with pytest.raises(MembersError, match="is not a list of nodes"):
-        Members(members.path).all()
-    with pytest.raises(MembersError, match="is not a list of nodes"):
+    with pytest.raises(NodeListError, match="is not a list of nodes"):
+        NodeList(members.path).all()
+    with pytest.raises(NodeListError, match="is not a list of nodes"):
         members.revoke("a")
     assert members.path.read_text() == "{"
 
@@ -165,15 +165,15 @@ records = st.fixed_dictionaries(
 def test_any_file_is_a_list_or_refused(tmp_path_factory, content, key):
     path = tmp_path_factory.mktemp("members") / "nodes.json"
     path.write_bytes(content)
-    members = Members(path)
+    members = NodeList(path)
     try:
         known = members.all()
-    except MembersError:
+    except NodeListError:
         return
     assert all(member.state in ("enrolled", "invited", "expired", "revoked") for member in known)
     accepted = {member.key.encode() for member in known if member.key and not member.revoked}
     try:
         members.name_of(key)
-    except Denied:
+    except AccessDenied:
         return
     assert key in accepted

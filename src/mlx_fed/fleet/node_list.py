@@ -20,23 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FedError
-from ..flower.access import Denied
+from ..flower.allowlist import AccessDenied
 from . import private_files, tokens
 from .audit import AuditLog
 
-INVITED = 7 * 24 * 3600.0
+INVITATION_TIME = 7 * 24 * 3600.0
 """Seconds that an invitation is good for."""
-_MOST = 100_000
+_MAX_NODES = 100_000
 
 log = getLogger("mlx_fed")
 
 
-class MembersError(FedError):
+class NodeListError(FedError):
     """A change to the list that cannot be made, or a list that cannot be read."""
 
 
 @dataclass(frozen=True)
-class Member:
+class Node:
     """A node that may take part, or is invited to.
 
     Attributes:
@@ -65,7 +65,7 @@ class Member:
         return "invited" if time.time() < self.expires else "expired"
 
 
-class Members:
+class NodeList:
     """The list, as the file has it at the moment.
 
     Args:
@@ -76,84 +76,86 @@ class Members:
     def __init__(self, path: Path, audit_log: Path | None = None):
         self.path, self.audit_log = path, audit_log
         self._seen: tuple[int, ...] | None = None
-        self._members: list[Member] = []
-        self._by_key: dict[bytes, Member] = {}
+        self._members: list[Node] = []
+        self._by_key: dict[bytes, Node] = {}
 
-    def all(self) -> list[Member]:
+    def all(self) -> list[Node]:
         """Every member, those revoked included.
 
         Raises:
-            MembersError: If the file cannot be read.
+            NodeListError: If the file cannot be read.
         """
         self._look()
         return list(self._members)
 
     def invite(
-        self, name: str, secret: bytes, number: int | None = None, lasts: float = INVITED
-    ) -> Member:
+        self,
+        name: str,
+        secret: bytes,
+        number: int | None = None,
+        lasts: float = INVITATION_TIME,
+    ) -> Node:
         """Invites a node that will show this secret, of which only a hash is kept.
 
         An invitation that was not used is replaced.
 
         Raises:
-            MembersError: If the name is in use.
+            NodeListError: If the name is in use.
         """
-        member = Member(
-            tokens.check_name(name), 0, secret=_hash(secret), expires=time.time() + lasts
-        )
+        member = Node(tokens.check_name(name), 0, secret=_hash(secret), expires=time.time() + lasts)
         return self._add(member, number)
 
-    def add(self, name: str, key: bytes, number: int | None = None) -> Member:
+    def add(self, name: str, key: bytes, number: int | None = None) -> Node:
         """Makes a key known that was brought otherwise.
 
         Raises:
-            MembersError: If the name or the key is in use.
+            NodeListError: If the name or the key is in use.
         """
-        return self._add(Member(tokens.check_name(name), 0, key=key.decode()), number)
+        return self._add(Node(tokens.check_name(name), 0, key=key.decode()), number)
 
-    def revoke(self, name: str) -> Member:
+    def revoke(self, name: str) -> Node:
         """Turns a node away from now on, or takes back its invitation.
 
         Raises:
-            MembersError: If there is none of this name.
+            NodeListError: If there is none of this name.
         """
         with self._changing() as members:
             for place, member in enumerate(members):
                 if member.name == name and not member.revoked:
                     members[place] = replace(member, revoked=True)
                     return members[place]
-        raise MembersError(f"There is no node named {name!r}: mlx-fed nodes list shows them.")
+        raise NodeListError(f"There is no node named {name!r}: mlx-fed nodes list shows them.")
 
     # What the routes ask.
 
     def name_of(self, key: bytes) -> str:
-        """The name of the node with this key; see :class:`~mlx_fed.flower.access.Door`."""
+        """The name of the node with this key (``NodeAllowlist``)."""
         return self._enrolled(key).name
 
     def number_of(self, key: bytes) -> int:
-        """The number of the node with this key; see :class:`~mlx_fed.flower.access.Door`."""
+        """The number of the node with this key (``NodeAllowlist``)."""
         return self._enrolled(key).number
 
-    def _enrolled(self, key: bytes) -> Member:
+    def _enrolled(self, key: bytes) -> Node:
         self._look()
         member = self._by_key.get(key)
         if member is None:
-            raise Denied(
+            raise AccessDenied(
                 "This server does not know this node's key: join with a token, which "
                 "`mlx-fed nodes add NAME` makes on the server."
             )
         if member.revoked:
-            raise Denied(f"The key of {member.name} was revoked on the server.")
+            raise AccessDenied(f"The key of {member.name} was revoked on the server.")
         return member
 
     def enrol(self, invitation: str, key: bytes) -> str:
-        """Makes a key known by ``name:secret``; see :class:`~mlx_fed.flower.access.Door`."""
+        """Makes a key known by ``name:secret`` (``NodeAllowlist``)."""
         name, _, secret = invitation.partition(":")
         self._look()
         known = self._by_key.get(key)
         if known is not None:
             if not known.revoked and known.name != name:
-                raise Denied(
+                raise AccessDenied(
                     f"This node's key has enrolled as {known.name}: one key is one node. "
                     "For another node choose another --identity."
                 )
@@ -171,7 +173,7 @@ class Members:
                 if member.state == "invited":
                     members[place] = replace(member, key=key.decode())
                     return name
-                raise Denied(
+                raise AccessDenied(
                     {
                         "enrolled": f"This token was used: {name} has enrolled with another key.",
                         "expired": "This token has expired.",
@@ -179,41 +181,41 @@ class Members:
                     }[member.state]
                     + f" `mlx-fed nodes add {name}` makes another, on the server."
                 )
-        raise Denied("This token is not valid here, or not any more.")
+        raise AccessDenied("This token is not valid here, or not any more.")
 
     # The file.
 
-    def _add(self, member: Member, number: int | None) -> Member:
+    def _add(self, member: Node, number: int | None) -> Node:
         with self._changing() as members:
             for other in members:
                 if member.key and other.key == member.key:
                     state = "revoked" if other.revoked else f"in use, by {other.name}"
-                    raise MembersError(f"This key is {state}: make a new one for {member.name}.")
+                    raise NodeListError(f"This key is {state}: make a new one for {member.name}.")
                 if other.name == member.name and other.state == "enrolled":
-                    raise MembersError(
+                    raise NodeListError(
                         f"There is a node named {member.name} already: choose another name, or "
                         f"`mlx-fed nodes revoke {member.name}` first."
                     )
             members[:] = [
                 other for other in members if other.name != member.name or other.state == "revoked"
             ]
-            if len(members) >= _MOST:
-                raise MembersError(f"There are {_MOST} nodes already.")
+            if len(members) >= _MAX_NODES:
+                raise NodeListError(f"There are {_MAX_NODES} nodes already.")
             taken = {other.number for other in members if not other.revoked}
             if number is None:
-                number = next(n for n in range(_MOST + 1) if n not in taken)
+                number = next(n for n in range(_MAX_NODES + 1) if n not in taken)
             elif number in taken:
-                raise MembersError(f"The number {number} is taken by another node.")
+                raise NodeListError(f"The number {number} is taken by another node.")
             members.append(replace(member, number=number))
             return members[-1]
 
     @contextmanager
-    def _changing(self) -> Iterator[list[Member]]:
+    def _changing(self) -> Iterator[list[Node]]:
         lock = self.path.with_name(f".{self.path.name}.lock")
         try:
             held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except OSError as error:
-            raise MembersError(f"Cannot write {self.path}: {error.strerror or error}.") from error
+            raise NodeListError(f"Cannot write {self.path}: {error.strerror or error}.") from error
         try:
             fcntl.flock(held, fcntl.LOCK_EX)
             members = _read(self.path)
@@ -238,12 +240,12 @@ class Members:
         except FileNotFoundError:
             seen = ()
         except OSError as error:
-            raise MembersError(f"Cannot read {self.path}: {error.strerror or error}.") from error
+            raise NodeListError(f"Cannot read {self.path}: {error.strerror or error}.") from error
         if seen == self._seen:
             return
         try:
             self._members = _read(self.path)
-        except MembersError as error:
+        except NodeListError as error:
             if self._seen is None:
                 raise
             log.warning("%s The nodes known before stay so.", error)  # it was edited by hand
@@ -254,22 +256,22 @@ class Members:
         self._seen = seen
 
 
-def _read(path: Path) -> list[Member]:
+def _read(path: Path) -> list[Node]:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise MembersError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise NodeListError(f"Cannot read {path}: {error.strerror or error}.") from error
     try:
         return [_member(record) for record in json.loads(text)["nodes"]]
     except (ValueError, KeyError, TypeError, RecursionError, FedError) as error:
-        raise MembersError(f"{path} is not a list of nodes: {error}") from error
+        raise NodeListError(f"{path} is not a list of nodes: {error}") from error
 
 
-def _member(record: Any) -> Member:
+def _member(record: Any) -> Node:
     kinds = {"name": str, "number": int, "key": str, "secret": str, "revoked": bool}
-    member = Member(**record)
+    member = Node(**record)
     for name, kind in kinds.items():
         if type(getattr(member, name)) is not kind:
             raise ValueError(f"{name} of a node is {getattr(member, name)!r}")
@@ -279,7 +281,7 @@ def _member(record: Any) -> Member:
     return member
 
 
-def _is_revoked(member: Member) -> bool:
+def _is_revoked(member: Node) -> bool:
     return member.revoked
 
 
