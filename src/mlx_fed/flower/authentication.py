@@ -63,9 +63,9 @@ class NodeAuthentication:
             return cached_key
         try:
             key = b64decode(signature[0], validate=True)
+            _check_clock(headers.get(TIMESTAMP_HEADER, ""))
             if self._link.allowlist is not None and ours.TOKEN not in headers:
                 self._link.allowlist.name_of(key)  # before the cost of a verification
-            _check_clock(headers.get(TIMESTAMP_HEADER, ""))
             authenticate_node(
                 SimpleNamespace(  # type: ignore[arg-type]  # what it reads of a Request
                     headers=headers,
