@@ -120,8 +120,8 @@ class _Client:
         return batches.load(trainer.task, partition, num_partitions)
 
     def setting_out(self, message: Message, context: Context) -> tuple[Trainer, Config]:
-        _, sent = messages.config_of(message.content)
-        config = kebab_case(sent)  # strategies add to it, and servers that are not ours
+        _, message_config = messages.config_of(message.content)
+        config = kebab_case(message_config)  # strategies add to it, and servers that are not ours
         return self.trainer(int(str(config.get("seed", 0))), _run_config(context)), config
 
     def data_of(self, trainer: Trainer, context: Context) -> tuple[Data, int]:
@@ -131,14 +131,14 @@ class _Client:
     def answer_roll_call(self, message: Message, context: Context) -> Message:
         partition, _ = partition_of(context)
         _, config = messages.config_of(message.content)
-        expected = json.loads(str(config.get("fingerprint", "{}")))
-        found = fingerprint_of(self.task(_run_config(context)), expected)
+        reference = json.loads(str(config.get("fingerprint", "{}")))
+        fingerprint = fingerprint_of(self.task(_run_config(context)), reference)
         answer: dict[str, Any] = {
             "name": str(context.node_config.get("name") or f"node-{partition}"),
             "partition-id": partition,
-            "fingerprint": json.dumps(found),
+            "fingerprint": json.dumps(fingerprint),
         }
-        if expected.items() <= found.items():  # another's model is not built, nor downloaded
+        if reference.items() <= fingerprint.items():  # another's model is not built, nor downloaded
             trainer, _ = self.setting_out(message, context)
             answer["frozen"] = json.dumps(trainer.frozen)
             if config.get("prepare"):
@@ -176,7 +176,7 @@ class _Client:
         trainer, config = self.setting_out(message, context)
         data, partition = self.data_of(trainer, context)
         statistics = self._statistics(trainer, message, context)
-        name, packed, parameters = _take_parameters(message, trainer)
+        name, is_packed, parameters = _take_parameters(message, trainer)
         number = client_state.round_of(config)
         state = client_state.rewind(context.state, number)
         update = trainer.train(
@@ -184,11 +184,11 @@ class _Client:
         )
         _log_notes(trainer)
         metrics: dict[str, Any] = dict(update.metrics)
-        arrays = messages.pack if packed else master_weights.to_masters
+        arrays = messages.pack if is_packed else master_weights.to_masters
         content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})
         client_state.save(context.state, number, update.client_state)
         if update.statistics:
-            (content if packed else context.state)[messages.STATISTICS] = messages.pack(
+            (content if is_packed else context.state)[messages.STATISTICS] = messages.pack(
                 update.statistics
             )
         return Message(content, reply_to=message)
@@ -198,14 +198,14 @@ class _Client:
         data, partition = self.data_of(trainer, context)
         statistics = self._statistics(trainer, message, context)
         state = client_state.load(context.state, client_state.round_of(config))
-        _, packed, parameters = _take_parameters(message, trainer)
+        _, is_packed, parameters = _take_parameters(message, trainer)
         if data.test is None:
-            if packed:  # by a server that knows what it means
+            if is_packed:  # by a server that knows what it means
                 return Message(messages.nothing_to_evaluate(), reply_to=message)
             raise ClientError(f"Partition {partition} has no test examples: Data.test is None.")
         evaluation = trainer.evaluate(parameters, statistics, data.test, state, config)
         _log_notes(trainer)
-        if evaluation.undefined and not packed:  # Flower's mean would be NaN for all clients
+        if evaluation.undefined and not is_packed:  # Flower's mean would be NaN for all clients
             name, why = next(iter(evaluation.undefined.items()))
             raise ClientError(f"Metric {name!r} is undefined: {why}")
         return Message(messages.pack_evaluation(evaluation), reply_to=message)
@@ -230,10 +230,10 @@ def _take_parameters(message: Message, trainer: Trainer) -> tuple[str, bool, Arr
     content = message.content
     name, record = messages.parameters_of(content)
     parameters = master_weights.cast(messages.unpack(record), trainer.spec)
-    packed = messages.is_packed(record)
-    if packed:  # several messages may share their content
+    is_packed = messages.is_packed(record)
+    if is_packed:  # several messages may share their content
         message.content = RecordDict({key: content[key] for key in content if key != name})
-    return name, packed, parameters
+    return name, is_packed, parameters
 
 
 def _log_notes(trainer: Trainer) -> None:

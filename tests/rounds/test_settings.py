@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -205,6 +207,7 @@ def test_a_task_is_made_of_functions(fields: dict[str, Any], message: str):
         ({"test": (np.zeros(3), np.zeros(2))}, r"arrays of one length; these have \[3, 2\]"),
         ({"test": (1, 2)}, r"arrays of one length; these have \[None, None\]"),
         ({"test": (np.zeros((0, 3)), np.zeros(0))}, "test has no examples"),
+        ({"seed": None}, "seed is a whole number, not None"),
         ({"stop": 5}, "stop is a function, not 5"),
         ({"evaluate_fn": {"loss": 1}}, "evaluate_fn is a function, not"),
     ],
@@ -213,6 +216,25 @@ def test_a_task_is_made_of_functions(fields: dict[str, Any], message: str):
 def test_settings_that_cannot_be_are_refused(settings: dict, message: str):
     with pytest.raises(fed.FedError, match=message):
         RunSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("function", "absent"),
+    [(fed.serve, set()), (fed.server_app, set()), (fed.simulate, {"wait", "min_nodes"})],
+)
+def test_the_settings_of_a_run_are_in_the_signatures(function: Callable, absent: set):
+    parameters = inspect.signature(function).parameters
+    for field in dataclasses.fields(RunSettings):
+        if field.name in absent:
+            assert field.name not in parameters
+        elif field.name not in ("num_rounds", "config"):
+            assert parameters[field.name].default == field.default
+            assert parameters[field.name].annotation == field.type
+    documented = re.findall(r"^ {8}(\w+) \(", function.__doc__ or "", re.M)
+    if function is not fed.server_app:
+        assert set(parameters) == set(documented)
+    with pytest.raises(fed.FedError, match=r"no argument 'round_timout'. Did you mean round_timeo"):
+        function(None, round_timout=3)
 
 
 @pytest.mark.parametrize(

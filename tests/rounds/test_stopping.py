@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,28 @@ def test_there_has_to_be_an_evaluation(rule: dict, tmp_path: Path):
         simulate(tmp_path, strategy, **rule)
     central = {"evaluate_fn": lambda *_: {"loss": 1.0, "accuracy": 0.9}}
     assert simulate(tmp_path, strategy, **rule, **central).stopped
+
+
+@pytest.mark.parametrize(("fraction", "num_rounds"), [(1.0, 1), (0.6, 3)])
+def test_a_target_needs_nodes_with_test_examples(fraction: float, num_rounds: int, tmp_path: Path):
+    def load_train(partition_id: int, num_partitions: int | None) -> fed.Data:
+        return fed.Data(TASK.data(partition_id, num_partitions).train)
+
+    task, strategy = replace(TASK, data=load_train), FedAvg(fraction_evaluate=fraction)
+    message = f"The target accuracy is judged by .*Data.test.*, after {num_rounds} rounds"
+    with pytest.raises(fed.FedError, match=message):
+        simulated(strategy, tmp_path, task, 2, num_rounds=12, target="accuracy=0.9")
+    skipping = EveryFourth()
+    result = simulate(tmp_path, skipping, target="accuracy=0.0", num_rounds=5)
+    assert len(result.rounds) == 4
+
+
+class EveryFourth(FedAvg):
+    """Nodes evaluate in every fourth round only."""
+
+    def configure_evaluate(self, server_round, arrays, config, grid):
+        messages = super().configure_evaluate(server_round, arrays, config, grid)
+        return [] if server_round % 4 else messages
 
 
 def test_a_target_that_is_no_metric_is_named(tmp_path: Path):

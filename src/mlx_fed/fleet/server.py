@@ -258,9 +258,9 @@ def _serving(
         server_header=False,
         date_header=False,
     )
-    failed = ServeError("The server's HTTP thread ended at its start.")
+    start_error = ServeError("The server's HTTP thread ended at its start.")
     try:
-        with http.serve_in_thread(LimitedServer(config, max_connections), listening, failed):
+        with http.serve_in_thread(LimitedServer(config, max_connections), listening, start_error):
             yield link
     finally:
         link.close()
@@ -293,6 +293,6 @@ def _wait_for_farewell(link: Link) -> None:
     """Waits for the nodes to leave."""
     deadline = time.monotonic() + _FAREWELL
     while link.online() and time.monotonic() < deadline:
-        seen = link.news_count()
+        last_count = link.news_count()
         if link.online():
-            link.wait_for_news(seen, 0.2)
+            link.wait_for_news(last_news, 0.2)

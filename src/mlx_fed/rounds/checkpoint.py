@@ -1,4 +1,4 @@
-"""A run's checkpoints: what it was after a round, on disk, so that it can go on from there.
+"""Checkpoints of a run: its state after a round, on disk, from which it can be resumed.
 
 Each is one file of safetensors, ``checkpoints/00012-<checksum>.safetensors``. It is written under
 another name, forced to the disk, and given its own name last, so that a crash at any byte leaves
@@ -51,7 +51,7 @@ class Best(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """What a run was after a round.
+    """State of a run after a round.
 
     Attributes:
         round (int): The round.
@@ -106,20 +106,20 @@ class Checkpoints:
     def _save(self, checkpoint: Checkpoint, before: Callable[[], None]) -> None:
         before()
         number = checkpoint.round
-        part = self.folder / f"{number:05}.part"
-        with errors_named(part):
+        draft = self.folder / f"{number:05}.part"
+        with errors_named(draft):
             try:
                 if not self.folder.exists():
                     self.folder.mkdir()
                     sync_folder(self.folder.parent)
-                with part.open("wb") as file:
-                    counted = _Checked(file)
-                    _write(counted, checkpoint)
-                path = self.folder / f"{number:05}-{counted.checksum:08x}.safetensors"
-                commit(part, path)
+                with draft.open("wb") as file:
+                    writer = _Checked(file)
+                    _write(writer, checkpoint)
+                path = self.folder / f"{number:05}-{writer.checksum:08x}.safetensors"
+                commit(draft, path)
             finally:
                 with suppress(OSError):
-                    part.unlink(missing_ok=True)
+                    draft.unlink(missing_ok=True)
             self._prune(path, checkpoint.best)
 
     def _prune(self, newest: Path, best: Best | None) -> None:
@@ -128,32 +128,32 @@ class Checkpoints:
         number = _round_of(newest)
         # Those of later rounds are from before the run went on from an earlier one.
         earlier = [path for path in paths if _round_of(path) < number]
-        kept = {newest, *earlier[: self.keep - 1]}
-        kept |= {path for path in earlier if best and _round_of(path) == best.round}
+        retained_paths = {newest, *earlier[: self.keep - 1]}
+        retained_paths |= {path for path in earlier if best and _round_of(path) == best.round}
         # A process that was killed leaves the half of one.
-        halves = [part for part in self.folder.glob("*.part") if part.stem < f"{number:05}"]
-        for path in {*paths, *halves} - kept:
+        drafts = [draft for draft in self.folder.glob("*.part") if draft.stem < f"{number:05}"]
+        for path in {*paths, *drafts} - retained_paths:
             path.unlink(missing_ok=True)
 
     def paths(self) -> list[Path]:
         """All checkpoints, the newest first."""
-        found = [path for path in self.folder.glob("*.safetensors") if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: (_round_of(path), path.name), reverse=True)
+        paths = [path for path in self.folder.glob("*.safetensors") if _NAME.fullmatch(path.name)]
+        return sorted(paths, key=lambda path: (_round_of(path), path.name), reverse=True)
 
     def last(
-        self, damaged: Callable[[Path, str], None], spool: Spool | None = None
+        self, report: Callable[[Path, str], None], spool: Spool | None = None
     ) -> Checkpoint | None:
         """The newest that is whole, or None if there is none.
 
         Args:
-            damaged (callable): Told of each newer one that is not, and why.
+            report (callable): Told of each newer one that is not, and why.
             spool (Spool, optional): Where its large parameters wait.
         """
         for path in self.paths():
             try:
                 return read(path, spool)
             except CheckpointError as error:
-                damaged(path, str(error))
+                report(path, str(error))
         return None
 
     def state_after(self, number: int) -> State | None:
@@ -184,30 +184,30 @@ def read(path: Path, spool: Spool | None = None) -> Checkpoint:
     Raises:
         CheckpointError: If its bytes are not those that were written.
     """
-    named = _NAME.fullmatch(path.name)
+    match = _NAME.fullmatch(path.name)
     spool = spool or Spool()
     try:
         with path.open("rb") as file:
-            if named is None or _checksum(file) != int(named[2], 16):
+            if match is None or _checksum(file) != int(match[2], 16):
                 raise CheckpointError("its bytes do not have the checksum of its name")
-        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-        arrays, metadata = loaded
+        contents: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+        arrays, metadata = contents
         kinds: dict[str, Arrays] = {kind: {} for kind in _KINDS}
         for name in list(arrays):
-            kind, _, rest = name.partition("/")
-            kinds[kind][rest] = arrays.pop(name)
-        about = json.loads(metadata["run"])
+            kind, _, key = name.partition("/")
+            kinds[kind][key] = arrays.pop(name)
+        header = json.loads(metadata["run"])
         masters = ArrayRecord()
-        for name in about["order"]:  # MLX reads each as it is asked for, and it is let go then
+        for name in header["order"]:  # MLX reads each as it is asked for, and it is released then
             masters[name] = spool.put_values(np.asarray(kinds["parameters"].pop(name)))
         mx.eval(kinds["statistics"], kinds["strategy"])
         return Checkpoint(
             int(metadata["round"]),
             masters,
-            {name: kinds["statistics"][name] for name in about["statistics"]},
+            {name: kinds["statistics"][name] for name in header["statistics"]},
             State(json.loads(metadata["strategy"]), kinds["strategy"]),
-            Best(*about["best"]) if about["best"] else None,
-            about["identity"],
+            Best(*header["best"]) if header["best"] else None,
+            header["identity"],
         )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"it cannot be read: {error}") from error
@@ -226,7 +226,7 @@ class _Checked:
 
 
 def _write(file: _Checked, checkpoint: Checkpoint) -> None:
-    about = {
+    header = {
         "order": list(checkpoint.masters),
         "statistics": list(checkpoint.statistics),
         "best": checkpoint.best,
@@ -235,7 +235,7 @@ def _write(file: _Checked, checkpoint: Checkpoint) -> None:
     metadata = {
         "format": "mlx",
         "round": str(checkpoint.round),
-        "run": json.dumps(about),
+        "run": json.dumps(header),
         "strategy": json.dumps(checkpoint.strategy.tree),
     }
     arrays: dict[str, safetensors.Values] = {

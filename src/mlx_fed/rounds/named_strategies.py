@@ -1,4 +1,4 @@
-"""Strategies by name, made with arguments that are checked first."""
+"""Strategies by name, built from arguments that are checked first."""
 
 from __future__ import annotations
 
@@ -51,12 +51,13 @@ def by_name(name: str) -> type[Strategy]:
     if isinstance(kind, type) and issubclass(kind, Strategy):
         return kind
     names = [
-        each
-        for each in flower.__all__
-        if each.startswith(("Bulyan", "Fed", "Krum", "Multi", "QFed")) and "Xgb" not in each
+        class_name
+        for class_name in flower.__all__
+        if class_name.startswith(("Bulyan", "Fed", "Krum", "Multi", "QFed"))
+        and "Xgb" not in class_name
     ]
-    meant = nearest(name, names)
-    hint = f"Did you mean {meant}?" if meant else f"It has {', '.join(names)}."
+    suggestion = nearest(name, names)
+    hint = f"Did you mean {suggestion}?" if suggestion else f"It has {', '.join(names)}."
     raise SettingsError(f"Flower has no strategy {name!r}. {hint}")
 
 
@@ -70,8 +71,8 @@ def make_by_name(
     """
     maker = by_name(name)
     arguments, _ = arguments_of(maker)
-    least = {each: min_nodes for each in strategies.LEAST_NODES if each in arguments}
-    return make(maker, {**kebab_case(least), **kebab_case(options, source)}, source=source)
+    limits = {limit: min_nodes for limit in strategies.LEAST_NODES if limit in arguments}
+    return make(maker, {**kebab_case(limits), **kebab_case(options, source)}, source=source)
 
 
 def make(
@@ -94,9 +95,9 @@ def make(
     for key, value in kebab_case(options, source).items():
         argument = key.replace("-", "_")
         if argument not in annotations and not takes_any:
-            names = sorted(each.replace("_", "-") for each in annotations)
-            meant = nearest(key, names)
-            hint = f"Did you mean {meant}?" if meant else f"It has {', '.join(names) or 'none'}."
+            names = sorted(argument.replace("_", "-") for argument in annotations) or ["none"]
+            suggestion = nearest(key, names)
+            hint = f"Did you mean {suggestion}?" if suggestion else f"It has {', '.join(names)}."
             raise SettingsError(f"{source}: {name} has no argument {key}. {hint}")
         if kind := _kind_of(argument, annotations.get(argument)):
             kind.check(source, key, value)
@@ -119,8 +120,10 @@ def arguments_of(maker: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     if isinstance(maker, type):
         makers = [vars(kind).get("__init__") for kind in maker.__mro__[:-1]]
     annotations: dict[str, Any] = {}
-    for each in filter(None, makers):
-        parameters = list(inspect.signature(each).parameters.values())[isinstance(maker, type) :]
+    for function in filter(None, makers):
+        parameters = list(inspect.signature(function).parameters.values())[
+            isinstance(maker, type) :
+        ]
         kinds = {parameter.kind for parameter in parameters}
         for parameter in parameters:
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

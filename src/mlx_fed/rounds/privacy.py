@@ -49,11 +49,11 @@ def require_covered(private: str, statistics: Spec) -> None:
     """
     if not statistics:
         return
-    more = f" and {len(statistics) - _SHOWN} more" if len(statistics) > _SHOWN else ""
+    rest_text = f" and {len(statistics) - _SHOWN} more" if len(statistics) > _SHOWN else ""
     raise PrivacyError(
         f"{private} covers the parameters alone: the model's running statistics "
-        f"({', '.join([*statistics][:_SHOWN])}{more}) would leave each client exactly, without "
-        "clipping and noise, and tell of its inputs. Let clients keep them "
+        f"({', '.join([*statistics][:_SHOWN])}{rest_text}) would leave each client exactly, "
+        "without clipping and noise, and tell of its inputs. Let clients keep them "
         '(Task.statistics="local"), or use a norm without running statistics, such as '
         "nn.GroupNorm or nn.LayerNorm."
     )

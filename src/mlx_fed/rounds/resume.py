@@ -36,14 +36,14 @@ class RunState(NamedTuple):
         """The state after one more round."""
         number, best = record.round, self.best
         central = record.central or {}
-        loss, undefined = central.get("loss"), 0.0
+        loss, undefined_share = central.get("loss"), 0.0
         if "loss" not in central:
             loss = record.evaluate.get("loss")
             num_undefined = record.undefined.get("evaluate", {}).get("loss", 0)
-            undefined = num_undefined / max(1, len(record.evaluate.get("nodes", ())))
+            undefined_share = num_undefined / max(1, len(record.evaluate.get("nodes", ())))
         if isinstance(loss, (int, float)) and math.isfinite(loss):
-            new = Best(number, float(loss), undefined)
-            if best is None or (undefined, new.loss) < (best.undefined, best.loss):
+            new = Best(number, float(loss), undefined_share)
+            if best is None or (undefined_share, new.loss) < (best.undefined, best.loss):
                 best = new
         return RunState(number, model, best)
 
@@ -61,18 +61,18 @@ class RunState(NamedTuple):
 
 
 def resume_state(run: Run, identity: dict[str, Any]) -> RunState | None:
-    """Takes a run up where its last whole checkpoint has it; the strategy gets its state back.
+    """Resumes a run from its last whole checkpoint, with the strategy's state.
 
     Args:
-        run (Run): The run, set up as it was.
+        run (Run): The run, set up as at its start.
         identity (dict): From :func:`identity_of`.
 
     Returns:
-        RunState: None where no round was over.
+        RunState: None if no round was finished.
 
     Raises:
         CheckpointError: If the run is not the same, or no checkpoint is whole.
-        StateError: If the strategy cannot take up its state.
+        StateError: If the strategy does not fit its state.
         HistoryError: If the run's folder cannot be written.
     """
 
@@ -131,40 +131,40 @@ def identity_of(run: Run) -> dict[str, Any]:
 def _simulated(run: Run) -> dict[str, Any]:
     """How many clients a simulation has, and what goes wrong with them; empty of a federation,
     whose nodes come and go."""
-    about = run.history.about
-    return {key: about[key] for key in ("clients", "faults") if key in about}
+    description = run.history.about
+    return {key: description[key] for key in ("clients", "faults") if key in description}
 
 
-def _without_least_nodes(described: dict[str, Any]) -> dict[str, Any]:
-    kept = {k: v for k, v in described.items() if k not in strategies.LEAST_NODES}
-    if "strategy" in kept:
-        kept["strategy"] = _without_least_nodes(kept["strategy"])
-    return kept
+def _without_least_nodes(description: dict[str, Any]) -> dict[str, Any]:
+    result = {k: v for k, v in description.items() if k not in strategies.LEAST_NODES}
+    if "strategy" in result:
+        result["strategy"] = _without_least_nodes(result["strategy"])
+    return result
 
 
-def _require_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    before, now = dict(before), dict(now)
-    changed = frozen.difference(before.pop(_FROZEN), now.pop(_FROZEN))
-    differences = list(_differences("", before, now))
-    if changed is not None and not changed.is_rounding:
-        differences.append(str(changed))
+def _require_same(before: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    before, current = dict(before), dict(current)
+    difference = frozen.difference(before.pop(_FROZEN), current.pop(_FROZEN))
+    differences = list(_differences("", before, current))
+    if difference is not None and not difference.is_rounding:
+        differences.append(str(difference))
     if differences:
-        shown = "; ".join(differences[:_SHOWN])
-        more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+        text = "; ".join(differences[:_SHOWN])
+        rest_text = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise CheckpointError(
-            f"The run in {folder} cannot go on, it is not the same any more: {shown}{more}. "
+            f"The run in {folder} cannot go on, it is not the same any more: {text}{rest_text}. "
             "Resume it with what it was started with, or start a new run."
         )
 
 
-def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
+def _differences(name: str, before: Any, current: Any) -> Iterator[str]:
     """Each value that changed, by its name."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*before, *(key for key in now if key not in before)]:
-            yield from _differences(f"{name} {key}".strip(), before.get(key), now.get(key))
-    elif before != now:
-        yield f"{name} was {_shown(before)} and is {_shown(now)}"
+    if isinstance(before, dict) and isinstance(current, dict):
+        for key in [*before, *(key for key in current if key not in before)]:
+            yield from _differences(f"{name} {key}".strip(), before.get(key), current.get(key))
+    elif before != current:
+        yield f"{name} was {_text_of(before)} and is {_text_of(current)}"
 
 
-def _shown(value: Any) -> str:
+def _text_of(value: Any) -> str:
     return "absent" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""Who takes part: node ids, their names and partitions, and who is left out.
+"""Roster of a run, its participants: node ids, their names and partitions, and who is left out.
 
 Flower knows nodes by random ids. The roll call asks each one for its name, its partition and
 its model, and strategies then see the nodes in one order, whatever order they came in.
@@ -55,7 +55,7 @@ class Participants(Protocol):
     def nodes(self) -> Mapping[int, Node]:
         """The nodes by id, in order."""
 
-    def wait_for(self, needed: int, seconds: float) -> None:
+    def wait_for(self, min_nodes: int, seconds: float) -> None:
         """Waits until that many take part, or raises RunError."""
 
     @property
@@ -123,30 +123,30 @@ class Roster:
             answers = self.grid.pull_messages(list(self.unread))
             self.unread -= {answer.metadata.reply_to_message_id for answer in answers}
 
-    def wait_for(self, needed: int, seconds: float) -> None:
+    def wait_for(self, min_nodes: int, seconds: float) -> None:
         """Waits until that many nodes take part, and longer while others answer the roll call.
 
         Raises:
             RunError: If they have not come in time.
         """
         deadline = time.monotonic() + seconds
-        told = None
+        last_count = None
         while True:
             self.update()
             present = len(self.nodes)
-            late = time.monotonic() > deadline
-            if present >= needed:
-                if told is None or late or not self._is_waiting():
+            is_late = time.monotonic() > deadline
+            if present >= min_nodes:
+                if last_count is None or is_late or not self._is_waiting():
                     return
-            elif late:
+            elif is_late:
                 raise RunError(
-                    f"{present} of {needed} nodes came within {seconds:.0f} seconds"
+                    f"{present} of {min_nodes} nodes came within {seconds:.0f} seconds"
                     f"{self._why_others_do_not()}. "
                     "Start more nodes, raise --wait, or ask for fewer."
                 )
-            if present != told:
-                told = present
-                self.listener(NodesAwaited(present, needed))
+            if present != last_count:
+                last_count = present
+                self.listener(NodesAwaited(present, min_nodes))
             self.grid.wait(POLL)
 
     def leave_out(self, name: str, why: str) -> bool:
@@ -160,10 +160,10 @@ class Roster:
 
     def _why_others_do_not(self) -> str:
         """The first reasons why nodes were left out, as the end of a sentence."""
-        shown = [f"{name}: {why}"[:240] for name, why in islice(self.reasons.items(), 3)]
-        if len(self.reasons) > len(shown):
-            shown.append(f"and {len(self.reasons) - len(shown)} more")
-        return f"; left out: {'; '.join(shown)}" if shown else ""
+        texts = [f"{name}: {why}"[:240] for name, why in islice(self.reasons.items(), 3)]
+        if len(self.reasons) > len(texts):
+            texts.append(f"and {len(self.reasons) - len(texts)} more")
+        return f"; left out: {'; '.join(texts)}" if texts else ""
 
     def _is_waiting(self) -> bool:
         """Whether a node that came lately has still to answer the roll call."""
@@ -171,16 +171,16 @@ class Roster:
 
     def _ask(self, node_ids: set[int]) -> None:
         """Asks those not asked yet; who could not be sent the question is asked next time."""
-        gone = {message_id for message_id, asked in self.asked.items() if asked not in node_ids}
-        self.unread |= gone
-        for message_id in gone:
+        stale_ids = {message for message, node_id in self.asked.items() if node_id not in node_ids}
+        self.unread |= stale_ids
+        for message_id in stale_ids:
             del self.asked[message_id]
         newcomers = sorted(node_ids - set(self.asked.values()))
-        asked = {**self.config, "fingerprint": json.dumps(dict(self.fingerprint))}
-        content = RecordDict({"config": ConfigRecord(asked)})
+        config = {**self.config, "fingerprint": json.dumps(dict(self.fingerprint))}
+        content = RecordDict({"config": ConfigRecord(config)})
         questions = [Message(content, node_id, messages.ROLL_CALL) for node_id in newcomers]
-        if sent := push(self.grid, questions):
-            self.asked |= sent
+        if node_ids_by_message := push(self.grid, questions):
+            self.asked |= node_ids_by_message
             self.heard = time.monotonic()
 
     def _take_in(self, answer: Message) -> None:
@@ -201,22 +201,22 @@ class Roster:
         except Exception as error:  # whatever a stranger's bytes can bring about
             why = str(error) if isinstance(error, FedError) else f"unreadable answer: {error!r}"
             # JSON has halves of characters, which no message can carry back.
-            shown = why[:_LONGEST_REASON].encode(errors="replace").decode()
-            self._leave_out(node_id, name, shown)
+            reason = why[:_LONGEST_REASON].encode(errors="replace").decode()
+            self._leave_out(node_id, name, reason)
             return
         self.reasons.pop(name, None)
         self.nodes[node_id] = node
-        by_place = sorted(self.nodes.values(), key=lambda node: (node.partition, node.name))
-        self.nodes = {node.id: node for node in by_place}
+        nodes = sorted(self.nodes.values(), key=lambda node: (node.partition, node.name))
+        self.nodes = {node.id: node for node in nodes}
         self.listener(NodeJoined(node.name, len(self.nodes)))
         if rounding is not None:
             self.listener(Notice(f"{node.name}: its {rounding}, as devices differ"))
 
     def _check_name(self, node: Node) -> None:
         """A node that a grid knows by name has no other one."""
-        known = self.grid.name_of(node.id)
-        if known not in (None, node.name):
-            raise checks.Refused(f"its key is that of {known}, whose name it has to have")
+        key_name = self.grid.name_of(node.id)
+        if key_name not in (None, node.name):
+            raise checks.Refused(f"its key is that of {key_name}, whose name it has to have")
 
     def _check_number(self, node: Node) -> None:
         """A node that a grid knows by number holds no other part of the data."""
@@ -230,9 +230,9 @@ class Roster:
     def _check_fingerprint(self, record: ConfigRecord) -> None:
         theirs = json.loads(str(record.get("fingerprint", "{}")))
         for what, ours in self.fingerprint.items():
-            if (other := theirs.get(what)) != ours:
+            if (value := theirs.get(what)) != ours:
                 raise checks.Refused(
-                    f"its {what} is not the server's: {str(other)[:_LONGEST]}, expected {ours}"
+                    f"its {what} is not the server's: {str(value)[:_LONGEST]}, expected {ours}"
                 )
 
     def _check_model(self, record: ConfigRecord) -> None:
@@ -249,21 +249,21 @@ class Roster:
     def _check_frozen(self, record: ConfigRecord) -> frozen.Difference | None:
         """What differs by rounding alone, if anything does."""
         theirs = json.loads(str(record.get("frozen", "{}")))
-        found = frozen.difference(self.identities, theirs)
-        if found is not None and not found.is_rounding:
-            raise checks.Refused(f"its model is not the server's: {found}")
-        return found
+        difference = frozen.difference(self.identities, theirs)
+        if difference is not None and not difference.is_rounding:
+            raise checks.Refused(f"its model is not the server's: {difference}")
+        return difference
 
     def _check_free(self, node: Node) -> None:
-        for other in self.nodes.values():
-            if node.partition == other.partition:
+        for member in self.nodes.values():
+            if node.partition == member.partition:
                 raise checks.Refused(
                     f"node id {node.partition} is taken by a node that is online: "
                     "give each node its own --node-id"
                 )
-            if node.name == other.name:
+            if node.name == member.name:
                 raise checks.Refused(
-                    f"its name is taken by the node with id {other.partition}, which is online: "
+                    f"its name is taken by the node with id {member.partition}, which is online: "
                     "give each node its own --name"
                 )
 

@@ -27,6 +27,10 @@ _LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "error", "mse", "rmse", "mae", 
 _TARGET = re.compile(r"(?P<name>[^<>=]+)(?P<sign>=|<=|>=)(?P<value>[^<>=]+)")
 
 
+_SAMPLED_ROUNDS = 3
+"""Rounds after which a sample of the nodes has had one with test examples, if there are any."""
+
+
 class Target(NamedTuple):
     """A metric's value that ends a run: at least, or at most where less is better."""
 
@@ -84,6 +88,12 @@ def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def _has_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a round has metrics, or an evaluation that failed."""
+    failures = (failure.get("phase") for failure in record.get("refused", ()))
+    return bool(metrics_of(record)) or "evaluate" in failures
+
+
 def _are_reached(targets: Sequence[Target], metrics: Mapping[str, float]) -> bool:
     return all(target.is_reached(metrics) for target in targets)
 
@@ -98,12 +108,15 @@ class Stopping(NamedTuple):
             :class:`~mlx_fed.rounds.settings.RunSettings`.
         after (int): The round after which the run ended early and was given more rounds, 0 if it
             was not: patience counts from there, and what was reached then is reached no more.
+        evaluation_deadline (int): The round by which an evaluation has to have given metrics;
+            0 if that is unknown, as with a strategy that evaluates in some rounds.
     """
 
     patience: int
     targets: list[Target]
     stop: StopFn | None = None
     after: int = 0
+    evaluation_deadline: int = 0
 
     def reason(self, rounds: Sequence[dict[str, Any]], best: Best | None) -> str | None:
         """Why a run is over after these rounds, or None where it goes on.
@@ -125,13 +138,23 @@ class Stopping(NamedTuple):
         if not self.targets:
             return None
         metrics = metrics_of(rounds[-1])
+        if len(rounds) >= self.evaluation_deadline > 0 and not any(map(_has_evaluation, rounds)):
+            raise RunError(
+                f"The target {self.targets[0].name} is judged by an evaluation, and no node has "
+                f"test examples (Data.test), after {len(rounds)} rounds: give nodes such examples, "
+                "or the server (test)."
+            )
         is_partial = rounds[-1].get("central") == {}  # the user's own evaluation skips rounds
         for target in self.targets:
             if metrics and not is_partial and target.name not in metrics:
-                meant = nearest(target.name, metrics)
-                hint = f"Did you mean {meant}?" if meant else f"There are {', '.join(metrics)}."
+                suggestion = nearest(target.name, metrics)
+                hint = (
+                    f"Did you mean {suggestion}?"
+                    if suggestion
+                    else f"There are {', '.join(metrics)}."
+                )
                 raise RunError(f"The target {target.name} is no metric of the evaluation. {hint}")
-        before = next((each for each in rounds if each["round"] == self.after), {})
+        before = next((record for record in rounds if record["round"] == self.after), {})
         if not _are_reached(self.targets, metrics) or _are_reached(
             self.targets, metrics_of(before)
         ):
@@ -140,14 +163,14 @@ class Stopping(NamedTuple):
         return f"{', '.join(values)}, and the target was {', '.join(map(str, self.targets))}"
 
     def _out_of_patience(self, rounds: Sequence[dict[str, Any]], best: Best | None) -> str | None:
-        waited = rounds[-1]["round"] - max(best.round if best else 0, self.after)
-        if not self.patience or waited < self.patience:
+        num_rounds = rounds[-1]["round"] - max(best.round if best else 0, self.after)
+        if not self.patience or num_rounds < self.patience:
             return None
         if best is None:
             return f"no round had a finite loss, and patience was {self.patience}"
         return (
-            f"no loss was below {best.loss:.4g}, that of round {best.round}, for {waited} rounds, "
-            f"and patience was {self.patience}"
+            f"no loss was below {best.loss:.4g}, that of round {best.round}, for {num_rounds} "
+            f"rounds, and patience was {self.patience}"
         )
 
     def _asked(self, rounds: Sequence[dict[str, Any]]) -> str | None:
@@ -187,7 +210,19 @@ def stopping_of(settings: RunSettings, strategy: Strategy, previous: Previous) -
             "(fraction_evaluate is 0), or give the server test examples."
         )
     targets = parse_target(settings.target)
-    return Stopping(settings.patience or 0, targets, settings.stop, previous.went_on_after)
+    has_server_evaluation = settings.test is not None or settings.evaluate_fn is not None
+    deadline = 0 if has_server_evaluation else _evaluation_deadline(strategy)
+    return Stopping(
+        settings.patience or 0, targets, settings.stop, previous.went_on_after, deadline
+    )
+
+
+def _evaluation_deadline(strategy: Strategy) -> int:
+    """The round by which some node has evaluated, if any can: see :class:`Stopping`."""
+    hooks = (type(layer).configure_evaluate for layer in strategies.layers(strategy))
+    if not all(hook.__module__.startswith("flwr.serverapp.strategy.") for hook in hooks):
+        return 0
+    return 1 if strategies.attribute(strategy, "fraction_evaluate") == 1.0 else _SAMPLED_ROUNDS
 
 
 def reason_at_start(

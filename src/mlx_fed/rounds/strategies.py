@@ -34,8 +34,8 @@ def describe(strategy: Strategy) -> dict[str, Any]:
     """A strategy's name and its plain settings, for the record of a run."""
     plain = {k: v for k, v in vars(strategy).items() if isinstance(v, (int, float, str, bool))}
     inner = getattr(strategy, "strategy", None)
-    wrapped = {"strategy": describe(inner)} if inner is not None else {}
-    return {"name": type(strategy).__name__, **plain, **wrapped}
+    inner_description = {"strategy": describe(inner)} if inner is not None else {}
+    return {"name": type(strategy).__name__, **plain, **inner_description}
 
 
 def layers(strategy: Strategy) -> Iterator[Any]:
@@ -103,11 +103,11 @@ def aggregate_mean(
 
 def mean_metrics(metrics: Sequence[Mapping[str, Any]], weighted_by: str) -> MetricRecord:
     """What Flower's strategies have as the mean of metrics, without a record for each client."""
-    total = sum(each[weighted_by] for each in metrics)
+    total = sum(client_metrics[weighted_by] for client_metrics in metrics)
     mean: dict[str, Any] = {}
-    for each in metrics:
-        share = each[weighted_by] / total
-        for key, value in each.items():
+    for client_metrics in metrics:
+        share = client_metrics[weighted_by] / total
+        for key, value in client_metrics.items():
             if key == weighted_by:
                 continue
             if isinstance(value, list):
@@ -163,7 +163,7 @@ def pooled_metrics(contents: Sequence[RecordDict], weighted_by: str) -> MetricRe
     for content in contents:
         metrics = next(iter(records_in(content, MetricRecord).values()))
         clients.append((metrics, messages.config_record(content, messages.WEIGHTS)))
-    pooled = MetricRecord()
+    means = MetricRecord()
     for name in dict.fromkeys(chain.from_iterable(metrics for metrics, _ in clients)):
         if name == weighted_by:
             continue
@@ -175,13 +175,13 @@ def pooled_metrics(contents: Sequence[RecordDict], weighted_by: str) -> MetricRe
         total = sum(weight for _, weight in values)
         values = [(value, weight / total) for value, weight in values if weight]
         if not values:
-            pooled[name] = math.nan
+            means[name] = math.nan
         elif isinstance(values[0][0], list):
             columns = zip(*([v * share for v in value] for value, share in values), strict=True)
-            pooled[name] = [float(sum(column)) for column in columns]
+            means[name] = [float(sum(column)) for column in columns]
         else:
-            pooled[name] = float(sum(value * share for value, share in values))
-    return pooled
+            means[name] = float(sum(value * share for value, share in values))
+    return means
 
 
 def wants_same_names(strategy: Strategy) -> bool:

@@ -1,4 +1,4 @@
-"""A strategy's own state: what it has to have back so that a run goes on as if it had not stopped.
+"""State of a strategy: what it needs to continue a run as if the run had not stopped.
 
 It is what ``vars()`` of the strategy holds, all the way down, over a closed set of types. Nothing
 is pickled: a tree of JSON names the values, and arrays lie beside it. Whatever else a strategy
@@ -26,7 +26,7 @@ from .strategies import LEAST_NODES
 _PLAIN = (type(None), bool, int, float, str)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial, type)
 _RECORDS = {kind.__name__: kind for kind in (ArrayRecord, ConfigRecord, MetricRecord)}
-_OWN = (("state", "load_state"), ("state_dict", "load_state_dict"))
+_STATE_METHODS = (("state", "load_state"), ("state_dict", "load_state_dict"))
 """How an object says what it keeps; Flower's privacy accountants have the second pair."""
 
 
@@ -93,17 +93,17 @@ class _Snapshot:
         if type(value) is bytes:
             return {"bytes": value.hex()}
         if id(value) in self.seen:
-            same = self.seen[id(value)]
-            if path.startswith(same) and type(value) is tuple:
+            path_before = self.seen[id(value)]
+            if path.startswith(path_before) and type(value) is tuple:
                 raise StateError(f"{path} is a tuple within itself, which a run cannot keep.")
-            return {"same": same}
+            return {"same": path_before}
         self.seen[id(value)] = path
         self.alive.append(value)  # or another object may come to have its id
         return self._object(value, path)
 
     def _object(self, value: Any, path: str) -> Any:
         kind = type(value)
-        for get, load in _OWN:
+        for get, load in _STATE_METHODS:
             if callable(getattr(value, get, None)) and callable(getattr(value, load, None)):
                 return {"own": self.of(getattr(value, get)(), f"{path}.{get}()"), "at": path}
         if isinstance(value, Strategy):
@@ -117,13 +117,13 @@ class _Snapshot:
         if kind in _RECORDS.values():
             return {"record": kind.__name__, "items": self._items(value, path), "at": path}
         if kind in (Array, SegmentedArray):
-            about = [value.dtype, list(value.shape), value.stype]
+            header = [value.dtype, list(value.shape), value.stype]
             data = np.frombuffer(value.data, np.uint8)
-            return {"Array": self._keep(data, path), "about": about, "at": path}
+            return {"Array": self._keep(data, path), "about": header, "at": path}
         if kind is np.ndarray and not value.dtype.hasobject:
             as_it_is = _is_as_it_is(value)
-            kept = self._keep(value.copy() if as_it_is else _as_bytes(value), path)
-            return {"numpy": kept, "as_it_is": as_it_is, "at": path}
+            key = self._keep(value.copy() if as_it_is else _as_bytes(value), path)
+            return {"numpy": key, "as_it_is": as_it_is, "at": path}
         if kind is mx.array and value.dtype != mx.float64:
             mx.eval(value)
             return {"mlx": self._keep(value, path), "at": path}
@@ -145,83 +145,85 @@ class _Snapshot:
 
 
 class _Restoration:
-    """The walk back. ``now`` is what the strategy has in a value's place."""
+    """The walk back. ``current`` is the strategy's value at the same path."""
 
     def __init__(self, arrays: Mapping[str, mx.array | np.ndarray], new: bool):
         self.arrays, self.new = arrays, new
-        self.made: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
 
-    def value(self, node: Any, now: Any, path: str) -> Any:
+    def value(self, node: Any, current: Any, path: str) -> Any:
         if not isinstance(node, dict):  # all but plain values are kept as one
             return node
         if "function" in node:
-            if not isinstance(now, _FUNCTIONS):
+            if not isinstance(current, _FUNCTIONS):
                 raise StateError(f"{path} was a function, and the strategy has none there now.")
-            return now
+            return current
         if "scalar" in node:
             dtype, data = np.dtype(node["scalar"]), bytes.fromhex(node["bytes"])
             return np.frombuffer(data, dtype)[0] if dtype.itemsize else dtype.type()
         if "bytes" in node:
             return bytes.fromhex(node["bytes"])
         if "same" in node:
-            return self.made[node["same"]]
-        return self._object(node, now, path)
+            return self.results[node["same"]]
+        return self._object(node, current, path)
 
-    def _object(self, node: dict[str, Any], now: Any, path: str) -> Any:
-        made: Any
+    def _object(self, node: dict[str, Any], current: Any, path: str) -> Any:
+        result: Any
         match node:
-            case {"own": own}:
-                made = now
-                _loader(now, path)(self.value(own, None, path))
+            case {"own": state_node}:
+                result = current
+                _loader(current, path)(self.value(state_node, None, path))
             case {"strategy": name, "attributes": attributes}:
-                if _class_name(now) != name:
-                    raise StateError(f"{path} was a {name}, and is a {_class_name(now)} now.")
-                made = self.made[node["at"]] = now
-                for key in () if self.new else vars(now).keys() - attributes.keys():
-                    del vars(now)[key]
+                if _class_name(current) != name:
+                    raise StateError(f"{path} was a {name}, and is a {_class_name(current)} now.")
+                result = self.results[node["at"]] = current
+                for key in () if self.new else vars(current).keys() - attributes.keys():
+                    del vars(current)[key]
                 for key, value in attributes.items():
                     if key not in LEAST_NODES:
                         # Past what the class may do when an attribute is set.
-                        vars(now)[key] = self.value(value, vars(now).get(key), f"{path}.{key}")
+                        vars(current)[key] = self.value(
+                            value, vars(current).get(key), f"{path}.{key}"
+                        )
             case {"list": items}:
-                made = self.made[node["at"]] = []
-                made += self._list(items, now, path)
+                result = self.results[node["at"]] = []
+                result += self._list(items, current, path)
             case {"tuple": items}:
-                made = tuple(self._list(items, now, path))
+                result = tuple(self._list(items, current, path))
             case {"dict": items}:
-                made = self.made[node["at"]] = {}
-                made.update(self._items(items, now, path))
+                result = self.results[node["at"]] = {}
+                result.update(self._items(items, current, path))
             case {"record": name, "items": items}:
-                made = _RECORDS[name](dict(self._items(items, now, path)))
+                result = _RECORDS[name](dict(self._items(items, current, path)))
             case {"Array": key, "about": [dtype, shape, stype]}:
-                made = Array(dtype, tuple(shape), stype, np.asarray(self.arrays[key]).tobytes())
+                result = Array(dtype, tuple(shape), stype, np.asarray(self.arrays[key]).tobytes())
             case {"numpy": key, "as_it_is": as_it_is}:
-                made = np.array(self.arrays[key])
+                result = np.array(self.arrays[key])
                 if not as_it_is:
-                    made = np.load(BytesIO(made.tobytes()), allow_pickle=False)
+                    result = np.load(BytesIO(result.tobytes()), allow_pickle=False)
             case {"mlx": key}:
-                made = self.arrays[key]
-        self.made[node["at"]] = made
-        return made
+                result = self.arrays[key]
+        self.results[node["at"]] = result
+        return result
 
-    def _list(self, nodes: list[Any], now: Any, path: str) -> Iterator[Any]:
-        have = now if isinstance(now, (list, tuple)) else ()
-        for place, node in enumerate(nodes):
-            old = have[place] if place < len(have) else None
-            yield self.value(node, old, f"{path}[{place}]")
+    def _list(self, nodes: list[Any], current: Any, path: str) -> Iterator[Any]:
+        have = current if isinstance(current, (list, tuple)) else ()
+        for index, node in enumerate(nodes):
+            old = have[index] if index < len(have) else None
+            yield self.value(node, old, f"{path}[{index}]")
 
-    def _items(self, nodes: list[list[Any]], now: Any, path: str) -> Iterator[tuple[Any, Any]]:
-        have = now if isinstance(now, dict) else {}
+    def _items(self, nodes: list[list[Any]], current: Any, path: str) -> Iterator[tuple[Any, Any]]:
+        have = current if isinstance(current, dict) else {}
         for key_node, node in nodes:
             key = self.value(key_node, None, path)
             yield key, self.value(node, have.get(key), f"{path}[{key!r}]")
 
 
-def _loader(now: Any, path: str) -> Callable[[Any], Any]:
-    for _, load in _OWN:
-        if callable(found := getattr(now, load, None)):
-            return found
-    raise StateError(f"{path} had a state of its own, and is a {_class_name(now)} now.")
+def _loader(current: Any, path: str) -> Callable[[Any], Any]:
+    for _, load in _STATE_METHODS:
+        if callable(function := getattr(current, load, None)):
+            return function
+    raise StateError(f"{path} had a state of its own, and is a {_class_name(current)} now.")
 
 
 def _class_name(value: Any) -> str:
@@ -232,8 +234,8 @@ def _class_name(value: Any) -> str:
 def _is_as_it_is(array: np.ndarray) -> bool:
     """Whether safetensors hold the array itself; otherwise they hold NumPy's own format."""
     dtype = array.dtype
-    held = dtype.kind in "biu" or dtype.name in ("float16", "float32")
-    return held and dtype.isnative and array.flags.c_contiguous
+    is_supported = dtype.kind in "biu" or dtype.name in ("float16", "float32")
+    return is_supported and dtype.isnative and array.flags.c_contiguous
 
 
 def _as_bytes(array: np.ndarray) -> np.ndarray:
