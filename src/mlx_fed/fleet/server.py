@@ -295,4 +295,4 @@ def _wait_for_farewell(link: Link) -> None:
     while link.online() and time.monotonic() < deadline:
         last_count = link.news_count()
         if link.online():
-            link.wait_for_news(last_news, 0.2)
+            link.wait_for_news(last_count, 0.2)
