@@ -173,9 +173,38 @@ def share_of_the_batch(model, x, y):
     return squares(model, x, y) / mx.abs(y).sum()
 
 
-@pytest.mark.parametrize("loss", [in_batch, batch_norm_by_hand, share_of_the_batch])
+def unlike_pairs(model, x, y, kinds, force):
+    """A loss that pushes apart near outputs of examples of different kinds."""
+    out = 0.1 * mx.concatenate([model(x), model(x[:, ::-1]), x[:, :2]], axis=1)
+    away = mx.square(out[:, None] - out[None]).mean(-1)
+    return squares(model, x, y) + mx.where(kinds[:, None] != kinds[None], force(away), 0).sum(1)
+
+
+def pairs_of_unlike_losses(model, x, y):
+    out = mx.concatenate([model(x), model(x[:, ::-1])], axis=1)
+    losses = mx.square(out - 0.3).mean(-1)
+    kinds = losses > 1
+    away = mx.square(out[:, None] - out[None]).mean(-1)
+    return losses + mx.where(kinds[:, None] != kinds[None], mx.exp(-away), 0).sum(axis=1)
+
+
+def pairs_of_unlike_signs(model, x, y):
+    return unlike_pairs(model, x, y, model(x)[:, 0] > 2, lambda away: mx.exp(-away))
+
+
+def pairs_within_a_margin(model, x, y):
+    return unlike_pairs(model, x, y, mx.abs(y) > 1, lambda away: mx.maximum(0, 0.1 - away))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(in_batch, batch_norm_by_hand, share_of_the_batch),
+        *(pairs_of_unlike_losses, pairs_of_unlike_signs, pairs_within_a_margin),
+    ],
+)
 def test_examples_that_depend_on_each_other_are_not_padded(loss):
-    of = Trainer(task(loss=loss, batch_size=16))
+    of = Trainer(task(loss=loss, batch_size=64))  # which would pad 20 examples to 24
     (data,) = [load(0, None)]
     x, y = map(mx.array, data.train)
     update = of.train(of.parameters(), {}, data, {"seed": 1})
@@ -184,9 +213,8 @@ def test_examples_that_depend_on_each_other_are_not_padded(loss):
     module = nn.Linear(6, 1)
     module.load_weights(list(of.parameters().items()))
     step, optimizer = nn.value_and_grad(module, lambda *a: loss(*a).mean()), optim.SGD(RATE)
-    for rows in (order[:16], order[16:]):
-        index = mx.array(rows)
-        optimizer.update(module, step(module, x[index], y[index])[1])
+    index = mx.array(order)
+    optimizer.update(module, step(module, x[index], y[index])[1])
     for name, array in tree_flatten(module.parameters()):
         assert mx.allclose(update.parameters[name], array, 1e-5, 1e-6), name
 

@@ -161,7 +161,7 @@ def is_paddable(
     arguments = model, slots, functions, augment, training, config
     try:
         return _depends_on_others(*arguments, arrays, 1.0, False) is False and not any(
-            _depends_on_others(*arguments, arrays, scale, True) for scale in (4.0, 0.1)
+            _depends_on_others(*arguments, arrays, scale, True) for scale in (4.0, 1.0, 0.1)
         )
     except Exception:  # of a function that needs whole batches; training shows any fault
         return False
