@@ -1,8 +1,8 @@
-"""Every command of the README and of the tutorial's pages with several terminals, as a person runs it.
+"""Every command of the README and of the tutorial's pages with several terminals.
 
-Each ``bash`` block is one of the sessions below, in order; a block that a page gains without
-one here fails the first test. The other pages are tried by ``test_docs.py``. Ports and places are changed to what a test may use; what installs
-something is tried by ``test_install.py``.
+Each ``bash`` block is one of the sessions below, in order; a block that a page gains without one
+here fails the first test. Ports and folders are changed to what a test may use; what installs
+something is tried by ``test_install.py``, and all other pages by ``test_docs.py``.
 """
 
 from __future__ import annotations
