@@ -197,7 +197,8 @@ class Task:
             like ``statistics``, ``None`` is no buffer. A name may be that of a private array.
         personal (callable, optional): ``personal(name)`` says of which parameters each client
             keeps its own: they are trained with the others and never travel, as in FedPer
-            (https://arxiv.org/abs/1912.00818). ``lambda name: name.startswith("head")``
+            (https://arxiv.org/abs/1912.00818). Tied weights are personal if it says so of any of
+            their names. ``lambda name: name.startswith("head")``
         keep_optimizer (bool): Let each client's optimizer go on from round to round, instead of
             beginning anew; its learning rate is that of each round's. Default: ``False``.
         weight_unit (str, optional): What the weight of a loss that returns ``(mean, weight)``

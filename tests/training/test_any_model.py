@@ -18,9 +18,9 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.core.random import normal
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
-from mlx_fed.arrays import randomness
+from mlx_fed.arrays import examples, randomness
 from mlx_fed.training.trainer import Trainer
 
 ROUNDS, CLIENTS, RATE = 2, 4, 0.1
@@ -217,6 +217,53 @@ def test_examples_that_depend_on_each_other_are_not_padded(loss):
     optimizer.update(module, step(module, x[index], y[index])[1])
     for name, array in tree_flatten(module.parameters()):
         assert mx.allclose(update.parameters[name], array, 1e-5, 1e-6), name
+
+
+# -- what is refused, and what is taken ----------------------------------------------------------
+
+
+class Decayed(optim.SGD):
+    def update(self, model, gradients):
+        super().update(model, gradients)
+        model.update(tree_map(lambda p: 0.9 * p, model.trainable_parameters()))
+
+
+def test_an_optimizer_that_overrides_update_is_refused(tmp_path):
+    with pytest.raises(
+        fed.FedError, match=r"Decayed, whose own update\(model, gradients\) would not"
+    ):
+        simulate(task(optimizer=lambda config: Decayed(RATE)), tmp_path)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.layers = [self.first]
+        self.last = nn.Linear(6, 1)
+
+    def __call__(self, x):
+        return self.last(self.layers[0](self.first(x)))
+
+
+@pytest.mark.parametrize("prefix", ["first", "layers.0"])
+def test_tied_weights_are_personal_by_any_of_their_names(prefix, tmp_path):
+    of = task(model=Tied, personal=lambda name: name.startswith(prefix))
+    assert list(Trainer(of).spec) == ["last.weight", "last.bias"]
+
+
+@pytest.mark.parametrize("kind", ["swapped", "reversed", "fortran", "strided"])
+def test_arrays_of_any_layout_are_taken(kind):
+    x, y = load(0, None).train
+    change = {
+        "swapped": lambda a: a.astype(a.dtype.newbyteorder()),
+        "reversed": lambda a: np.array(a[::-1])[::-1],
+        "fortran": np.asfortranarray,
+        "strided": lambda a: np.repeat(a, 2, axis=0)[::2],
+    }[kind]
+    taken, labels = examples.as_arrays((change(x), change(y)))
+    np.testing.assert_array_equal(taken, x)
+    np.testing.assert_array_equal(labels, y)
 
 
 # -- random numbers without a key ---------------------------------------------------------------

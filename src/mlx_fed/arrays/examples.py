@@ -141,4 +141,5 @@ def _to_mlx(value: Any, name: str) -> Any:
             f"{name} has the dtype {array.dtype}, which MLX lacks: a task's data are numbers. Turn "
             "texts into tokens, labels into integers and dates into numbers, in Task.data."
         )
-    return mx.array(array)
+    # MLX takes no other order of bytes, and no negative strides.
+    return mx.array(np.asarray(array, array.dtype.newbyteorder("="), order="C"))

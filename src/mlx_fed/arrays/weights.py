@@ -32,11 +32,12 @@ class Slot(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The slots of a module's arrays, by kind and by name."""
+    """The slots of a module's arrays, by kind and by name; further names of tied weights."""
 
     parameters: dict[str, Slot]
     statistics: dict[str, Slot]
     frozen: dict[str, Slot]
+    aliases: dict[str, list[str]]
 
 
 def build_model(model: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -84,15 +85,16 @@ def find_slots(module: nn.Module, is_buffer: Callable[[str], bool] = lambda name
         WeightsError: If two arrays have one name (a dot in a dictionary's key), or one is
             float64: safetensors cannot hold it, and the frozen ones are saved, too.
     """
-    slots = Slots({}, {}, {})
-    slot_ids: set[tuple[int, Any]] = set()
+    slots = Slots({}, {}, {}, {})
+    first_names: dict[tuple[int, Any], str] = {}
     names: set[str] = set()
     trainable = dict(tree_flatten(module.trainable_parameters()))
     for name, slot in _walk(module, ""):
         slot_id = (id(slot.owner), slot.key)
-        if slot_id in slot_ids:
+        if slot_id in first_names:
+            slots.aliases.setdefault(first_names[slot_id], []).append(name)
             continue
-        slot_ids.add(slot_id)
+        first_names[slot_id] = name
         if name in names:
             raise WeightsError(f"Two arrays of the model have the name {name!r}: rename one.")
         names.add(name)

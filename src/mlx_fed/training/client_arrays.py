@@ -38,7 +38,11 @@ class ClientArrays:
     def __init__(self, task: Task, slots: weights.Slots):
         self.slots, self.keep_optimizer = slots, task.keep_optimizer
         is_personal = task.personal or (lambda name: False)
-        self.personal = [name for name in slots.parameters if is_personal(name)]
+        self.personal = [
+            name
+            for name in slots.parameters
+            if any(map(is_personal, (name, *slots.aliases.get(name, ()))))  # of tied weights
+        ]
         self.shared = [name for name in slots.parameters if name not in set(self.personal)]
         if not self.shared:
             raise named_arrays.WeightsError(

@@ -22,7 +22,17 @@ from ..errors import TaskError
 
 def update_step(optimizer: optim.Optimizer) -> Callable[..., tuple[Arrays, Arrays, Arrays]]:
     """Optimizer update: ``update(parameters, state, counters, grads)``, which returns the new
-    parameters, state and counters."""
+    parameters, state and counters.
+
+    Raises:
+        TaskError: If the optimizer's class overrides ``update``, which works on a module.
+    """
+    if type(optimizer).update is not optim.Optimizer.update:
+        raise TaskError(
+            f"Task.optimizer returned {type(optimizer).__name__}, whose own update(model, "
+            "gradients) would not be called: override apply_gradients or apply_single instead, or "
+            "call it in Task.train_step."
+        )
 
     def update(parameters, state, counters, grads):
         optimizer.state = tree_unflatten([*counters.items(), *state.items()])
