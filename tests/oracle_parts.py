@@ -2,7 +2,7 @@
 
 import inspect
 from functools import reduce
-from itertools import count, islice, pairwise
+from itertools import chain, count, islice, pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -104,16 +104,24 @@ def batches(task, model, examples, settings, client):
     moment = settings["seed"], settings["server-round"], client
     merge = any(isinstance(module, nn.BatchNorm) for module in model.modules())
 
-    def passes():
-        for number in count() if most else range(epochs):
-            if callable(examples):
-                yield from split(examples, size, randomness.key(*moment, "shuffle", number))
-                continue
-            order = np.arange(length(examples), dtype=np.uint32)
-            np.random.default_rng(randomness.derive(*moment, "shuffle", number)).shuffle(order)
-            yield from split(examples, size, order, merge)
+    def one_pass(*purpose):
+        if callable(examples):
+            yield from split(examples, size, randomness.key(*purpose))
+            return
+        order = np.arange(length(examples), dtype=np.uint32)
+        np.random.default_rng(randomness.derive(*purpose)).shuffle(order)
+        yield from split(examples, size, order, merge)
 
-    return islice(passes(), most)
+    if not most:
+        return chain(*(one_pass(*moment, "shuffle", number) for number in range(epochs)))
+    if callable(examples) and not hasattr(examples, "num_batches"):
+        return islice(
+            chain.from_iterable(one_pass(*moment, "shuffle", number) for number in count()), most
+        )
+    # All passes since the first round, one after another: a round's steps follow the last one's.
+    seed, server_round, client = moment
+    whole = chain.from_iterable(one_pass(seed, client, "shuffle", number) for number in count())
+    return islice(whole, (server_round - 1) * most, server_round * most)
 
 
 def result(task, function, model, batch, settings):

@@ -37,7 +37,8 @@ class Data:
             numbers) that share their leading axis, the examples. A tuple's arrays are the loss's
             arguments one by one, a dictionary is one argument; both may be nested. For what does
             not fit in memory or is ragged: a callable that takes a random key and returns an
-            iterable of batches. If it has a length, that is the number of its examples.
+            iterable of batches. If it has a length, that is the number of its examples; if it has
+            ``num_batches``, that is the number of batches of each pass.
         test (tuple, dict or callable): The held-out examples, in the same form. ``None``, or
             arrays without examples, where a client has nothing to evaluate on: it trains, and
             evaluations go on without it.
@@ -175,7 +176,8 @@ class Task:
             ``local-steps`` and ``max-grad-norm`` stand over the fields below.
         batch_size (int): Examples a training step. Default: ``32``.
         local_epochs (int): Passes over the client's data a round. Default: ``1``.
-        local_steps (int, optional): Steps a round, in place of ``local_epochs``.
+        local_steps (int, optional): Steps a round, in place of ``local_epochs``. A pass over the
+            data goes on from round to round.
         eval_batch_size (int): Examples an evaluation step. Default: ``512``.
         max_grad_norm (float, optional): Clip the gradient of each step to this norm.
         augment (callable, optional): ``augment(key, *batch)`` returns the batch to train on.

@@ -195,6 +195,10 @@ class Stream:
 
 
 class SizedStream(Stream):
+    @property
+    def num_batches(self) -> int:
+        return -(-self.number // self.size)
+
     def __len__(self) -> int:
         return self.number
 

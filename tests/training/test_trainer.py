@@ -66,7 +66,8 @@ def plain_train(of: Trainer, data: fed.Data, *, client: int = 0, **config) -> Cl
     def steps():
         for epoch in count() if task.local_steps else range(task.local_epochs):
             order = np.arange(len(arrays[0]))
-            np.random.default_rng(randomness.derive(*moment, "shuffle", epoch)).shuffle(order)
+            purpose = (moment[0], client) if task.local_steps else moment
+            np.random.default_rng(randomness.derive(*purpose, "shuffle", epoch)).shuffle(order)
             order = mx.array(order)
             for at in range(0, len(order), size):
                 yield [array[order[at : at + size]] for array in arrays]
@@ -80,7 +81,10 @@ def plain_train(of: Trainer, data: fed.Data, *, client: int = 0, **config) -> Cl
     losses, shares = [], []
     keys = Keys(randomness.key(*moment, "layers"))
     model.train()
-    for batch in islice(steps(), task.local_steps):
+    steps_before = max(moment[1] - 1, 0) * (task.local_steps or 0)
+    for batch in islice(
+        steps(), steps_before, steps_before + n if (n := task.local_steps) else None
+    ):
         if task.augment:
             batch = task.augment(keys.next(), *batch)
         with (

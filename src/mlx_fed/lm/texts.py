@@ -351,6 +351,12 @@ class TextBatches:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def num_batches(self) -> int:
+        """Number of batches of a pass."""
+        num_batches = -(-len(self) // self.batch_size)
+        return num_batches if self.max_batches is None else min(num_batches, self.max_batches)
+
     def __call__(self, key: mx.array) -> Iterator[tuple[mx.array, mx.array]]:
         random = np.random.default_rng(np.array(key))
         order = random.permutation(len(self))

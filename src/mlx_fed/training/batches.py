@@ -16,7 +16,7 @@ from ..arrays.examples import Examples, as_arrays, as_batch
 from ..arrays.randomness import RoundSeed
 from ..arrays.weights import Slots
 from ..errors import TaskError
-from ..settings_check import KINDS
+from ..settings_check import KINDS, whole_number
 from ..system import calls
 from ..task import Config, Data, Task
 from ..task_settings import TracedConfig
@@ -53,6 +53,18 @@ class Lengths(NamedTuple):
     batch_size: int
     epochs: int
     steps: int | None
+
+
+class Passes(NamedTuple):
+    """Passes over a client's examples from which the steps of a round are taken.
+
+    ``purposes`` has the arguments of :func:`~mlx_fed.arrays.randomness.derive` for the shuffle of
+    each pass, ``start`` and ``stop`` the first of their batches and the end; no end: ``None``.
+    """
+
+    purposes: Iterable[tuple[int, *tuple[int | str, ...]]]
+    start: int
+    stop: int | None
 
 
 def load(task: Task, partition_id: int, num_partitions: int | None) -> Data:
@@ -95,12 +107,13 @@ class BatchLoader:
         self._arrays: dict[int, tuple[Any, Examples]] = {}
 
     def training(self, data: Data, config: Config, seed: RoundSeed) -> Iterator[Batch]:
-        """Batches of a client in a round, shuffled by keys of the round's seed."""
+        """Batches of a client in a round, shuffled by keys of its passes."""
         if callable(data.train):
-            length = lengths(self.task, config)
-            passes = count() if length.steps else range(length.epochs)
-            keys = (randomness.key(*seed, "shuffle", number) for number in passes)
-            batches = islice(_streamed(data.train, keys), length.steps)
+            num_batches = _num_batches(data.train)
+            passes = passes_of_round(lengths(self.task, config), seed, num_batches)
+            keys = (randomness.key(*purpose) for purpose in passes.purposes)
+            steps = _streamed(data.train, keys, num_batches)
+            batches = islice(steps, passes.start, passes.stop)
             first = next(batches, None)
             if first is None:
                 return batches
@@ -132,18 +145,13 @@ class BatchLoader:
         pad = self.task.train_step is None and self._can_pad(
             arrays, self.task.augment, (self.task.loss,), True, config
         )
-        passes = count() if length.steps and total else range(length.epochs)
+        num_batches = len(batch_bounds(total, length.batch_size, self.merge_single)) - 1
+        passes = passes_of_round(length, seed, num_batches)
         epochs = (
-            epoch(
-                total,
-                length.batch_size,
-                pad,
-                randomness.derive(*seed, "shuffle", number),
-                self.merge_single,
-            )
-            for number in passes
+            epoch(total, length.batch_size, pad, randomness.derive(*purpose), self.merge_single)
+            for purpose in passes.purposes
         )
-        return islice(chain.from_iterable(epochs), length.steps)
+        return islice(chain.from_iterable(epochs), passes.start, passes.stop)
 
     def check_effects(
         self,
@@ -234,6 +242,45 @@ def lengths(task: Task, config: Config) -> Lengths:
     )
 
 
+def passes_of_round(length: Lengths, seed: RoundSeed, num_batches: int | None) -> Passes:
+    """Passes of a client in a round, a function of the settings and the seed alone.
+
+    With ``local-epochs`` a round has passes of its own. With ``local-steps`` a client has one
+    endless sequence of passes, and round r trains on its batches from (r - 1) x ``local-steps`` on:
+    with the same number in each round every example is seen once before any is seen twice. The
+    batches of a round in which the client is not asked are skipped.
+
+    Args:
+        length (Lengths): Length of local training.
+        seed (tuple): The round's seed.
+        num_batches (int, optional): Batches of a pass. Of a stream ``None``, if it does not say:
+            each round then begins with a new pass.
+    """
+    run_seed, server_round, client = seed
+    if length.steps is None or num_batches is None:
+        numbers: Iterable[int] = count() if length.steps else range(length.epochs)
+        return Passes(((*seed, "shuffle", number) for number in numbers), 0, length.steps)
+    steps_before = max(server_round - 1, 0) * length.steps
+    first, start = divmod(steps_before, num_batches) if num_batches else (0, 0)
+    numbers = count(first) if num_batches else ()
+    purposes = ((run_seed, client, "shuffle", number) for number in numbers)
+    return Passes(purposes, start, start + length.steps)
+
+
+def batch_bounds(num_examples: int, batch_size: int, merge_single: bool = False) -> list[int]:
+    """Where the batches of one pass begin, and the end of the last one.
+
+    Args:
+        num_examples (int): Number of examples.
+        batch_size (int): Examples in a batch.
+        merge_single (bool): Add a last batch of one example to the batch before it.
+    """
+    bounds = [*range(0, num_examples, batch_size), num_examples]
+    if merge_single and len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 < batch_size:
+        del bounds[-2]
+    return bounds
+
+
 def epoch(
     num_examples: int,
     batch_size: int,
@@ -255,10 +302,7 @@ def epoch(
     order = np.arange(num_examples, dtype=np.uint32)
     if seed is not None:
         np.random.default_rng(seed).shuffle(order)
-    bounds = [*range(0, num_examples, batch_size), num_examples]
-    if merge_single and len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 < batch_size:
-        del bounds[-2]
-    for start, end in pairwise(bounds):
+    for start, end in pairwise(batch_bounds(num_examples, batch_size, merge_single)):
         indices, size = order[start:end], end - start
         if pad and size < batch_size:
             indices = np.resize(indices, padded_size(size, batch_size))
@@ -271,14 +315,29 @@ def padded_size(count: int, batch_size: int) -> int:
     return min(batch_size, -(-count // step) * step)
 
 
-def _streamed(stream: Callable, keys: Iterable[mx.array]) -> Iterator[Batch]:
+def _num_batches(stream: Callable) -> int | None:
+    """Number of batches of each pass over a stream, if it says so."""
+    value = getattr(stream, "num_batches", None)
+    if value is not None:
+        whole_number(1).check("Data.train", "num_batches of a stream", value)
+    return value
+
+
+def _streamed(
+    stream: Callable, keys: Iterable[mx.array], num_batches: int | None = None
+) -> Iterator[Batch]:
     for key in keys:
-        empty = True
+        number = 0
         for batch in stream(key):
-            empty = False
+            number += 1
             arrays = as_batch(batch)
             yield arrays, None, examples.count(arrays)
-        if empty:
+        if num_batches not in (None, number):
+            raise TaskError(
+                f"Data.train, a stream, says that a pass has num_batches {num_batches}, and gave "
+                f"{number}: give each pass as many, or leave num_batches out."
+            )
+        if not number:
             return
 
 
