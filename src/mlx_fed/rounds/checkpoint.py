@@ -243,8 +243,8 @@ def _write(file: _Checked, checkpoint: Checkpoint) -> None:
         **{f"statistics/{name}": array for name, array in checkpoint.statistics.items()},
         **{f"strategy/{name}": array for name, array in checkpoint.strategy.arrays.items()},
     }
-    for part in safetensors.serialize(arrays, metadata):
-        file.write(part)
+    for chunk in safetensors.serialize(arrays, metadata):
+        file.write(chunk)
 
 
 def _checksum(file: IO[bytes]) -> int:
