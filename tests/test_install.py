@@ -135,7 +135,7 @@ def test_uv(clone, bare):
 
 def test_poetry(clone, bare, tmp_path):
     poetry = shutil.which("poetry") or pytest.skip("needs Poetry on PATH: pipx install poetry")
-    if not has_json("https://pypi.org/pypi/flwr/1.41.0/json"):
+    if not has_json("https://pypi.org/pypi/flwr/1.42.0/json"):
         index = index_of_pip(make_venv(tmp_path), bare)
         source = f'name = "index"\nurl = "{index}"\npriority = "primary"'
         with (clone / "pyproject.toml").open("a") as pyproject:

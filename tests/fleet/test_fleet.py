@@ -261,12 +261,12 @@ def test_a_server_that_answers_now_and_then_is_not_given_up(monkeypatch):
                 raise transport.Unreachable("its connection broke")
             return "sent"
 
-        assert node._persist(send) == "sent"
+        assert node._retry(send) == "sent"
         assert told == ["lost"]
         link.finish()
     connection._transport.outcome = ""
     with pytest.raises(JoinError, match=f"{address} has been gone for 0 seconds"):
-        node._persist(connection.heartbeat)
+        node._retry(connection.heartbeat)
 
 
 def test_a_node_holds_its_examples_once(start, tmp_path):

@@ -142,8 +142,8 @@ def test_daily_limits_hold_over_a_restart_and_end_after_a_day(tmp_path):
     log, now = AuditLog(tmp_path / "audit.jsonl"), [datetime.now(UTC)]
     policy = Policy(rounds_per_day=2)
     for _ in range(2):
-        ask(Gate(policy, "server:1", AuditLog(log.path), now=lambda: now[0]), request())
-    gate = Gate(policy, "server:1", AuditLog(log.path), now=lambda: now[0])
+        ask(Gate(policy, "server:1", AuditLog(log.path), clock=lambda: now[0]), request())
+    gate = Gate(policy, "server:1", AuditLog(log.path), clock=lambda: now[0])
     with pytest.raises(PolicyRefusal, match="allows 2 rounds in 24 hours, and 2 were sent"):
         ask(gate, request())
     now[0] += timedelta(hours=25)
@@ -171,7 +171,7 @@ def test_bytes_per_day():
 def test_hours(tmp_path, hours, is_allowed):
     path = tmp_path / "policy.toml"
     path.write_text(f"[limits]\nhours = {hours}\n")
-    gate = Gate(load_policy(path), "server:1", now=lambda: NOON)
+    gate = Gate(load_policy(path), "server:1", clock=lambda: NOON)
     if is_allowed:
         assert not ask(gate, request()).has_error()
     else:

@@ -115,7 +115,7 @@ def test_a_server_that_only_ever_answers_that_it_cannot_is_given_up(monkeypatch)
             raise transport.Unavailable("Internal server error.")
 
         with pytest.raises(JoinError, match=r"gone for 1 seconds .Internal server error"):
-            persisting._persist(send)
+            persisting._retry(send)
         link.finish()
 
 
@@ -137,7 +137,7 @@ def test_a_forwarder_without_its_server_is_no_stranger(start, proxy, tmp_path):
 
 def test_a_node_whose_activation_is_not_answered_is_not_another_one(tmp_path, monkeypatch):
     """It hears that a node with its key is online until that one counts as gone: it is itself."""
-    monkeypatch.setattr(node, "_TAKEN", 2.0)
+    monkeypatch.setattr(node, "_CONFLICT_TIME", 2.0)
     port = free_port()
     federation = Federation(tmp_path / "federation", f"127.0.0.1:{port}")
     who = from_token(federation.invite("node-0"), None, tmp_path / "home")
@@ -146,7 +146,7 @@ def test_a_node_whose_activation_is_not_answered_is_not_another_one(tmp_path, mo
 
     def lose_the_answer(request: object) -> None:
         monkeypatch.undo()
-        monkeypatch.setattr(node, "_TAKEN", 2.0)
+        monkeypatch.setattr(node, "_CONFLICT_TIME", 2.0)
         activate(request)
         raise Unreachable("it is lost on the way")
 
@@ -155,7 +155,7 @@ def test_a_node_whose_activation_is_not_answered_is_not_another_one(tmp_path, mo
     joining = _Node(connection, None, {}, who, 60.0, lambda event: told.append(event.name))
     thread = threading.Thread(target=joining._register, daemon=True)
     thread.start()
-    time.sleep(node._TAKEN + 0.5)  # its server is started later
+    time.sleep(node._CONFLICT_TIME + 0.5)  # its server is started later
     with _socket("127.0.0.1", port) as listening, _serving(listening, federation, "h") as link:
         _wait_until(link.online)
         time.sleep(1.5)

@@ -124,8 +124,14 @@ def _content(path: Path) -> bytes:
 
 
 def _line(number: int, event: str, fields: Mapping[str, Any], before: str) -> tuple[bytes, str]:
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    content = {"number": number, "time": now, "event": event, "fields": fields, "before": before}
+    timestamp = datetime.now(UTC).isoformat(timespec="milliseconds")
+    content = {
+        "number": number,
+        "time": timestamp,
+        "event": event,
+        "fields": fields,
+        "before": before,
+    }
     text = json.dumps(content, default=str, ensure_ascii=True)
     if len(text) > _LONGEST_LINE - 100:
         raise AuditError(f"A line of the audit log would have {len(text)} bytes: {event}.")

@@ -1,7 +1,6 @@
-"""Certificates: a federation's own authority, what it issues, and TLS with them.
+"""X.509 certificates of a federation's server, their authority, and TLS contexts.
 
-Nothing here is about nodes: they are known by their keys (``members``), the server by its
-certificate.
+Nodes have no certificates: they are authenticated by their keys (``node_list``).
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ from ..flower.proxies import Proxy, connection_to
 _YEARS = timedelta(days=3650)
 _MONTHS = timedelta(days=397)
 _DAY = timedelta(days=1)
-"""How far a node's clock may be behind."""
-_HANDSHAKE = 10.0
+"""Time by which a node's clock may be behind."""
+_HANDSHAKE_TIMEOUT = 10.0
 
 
 class CertificateError(FedError):
-    """Certificates that cannot be used, or do not vouch for who answers."""
+    """Certificates that cannot be used, or that are not the server's."""
 
 
 class NoTLS(CertificateError):
-    """Whoever answers does not speak TLS."""
+    """A server without TLS."""
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
-    """A key for an authority or a server."""
+    """A private key on P-256 for an authority or a server."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
 def key_to_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A private key as an unencrypted PEM file has it."""
+    """A private key as unencrypted PEM (PKCS #8)."""
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -52,7 +51,7 @@ def key_to_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def make_authority(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A certificate (PEM) of an authority that vouches for one federation's server."""
+    """The self-signed certificate (PEM) of a federation's authority."""
     name = _name("mlx-fed federation")
     public = key.public_key()
     certificate = (
@@ -73,7 +72,7 @@ def issue(
 ) -> bytes:
     """A server's certificate for these hosts, followed by its authority's (PEM).
 
-    The authority's own goes along because a node that has a token knows its fingerprint only.
+    The authority's is sent because a node with a token has only its fingerprint.
     """
     issuer = x509.load_pem_x509_certificate(authority)
     signing: Any = serialization.load_pem_private_key(authority_key, None)
@@ -115,7 +114,7 @@ def fingerprint(authority: bytes) -> bytes:
 
 
 def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """TLS 1.2 or newer with a server's certificate.
+    """The server's TLS context (1.2 or newer).
 
     Raises:
         CertificateError: If the two do not fit each other or cannot be read.
@@ -130,7 +129,7 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
 
 
 def client_context(authorities: Path | None) -> ssl.SSLContext:
-    """TLS 1.2 or newer with servers that these authorities (PEM) vouch for; default: the system's.
+    """A node's TLS context (1.2 or newer) for these authorities (PEM). Default: the system's.
 
     Raises:
         CertificateError: If there are none in the file.
@@ -145,39 +144,40 @@ def client_context(authorities: Path | None) -> ssl.SSLContext:
     return context
 
 
-def fetch_authority(host: str, port: int, expected: bytes, proxy: Proxy | None = None) -> bytes:
-    """The certificate (PEM) with this fingerprint, from the server that shows it.
+def fetch_authority(
+    host: str, port: int, expected_fingerprint: bytes, proxy: Proxy | None = None
+) -> bytes:
+    """The certificate (PEM) with this fingerprint, from a server's TLS handshake.
 
-    Nothing is sent: whoever answers only has to show the certificate. That it also has the key
-    for it is checked by the connection after this one.
+    No request is sent. That the server has the key as well is verified by the next connection.
 
     Raises:
-        OSError: If nobody answers, or the connection ends before its certificate has come.
-        CertificateError: If whoever answers shows others.
+        OSError: If there is no server, or the connection ends before its certificate.
+        CertificateError: If the server has other certificates.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    opening = connection_to(host, port, proxy, timeout=_HANDSHAKE)
+    opening = connection_to(host, port, proxy, timeout=_HANDSHAKE_TIMEOUT)
     with closing(opening):
         opening.connect()
         try:
             with context.wrap_socket(opening.sock, server_hostname=host) as connection:
-                shown = _shown_by(connection)
+                chain = _certificate_chain_of(connection)
         except ssl.SSLError as error:
             if error.reason != "WRONG_VERSION_NUMBER":  # such as a forwarder without its server
                 raise
             raise NoTLS("what answers there does not encrypt") from error
-    for der in shown:
+    for der in chain:
         certificate = x509.load_der_x509_certificate(der)
-        if certificate.fingerprint(hashes.SHA256()) == expected:
+        if certificate.fingerprint(hashes.SHA256()) == expected_fingerprint:
             return _pem(certificate)
     raise CertificateError("it has another certificate than the token was made for")
 
 
 def speaks_tls(host: str, port: int, proxy: Proxy | None = None) -> bool:
-    """Whether whoever answers there would encrypt."""
+    """Whether a server uses TLS."""
     try:
         fetch_authority(host, port, b"", proxy)
     except NoTLS:
@@ -190,56 +190,61 @@ def speaks_tls(host: str, port: int, proxy: Proxy | None = None) -> bool:
 
 
 def local_addresses(host: str) -> list[str]:
-    """Names and addresses by which this machine is likely to be reached."""
-    found = ["localhost", "127.0.0.1", "::1", outward_address(), socket.gethostname(), host]
-    return [name for name in found if name and name.isascii() and name not in ("0.0.0.0", "::")]
+    """Names and addresses of this machine, for its certificate."""
+    candidates = ["localhost", "127.0.0.1", "::1", outward_address(), socket.gethostname(), host]
+    return [
+        name for name in candidates if name and name.isascii() and name not in ("0.0.0.0", "::")
+    ]
 
 
 def outward_address() -> str | None:
     """This machine's address on the network it would use, or else that of its name; nothing is sent
     to find out. ``None`` where it has none that others reach."""
-    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+    for family, remote in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((elsewhere, 9))
+            probe.connect((remote, 9))
             return str(probe.getsockname()[0])
     with suppress(OSError):  # a network of its own, with no way out of it
-        for family, kind, _, _, found in socket.getaddrinfo(
+        for family, kind, _, _, candidate in socket.getaddrinfo(
             socket.gethostname(), None, type=socket.SOCK_DGRAM
         ):
             with suppress(OSError), socket.socket(family, kind) as probe:
-                probe.bind(found)
-                if not ipaddress.ip_address(str(found[0]).partition("%")[0]).is_loopback:
-                    return str(found[0])
+                probe.bind(candidate)
+                if not ipaddress.ip_address(str(candidate[0]).partition("%")[0]).is_loopback:
+                    return str(candidate[0])
     return None
 
 
 def ipaddress_or_none(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a host is written as, if it is one."""
+    """A host as an IP address, if it is one."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:
         return None
 
 
-def _shown_by(connection: ssl.SSLSocket) -> list[bytes]:
+def _certificate_chain_of(connection: ssl.SSLSocket) -> list[bytes]:
     if hasattr(connection, "get_unverified_chain"):  # Python 3.13
         return list(connection.get_unverified_chain())
-    hidden: Any = connection._sslobj  # type: ignore[attr-defined]
-    return [ssl.PEM_cert_to_DER_cert(each.public_bytes()) for each in hidden.get_unverified_chain()]
+    ssl_object: Any = connection._sslobj  # type: ignore[attr-defined]
+    return [
+        ssl.PEM_cert_to_DER_cert(certificate.public_bytes())
+        for certificate in ssl_object.get_unverified_chain()
+    ]
 
 
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, lasts: timedelta
 ) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
+    start = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _DAY)
-        .not_valid_after(now + lasts)
+        .not_valid_before(start - _DAY)
+        .not_valid_after(start + lasts)
     )
 
 
@@ -256,8 +261,8 @@ def _name(text: str) -> x509.Name:
 
 
 def _alternative(host: str) -> x509.GeneralName:
-    written = ipaddress_or_none(host)
-    return x509.IPAddress(written) if written else x509.DNSName(host)
+    ip_address = ipaddress_or_none(host)
+    return x509.IPAddress(ip_address) if ip_address else x509.DNSName(host)
 
 
 def _pem(certificate: x509.Certificate) -> bytes:

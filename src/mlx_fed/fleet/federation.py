@@ -1,4 +1,4 @@
-"""The folder of a federation's server: who it is, and which nodes it knows.
+"""A federation's folder: the server's certificates, and the allowlist of nodes.
 
     federation/
       ca.crt         the authority's certificate: nodes may have it
@@ -29,16 +29,16 @@ DEFAULT_FOLDER = Path("federation")
 
 
 class FederationError(FedError):
-    """A folder that no server can be run from."""
+    """A federation's folder that a server cannot run from."""
 
 
 class Federation:
-    """A federation's folder, in which all that is needed is there.
+    """A federation's folder, created with a certificate authority where there is none.
 
     Args:
-        folder (Path): Where it is, or is made.
-        announced (str, optional): ``HOST:PORT`` by which nodes reach the server; it is kept for
-            the commands that make tokens. Default: what was announced before.
+        folder (Path): Its path.
+        announced (str, optional): ``HOST:PORT`` by which nodes reach the server, stored for the
+            commands that make tokens. Default: the stored one.
     """
 
     def __init__(self, folder: Path | str, announced: str | None = None):
@@ -62,7 +62,7 @@ class Federation:
         """``HOST:PORT`` by which nodes reach the server.
 
         Raises:
-            FederationError: If it was never said.
+            FederationError: If none is stored.
         """
         try:
             announced = (self.folder / "address").read_text().strip()
@@ -75,9 +75,9 @@ class Federation:
         return announced
 
     def context(self, host: str) -> ssl.SSLContext:
-        """TLS for a server that listens on this host.
+        """The server's TLS context.
 
-        A certificate of our own authority's is made anew, with the addresses of the moment.
+        The federation's own authority issues a new certificate for the current addresses.
 
         Raises:
             FedError: If there is no certificate, or not the key for it.
@@ -85,16 +85,16 @@ class Federation:
         if self.authority_key.exists():
             hosts = [address.parse(self.address)[0], *certificates.local_addresses(host)]
             key = certificates.new_key()
-            issued = certificates.issue(
+            chain = certificates.issue(
                 self.authority.read_bytes(), private_files.read(self.authority_key), key, hosts
             )
             private_files.write(self.key, certificates.key_to_pem(key))
-            private_files.publish(self.certificate, issued)
+            private_files.publish(self.certificate, chain)
         private_files.read(self.key)  # not if others can
         return certificates.server_context(self.certificate, self.key)
 
     def install_certificates(self, certificate: Path, key: Path, authority: Path) -> None:
-        """Takes over certificates that were issued elsewhere, in place of its own.
+        """Installs certificates of another authority in place of the federation's own.
 
         Args:
             certificate (Path): The server's, with those between it and the authority's (PEM).
@@ -105,40 +105,40 @@ class Federation:
             FedError: If they cannot be read or do not fit each other.
         """
         try:
-            chain, secret, trusted = (p.read_bytes() for p in (certificate, key, authority))
+            chain, secret, authority_pem = (p.read_bytes() for p in (certificate, key, authority))
         except OSError as error:
             raise FederationError(f"Cannot read {error.filename}: {error.strerror}.") from error
         certificates.server_context(certificate, key)
         certificates.client_context(authority)
-        certificates.fingerprint(trusted)
+        certificates.fingerprint(authority_pem)
         private_files.write(self.key, secret)
         # A node that has a token knows only the fingerprint of the authority's.
-        private_files.publish(self.certificate, chain.rstrip() + b"\n" + trusted)
-        private_files.publish(self.authority, trusted)
+        private_files.publish(self.certificate, chain.rstrip() + b"\n" + authority_pem)
+        private_files.publish(self.authority, authority_pem)
         with suppress(FileNotFoundError):
             self.authority_key.unlink()
 
     def invite(self, name: str, number: int | None = None, lasts: float = INVITATION_TIME) -> str:
-        """A token for one node of this name.
+        """A token (text) that invites one node under a name.
 
         Raises:
             FedError: If the name is in use.
         """
-        where = self.address
+        server = self.address
         secret = tokens.new_secret()
         member = self.nodes.invite(name, secret, number, lasts)
-        return self._token(where, member, secret)
+        return self._token(server, member, secret)
 
-    def invite_missing(self, needed: int) -> dict[str, str]:
-        """Tokens for as many nodes as are needed beside those known and invited, by name."""
+    def invite_missing(self, num_nodes: int) -> dict[str, str]:
+        """Tokens by node name, so that ``num_nodes`` are enrolled or invited."""
         present = [m for m in self.nodes.all() if m.state in ("enrolled", "invited")]
         names = {member.name for member in self.nodes.all() if member.state != "expired"}
         free = (name for n in count() if (name := f"node-{n}") not in names)
-        return {name: self.invite(name) for name in islice(free, max(0, needed - len(present)))}
+        return {name: self.invite(name) for name in islice(free, max(0, num_nodes - len(present)))}
 
-    def _token(self, where: str, member: Node, secret: bytes) -> str:
+    def _token(self, server: str, member: Node, secret: bytes) -> str:
         authority = certificates.fingerprint(self.authority.read_bytes())
-        return tokens.encode(tokens.Token(where, authority, member.name, member.number, secret))
+        return tokens.encode(tokens.Token(server, authority, member.name, member.number, secret))
 
     def _create_authority(self) -> None:
         key = certificates.new_key()
@@ -146,20 +146,20 @@ class Federation:
         private_files.publish(self.authority, certificates.make_authority(key))
 
 
-def announcement(given: str | None, host: str, port: int) -> str:
+def announcement(announce: str | None, host: str, port: int) -> str:
     """``HOST:PORT`` by which nodes reach a server that listens on a host and port.
 
     Args:
-        given (str, optional): What was asked for; a host alone gets the port.
+        announce (str, optional): The address to announce; a host alone gets the port.
 
     Raises:
-        FederationError: If none was asked for, and this machine has no address on a network.
+        FederationError: If ``announce`` is None, and this machine has no address on a network.
     """
-    if given is not None:
-        named, default = address.parse(given)
-        return address.join(named, default if _has_port(given) else port)
-    written = certificates.ipaddress_or_none(host)
-    if written is not None and written.is_unspecified:
+    if announce is not None:
+        named_host, default = address.parse(announce)
+        return address.join(named_host, default if _has_port(announce) else port)
+    ip_address = certificates.ipaddress_or_none(host)
+    if ip_address is not None and ip_address.is_unspecified:
         outward = certificates.outward_address()
         if outward is None:
             raise FederationError(
@@ -170,5 +170,5 @@ def announcement(given: str | None, host: str, port: int) -> str:
     return address.join(host, port)
 
 
-def _has_port(given: str) -> bool:
-    return given.rpartition(":")[2].isdigit() and (given.count(":") == 1 or "]:" in given)
+def _has_port(announce: str) -> bool:
+    return announce.rpartition(":")[2].isdigit() and (announce.count(":") == 1 or "]:" in announce)

@@ -1,9 +1,9 @@
-"""Who a node is to its server, and how it knows that server: a key of its own, and an authority.
+"""A node's identity: its private key, and the certificate authority of its server.
 
 ~/.mlx-fed/nodes/<authority>-<name>/
-  node.key     this node's: it is made here and never leaves
-  node.pub     what the server knows it by
-  ca.crt       whom the server's certificate has to be from
+  node.key     the private key, which never leaves this machine
+  node.pub     the public key, on the server's allowlist
+  ca.crt       the authority of the server's certificate
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from . import certificates, private_files, tokens
 
 
 class IdentityError(FedError):
-    """A key or an authority that a node cannot join with."""
+    """A key or an authority that a node cannot use."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """How a node joins.
+    """A node's credentials, and the server that they are for.
 
     Attributes:
         host (str): The server's.
         port (int): Its port.
-        authority (Path, optional): Whom its certificate has to be from; plaintext without.
-        key (bytes, optional): The node's private key (PEM); one for this time without.
-        invitation (str, optional): What it shows to enrol.
-        fingerprint (bytes, optional): Of the authority, where that has to be fetched first.
-        name (str, optional): The name that the server knows it by.
-        number (int, optional): Its number there.
+        authority (Path, optional): The authority of its certificate; plaintext without.
+        key (bytes, optional): The node's private key (PEM). Default: a new one for each run.
+        invitation (str, optional): ``name:secret`` of the token, for the enrolment.
+        fingerprint (bytes, optional): SHA-256 of the authority, which is fetched by it.
+        name (str, optional): Its name on the allowlist.
+        number (int, optional): Its node id there.
     """
 
     host: str
@@ -48,7 +48,7 @@ class Identity:
     number: int | None = None
 
     def context(self) -> ssl.SSLContext | None:
-        """TLS with the server; the authority is fetched where only its fingerprint is known.
+        """The TLS context; the authority is fetched where only its fingerprint is known.
 
         Raises:
             OSError: If the server does not answer.
@@ -63,7 +63,7 @@ class Identity:
 
     @property
     def proxy(self) -> proxies.Proxy | None:
-        """What the server is reached through, if it is on another machine.
+        """The HTTP proxy of connections to the server, if there is one.
 
         Raises:
             ProxyError: If it is no HTTP proxy.
@@ -75,7 +75,7 @@ class Identity:
 
 
 def from_token(text: str, server: str | None, folder: Path | None) -> Identity:
-    """The identity that a token leads to; a key is made the first time.
+    """The identity of a token, with a new key the first time.
 
     Args:
         text (str): The token, or ``@FILE`` of the file that has it: what a process is started
@@ -108,7 +108,7 @@ def from_token(text: str, server: str | None, folder: Path | None) -> Identity:
 
 
 def from_files(server: str, authority: Path | None, key: Path | None) -> Identity:
-    """The identity of files that were handed out otherwise.
+    """The identity of a certificate file and a key file, without a token.
 
     Raises:
         FedError: If they cannot be read.
@@ -120,7 +120,7 @@ def from_files(server: str, authority: Path | None, key: Path | None) -> Identit
 
 
 def make_key(path: Path) -> bytes:
-    """A node's private key (PEM), made where there is none, with the public one beside it."""
+    """A node's private key (PEM), generated with its public key where there is no file."""
     if path.exists():
         pem = private_files.read(path)
         keys.load_private(pem, path)
@@ -132,5 +132,5 @@ def make_key(path: Path) -> bytes:
 
 
 def home() -> Path:
-    """Where this machine's identities are kept: ``MLX_FED_HOME``, or ``~/.mlx-fed``."""
+    """The folder of this machine's identities: ``MLX_FED_HOME``, or ``~/.mlx-fed``."""
     return Path(os.environ.get("MLX_FED_HOME") or "~/.mlx-fed").expanduser()

@@ -1,7 +1,7 @@
-"""A resident node: joins a server, answers its messages, and ends when the run is over.
+"""A resident node (client): registers with a server and answers its messages until the run ends.
 
-The model is built, its programs compiled and the data loaded once. No code travels: the node
-runs the task that it was given here.
+The model is built, its programs are compiled and the data is loaded once. No code is sent: the node
+runs its own task.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ from .policy import Gate, Policy, ask_at_terminal, logged, policy_and_log
 _BEAT = 2.0
 """Seconds between heartbeats."""
 _MAX_PAUSE = 1.0
-_TAKEN = 30.0
+_CONFLICT_TIME = 30.0
 """Seconds after which a server has noticed that a node before this one, with its key, is gone."""
 
 
 class JoinError(FedError):
-    """A node that could not join, or had to leave before the run was over."""
+    """A node that could not register, or had to leave before the run's end."""
 
 
 class RunStopped(JoinError):
@@ -98,7 +98,7 @@ def join(
     audit: Path | str | None = None,
     listener: Listener | None = None,
 ) -> None:
-    """Takes part in a run with this machine's data, and returns when the run is over.
+    """Runs a federated learning client with this machine's data until the run is over.
 
     The server may be one of ours (:func:`mlx_fed.serve`) or a stock Flower SuperLink. Until it
     is up, and when it ends without the run being over or the connection is lost, the node tries
@@ -149,28 +149,30 @@ def join(
         if root_certificates or key:
             raise JoinError("A token says whom to trust: leave out certificates and key.")
         folder = Path(identity) if identity else None
-        who = from_token(token, server, folder)
+        credentials = from_token(token, server, folder)
     else:
         files = (Path(path) if path else None for path in (root_certificates, key))
         default = address.join(address.DEFAULT_HOST, address.DEFAULT_PORT)
-        who = from_files(server or default, *files)
-    is_open = who.authority is None and not address.is_loopback(who.host)
+        credentials = from_files(server or default, *files)
+    is_open = credentials.authority is None and not address.is_loopback(credentials.host)
     if is_open and not insecure:
         raise address.AddressError(
-            f"{who.host} is not this machine: join with a token, which the server prints and "
-            "`mlx-fed nodes add NAME` makes there, or with --root-certificates."
+            f"{credentials.host} is not this machine: join with a token, which the server prints "
+            "and `mlx-fed nodes add NAME` makes there, or with --root-certificates."
         )
-    if who.name is not None and name not in (None, who.name):
-        raise JoinError(f"The token is for {who.name}: leave out the name, or ask for another.")
-    name = who.name if name is None else name
+    if credentials.name is not None and name not in (None, credentials.name):
+        raise JoinError(
+            f"The token is for {credentials.name}: leave out the name, or ask for another."
+        )
+    name = credentials.name if name is None else name
     if partition_id is None:
-        partition_id = who.number or 0
+        partition_id = credentials.number or 0
     clientapp.check_partition(partition_id, num_partitions)
     if name is not None and not is_name(name):
         raise JoinError(
             f"A node's name has 1 to {LONGEST_NAME} printable characters: {name!r:.90}."
         )
-    server = address.join(who.host, who.port)
+    server = address.join(credentials.host, credentials.port)
     rules, log = policy_and_log(policy, audit)
     rules.check_server(server)
     silence_flower()
@@ -186,26 +188,37 @@ def join(
         node_config["name"] = name
     with node_listener_or_terminal(listener) as notify:
         if is_open:
-            notify(Notice(f"not encrypted: {who.host} and all between may read and change it"))
+            notify(
+                Notice(f"not encrypted: {credentials.host} and all between may read and change it")
+            )
         settings = TracedConfig.of(config)
-        made = make_task(task, settings)
-        data = batches.load(made, partition_id, num_partitions)
-        check_config(settings, made, [] if isinstance(task, Task) else [task])
-        servers = (KINDS.keys() | made.config.keys()) & dict.keys(settings) - settings.looked_up
+        built_task = make_task(task, settings)
+        data = batches.load(built_task, partition_id, num_partitions)
+        check_config(settings, built_task, [] if isinstance(task, Task) else [task])
+        servers = (KINDS.keys() | built_task.config.keys()) & dict.keys(
+            settings
+        ) - settings.looked_up
         if servers:
             names = ", ".join(sorted(servers))
             notify(Notice(f"{names}: the server's values are trained with, not this node's"))
         notify(NodeReady(where, partition_id))
         if private := privacy.name_of_private(mods or ()):
-            notify(Notice(privacy.note(private, made)))
+            notify(Notice(privacy.note(private, built_task)))
         rules.check_data(data)
         gate = [Gate(rules, server, log, ask_at_terminal)] if log or rules != Policy() else []
-        app = clientapp.raising_app(_with_data(made, data), mods, gate)
-        if (proxy := who.proxy) is not None:
+        app = clientapp.raising_app(_with_data(built_task, data), mods, gate)
+        if (proxy := credentials.proxy) is not None:
             notify(Notice(f"through the proxy {address.join(proxy.host, proxy.port)}"))
-        client = FleetClient(who.host, who.port, who.context, who.key, who.invitation, proxy)
+        client = FleetClient(
+            credentials.host,
+            credentials.port,
+            credentials.context,
+            credentials.key,
+            credentials.invitation,
+            proxy,
+        )
         with logged(log, server=server, node=name):
-            _Node(client, app, node_config, who, wait, notify).run()
+            _Node(client, app, node_config, credentials, wait, notify).run()
 
 
 def _with_data(task: Task, data: Data) -> Task:
@@ -213,21 +226,21 @@ def _with_data(task: Task, data: Data) -> Task:
 
 
 class _Node:
-    """The state of a node that lives from message to message."""
+    """State of a node across messages."""
 
     def __init__(
         self,
         client: FleetClient,
         app: Callable[[Message, Context], Message],
         node_config: dict[str, Any],
-        who: Identity,
+        credentials: Identity,
         wait: float,
         listener: Listener,
     ):
         self.client, self.app, self.node_config = client, app, node_config
-        self.who, self.wait, self.listener = who, wait, listener
-        self.server = address.join(who.host, who.port)
-        self.kept: dict[str, RecordDict] = {}
+        self.identity, self.wait, self.listener = credentials, wait, listener
+        self.server = address.join(credentials.host, credentials.port)
+        self.client_states: dict[str, RecordDict] = {}
         self.spool = Spool()
 
     def run(self) -> None:
@@ -247,13 +260,13 @@ class _Node:
     def _answer_messages(self) -> None:
         pause = 0.0
         while not self.client.outcome:
-            message = self._persist(self.client.receive)
+            message = self._retry(self.client.receive)
             if message is not None:
                 pause = 0.0
                 self._answer(message)
             elif not self.client.outcome:
                 # A stock SuperLink answers at once, with nothing: ask more and more seldom.
-                if self._persist(self.client.run_has_ended):
+                if self._retry(self.client.run_has_ended):
                     return
                 pause = min(2 * pause + 0.05, _MAX_PAUSE)
                 time.sleep(pause)
@@ -266,12 +279,14 @@ class _Node:
                 f"The server at {self.server} sent this node away: {config['reason']!s}"
             )
         # A run that goes on is another one to Flower: only its server knows that it is the same.
-        kept = self.kept.setdefault(str(config.get("run-id", run_id)), RecordDict())
-        context = Context(run_id, self.client.node_id, self.node_config, kept, {})
+        client_state = self.client_states.setdefault(
+            str(config.get("run-id", run_id)), RecordDict()
+        )
+        context = Context(run_id, self.client.node_id, self.node_config, client_state, {})
         number = config.get("server-round")
         server_round = number if isinstance(number, int) else None
         self.listener(MessageReceived(kind, server_round))
-        started = time.monotonic()
+        start_time = time.monotonic()
         # The node stays when it fails: it may be the data of one round, or one bad message. Here
         # it is told what the exception says, whatever the server is told.
         try:
@@ -280,11 +295,11 @@ class _Node:
                 self.listener(MessageFailed(kind, server_round, reply.error.reason or ""))
         except Exception as error:
             self.listener(MessageFailed(kind, server_round, f"{type(error).__name__}: {error}"))
-            shared = bool(self.node_config.get(clientapp.SHARE_ERRORS))
-            reply = error_reply(message, error, shared)
-        self.spool.put_message(kept)
-        seconds = time.monotonic() - started
-        self._persist(lambda: self.client.send(reply, seconds))
+            with_text = bool(self.node_config.get(clientapp.SHARE_ERRORS))
+            reply = error_reply(message, error, with_text)
+        self.spool.put_message(client_state)
+        seconds = time.monotonic() - start_time
+        self._retry(lambda: self.client.send(reply, seconds))
         records = records_in(reply.content, MetricRecord) if reply.has_content() else {}
         metrics = dict(next(iter(records.values()), {}))
         self.listener(MessageAnswered(kind, server_round, seconds, metrics))
@@ -293,9 +308,9 @@ class _Node:
 
     def _register(self) -> None:
         deadline = time.monotonic() + self.wait
-        taken: float | None = None
+        conflict_time: float | None = None
         pause = 0.1
-        told = False
+        is_waiting = False
         while True:
             try:
                 self.client.register()
@@ -305,24 +320,24 @@ class _Node:
                     "been set up anew (ask for a token), or somebody is in between."
                 ) from error
             except Unreachable as error:
-                if not told and self.who.authority is None:
+                if not is_waiting and self.identity.authority is None:
                     self._require_plaintext()
                 if time.monotonic() + pause > deadline:
                     raise JoinError(
                         f"No server at {self.server} within {self.wait:.0f} seconds "
                         f"({error}). Start it, or name another with --server HOST:PORT."
                     ) from error
-                if not told:
+                if not is_waiting:
                     self.listener(ServerAwaited(self.server, self.wait, str(error)))
-                    told = True
+                    is_waiting = True
                 time.sleep(pause)
                 pause = min(2 * pause, _MAX_PAUSE)
-                taken = None  # it may have been heard, and the answer was lost
+                conflict_time = None  # it may have been heard, and the answer was lost
             except RequestRefused as error:
                 if error.status == HTTPStatus.CONFLICT:
                     # That node may be this one, or its last process that was killed just now.
-                    taken = taken or time.monotonic()
-                    if time.monotonic() - taken < _TAKEN:
+                    conflict_time = conflict_time or time.monotonic()
+                    if time.monotonic() - conflict_time < _CONFLICT_TIME:
                         time.sleep(_MAX_PAUSE)
                         continue
                 raise JoinError(
@@ -333,18 +348,18 @@ class _Node:
                 return
 
     def _require_plaintext(self) -> None:
-        if certificates.speaks_tls(self.who.host, self.who.port, self.who.proxy):
+        if certificates.speaks_tls(self.identity.host, self.identity.port, self.identity.proxy):
             raise JoinError(
                 f"The server at {self.server} encrypts: join with a token, which it prints and "
                 "`mlx-fed nodes add NAME` makes there, or with --root-certificates."
             )
 
-    def _persist(self, request: Callable[[], Any]) -> Any:
-        """Makes a request, again and again while the server cannot be reached.
+    def _retry(self, request: Callable[[], Any]) -> Any:
+        """A request, retried while the server cannot be reached.
 
         ``None`` where the run has ended meanwhile, or is another one now.
         """
-        lost = None
+        loss_time = None
         pause = 0.1
         while True:
             try:
@@ -352,13 +367,13 @@ class _Node:
             except Unreachable as error:
                 if self.client.outcome:  # a heartbeat was told so before the server went
                     return None
-                if lost is None:
-                    lost = time.monotonic()
+                if loss_time is None:
+                    loss_time = time.monotonic()
                     self.listener(ServerLost(self.server, str(error)))
                 # One that answers other requests, or parts of this one, is there; not so where its
                 # answer to this one is that it cannot.
                 is_down = isinstance(error, Unavailable)
-                last_response = lost if is_down else max(lost, self.client.last_response)
+                last_response = loss_time if is_down else max(loss_time, self.client.last_response)
                 if time.monotonic() > last_response + self.wait:
                     raise JoinError(
                         f"The server at {self.server} has been gone for {self.wait:.0f} seconds "
@@ -381,11 +396,11 @@ class _Node:
         def beat() -> None:
             pause = 0.0
             while not stop.wait(pause):
-                started = time.monotonic()
+                start_time = time.monotonic()
                 try:
                     self.client.heartbeat()
                     # A server of ours has held the beat for longer than the pause.
-                    pause = max(0.0, _BEAT - (time.monotonic() - started))
+                    pause = max(0.0, _BEAT - (time.monotonic() - start_time))
                 except (Unreachable, RequestRefused):
                     # What is wrong is for the main thread to act on. It may be at work, and the
                     # server takes a node whose connections broke for gone within a second.

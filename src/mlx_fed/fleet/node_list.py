@@ -1,7 +1,7 @@
-"""The nodes that a federation knows, by key and name: a file that commands and server share.
+"""The allowlist of a federation's nodes: a JSON file that commands and the server share.
 
-``nodes.json`` is small and read whole. Who changes it holds a lock meanwhile and puts a new file
-in its place, so the running server sees each change with the next request and never half of one.
+``nodes.json`` is read whole. A change takes a lock and replaces the file, so that a running server
+sees it at the next request, and never half of it.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from . import private_files, tokens
 from .audit import AuditLog
 
 INVITATION_TIME = 7 * 24 * 3600.0
-"""Seconds that an invitation is good for."""
+"""Seconds for which an invitation is valid."""
 _MAX_NODES = 100_000
 
 log = getLogger("mlx_fed")
 
 
 class NodeListError(FedError):
-    """A change to the list that cannot be made, or a list that cannot be read."""
+    """A list that cannot be read, or a change of it that is not valid."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node that may take part, or is invited to.
+    """A node on the allowlist, enrolled, invited or revoked.
 
     Attributes:
         name (str): Its name.
-        number (int): Its number.
+        number (int): Its node id: its partition of the data.
         key (str): Its public key (PEM); empty until it has enrolled.
         secret (str): SHA-256 of its invitation's secret; empty where there was none.
         expires (float): When the invitation does, in seconds of the epoch.
-        revoked (bool): It may not take part any more; the name may be given again.
+        revoked (bool): Its key is refused; its name may be given again.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Node:
 
 
 class NodeList:
-    """The list, as the file has it at the moment.
+    """The allowlist in a file (``NodeAllowlist``), read again when the file changes.
 
     Args:
         path (Path): ``nodes.json``; an empty list where there is no such file.
@@ -75,17 +75,17 @@ class NodeList:
 
     def __init__(self, path: Path, audit_log: Path | None = None):
         self.path, self.audit_log = path, audit_log
-        self._seen: tuple[int, ...] | None = None
+        self._file_version: tuple[int, ...] | None = None
         self._members: list[Node] = []
         self._by_key: dict[bytes, Node] = {}
 
     def all(self) -> list[Node]:
-        """Every member, those revoked included.
+        """Every node, with revoked ones.
 
         Raises:
             NodeListError: If the file cannot be read.
         """
-        self._look()
+        self._refresh()
         return list(self._members)
 
     def invite(
@@ -95,7 +95,7 @@ class NodeList:
         number: int | None = None,
         lasts: float = INVITATION_TIME,
     ) -> Node:
-        """Invites a node that will show this secret, of which only a hash is kept.
+        """Adds an invitation with the hash of a secret.
 
         An invitation that was not used is replaced.
 
@@ -106,7 +106,7 @@ class NodeList:
         return self._add(member, number)
 
     def add(self, name: str, key: bytes, number: int | None = None) -> Node:
-        """Makes a key known that was brought otherwise.
+        """Adds a public key (PEM) without an invitation.
 
         Raises:
             NodeListError: If the name or the key is in use.
@@ -114,19 +114,19 @@ class NodeList:
         return self._add(Node(tokens.check_name(name), 0, key=key.decode()), number)
 
     def revoke(self, name: str) -> Node:
-        """Turns a node away from now on, or takes back its invitation.
+        """Revokes a node's key, or its invitation.
 
         Raises:
             NodeListError: If there is none of this name.
         """
-        with self._changing() as members:
-            for place, member in enumerate(members):
+        with self._edit() as members:
+            for index, member in enumerate(members):
                 if member.name == name and not member.revoked:
-                    members[place] = replace(member, revoked=True)
-                    return members[place]
+                    members[index] = replace(member, revoked=True)
+                    return members[index]
         raise NodeListError(f"There is no node named {name!r}: mlx-fed nodes list shows them.")
 
-    # What the routes ask.
+    # NodeAllowlist, for the Fleet routes.
 
     def name_of(self, key: bytes) -> str:
         """The name of the node with this key (``NodeAllowlist``)."""
@@ -137,7 +137,7 @@ class NodeList:
         return self._enrolled(key).number
 
     def _enrolled(self, key: bytes) -> Node:
-        self._look()
+        self._refresh()
         member = self._by_key.get(key)
         if member is None:
             raise AccessDenied(
@@ -149,29 +149,29 @@ class NodeList:
         return member
 
     def enrol(self, invitation: str, key: bytes) -> str:
-        """Makes a key known by ``name:secret`` (``NodeAllowlist``)."""
+        """Lists a key by the invitation ``name:secret`` (``NodeAllowlist``)."""
         name, _, secret = invitation.partition(":")
-        self._look()
-        known = self._by_key.get(key)
-        if known is not None:
-            if not known.revoked and known.name != name:
+        self._refresh()
+        entry = self._by_key.get(key)
+        if entry is not None:
+            if not entry.revoked and entry.name != name:
                 raise AccessDenied(
-                    f"This node's key has enrolled as {known.name}: one key is one node. "
+                    f"This node's key has enrolled as {entry.name}: one key is one node. "
                     "For another node choose another --identity."
                 )
             return self.name_of(key)
         try:
-            shown = _hash(bytes.fromhex(secret))
+            secret_hash = _hash(bytes.fromhex(secret))
         except ValueError:
-            shown = ""
-        with self._changing() as members:
-            for place, member in enumerate(members):
+            secret_hash = ""
+        with self._edit() as members:
+            for index, member in enumerate(members):
                 if member.name != name or not member.secret:
                     continue
-                if not hmac.compare_digest(member.secret, shown):
+                if not hmac.compare_digest(member.secret, secret_hash):
                     continue
                 if member.state == "invited":
-                    members[place] = replace(member, key=key.decode())
+                    members[index] = replace(member, key=key.decode())
                     return name
                 raise AccessDenied(
                     {
@@ -186,38 +186,38 @@ class NodeList:
     # The file.
 
     def _add(self, member: Node, number: int | None) -> Node:
-        with self._changing() as members:
-            for other in members:
-                if member.key and other.key == member.key:
-                    state = "revoked" if other.revoked else f"in use, by {other.name}"
+        with self._edit() as members:
+            for entry in members:
+                if member.key and entry.key == member.key:
+                    state = "revoked" if entry.revoked else f"in use, by {entry.name}"
                     raise NodeListError(f"This key is {state}: make a new one for {member.name}.")
-                if other.name == member.name and other.state == "enrolled":
+                if entry.name == member.name and entry.state == "enrolled":
                     raise NodeListError(
                         f"There is a node named {member.name} already: choose another name, or "
                         f"`mlx-fed nodes revoke {member.name}` first."
                     )
             members[:] = [
-                other for other in members if other.name != member.name or other.state == "revoked"
+                entry for entry in members if entry.name != member.name or entry.state == "revoked"
             ]
             if len(members) >= _MAX_NODES:
                 raise NodeListError(f"There are {_MAX_NODES} nodes already.")
-            taken = {other.number for other in members if not other.revoked}
+            numbers = {entry.number for entry in members if not entry.revoked}
             if number is None:
-                number = next(n for n in range(_MAX_NODES + 1) if n not in taken)
-            elif number in taken:
+                number = next(n for n in range(_MAX_NODES + 1) if n not in numbers)
+            elif number in numbers:
                 raise NodeListError(f"The number {number} is taken by another node.")
             members.append(replace(member, number=number))
             return members[-1]
 
     @contextmanager
-    def _changing(self) -> Iterator[list[Node]]:
+    def _edit(self) -> Iterator[list[Node]]:
         lock = self.path.with_name(f".{self.path.name}.lock")
         try:
-            held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise NodeListError(f"Cannot write {self.path}: {error.strerror or error}.") from error
         try:
-            fcntl.flock(held, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             members = _read(self.path)
             before = list(members)
             yield members
@@ -230,30 +230,30 @@ class NodeList:
                         if member not in before:
                             log.append(member.state, node=member.name, number=member.number)
         finally:
-            os.close(held)
+            os.close(descriptor)
 
-    def _look(self) -> None:
-        """Reads the file again if it is another one than before."""
+    def _refresh(self) -> None:
+        """Reads the file again if it has changed."""
         try:
-            about = self.path.stat()
-            seen: tuple[int, ...] = (about.st_ino, about.st_mtime_ns, about.st_size)
+            stat = self.path.stat()
+            file_version: tuple[int, ...] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
         except FileNotFoundError:
-            seen = ()
+            file_version = ()
         except OSError as error:
             raise NodeListError(f"Cannot read {self.path}: {error.strerror or error}.") from error
-        if seen == self._seen:
+        if file_version == self._file_version:
             return
         try:
             self._members = _read(self.path)
         except NodeListError as error:
-            if self._seen is None:
+            if self._file_version is None:
                 raise
             log.warning("%s The nodes known before stay so.", error)  # it was edited by hand
-            self._seen = seen
+            self._file_version = file_version
             return
-        known = sorted((member for member in self._members if member.key), key=_is_revoked)
-        self._by_key = {member.key.encode(): member for member in known}  # revoked ones last
-        self._seen = seen
+        entries = sorted((member for member in self._members if member.key), key=_is_revoked)
+        self._by_key = {member.key.encode(): member for member in entries}  # revoked ones last
+        self._file_version = file_version
 
 
 def _read(path: Path) -> list[Node]:

@@ -157,7 +157,7 @@ class Policy:
         Raises:
             PolicyRefusal: If it is none of the allowed ones.
         """
-        if self.servers is not None and not any(fnmatch(address, each) for each in self.servers):
+        if self.servers is not None and not any(fnmatch(address, entry) for entry in self.servers):
             raise PolicyRefusal(
                 f"This node's policy allows the servers {', '.join(self.servers) or 'none'}, and "
                 f"not {address}."
@@ -199,27 +199,27 @@ class Policy:
                 f"this node's policy allows the strategies {', '.join(self.strategies)}, and not "
                 f"{strategy or 'one that the server does not name'}"
             )
-        for name, allowed in self.settings.items():
-            if name in config and not allowed.allows(config[name]):
+        for name, allowed_range in self.settings.items():
+            if name in config and not allowed_range.allows(config[name]):
                 raise PolicyRefusal(
-                    f"this node's policy allows {name} {allowed}, and not {config[name]!r}"
+                    f"this node's policy allows {name} {allowed_range}, and not {config[name]!r}"
                 )
-        others = config.keys() - self.settings.keys() - _BY_LIBRARY
-        if others and not self.other_settings:
+        other_names = config.keys() - self.settings.keys() - _BY_LIBRARY
+        if other_names and not self.other_settings:
             raise PolicyRefusal(
-                f"this node's policy does not name the settings {', '.join(sorted(others))}"
+                f"this node's policy does not name the settings {', '.join(sorted(other_names))}"
             )
 
-    def check_time(self, now: datetime) -> None:
+    def check_time(self, local_time: datetime) -> None:
         """Checks the hours.
 
         Args:
-            now (datetime): The local time.
+            local_time (datetime): The local time.
 
         Raises:
             PolicyRefusal: If it is outside all of them.
         """
-        if self.hours and not any(_is_between(now.time(), *each) for each in self.hours):
+        if self.hours and not any(_is_between(local_time.time(), *entry) for entry in self.hours):
             spans = ", ".join(f"{start:%H:%M}-{end:%H:%M}" for start, end in self.hours)
             raise PolicyRefusal(f"this node's policy allows work in these hours only: {spans}")
 
@@ -233,7 +233,7 @@ class Gate:
         log (AuditLog, optional): Where requests, replies and refusals are recorded; what left in
             the last 24 hours is read from it. Default: nowhere.
         approve (callable, optional): ``approve(question)`` asks a person. Default: nobody is there.
-        now (callable): The local time, with its zone.
+        clock (callable): The local time, with its zone.
     """
 
     def __init__(
@@ -242,10 +242,10 @@ class Gate:
         server: str,
         log: AuditLog | None = None,
         approve: Callable[[str], bool] | None = None,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC).astimezone(),
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC).astimezone(),
     ):
         self.policy, self.server, self.log = policy, server, log
-        self.approve, self.now = approve, now
+        self.approve, self.clock = approve, clock
         self._approved: dict[str, bool] = {}
         self._runs_of_task: set[str] = set()
         """Runs whose roll call had the task's digest."""
@@ -268,73 +268,73 @@ class Gate:
         kind = str(message.metadata.message_type)
         if kind == messages.LEAVE:
             return call_next(message, context)
-        _, sent = messages.config_of(message.content)
-        config = kebab_case(sent)
-        about = {
+        _, server_config = messages.config_of(message.content)
+        config = kebab_case(server_config)
+        request = {
             "server": self.server,
             "run": str(config.get("run-id", message.metadata.run_id)),
             "request": "roll-call" if kind == messages.ROLL_CALL else kind,
             "round": config.get("server-round"),
         }
         try:
-            self._check(kind, config, about)
-            self._record("asked", about, settings=_plain(config))
+            self._check(kind, config, request)
+            self._record("asked", request, settings=_plain(config))
             before = self._parameters_before(message) if kind == "train" else None
             reply = call_next(message, context)
             if reply.has_error():
-                self._record("failed", about, reason=str(reply.error.reason)[:1000])
+                self._record("failed", request, reason=str(reply.error.reason)[:1000])
                 return reply
             self._hold(kind, reply, before)
         except PolicyRefusal as refusal:
-            self._record("refused", about, reason=str(refusal))
+            self._record("refused", request, reason=str(refusal))
             raise
         except Exception as error:
-            self._record("failed", about, reason=type(error).__name__)
+            self._record("failed", request, reason=type(error).__name__)
             raise
         size = messages.count_bytes(reply.content)
         if kind == "train":
-            self._sent.append((self.now(), size))
-        self._record("sent", about, bytes=size, **_contents(reply.content))
+            self._sent.append((self.clock(), size))
+        self._record("sent", request, bytes=size, **_contents(reply.content))
         return reply
 
-    def _check(self, kind: str, config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    def _check(self, kind: str, config: Mapping[str, Any], request: Mapping[str, Any]) -> None:
         policy = self.policy
-        policy.check_time(self.now())
+        policy.check_time(self.clock())
         if kind == messages.ROLL_CALL:
             digest = _digest(config.get("fingerprint", ""))
             if policy.task_digest not in (None, digest):
                 raise PolicyRefusal(
                     f"this node's policy allows the task {policy.task_digest}, and not {digest}"
                 )
-            self._runs_of_task.add(str(about["run"]))
-        elif policy.task_digest is not None and about["run"] not in self._runs_of_task:
+            self._runs_of_task.add(str(request["run"]))
+        elif policy.task_digest is not None and request["run"] not in self._runs_of_task:
             raise PolicyRefusal(f"this run has not named the task {policy.task_digest}")
         policy.check_settings(config)
         if kind != "train":
             return
-        while self._sent and self._sent[0][0] < self.now() - _DAY:
+        while self._sent and self._sent[0][0] < self.clock() - _DAY:
             self._sent.popleft()
         rounds, size = len(self._sent), sum(size for _, size in self._sent)
-        for done, limit, unit in (
+        for amount, limit, unit in (
             (rounds, policy.rounds_per_day, "rounds"),
             (size, policy.bytes_per_day, "bytes"),
         ):
-            if limit is not None and done >= limit:
+            if limit is not None and amount >= limit:
                 raise PolicyRefusal(
-                    f"this node's policy allows {limit} {unit} in 24 hours, and {done} were sent"
+                    f"this node's policy allows {limit} {unit} in 24 hours, and {amount} were sent"
                 )
-        if policy.ask and not self._is_approved(about, config):
+        if policy.ask and not self._is_approved(request, config):
             raise PolicyRefusal("the owner of this node has not approved this run")
 
-    def _is_approved(self, about: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-        run = str(about["run"])
+    def _is_approved(self, request: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+        run = str(request["run"])
         if run not in self._approved:
             settings = ", ".join(
                 f"{name}={value}" for name, value in sorted(_plain(config).items())
             )
             question = f"Train for run {run} of {self.server}, with {settings or 'no settings'}?"
             self._approved[run] = self.approve is not None and self.approve(question)
-            self._record("approved" if self._approved[run] else "not approved", about)
+            self._record("approved" if self._approved[run] else "not approved", request)
         return self._approved[run]
 
     def _parameters_before(self, message: Message) -> ArrayRecord | None:
@@ -357,16 +357,16 @@ class Gate:
                     del record[name]
         if policy.metrics is not None:
             for name in (messages.WEIGHTS, messages.UNDEFINED):
-                beside = records_in(content, ConfigRecord).get(name, ConfigRecord())
-                for metric in set(beside) - {*policy.metrics, _WEIGHT}:
-                    del beside[metric]
+                config_record = records_in(content, ConfigRecord).get(name, ConfigRecord())
+                for metric in set(config_record) - {*policy.metrics, _WEIGHT}:
+                    del config_record[metric]
         if kind == "train" and before is not None:
             name, after = messages.parameters_of(content)
             content[name] = clip_update(before, after, float(policy.max_update_norm or 0.0))
 
-    def _record(self, event: str, about: Mapping[str, Any], **fields: Any) -> None:
+    def _record(self, event: str, request: Mapping[str, Any], **fields: Any) -> None:
         if self.log is not None:
-            self.log.append(event, **about, **fields)
+            self.log.append(event, **request, **fields)
 
 
 def clip_update(before: ArrayRecord, after: ArrayRecord, max_norm: float) -> ArrayRecord:
@@ -397,15 +397,15 @@ def clip_update(before: ArrayRecord, after: ArrayRecord, max_norm: float) -> Arr
     if norm <= max_norm:
         return after
     scale = max_norm / norm
-    clipped = {}
+    parameters = {}
     for name, array in end.items():
-        moved = np.asarray(start[name].astype(mx.float32)) + scale * updates[name]
-        clipped[name] = mx.array(moved.astype(np.float32)).astype(array.dtype)
+        value = np.asarray(start[name].astype(mx.float32)) + scale * updates[name]
+        parameters[name] = mx.array(value.astype(np.float32)).astype(array.dtype)
     if messages.is_packed(after):
-        return messages.pack(clipped)
+        return messages.pack(parameters)
     from ..arrays import master_weights
 
-    return master_weights.to_masters(clipped)
+    return master_weights.to_masters(parameters)
 
 
 def load_policy(path: Path | str) -> Policy:
@@ -471,7 +471,7 @@ def policy_and_log(
 
 
 @contextmanager
-def logged(log: AuditLog | None, **about: Any) -> Iterator[None]:
+def logged(log: AuditLog | None, **fields: Any) -> Iterator[None]:
     """Records when a node starts and ends, and why.
 
     Args:
@@ -481,7 +481,7 @@ def logged(log: AuditLog | None, **about: Any) -> Iterator[None]:
     if log is None:
         yield
         return
-    log.append("started", **about)
+    log.append("started", **fields)
     reason = "the run is over"
     try:
         yield
@@ -517,9 +517,9 @@ class _Reader:
         value = self.tables.get(table, {}).pop(key, default)
         if value is default:
             return default
-        accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
+        types: tuple[type, ...] = (int, float) if kind is float else (kind,)
         is_number = kind in (int, float)
-        if type(value) not in accepted or (is_number and not 0 <= value < math.inf):
+        if type(value) not in types or (is_number and not 0 <= value < math.inf):
             words = {bool: "true or false", str: "text", int: "a whole number, 0 or more"}
             raise PolicyError(
                 f"{self.path}: {key} of [{table}] is {words.get(kind, 'a number, 0 or more')}, "
@@ -576,10 +576,10 @@ def _hint(name: str, names: Any) -> str:
     return f"Did you mean {likely}?" if likely else f"There are {', '.join(names)}."
 
 
-def _is_between(now: time, start: time, end: time) -> bool:
+def _is_between(local_time: time, start: time, end: time) -> bool:
     if start <= end:
-        return start <= now < end
-    return now >= start or now < end
+        return start <= local_time < end
+    return local_time >= start or local_time < end
 
 
 def _digest(fingerprint: Any) -> str:

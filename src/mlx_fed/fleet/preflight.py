@@ -165,14 +165,14 @@ def check_server(
             "put the files right, or make them anew in another --federation folder",
         )
     yield from _check_folder("runs", runs, "name another folder with --runs")
-    made: list[Task] = []
+    tasks: list[Task] = []
     yield from _check(
-        "task", lambda: made.append(_make(task, config)), lambda _: "it can be made", _TASK_ADVICE
+        "task", lambda: tasks.append(_make(task, config)), lambda _: "it can be made", _TASK_ADVICE
     )
-    if made:
+    if tasks:
         yield from _check(
             "model",
-            lambda: Trainer(made[0]),
+            lambda: Trainer(tasks[0]),
             lambda trainer: _size(trainer, devices.use(device)),
             "mend Task.model",
         )
@@ -245,10 +245,10 @@ def _check(
     except Exception as error:
         from ..tracebacks import location
 
-        place = "" if isinstance(error, FedError) else f"{type(error).__name__}: "
+        prefix = "" if isinstance(error, FedError) else f"{type(error).__name__}: "
         line = location(error)
         where = f" ({line[0]}, line {line[1]})" if line else ""
-        yield Finding(name, f"{place}{error}{where}", advice, True)
+        yield Finding(name, f"{prefix}{error}{where}", advice, True)
 
 
 def _identity(
@@ -313,10 +313,10 @@ def _check_server(identity: Identity) -> Iterator[Finding]:
 
 
 def _make(source: Callable[[], TaskSource], config: dict[str, Any] | None) -> Task:
-    found = source()
+    task_source = source()
     settings = TracedConfig.of(config)
-    task = make_task(found, settings)
-    check_config(settings, task, [] if isinstance(found, Task) else [found])
+    task = make_task(task_source, settings)
+    check_config(settings, task, [] if isinstance(task_source, Task) else [task_source])
     return task
 
 
@@ -384,29 +384,31 @@ def _check_folder(name: str, folder: Path, advice: str) -> Iterator[Finding]:
 
 def _resolve(announce: str) -> str:
     host, port = address.parse(announce)
-    found = sorted({str(each[4][0]) for each in socket.getaddrinfo(host, port)})
+    addresses = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, port)})
     local = set(certificates.local_addresses("0.0.0.0"))
-    loopback = [each for each in found if address.is_loopback(each)]
+    loopback = [entry for entry in addresses if address.is_loopback(entry)]
     if loopback and not address.is_loopback(host):
         raise _Fault(
-            f"{host} is {', '.join(found)} here, which other machines cannot reach",
+            f"{host} is {', '.join(addresses)} here, which other machines cannot reach",
             "announce this machine's address on its network",
         )
-    known = "" if local & {host, *found} else ": no address of this machine, perhaps a router's"
-    return f"{announce} is {', '.join(found)}{known}"
+    warning = (
+        "" if local & {host, *addresses} else ": no address of this machine, perhaps a router's"
+    )
+    return f"{announce} is {', '.join(addresses)}{warning}"
 
 
 def _certificates(folder: Path) -> str:
     federation = Federation(folder)
     federation.context("127.0.0.1")
     certificate = x509.load_pem_x509_certificate(federation.certificate.read_bytes())
-    left = certificate.not_valid_after_utc - datetime.now(UTC)
-    if left.total_seconds() <= 0:
+    remaining_time = certificate.not_valid_after_utc - datetime.now(UTC)
+    if remaining_time.total_seconds() <= 0:
         raise _Fault(
             f"the server's certificate ended on {certificate.not_valid_after_utc:%Y-%m-%d}",
             "renew it: mlx-fed certs bring",
         )
-    return f"{folder} has an authority, and a certificate for {left.days} days"
+    return f"{folder} has an authority, and a certificate for {remaining_time.days} days"
 
 
 def _size(trainer: Trainer, device: str) -> str:

@@ -1,4 +1,4 @@
-"""Files that only their owner may read."""
+"""Secret files: written atomically with mode 600, refused where others may read them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..errors import FedError
 
 
 class SecretFileError(FedError):
-    """A secret that others can read, or that cannot be kept."""
+    """A secret file that others can read, or that cannot be written."""
 
 
 def make_folder(folder: Path) -> None:
-    """A folder that only its owner may enter, where there is none.
+    """Creates a folder of mode 700 where there is none.
 
     Raises:
         SecretFileError: If it cannot be made.
@@ -26,7 +26,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file that only its owner may read: all of it or nothing.
+    """Writes a file of mode 600 atomically.
 
     Raises:
         SecretFileError: If it cannot be written.
@@ -35,7 +35,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def publish(path: Path, content: bytes) -> None:
-    """Writes a file that anyone may read: all of it or nothing.
+    """Writes a file of mode 644 atomically.
 
     Raises:
         SecretFileError: If it cannot be written.
@@ -44,24 +44,26 @@ def publish(path: Path, content: bytes) -> None:
 
 
 def replace(path: Path, content: bytes, mode: int) -> None:
-    """Puts a file in the place of another, with permissions that it has from its first byte."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Replaces a file atomically; the new one has its mode from the first byte."""
+    temporary_path = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        descriptor = os.open(
+            temporary_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode
+        )
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(descriptor)
-            part.replace(path)
+            temporary_path.replace(path)
         finally:
-            part.unlink(missing_ok=True)
+            temporary_path.unlink(missing_ok=True)
     except OSError as error:
         raise SecretFileError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def read(path: Path) -> bytes:
-    """A secret, if it is one.
+    """The content of a file that only its owner may read.
 
     Raises:
         SecretFileError: If it cannot be read, or others can read it too.

@@ -1,4 +1,4 @@
-"""The server of a federation: Flower's Fleet routes on one port, the round loop beside them."""
+"""The server of a federation: the round loop, and Flower's Fleet API on one port."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..arrays import weights
 from ..arrays.spool import Spool
 from ..errors import FedError, RunError
 from ..events import Listener, NodeInvited, Notice, ServerReady
-from ..flower import headers as ours
+from ..flower import headers
 from ..flower.connections import LimitedHttpProtocol, LimitedServer, raise_file_limit
 from ..flower.fleet_routes import FleetRoutes
 from ..flower.link_grid import LinkGrid
@@ -35,7 +35,7 @@ from ..training.trainer import Trainer
 from .audit import AuditListener, AuditLog
 from .federation import DEFAULT_FOLDER, Federation, announcement
 
-_FAREWELL = 5.0
+_DEPARTURE_TIMEOUT = 5.0
 """Seconds that nodes have to leave after the run."""
 _KEEP_ALIVE = 120
 """Seconds that a connection may be idle, once its answer is handed over but for the last of it."""
@@ -88,7 +88,7 @@ def serve(
     audit: Path | str | None = None,
     listeners: tuple[Listener, ...] | None = None,
 ) -> Result:
-    """Leads a federation of machines through a run, and returns when it is over.
+    """Runs the server of a federation of machines; returns when the run is over.
 
     Nodes (:func:`mlx_fed.join`) may come before the server, after it and between rounds; when
     the run is finished, was stopped by Ctrl-C or has failed they are told and end. When the server
@@ -198,7 +198,7 @@ def serve(
                 history.notify(Notice(_WARNING))
             for node, token in _invitations(registry, setup.strategy, setup.settings).items():
                 history.notify(NodeInvited(node, token, join_command))
-            with _telling_the_outcome(link):
+            with _reporting_outcome(link):
                 return loop.run(LinkGrid(link), *setup, resume=resume is not None)
 
 
@@ -215,7 +215,7 @@ def _socket(host: str, port: int) -> socket.socket:
 def _invitations(
     federation: Federation | None, strategy: Strategy, settings: RunSettings
 ) -> dict[str, str]:
-    """A token for each node that the run needs and that the federation does not know yet."""
+    """Tokens by node name, for nodes that the run needs and that are not enrolled."""
     if federation is None:
         return {}
     num_nodes = max(settings.min_nodes or 1, strategies.least_nodes(strategy))
@@ -234,7 +234,7 @@ def _serving(
     host: str = "",
     spool: Spool | None = None,
 ) -> Iterator[Link]:
-    """Serves the Fleet routes from a thread for as long as the context lasts.
+    """Context in which a thread serves the Fleet routes.
 
     With a federation's folder connections are encrypted, and only its nodes are answered.
     """
@@ -267,8 +267,8 @@ def _serving(
 
 
 @contextlib.contextmanager
-def _telling_the_outcome(link: Link) -> Iterator[None]:
-    """Tells the nodes how the run ended, once it is over.
+def _reporting_outcome(link: Link) -> Iterator[None]:
+    """Context that reports the run's outcome to the nodes.
 
     What else ends a server (SIGTERM, a full disk, a defect) is no end of the run: nodes wait for
     the server that resumes it.
@@ -276,22 +276,22 @@ def _telling_the_outcome(link: Link) -> Iterator[None]:
     outcome = ""
     try:
         yield
-        outcome = ours.FINISHED
+        outcome = headers.FINISHED
     except KeyboardInterrupt:
-        outcome = ours.STOPPED
+        outcome = headers.STOPPED
         raise
     except RunError:
-        outcome = ours.FAILED
+        outcome = headers.FAILED
         raise
     finally:
         link.finish(outcome)
         if outcome:
-            _wait_for_farewell(link)
+            _wait_for_departures(link)
 
 
-def _wait_for_farewell(link: Link) -> None:
-    """Waits for the nodes to leave."""
-    deadline = time.monotonic() + _FAREWELL
+def _wait_for_departures(link: Link) -> None:
+    """Waits until the nodes have left."""
+    deadline = time.monotonic() + _DEPARTURE_TIMEOUT
     while link.online() and time.monotonic() < deadline:
         last_count = link.news_count()
         if link.online():

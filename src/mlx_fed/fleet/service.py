@@ -52,9 +52,9 @@ def service_command(name: str, arguments: Sequence[str]) -> list[str]:
             runs = following
         elif word.startswith("--runs="):
             runs = word.removeprefix("--runs=")
-    started = shlex.quote(str(Path(runs) / name / "settings.json"))
+    settings_file = shlex.quote(str(Path(runs) / name / "settings.json"))
     text = (
-        f"test -f {started} && exec {shlex.join([*command, '--resume', name])} "
+        f"test -f {settings_file} && exec {shlex.join([*command, '--resume', name])} "
         f"|| exec {shlex.join([*command, '--name', name])}"
     )
     return ["/bin/sh", "-c", text]
@@ -69,7 +69,7 @@ def systemd_unit(name: str, command: Sequence[str], folder: Path, system: bool) 
         folder (Path): The working folder.
         system (bool): For the machine rather than for the user.
     """
-    quoted = " ".join(_systemd_word(word) for word in command)
+    command_line = " ".join(_systemd_word(word) for word in command)
     environment = "".join(
         f"Environment={_systemd_word(f'{key}={os.environ[key]}')}\n"
         for key in ("MLX_FED_HOME", "MLX_FED_CACHE", "PYTHONPATH")
@@ -82,7 +82,7 @@ After=network-online.target
 
 [Service]
 WorkingDirectory={str(folder).replace("%", "%%")}
-ExecStart={quoted}
+ExecStart={command_line}
 {environment}Environment=PYTHONUNBUFFERED=1
 Restart=on-failure
 RestartSec={_PAUSE}
@@ -157,13 +157,13 @@ def install_service(
             commands.append("loginctl enable-linger    # so that it runs while nobody is logged in")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as part:
-            part.write_bytes(content)
+        with atomic_write(path) as temporary_path:
+            temporary_path.write_bytes(content)
     except OSError as error:
         raise ServiceError(f"Cannot write {path}: {error.strerror or error}.") from error
     return path, commands
 
 
 def _systemd_word(word: str) -> str:
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    return f'"{escaped}"'
+    literal = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{literal}"'

@@ -1,7 +1,7 @@
-"""Tokens: the one line that lets a machine join, as text that survives a mail or a chat.
+"""Tokens: URL-safe text that invites one node to a federation.
 
-A token has the server's address, the fingerprint of the authority that vouches for it, the name
-and number that the node will have, and a secret that is good for one enrolment.
+A token has the server's address, the fingerprint of its certificate authority, the name and node id
+of the node, and a secret for one enrolment, with a checksum.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class TokenError(FedError):
-    """Text that is not a whole token."""
+    """Text that is not a complete token."""
 
 
 class Token(NamedTuple):
-    """What a token says.
+    """The content of a token.
 
     Attributes:
         address (str): ``HOST:PORT`` of the server.
         authority (bytes): SHA-256 of the certificate of its authority.
         name (str): The node's name.
-        number (int): Its number: which part of the data it holds, unless it says otherwise.
-        secret (bytes): Good for one enrolment.
+        number (int): Its node id: its partition of the data.
+        secret (bytes): Valid for one enrolment.
     """
 
     address: str
@@ -49,12 +49,12 @@ class Token(NamedTuple):
 
     @property
     def invitation(self) -> str:
-        """What the node shows to enrol."""
+        """``name:secret``, which a node sends to enrol."""
         return f"{self.name}:{self.secret.hex()}"
 
 
 def check_name(name: str) -> str:
-    """The name, if an enrolled node may have it: it is also that of a folder.
+    """The name of a node, checked: it is a folder's name as well.
 
     Raises:
         TokenError: If it has other characters than a plain file name, or more than 64.
@@ -67,12 +67,12 @@ def check_name(name: str) -> str:
 
 
 def new_secret() -> bytes:
-    """A secret that nobody guesses."""
+    """A random secret of 128 bits."""
     return secrets.token_bytes(_SECRET)
 
 
 def encode(token: Token) -> str:
-    """The token as text of URL-safe characters."""
+    """A token as text."""
     words = "\n".join([token.address, token.name, str(token.number)]).encode()
     body = bytes([_VERSION]) + token.authority + token.secret + words
     body += zlib.crc32(body).to_bytes(_CHECKSUM, "big")
@@ -80,7 +80,7 @@ def encode(token: Token) -> str:
 
 
 def read(text: str) -> Token:
-    """What a token says that is written out, or as ``@FILE`` in a file which is its owner's alone.
+    """The token of a text, or of the secret file ``@FILE``.
 
     Raises:
         FedError: If it is not whole, or others can read the file.
@@ -91,32 +91,32 @@ def read(text: str) -> Token:
 
 
 def decode(text: str) -> Token:
-    """What a token says.
+    """The token of a text.
 
     Raises:
         TokenError: If it is not whole, or not a token.
     """
-    broken = TokenError(
+    token_error = TokenError(
         f"{text[:20]!r}... is not a whole token: copy the line that the server printed, "
         "from mlxfed- to its end."
     )
     text = text.strip()
     if not text.startswith(_PREFIX) or len(text) > _LONGEST or not text.isascii():
-        raise broken
-    encoded = text.removeprefix(_PREFIX)
+        raise token_error
+    base64_text = text.removeprefix(_PREFIX)
     try:
-        body = urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
+        body = urlsafe_b64decode(base64_text + "=" * (-len(base64_text) % 4))
     except (ValueError, binascii.Error) as error:
-        raise broken from error
+        raise token_error from error
     body, checksum = body[:-_CHECKSUM], body[-_CHECKSUM:]
     if zlib.crc32(body).to_bytes(_CHECKSUM, "big") != checksum or body[:1] != bytes([_VERSION]):
-        raise broken
+        raise token_error
     head, tail = 1 + _FINGERPRINT, 1 + _FINGERPRINT + _SECRET
     try:
-        place, name, number = body[tail:].decode().split("\n")
-        address.parse(place)
+        server, name, number = body[tail:].decode().split("\n")
+        address.parse(server)
         if len(body) < tail or not number.isdecimal() or int(number) > _LARGEST_NUMBER:
-            raise broken
-        return Token(place, body[1:head], check_name(name), int(number), body[head:tail])
+            raise token_error
+        return Token(server, body[1:head], check_name(name), int(number), body[head:tail])
     except (ValueError, FedError) as error:
-        raise broken from error
+        raise token_error from error
