@@ -53,6 +53,11 @@ class Data:
     def __post_init__(self) -> None:
         for split in ("train", "test"):
             arrays = getattr(self, split)
+            if arrays is None and split == "train":
+                raise TypeError(
+                    "Data.train is None: it takes a tuple or dictionary of arrays, or a callable "
+                    "that returns batches."
+                )
             if arrays is None or callable(arrays):
                 continue
             if hasattr(arrays, "shape"):  # its rows would be taken for arrays
@@ -349,7 +354,13 @@ def make_task(source: TaskSource, config: Config | None = None) -> Task:
     """
     task: Any = source
     if callable(source) and not isinstance(source, Task):
-        task = source(TracedConfig.of(config))
+        settings = TracedConfig.of(config)
+        if reason := misfit(source, settings):
+            raise TaskError(
+                f"The task is a Task, or a function of the settings, such as def task(config); "
+                f"this one{definition(source)} does not take them: {reason}."
+            )
+        task = source(settings)
     if not isinstance(task, Task):
         raise TypeError(
             f"Expected an mlx_fed.Task, or a function of the settings that returns one, "

@@ -29,7 +29,7 @@ def user_traceback(error: BaseException) -> str:
     """
     report = traceback.TracebackException.from_exception(error)
     if os.environ.get(_VARIABLE, "") in ("", "0"):
-        frames = [frame for frame in report.stack if not _is_library(frame.filename)]
+        frames = [frame for frame in report.stack if not _is_library(frame)]
         if frames:
             report.stack = traceback.StackSummary.from_list(frames)
         report.__cause__ = report.__context__ = None
@@ -39,7 +39,7 @@ def user_traceback(error: BaseException) -> str:
 def location(error: BaseException) -> tuple[str, int] | None:
     """The name of the file and the line of a task's own code in which an exception arose."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not _is_library(frame.filename):
+        if not _is_library(frame):
             return Path(frame.filename).name, frame.lineno or 0
     return None
 
@@ -61,11 +61,12 @@ def misfit(function: Callable[..., Any], *arguments: Any, **settings: Any) -> st
     return None
 
 
-def _is_library(filename: str) -> bool:
+def _is_library(frame: traceback.FrameSummary) -> bool:
     """Whether a frame is of this package, of an installed one or of Python itself."""
-    if filename.startswith("<frozen"):
+    is_dataclass = frame.filename == "<string>" and frame.name == "__init__"
+    if frame.filename.startswith("<frozen") or is_dataclass:
         return True
-    path = Path(filename).resolve()  # "<ipython-input-1>" and the like are the user's
+    path = Path(frame.filename).resolve()  # "<ipython-input-1>" and the like are the user's
     return (
         "site-packages" in path.parts
         or _STANDARD_LIBRARY in path.parents

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FedError
-from ..task_settings import TracedConfig
+from ..task_settings import TracedConfig, nearest
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -114,10 +114,17 @@ def _import(name: str, kind: str, example: str) -> Any:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
+            if module_name.endswith(".py"):
+                module_name = module_name.removesuffix(".py").strip("./").replace("/", ".")
+                raise FedError(
+                    f"{name!r} names a file: write the module, {module_name}:{attribute}."
+                ) from error
             raise FedError(
                 f"There is no module {module_name!r}, neither in {Path.cwd()} nor installed."
             ) from error
         raise
     if not hasattr(module, attribute):
-        raise FedError(f"The module {module_name!r} has no {attribute!r}.")
+        match = nearest(attribute, vars(module))
+        hint = f" Did you mean {match}?" if match else ""
+        raise FedError(f"The module {module_name!r} has no {attribute!r}.{hint}")
     return getattr(module, attribute)

@@ -127,7 +127,8 @@ def serve(
         test (tuple, optional): Held-out examples of the server, as ``Data.test``: the task's loss
             and metrics of the global model on them are recorded each round.
         evaluate_fn (callable, optional): ``evaluate_fn(round, parameters, statistics)`` returns
-            other metrics of the global model, or text such as a sample of what it writes.
+            other metrics of the global model, or text such as a sample of what it writes. As
+            ``evaluate_fn(round, arrays)`` it gets, as from Flower, an ``ArrayRecord`` in float32.
         patience (int, optional): The run ends after so many rounds without a new lowest loss, the
             loss by which the best round is chosen; 0 is no limit. Default: no limit.
         target (str or dict, optional): The run ends when a metric is reached:

@@ -8,11 +8,15 @@ from typing import Any
 import mlx.core as mx
 from flwr.app import Message
 
+from ..arrays import master_weights
+from ..errors import SettingsError
 from ..events import Notice
 from ..runs.round_record import RoundRecord
 from ..training.metrics import Evaluation, derive_metrics, is_defined
+from ..tracebacks import definition
 from . import checks, messages, strategies
 from .phase import Model, Phase, Run
+from .settings import takes_record
 
 
 def evaluate(run: Run, model: Model, record: RoundRecord) -> None:
@@ -98,7 +102,16 @@ def evaluate_centrally(run: Run, model: Model, record: RoundRecord) -> None:
             metrics |= evaluation.metrics
             del metrics["num-examples"]
         if evaluate_fn is not None:
-            result = evaluate_fn(record.round, parameters, model.statistics) or {}
+            if takes_record(evaluate_fn):
+                masters = master_weights.to_masters({**parameters, **model.statistics})
+                result: Any = evaluate_fn(record.round, masters) or {}
+            else:
+                result = evaluate_fn(record.round, parameters, model.statistics) or {}
+            if not isinstance(result, Mapping):
+                raise SettingsError(
+                    f"evaluate_fn{definition(evaluate_fn)} returned a {type(result).__name__}: it "
+                    'returns metrics by name, such as {"accuracy": 0.9}, or None.'
+                )
             metrics |= {k: v.item() if isinstance(v, mx.array) else v for k, v in result.items()}
     record.central = metrics
 

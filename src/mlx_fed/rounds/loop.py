@@ -249,6 +249,8 @@ def _set_up(
     spool = grid.spool or Spool(history.folder / "waiting")
     checkpoints = Checkpoints(history.folder, settings.keep)
     run = Run(grid, strategy, trainer, settings, history, roster, config, spool, checkpoints)
+    if strategies.attribute(strategy, "proximal_mu") == 0 and "proximal-mu" not in config:
+        history.notify(Notice("FedProx without proximal-mu is FedAvg: set it, such as to 0.1"))
     if private := strategies.name_of_private(strategy):
         privacy.require_covered(private, run.averaged)
         history.notify(Notice(privacy.note(private, trainer.task)))

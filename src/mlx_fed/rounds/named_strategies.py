@@ -30,7 +30,14 @@ def find(strategy: Strategy | str | type | None = None, min_nodes: int = 2) -> S
     if strategy is None or isinstance(strategy, str):
         return make_by_name(strategy or "FedAvg", min_nodes)
     if not isinstance(strategy, Strategy):
-        hint = f": write {strategy.__name__}()" if isinstance(strategy, type) else ""
+        kind = strategy if isinstance(strategy, type) else type(strategy)
+        hint = f": write {kind.__name__}()" if isinstance(strategy, type) else ""
+        if kind.__module__.startswith("flwr.server."):
+            hint = (
+                ". It is of an older version of Flower's strategies: write from "
+                f"flwr.serverapp.strategy import {kind.__name__}, whose arguments have new names "
+                "(fraction_train for fraction_fit)"
+            )
         raise SettingsError(
             f"strategy is one of flwr.serverapp.strategy, or its name, not {strategy!r}{hint}."
         )

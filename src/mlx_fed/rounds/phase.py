@@ -300,8 +300,21 @@ class Phase:
             minimum = f", and {min_replies} are needed" if min_replies > 1 else ""
             raise TooFewReplies(
                 f"Round {self.number}: {some} nodes gave a train reply that counts{minimum}. "
-                "The reasons stand above; the model of the round before is kept."
+                f"{self._explain_refusals()} The model of the round before is kept."
             )
+
+    def _explain_refusals(self) -> str:
+        """Why replies of the last attempt do not count: the first reason, and a hint."""
+        refusals = [each for each in self.record.refused if each.phase == self.name]
+        refusals = refusals[-self.num_messages :]
+        if not refusals:
+            return "No node says why."
+        number = len(refusals) - 1
+        more = f" (and {number} more)" if number else ""
+        text = f"{refusals[0].node}: {refusals[0].reason}{more}."
+        if any("not finite" in each.reason for each in refusals):
+            text += " A smaller learning rate, or max-grad-norm, may help."
+        return text
 
     def masters_from_strategy(self, masters: ArrayRecord | None, model: Model) -> ArrayRecord:
         """The strategy's new masters as float32 in the model's order; the old ones if it has

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from ..arrays.named_arrays import Arrays
 from ..errors import SettingsError
 from ..settings_check import KINDS, WHOLE, number, whole_number
 from ..task_settings import TracedConfig, nearest, plain, to_kebab
+from ..tracebacks import definition, misfit
 from .stopping import StopFn, parse_target
 
 if TYPE_CHECKING:
@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-EvaluateFn = Callable[[int, Arrays, Arrays], Mapping[str, float | str] | None]
+EvaluateFn = Callable[..., Mapping[str, float | str] | None]
 """``evaluate_fn(round, parameters, statistics)``: metrics of the global model."""
+
+
+def takes_record(evaluate_fn: EvaluateFn) -> bool:
+    """Whether a function is called as Flower does: ``evaluate_fn(round, arrays)``."""
+    return bool(misfit(evaluate_fn, 1, {}, {})) and misfit(evaluate_fn, 1, {}) is None
+
 
 VALUES = {
     "num_rounds": whole_number(1),
@@ -74,6 +80,13 @@ class RunSettings:
         for name in ("stop", "evaluate_fn"):
             if (function := getattr(self, name)) is not None and not callable(function):
                 raise SettingsError(f"{name} is a function, not {function!r}.")
+        if self.evaluate_fn is not None and not takes_record(self.evaluate_fn):
+            if reason := misfit(self.evaluate_fn, 1, {}, {}):
+                raise SettingsError(
+                    f"evaluate_fn{definition(self.evaluate_fn)} is called as evaluate_fn(round, "
+                    f"parameters, statistics), or evaluate_fn(round, arrays) as Flower does, and "
+                    f"does not take that: {reason}."
+                )
         if self.test is not None:
             _check_arrays(self.test)
 

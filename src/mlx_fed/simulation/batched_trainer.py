@@ -148,6 +148,7 @@ class BatchedTrainer:
                 "num-examples": count(examples),
                 "loss": weighted_mean(values, weights),
             }
+            trainer.note_divergence(values, weights)
             metrics |= count_units(trainer.task, weights, seconds)
             metrics |= trainer.first_loss(*starts[index], Data(examples), config)
             updates.append(trainer.make_update(states[index], counters, metrics))

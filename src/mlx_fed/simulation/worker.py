@@ -20,7 +20,7 @@ from ..flower.one_run_grid import ClientFailure
 from ..rounds import checks, messages
 from ..task import Config, Data, TaskSource, make_task
 from ..task_settings import kebab_case
-from ..tracebacks import user_traceback
+from ..tracebacks import location, user_traceback
 from ..training.batches import lengths
 from ..training.trainer import ClientUpdate, Trainer
 from .batched_trainer import BatchedTrainer, ClientInput
@@ -410,4 +410,7 @@ def reason(error: Exception) -> str:
     repeat would not mend."""
     if isinstance(error, FedError) and not isinstance(error, (TypeError, ValueError)):
         return str(error)
-    return f"{type(error).__name__}: {error}"
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    source = location(error)
+    suffix = f" ({source[0]}, line {source[1]})" if source else ""
+    return f"{type(error).__name__}: {text}{suffix}"

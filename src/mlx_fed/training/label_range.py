@@ -16,6 +16,7 @@ import numpy as np
 
 from ..arrays import examples
 from ..arrays.examples import Examples, ExamplesError
+from ..arrays.named_arrays import dtype_name
 
 Ranges = dict[str, tuple[int, int]]
 """Least and largest value of arrays of integers, by their paths."""
@@ -77,6 +78,12 @@ def check_indices() -> Iterator[None]:
 
 def _with_check(take: Callable[..., mx.array]) -> Callable[..., mx.array]:
     def take_with_check(a: Any, indices: Any, axis: int | None = None, **options: Any) -> mx.array:
+        if isinstance(indices, mx.array) and not mx.issubdtype(indices.dtype, mx.integer):
+            kind = dtype_name(indices.dtype)
+            raise ExamplesError(
+                f"Task.loss takes labels of dtype {kind}, where they are integers that count the "
+                "classes from 0: return labels.astype(numpy.int32) from Task.data."
+            )
         result = take(a, indices, axis, **options)
         size = a.size if axis is None else a.shape[axis]
         try:

@@ -22,6 +22,7 @@ from ..arrays.weights import Slots
 from ..errors import FedError, TaskError
 from ..task import Config, Task
 from ..task_settings import TracedConfig
+from ..tracebacks import definition
 from . import linear_gradients
 from .optimizer_state import named_optimizers, set_state, split_state, state_of, update_step
 
@@ -233,13 +234,13 @@ def loss_and_weight(
     """
     if isinstance(output, (tuple, list)):
         if not output:
-            raise LossError("Task.loss returned an empty tuple.")
+            raise LossError(f"Task.loss{definition(task.loss)} returned an empty tuple.")
         if task.weight_unit is None:
             second = output[1] if len(output) == 2 else None
             if isinstance(second, mx.array) and mx.issubdtype(second.dtype, mx.integer):
                 raise LossError(
-                    "Task.loss returned a tuple of a loss and a whole number. If that is the "
-                    "weight of a (mean, weight), name what it counts: "
+                    f"Task.loss{definition(task.loss)} returned a tuple of a loss and a whole "
+                    "number. If that is the weight of a (mean, weight), name what it counts: "
                     'Task(weight_unit="tokens"). If it is not, return the loss alone, and give '
                     "the other value in Task.metrics."
                 )
@@ -254,13 +255,13 @@ def loss_and_weight(
         output, weight = output
     if not isinstance(output, mx.array):
         raise LossError(
-            f"Task.loss returned a {type(output).__name__}: it returns an mx.array, the mean over "
-            "the batch (a scalar) or a value for each example (a vector)."
+            f"Task.loss{definition(task.loss)} returned a {type(output).__name__}: it returns an "
+            "mx.array, the mean over the batch (a scalar) or a value for each example (a vector)."
         )
     if output.ndim > 1 and output.size != len(output):
         raise LossError(
-            f"Task.loss returned the shape {output.shape} for a batch of {examples.count(batch)} "
-            "examples: it returns the mean over the batch, a scalar, or a value for each example, "
+            f"Task.loss{definition(task.loss)} returned the shape {output.shape} for a batch of "
+            f"{examples.count(batch)} examples: it returns the mean over the batch, a scalar, or a value for each example, "
             "shape (batch,). Outputs of shape (batch, 1) and targets of shape (batch,) broadcast "
             "to (batch, batch): squeeze the outputs. Of several values for each example return "
             "their mean."

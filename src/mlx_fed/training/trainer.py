@@ -5,8 +5,9 @@ Arguments and results are named arrays and metrics: there is nothing of Flower h
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
@@ -90,6 +91,7 @@ class Trainer:
         self.all_statistics_spec = named_arrays.spec(weights.get(self.slots.statistics))
         self.notes: dict[str, None] = {}
         self._num_taken = 0
+        self._has_diverged = False
         self.takes_config = task.train_step is not None or examples.takes_config(task.loss)
         self.batches = BatchLoader(task, self.model, self.slots, self.note)
         self._training: tuple[Any, TrainingPrograms] | None = None
@@ -128,6 +130,19 @@ class Trainer:
     def note(self, text: str) -> None:
         """Adds a message for the log, once in a process."""
         self.notes.setdefault(text)
+
+    def note_divergence(self, losses: Sequence[float], step_weights: Sequence[float]) -> None:
+        """Notes, once in a process, the step at which a client's loss stops being finite."""
+        if self._has_diverged:
+            return
+        for step, (loss, weight) in enumerate(zip(losses, step_weights, strict=True), 1):
+            if weight and not math.isfinite(loss):
+                self._has_diverged = True
+                hint = "a smaller learning rate, or max-grad-norm, may help"
+                if step == 1:
+                    hint = f"the data or the loss may have values that are not finite, or {hint}"
+                self.note(f"the loss is {loss} at step {step} of {len(losses)}: {hint}")
+                return
 
     def take_notes(self) -> list[str]:
         """Messages since the last call."""
@@ -210,6 +225,7 @@ class Trainer:
         seconds = time.perf_counter() - start_time
         loss_weights: Any = [weight.item() for weight in step_weights]
         loss_values: Any = [loss.item() for loss in losses]
+        self.note_divergence(loss_values, loss_weights)
         if not callable(data.train):
             num_examples = examples.count(self.batches.resident(data.train))
         elif isinstance(data.train, Sized):
