@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from .events import Event
 from .monitoring.server_terminal import server_line
 from .rounds import loop
+from .rounds.initial_weights import InitialWeights
 from .rounds.run_setup import StrategySource, set_up_run
 from .rounds.settings import VALUES, EvaluateFn, RunSettings, select_settings, with_argument_hints
 from .rounds.stopping import StopFn
@@ -49,6 +50,7 @@ def server_app(
     patience: int | None = None,
     target: str | Mapping[str, float] | None = None,
     stop: StopFn | None = None,
+    initial: InitialWeights | None = None,
     runs: Path | str | None = None,
     device: str | None = "cpu",
 ) -> ServerApp:

@@ -204,7 +204,9 @@ def test_a_task_that_raises_on_all_ends_the_run(workers: int, tmp_path: Path):
             max_repeats=1,
             listeners=(lambda event: told.append(getattr(event, "reason", "")),),
         )
-    assert told.count("OSError: the disk is not mounted") == CLIENTS  # nor repeated
+    assert (
+        sum("OSError: the disk is not mounted (" in text for text in told) == CLIENTS
+    )  # nor repeated
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -276,7 +278,7 @@ def takes_one(argument: Any) -> None:
         ({"loss": takes_one}, r"TaskError: .* \(test_simulation_input.py, line \d+\): takes_one"),
         ({"optimizer": lambda config: None}, "TaskError: Task.optimizer must return an mlx.optim"),
         ({"augment": lambda key, x, y: None}, "TaskError: Task.augment returned None: it returns"),
-        ({"loss": lambda model, x, y: None}, "LossError: Task.loss returned a NoneType"),
+        ({"loss": lambda model, x, y: None}, "LossError: Task.loss .* returned a NoneType"),
         ({"data": lambda partition, of: None}, "TaskError: Task.data must return mlx_fed.Data"),
     ],
 )

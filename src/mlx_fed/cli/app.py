@@ -72,6 +72,10 @@ class App(typer.Typer):
         return super().command(name, cls=Command, **options)
 
 
+_OF_A_NEW_RUN = ("--name", "--resume", "--weights")
+"""Options that the command which resumes a run does not have, or has anew."""
+
+
 def run_command(function: Callable[..., None]) -> None:
     """Runs a function as the only command of a program, with the arguments in ``sys.argv``."""
     app = App()
@@ -138,8 +142,8 @@ def resume_command(folder: str, arguments: Sequence[str]) -> str:
     command = command if name.endswith(".py") else [program if program.startswith("./") else name]
     options = iter(words)
     for word in options:
-        if word in ("--name", "--resume"):
+        if word in _OF_A_NEW_RUN:
             next(options, None)
-        elif not word.startswith(("--name=", "--resume=")):
+        elif word.partition("=")[0] not in _OF_A_NEW_RUN:
             command.append(word)
     return shlex.join([*command, "--resume", folder])

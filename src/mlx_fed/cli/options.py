@@ -143,6 +143,15 @@ class RunOptions(OptionGroup):
             help="End when the evaluation reaches it: accuracy=0.95, loss=0.1, ppl<=12.",
         ),
     ] = None
+    initial: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE",
+            help="Initial weights, such as the model.safetensors of another run.",
+            show_default="drawn by the seed",
+        ),
+    ] = None
     name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The run's name.", show_default="the time"),
@@ -373,8 +382,11 @@ def with_parameters(
 def to_arguments(options: OptionGroup) -> list[str]:
     """Options as command-line arguments, without those that have their default value."""
     arguments = []
+    annotations = get_type_hints(type(options), include_extras=True)
     for item in fields(options):  # type: ignore[arg-type]
+        name = get_args(annotations[item.name])[1].default  # typer's place of the first name
         value, flag = getattr(options, item.name), f"--{item.name.replace('_', '-')}"
+        flag = name if isinstance(name, str) else flag
         if value is True:
             arguments.append(flag)
         elif value != item.default:

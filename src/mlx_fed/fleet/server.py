@@ -25,6 +25,7 @@ from ..flower.link_state import Link
 from ..flower.log import silence_flower
 from ..monitoring.server_terminal import listeners_or_terminal
 from ..rounds import loop, strategies
+from ..rounds.initial_weights import InitialWeights
 from ..rounds.run_setup import StrategySource, set_up_run
 from ..rounds.settings import EvaluateFn, RunSettings, select_settings, with_argument_hints
 from ..rounds.stopping import StopFn
@@ -74,6 +75,7 @@ def serve(
     patience: int | None = None,
     target: str | Mapping[str, float] | None = None,
     stop: StopFn | None = None,
+    initial: InitialWeights | None = None,
     host: str = address.DEFAULT_HOST,
     port: int = address.DEFAULT_PORT,
     insecure: bool = False,
@@ -136,6 +138,8 @@ def serve(
             ``{"accuracy": 0.95, "loss": 0.1}``. Default: none.
         stop (callable, optional): ``stop(rounds)`` gets the records of the rounds so far after
             each one, and ends the run with a reason, a text, or True.
+        initial (Path, str or dict, optional): Initial weights in place of those that the seed
+            draws: a safetensors file, such as the model of another run, or arrays by name.
         host (str): The address to listen on. Default: ``"127.0.0.1"``.
         port (int): The port; 0 takes a free one. Default: ``8080``.
         insecure (bool): On other addresses than the loopback: neither encrypt nor ask for keys.

@@ -12,8 +12,8 @@ from ..arrays import master_weights
 from ..errors import SettingsError
 from ..events import Notice
 from ..runs.round_record import RoundRecord
-from ..training.metrics import Evaluation, derive_metrics, is_defined
 from ..tracebacks import definition
+from ..training.metrics import Evaluation, derive_metrics, is_defined
 from . import checks, messages, strategies
 from .phase import Model, Phase, Run
 from .settings import takes_record

@@ -87,7 +87,7 @@ def run(
         stopping, stop_reason = reason_at_start(
             stopping, history.rounds, state.best, settings, previous
         )
-        _write_settings(run, stopping.after)
+        _write_settings(run, previous, stopping.after)
         snapshot = _snapshot(strategy)
         try:
             for number in range(state.round + 1, settings.num_rounds + 1):
@@ -262,10 +262,11 @@ def _initial_state(run: Run) -> RunState:
     return RunState(0, Model(masters, run.trainer.statistics()), None)
 
 
-def _write_settings(run: Run, went_on_after: int) -> None:
+def _write_settings(run: Run, previous: Previous, went_on_after: int) -> None:
     run.history.write_settings(
         {
             **run.settings.for_the_record(),
+            **({"initial": previous.initial} if previous.initial else {}),
             **({"went_on_after": went_on_after} if went_on_after else {}),
             "config": run.config,
             "strategy": strategies.describe(run.strategy),

@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Strategy
 from ..arrays import frozen, named_arrays, weights
 from ..arrays.flower_records import copy_record
 from ..events import Notice
+from ..runs.previous import previous_of
 from ..runs.round_record import RoundRecord
 from ..task_settings import kebab_case
 from . import strategies, strategy_state
@@ -86,6 +87,11 @@ def resume_state(run: Run, identity: dict[str, Any]) -> RunState | None:
             raise CheckpointError(
                 f"None of the {len(paths)} checkpoints in {checkpoints.folder} is whole: bring "
                 "one back from a copy, or start a new run."
+            )
+        if initial := previous_of(run.history.folder).initial:
+            raise CheckpointError(
+                f"The run in {run.history.folder} has no complete round yet, and its initial "
+                f"weights ({initial}) are not in its folder: start a new run with them."
             )
         run.history.go_on_after(0)
         return None

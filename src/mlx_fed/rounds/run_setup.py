@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from flwr.serverapp.strategy import Strategy
 
+from ..errors import SettingsError
 from ..events import Listener, Notice
 from ..runs.history import History
 from ..runs.previous import Previous, previous_of
@@ -19,6 +20,7 @@ from ..task import Config, Task, TaskSource, make_task
 from ..task_settings import TracedConfig, kebab_case
 from ..training.trainer import Trainer
 from . import named_strategies, strategies
+from .initial_weights import load_initial_weights
 from .settings import RunSettings
 
 StrategySource = Strategy | str | Callable[[Config], Strategy]
@@ -72,6 +74,11 @@ def set_up_run(
         FedError: If a setting, the task, the strategy or the run to resume does not fit. No folder
             is created then.
     """
+    if resume is not None and settings.initial is not None:
+        raise SettingsError(
+            "A resumed run continues from its own weights: leave out initial= (--weights), or "
+            "start a new run with it."
+        )
     device_name = devices.use(device)
     config = TracedConfig.of(settings.config)
     previous = previous_of(run_folder(runs, name, resume)) if resume is not None else Previous()
@@ -95,7 +102,10 @@ def set_up_run(
     num_rounds = _num_rounds(settings, num_rounds, config, previous, task)
     settings = replace(settings, config=config, num_rounds=num_rounds)
     trainer = Trainer(task, settings.seed)
+    notes = [] if settings.initial is None else load_initial_weights(trainer, settings.initial)
     history = History(run_folder(runs, name, resume), tuple(listeners), description)
+    for note in notes:
+        history.notify(Notice(note))
     if devices.is_slow(device_name):
         history.notify(Notice(f"computing on {device_name}"))
     return RunSetup(strategy, trainer, settings, history)

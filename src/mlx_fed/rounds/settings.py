@@ -12,6 +12,7 @@ from ..errors import SettingsError
 from ..settings_check import KINDS, WHOLE, number, whole_number
 from ..task_settings import TracedConfig, nearest, plain, to_kebab
 from ..tracebacks import definition, misfit
+from .initial_weights import InitialWeights
 from .stopping import StopFn, parse_target
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class RunSettings:
     patience: int | None = None
     target: str | Mapping[str, float] | None = None
     stop: StopFn | None = None
+    initial: InitialWeights | None = None
 
     def __post_init__(self) -> None:
         for name, kind in VALUES.items():
@@ -97,6 +99,7 @@ class RunSettings:
             "test": None if self.test is None else len(self.test[0]),
             "evaluate_fn": self.evaluate_fn is not None,
             "stop": self.stop is not None,
+            "initial": _describe_weights(self.initial),
         }
 
 
@@ -158,6 +161,12 @@ def require_one_model(settings: RunSettings, trainer: Trainer) -> None:
         f"The server cannot evaluate on test: each client keeps {arrays}, which never travel. "
         "Leave out test; clients evaluate on their own examples."
     )
+
+
+def _describe_weights(initial: InitialWeights | None) -> str | None:
+    if initial is None:
+        return None
+    return f"{len(initial)} arrays" if isinstance(initial, Mapping) else str(initial)
 
 
 def _check_arrays(test: Any) -> None:

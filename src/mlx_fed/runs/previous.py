@@ -22,6 +22,7 @@ class Previous(NamedTuple):
         target (str or dict, optional): The same.
         stopped (str, optional): Why it ended before its last round, if it did.
         went_on_after (int): The round after which it had ended early before.
+        initial (str, optional): The initial weights that it was started with, if any.
     """
 
     num_rounds: int = 0
@@ -30,6 +31,7 @@ class Previous(NamedTuple):
     target: str | dict[str, float] | None = None
     stopped: str | None = None
     went_on_after: int = 0
+    initial: str | None = None
 
 
 def previous_of(folder: Path) -> Previous:
@@ -41,7 +43,7 @@ def previous_of(folder: Path) -> Previous:
         return Previous()
     stopped = settings.get("stopped")
     settings["stopped"] = stopped.get("reason") if isinstance(stopped, dict) else None
-    kinds: dict[str, Any] = {"config": dict, "target": (str, dict), "stopped": str}
+    kinds: dict[str, Any] = {"config": dict, "target": (str, dict), "stopped": str, "initial": str}
     return Previous(
         **{
             name: settings[name]

@@ -13,6 +13,7 @@ from ..events import Event, Listener, RunResumed
 from ..flower.log import silence_flower
 from ..monitoring.server_terminal import listeners_or_terminal
 from ..rounds import loop
+from ..rounds.initial_weights import InitialWeights
 from ..rounds.run_setup import StrategySource, set_up_run
 from ..rounds.settings import EvaluateFn, RunSettings, select_settings, with_argument_hints
 from ..rounds.stopping import StopFn
@@ -52,6 +53,7 @@ def simulate(
     patience: int | None = None,
     target: str | Mapping[str, float] | None = None,
     stop: StopFn | None = None,
+    initial: InitialWeights | None = None,
     batched: bool = True,
     chunk_size: int | None = None,
     workers: int | None = None,
@@ -104,6 +106,8 @@ def simulate(
             ``{"accuracy": 0.95, "loss": 0.1}``. Default: none.
         stop (callable, optional): ``stop(rounds)`` gets the records of the rounds so far after
             each one, and ends the run with a reason, a text, or True.
+        initial (Path, str or dict, optional): Initial weights in place of those that the seed
+            draws: a safetensors file, such as the model of another run, or arrays by name.
         batched (bool): Train clients many at once where that is possible; otherwise, and where
             it is not, one after another. Both give the same. Default: ``True``.
         chunk_size (int, optional): Clients at once. Default: what fits the device's cache.
