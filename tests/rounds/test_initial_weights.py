@@ -76,7 +76,7 @@ def test_weights_that_do_not_fit_are_refused(change, text, first, tmp_path: Path
 def test_a_slip_in_a_name_is_corrected(first, tmp_path: Path):
     arrays = {**first.parameters, **first.statistics}
     arrays["layer.0.weight"] = arrays.pop("layers.0.weight")
-    with pytest.raises(fed.FedError, match="did you mean 'layers.0.weight'"):
+    with pytest.raises(fed.FedError, match=r"did you mean 'layers\.0\.weight'"):
         start_at(arrays, tmp_path)
 
 

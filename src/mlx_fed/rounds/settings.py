@@ -82,13 +82,14 @@ class RunSettings:
         for name in ("stop", "evaluate_fn"):
             if (function := getattr(self, name)) is not None and not callable(function):
                 raise SettingsError(f"{name} is a function, not {function!r}.")
-        if self.evaluate_fn is not None and not takes_record(self.evaluate_fn):
-            if reason := misfit(self.evaluate_fn, 1, {}, {}):
-                raise SettingsError(
-                    f"evaluate_fn{definition(self.evaluate_fn)} is called as evaluate_fn(round, "
-                    f"parameters, statistics), or evaluate_fn(round, arrays) as Flower does, and "
-                    f"does not take that: {reason}."
-                )
+        function = self.evaluate_fn
+        reason = misfit(function, 1, {}, {}) if function is not None else None
+        if function is not None and reason and not takes_record(function):
+            raise SettingsError(
+                f"evaluate_fn{definition(function)} is called as evaluate_fn(round, parameters, "
+                f"statistics), or evaluate_fn(round, arrays) as Flower does, and does not take "
+                f"that: {reason}."
+            )
         if self.test is not None:
             _check_arrays(self.test)
 

@@ -261,8 +261,8 @@ def loss_and_weight(
     if output.ndim > 1 and output.size != len(output):
         raise LossError(
             f"Task.loss{definition(task.loss)} returned the shape {output.shape} for a batch of "
-            f"{examples.count(batch)} examples: it returns the mean over the batch, a scalar, or a value for each example, "
-            "shape (batch,). Outputs of shape (batch, 1) and targets of shape (batch,) broadcast "
+            f"{examples.count(batch)} examples: it returns the mean over the batch, a scalar, or a "
+            "value for each example, shape (batch,). Outputs of shape (batch, 1) and targets of shape (batch,) broadcast "
             "to (batch, batch): squeeze the outputs. Of several values for each example return "
             "their mean."
         )
