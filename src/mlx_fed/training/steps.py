@@ -262,9 +262,9 @@ def loss_and_weight(
         raise LossError(
             f"Task.loss{definition(task.loss)} returned the shape {output.shape} for a batch of "
             f"{examples.count(batch)} examples: it returns the mean over the batch, a scalar, or a "
-            "value for each example, shape (batch,). Outputs of shape (batch, 1) and targets of shape (batch,) broadcast "
-            "to (batch, batch): squeeze the outputs. Of several values for each example return "
-            "their mean."
+            "value for each example, shape (batch,). Outputs of shape (batch, 1) and targets of "
+            "shape (batch,) broadcast to (batch, batch): squeeze the outputs. Of several values "
+            "for each example return their mean."
         )
     output = output.astype(mx.float32)  # a bfloat16 cannot count to 257
     if weight is not None:
