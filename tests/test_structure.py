@@ -1,6 +1,7 @@
 """The package's folders, from the lowest: a module imports from its own folder and those before."""
 
 import ast
+import re
 from pathlib import Path
 
 import mlx_fed
@@ -92,3 +93,11 @@ def test_private_modules_of_flower_are_imported_in_one_folder():
 def test_every_module_has_a_docstring():
     for path in ROOT.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_contributing_names_files_that_exist():
+    text = (ROOT.parents[1] / "CONTRIBUTING.md").read_text()
+    for name in re.findall(r"`([\w/]+\.py)`", text):
+        places = (ROOT / name, ROOT.parents[1] / name, *ROOT.glob(f"*/{name}"))
+        places = (*places, *(ROOT.parents[1] / "tests").glob(name))
+        assert any(place.exists() for place in places), name
