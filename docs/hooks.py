@@ -23,6 +23,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return re.sub(rf"\]\({re.escape(outside)}(?!\.\./)", f"]({REPOSITORY}/", markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """A page's HTML without the roles of docstrings, and with the short names of their targets."""
+    html = re.sub(r":(?:class|func|meth|mod):(?=<code>)", "", html)
+    return re.sub(r"<code>~(?:\w+\.)+(\w+)</code>", r"<code>\1</code>", html)
+
+
 def command_sections() -> Iterator[str]:
     """Markdown of each command: a heading, and the help that ``--help`` prints."""
     from mlx_fed.cli.main import app

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 FILE = re.compile(r'```\w+ title="(?P<name>[\w.-]+)"\n(?P<text>.*?)```', re.S)
 BLOCK = re.compile(r"```bash\n(.*?)```", re.S)
-LINK = re.compile(r"\]\((?!https?://)([^)#]*)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\((?!https?://)([^)#]*)(?:#([^)]*))?\)")
 TERMINALS = ("1-digits.md", "5-two-macs.md")  # tried by test_readme.py
 PAGES = sorted(
     page
@@ -75,12 +75,19 @@ def test_pages_of_the_navigation_exist_and_no_page_is_missing():
     assert sorted(names) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 
-def test_links_lead_to_files():
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the site and GitHub make them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", h).strip().lower()) for h in headings}
+
+
+def test_links_lead_to_files_and_headings():
     broken = []
     for page in [*DOCS.rglob("*.md"), *ROOT.glob("*.md")]:
-        for link in LINK.findall(re.sub(r"```.*?```", "", page.read_text(), flags=re.S)):
-            if link and not (page.parent / link).exists():
-                broken.append(f"{page.relative_to(ROOT)}: {link}")
+        for link, anchor in LINK.findall(re.sub(r"```.*?```", "", page.read_text(), flags=re.S)):
+            target = page.parent / link if link else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}#{anchor}")
     assert broken == []
 
 
