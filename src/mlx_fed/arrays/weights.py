@@ -39,6 +39,10 @@ class Slots(NamedTuple):
     frozen: dict[str, Slot]
     aliases: dict[str, list[str]]
 
+    def kinds(self) -> dict[str, dict[str, Slot]]:
+        """The slots of each kind of array, by what the kind is called."""
+        return {name: getattr(self, name) for name in ("parameters", "statistics", "frozen")}
+
 
 def build_model(model: Callable[[], nn.Module], seed: int) -> nn.Module:
     """A module with initial weights drawn from ``seed`` and evaluated trainable parameters.

@@ -126,7 +126,7 @@ def identity_of(run: Run) -> dict[str, Any]:
                 name: f"{dtype} {shape}{', personal' if name in personal else ''}"
                 for name, (shape, dtype) in named_arrays.spec(weights.get(slots)).items()
             }
-            for kind, slots in run.trainer.slots._asdict().items()
+            for kind, slots in run.trainer.slots.kinds().items()
         },
         _FROZEN: run.trainer.frozen,
         **_simulated(run),
