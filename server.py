@@ -49,7 +49,7 @@ def main(
             find_strategy(strategy, min_clients, {}),
             rounds,
             **vars(server),
-            **vars(run),
+            **run.to_settings(),
             listeners=listeners,
             join_command="python3 client.py",
             seed=seed,

@@ -72,7 +72,7 @@ class App(typer.Typer):
         return super().command(name, cls=Command, **options)
 
 
-_OF_A_NEW_RUN = ("--name", "--resume", "--weights")
+_OF_A_NEW_RUN = ("--name", "--resume", "--weights", "--change")
 """Options that the command which resumes a run does not have, or has anew."""
 
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 
+from .arguments import parse_settings
+
 _SECURITY = "Security"
 
 TaskName = Annotated[
@@ -163,12 +165,23 @@ class RunOptions(OptionGroup):
             metavar="RUN", help="Resume a run, by its name or folder, with the same other options."
         ),
     ] = None
+    change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="With --resume: another value of a setting, from the next round on.",
+        ),
+    ] = None
     keep: Annotated[
         int,
         typer.Option(
             min=0, metavar="N", help="Checkpoints to keep, in addition to the best one; 0: none."
         ),
     ] = 3
+
+    def to_settings(self) -> dict[str, Any]:
+        """The options as arguments of :func:`mlx_fed.serve` and :func:`mlx_fed.simulate`."""
+        return {**vars(self), "change": parse_settings(self.change, "--change")}
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ def serve(
     name: str | None = None,
     runs: Path | str = "runs",
     resume: Path | str | None = None,
+    change: Mapping[str, Any] | None = None,
     device: str | None = "cpu",
     audit: Path | str | None = None,
     listeners: tuple[Listener, ...] | None = None,
@@ -154,6 +155,8 @@ def serve(
             folder, from its last whole round; the rest of the arguments are as they were, but for
             ``num_rounds``, ``patience`` and ``target``, whose default is then what the run was
             started with.
+        change (dict, optional): With ``resume``, settings of ``config`` that have another value
+            from the next round on: ``{"learning-rate": 0.01}``.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.
         audit (Path, optional): The audit log, to which joins, refusals and rounds are appended.
             Default: ``audit.jsonl`` in the federation's folder, if nodes are known by keys.

@@ -26,6 +26,7 @@ from ..runs.result import Result
 from ..runs.round_record import RoundRecord
 from ..training.trainer import Trainer
 from . import privacy, strategies, strategy_state
+from .changes import record_changes
 from .checked_updates import all_updates, mean_statistics, mean_update
 from .checkpoint import Checkpoints
 from .evaluate_phase import evaluate, evaluate_centrally
@@ -82,12 +83,12 @@ def run(
     if settings.keep:
         strategy_state.snapshot(strategy)  # raises for a state that no checkpoint can hold
     with history.held(), run.spool.open():
-        state = (resume_state(run, identity) if resume else None) or _initial_state(run)
+        state = (resume_state(run, identity, previous) if resume else None) or _initial_state(run)
         trainer.release_parameters()
         stopping, stop_reason = reason_at_start(
             stopping, history.rounds, state.best, settings, previous
         )
-        _write_settings(run, previous, stopping.after)
+        _write_settings(run, previous, stopping.after, state.round + 1)
         snapshot = _snapshot(strategy)
         try:
             for number in range(state.round + 1, settings.num_rounds + 1):
@@ -262,12 +263,14 @@ def _initial_state(run: Run) -> RunState:
     return RunState(0, Model(masters, run.trainer.statistics()), None)
 
 
-def _write_settings(run: Run, previous: Previous, went_on_after: int) -> None:
+def _write_settings(run: Run, previous: Previous, went_on_after: int, first_round: int) -> None:
+    changes = record_changes(previous, run.settings.change, first_round)
     run.history.write_settings(
         {
             **run.settings.for_the_record(),
             **({"initial": previous.initial} if previous.initial else {}),
             **({"went_on_after": went_on_after} if went_on_after else {}),
+            **({"changes": changes} if changes else {}),
             "config": run.config,
             "strategy": strategies.describe(run.strategy),
             "model": named_arrays.size(run.trainer.spec),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,11 @@ from flwr.serverapp.strategy import Strategy
 from ..arrays import frozen, named_arrays, weights
 from ..arrays.flower_records import copy_record
 from ..events import Notice
-from ..runs.previous import previous_of
+from ..runs.previous import Previous
 from ..runs.round_record import RoundRecord
 from ..task_settings import kebab_case
 from . import strategies, strategy_state
+from .changes import names_of
 from .checkpoint import Best, Checkpoint, CheckpointError
 from .phase import Model, Run
 
@@ -61,12 +62,13 @@ class RunState(NamedTuple):
         )
 
 
-def resume_state(run: Run, identity: dict[str, Any]) -> RunState | None:
+def resume_state(run: Run, identity: dict[str, Any], previous: Previous) -> RunState | None:
     """Resumes a run from its last whole checkpoint, with the strategy's state.
 
     Args:
         run (Run): The run, set up as at its start.
         identity (dict): From :func:`identity_of`.
+        previous (Previous): The settings that it was last started with.
 
     Returns:
         RunState: None if no round was finished.
@@ -88,7 +90,7 @@ def resume_state(run: Run, identity: dict[str, Any]) -> RunState | None:
                 f"None of the {len(paths)} checkpoints in {checkpoints.folder} is whole: bring "
                 "one back from a copy, or start a new run."
             )
-        if initial := previous_of(run.history.folder).initial:
+        if initial := previous.initial:
             raise CheckpointError(
                 f"The run in {run.history.folder} has no complete round yet, and its initial "
                 f"weights ({initial}) are not in its folder: start a new run with them."
@@ -99,7 +101,8 @@ def resume_state(run: Run, identity: dict[str, Any]) -> RunState | None:
     before = {**_simulated(run), _FROZEN: identity[_FROZEN], **checkpoint.identity}
     if isinstance(before.get("setting"), dict):  # older versions kept how they were spelled
         before["setting"] = kebab_case(before["setting"])
-    _require_same(before, identity, run.history.folder)
+    changed = names_of(previous.changes) | kebab_case(run.settings.change or {}).keys()
+    _require_same(_without(before, changed), _without(identity, changed), run.history.folder)
     strategy_state.restore(run.strategy, checkpoint.strategy)
     run.history.go_on_after(checkpoint.round)
     model = Model(checkpoint.masters, checkpoint.statistics)
@@ -132,6 +135,12 @@ def identity_of(run: Run) -> dict[str, Any]:
         **_simulated(run),
     }
     return json.loads(json.dumps(identity, default=str))
+
+
+def _without(identity: dict[str, Any], changed: Collection[str]) -> dict[str, Any]:
+    """An identity without the settings that were changed on purpose."""
+    settings = {k: v for k, v in identity.get("setting", {}).items() if k not in changed}
+    return {**identity, "setting": settings}
 
 
 def _simulated(run: Run) -> dict[str, Any]:

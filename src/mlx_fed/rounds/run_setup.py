@@ -20,6 +20,7 @@ from ..task import Config, Task, TaskSource, make_task
 from ..task_settings import TracedConfig, kebab_case
 from ..training.trainer import Trainer
 from . import named_strategies, strategies
+from .changes import changed_config
 from .initial_weights import load_initial_weights
 from .settings import RunSettings
 
@@ -82,6 +83,7 @@ def set_up_run(
     device_name = devices.use(device)
     config = TracedConfig.of(settings.config)
     previous = previous_of(run_folder(runs, name, resume)) if resume is not None else Previous()
+    config = changed_config(config, settings.change, previous if resume is not None else None)
     task = make_task(source, config)
     readers: list[Any] = [function for function in (source, strategy) if callable(function)]
     if callable(strategy) and not isinstance(strategy, type):

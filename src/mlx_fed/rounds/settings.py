@@ -70,6 +70,7 @@ class RunSettings:
     target: str | Mapping[str, float] | None = None
     stop: StopFn | None = None
     initial: InitialWeights | None = None
+    change: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, kind in VALUES.items():
@@ -100,6 +101,7 @@ class RunSettings:
             "test": None if self.test is None else len(self.test[0]),
             "evaluate_fn": self.evaluate_fn is not None,
             "stop": self.stop is not None,
+            "change": dict(self.change or {}),
             "initial": _describe_weights(self.initial),
         }
 

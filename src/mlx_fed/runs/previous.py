@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ class Previous(NamedTuple):
         target (str or dict, optional): The same.
         stopped (str, optional): Why it ended before its last round, if it did.
         went_on_after (int): The round after which it had ended early before.
+        changes (list): Changed settings, as :mod:`mlx_fed.rounds.changes` records them.
         initial (str, optional): The initial weights that it was started with, if any.
     """
 
@@ -32,6 +33,7 @@ class Previous(NamedTuple):
     stopped: str | None = None
     went_on_after: int = 0
     initial: str | None = None
+    changes: Sequence[dict[str, Any]] = ()
 
 
 def previous_of(folder: Path) -> Previous:
@@ -43,7 +45,19 @@ def previous_of(folder: Path) -> Previous:
         return Previous()
     stopped = settings.get("stopped")
     settings["stopped"] = stopped.get("reason") if isinstance(stopped, dict) else None
-    kinds: dict[str, Any] = {"config": dict, "target": (str, dict), "stopped": str, "initial": str}
+    changes = settings.get("changes")
+    settings["changes"] = [
+        each
+        for each in (changes if isinstance(changes, list) else ())
+        if isinstance(each, dict) and {"name", "value", "before", "from"} <= each.keys()
+    ]
+    kinds: dict[str, Any] = {
+        "config": dict,
+        "target": (str, dict),
+        "stopped": str,
+        "initial": str,
+        "changes": list,
+    }
     return Previous(
         **{
             name: settings[name]

@@ -61,6 +61,7 @@ def simulate(
     name: str | None = None,
     runs: Path | str = "runs",
     resume: Path | str | None = None,
+    change: Mapping[str, Any] | None = None,
     device: str | None = None,
     listeners: tuple[Listener, ...] | None = None,
 ) -> Result:
@@ -120,6 +121,8 @@ def simulate(
             folder, from its last whole round; the rest of the arguments are as they were, but for
             ``num_rounds``, ``patience`` and ``target``, whose default is then what the run was
             started with.
+        change (dict, optional): With ``resume``, settings of ``config`` that have another value
+            from the next round on: ``{"learning-rate": 0.01}``.
         device (str, optional): ``"cpu"`` or ``"gpu"``. Default: MLX's own choice.
         listeners (tuple, optional): Who is told what happens (see
             :mod:`mlx_fed.events`), in place of the progress display.
