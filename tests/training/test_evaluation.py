@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_fed.arrays.examples import ExamplesError
 from mlx_fed.rounds.checkpoint import Best
 from mlx_fed.training.evaluation_step import mean_and_weight
 from mlx_fed.rounds.phase import Model
@@ -727,3 +728,27 @@ def test_a_diverged_loss_leaves_the_other_clients(tmp_path: Path):
     each = record["each"]["evaluate"]
     expected = (each["node-0"]["loss"] + each["node-2"]["loss"]) / 2
     assert record["evaluate"]["loss"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("form", ["arrays", "stream"])
+@pytest.mark.parametrize(("label", "is_refused"), [(2, False), (3, True), (100_000, True)])
+def test_labels_without_an_output_are_refused(form: str, label: int, is_refused: bool):
+    task = fed.Task(
+        model=lambda: nn.Linear(4, 3),
+        loss=lambda model, x, y: nn.losses.cross_entropy(model(x), y),
+        optimizer=lambda config: optim.SGD(0.1),
+        data=lambda partition, num_partitions: fed.Data(train=None),
+    )
+    batches = [(mx.ones((6, 4)), mx.array([0, 1, 2, 0, 1, last])) for last in (0, label)]
+    trainer = Trainer(task)
+
+    def evaluate(split: Any) -> Any:
+        return trainer.evaluate(trainer.parameters(), trainer.statistics(), split)
+
+    evaluate(batches[0])  # the range of other examples does not cover these
+    split = batches[1] if form == "arrays" else lambda key: iter(batches)
+    if is_refused:
+        with pytest.raises(ExamplesError, match=f"entry {label} of 3"):
+            evaluate(split)
+    else:
+        assert math.isfinite(evaluate(split).metrics["loss"])

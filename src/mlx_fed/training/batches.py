@@ -130,8 +130,10 @@ class BatchLoader:
     ) -> Iterator[Batch]:
         """Batches of all examples of a split, in order, padded if each function allows it."""
         if callable(split):
-            return _streamed(split, [randomness.key(0, "evaluate")])
+            batches = _streamed(split, [randomness.key(0, "evaluate")])
+            return (self._with_checked_labels(batch, config) for batch in batches)
         arrays = self.resident(split)
+        self.check_labels(arrays, config)
         pad = self._can_pad(arrays, None, functions, False, config)
         size = self.task.eval_batch_size
         return _take_batches(arrays, epoch(examples.count(arrays), size, pad, None))
@@ -188,6 +190,25 @@ class BatchLoader:
             has_weight=self.task.weight_unit is not None,
         )
         self._checked_ranges[kind] = union(labels, previous or {})
+
+    def check_labels(self, batch: Examples, config: Config) -> None:
+        """Check that the loss has an output for each label of an evaluation, where it has labels
+        outside of the ranges that were checked before.
+
+        Raises:
+            ExamplesError: If a label is out of range.
+        """
+        kind = tuple((path, a.ndim, a.dtype) for path, a in examples.paths(batch))
+        labels, previous = ranges(batch), self._checked_ranges.get(("labels", kind), {})
+        previous = union(self._checked_ranges.get(kind, {}), previous)
+        if within(labels, previous):
+            return
+        probe.check_labels(self.model, self.task.loss, batch, _first_settings(config))
+        self._checked_ranges["labels", kind] = union(labels, previous)
+
+    def _with_checked_labels(self, batch: Batch, config: Config) -> Batch:
+        self.check_labels(batch[0], config)
+        return batch
 
     def resident(self, split: Any) -> Examples:
         """Arrays of a split, converted to MLX once: of the last two splits."""

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..arrays import examples, module_state, randomness, weights
-from ..arrays.examples import Examples
+from ..arrays.examples import Examples, ExamplesError
 from ..arrays.named_arrays import WeightsError
 from ..arrays.randomness import Keys, draw_keys_from
 from ..arrays.weights import Slots
@@ -107,6 +107,36 @@ def check_effects(
             "Task.loss returns a tuple: its first value is the loss, the rest is not used. If the "
             'second is the weight of a mean, name what it counts: Task(weight_unit="tokens")'
         )
+
+
+def check_labels(
+    model: nn.Module, loss: Callable[..., Any], batch: Examples, config: Mapping[str, Any] | None
+) -> None:
+    """Check, on the examples with the least and the largest labels, that the loss has an output
+    for each in an evaluation.
+
+    Args:
+        model (nn.Module): The model, which is as before afterwards.
+        loss (callable): The task's.
+        batch: A batch, or all of a client's examples.
+        config (dict, optional): The settings, for a loss that takes them.
+
+    Raises:
+        ExamplesError: If a label is out of range.
+    """
+    rows = sample(batch)
+    with (
+        forward_mode(model, training=False),
+        randomness.seed_generators(0, "probe"),
+        _keys(),
+        check_indices(),
+    ):
+        try:
+            examples.call(loss, model, rows, config)
+        except ExamplesError:
+            raise
+        except Exception:  # of a loss that needs whole batches; the evaluation shows any fault
+            return
 
 
 def _remembers(
