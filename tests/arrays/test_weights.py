@@ -33,7 +33,7 @@ def test_every_array_is_found_once_and_of_one_kind(module):
     assert list(slots.parameters) == expected
     assert list(slots.statistics) == statistics
     assert set(slots.frozen) == set(everything) - set(expected) - set(statistics)
-    for kind in slots:
+    for kind in slots.kinds().values():
         for name, slot in kind.items():
             assert slot.get() is everything[name]
 
