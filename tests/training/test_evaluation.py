@@ -752,3 +752,15 @@ def test_labels_without_an_output_are_refused(form: str, label: int, is_refused:
             evaluate(split)
     else:
         assert math.isfinite(evaluate(split).metrics["loss"])
+
+
+def test_predictions_that_depend_on_the_batch_see_no_padding():
+    def predict(model, x, y):
+        scores = model(x)[:, 0]
+        return {"deviations": scores - scores.mean(), "y": y}
+
+    metric = fed.DatasetMetric(predict, lambda deviations, y: np.asarray(deviations).mean())
+    task = plain_task({"metric": metric})
+    trainer = Trainer(task)
+    evaluation = trainer.evaluate(trainer.parameters(), {}, task.data(1, None).test)
+    assert evaluation.metrics["metric"] == pytest.approx(0, abs=1e-6)

@@ -693,9 +693,11 @@ def test_personal_parameters_stay():
         (lambda m, x, y: mx.square(m(x)[:, :1] - y), "(8, 8)"),  # (batch, 1) - (batch,)
         (lambda m, x, y: mx.square(m(x)), "(8, 3)"),
         (lambda m, x, y: vector(m, x, y)[None], "(1, 8)"),
+        (lambda m, x, y: mx.square(m(x)).reshape(-1), "(24,)"),  # its weight would be 24
+        (lambda m, x, y: vector(m, x, y)[:2], "(2,)"),
     ],
 )
-def test_a_loss_of_a_matrix_is_refused(loss: Callable, shape: str):
+def test_a_loss_of_another_shape_is_refused(loss: Callable, shape: str):
     of = trainer(loss=loss)
     data = fed.Data(examples(24))
     with pytest.raises(fed.FedError, match=re.escape(f"the shape {shape} for a batch of 8")):
@@ -708,6 +710,19 @@ def test_a_loss_may_have_a_second_axis_of_one():
     data = fed.Data(examples(24))
     column = train(trainer(loss=lambda m, x, y: vector(m, x, y)[:, None]), data)
     assert column.metrics == pytest.approx(train(trainer(), data).metrics)
+
+
+def test_a_mean_with_an_axis_of_one_weighs_as_a_scalar():
+    data = fed.Data(examples(20))  # batches of 8, 8 and 4
+    scalar, vector_of_one = (
+        trainer(loss=lambda m, x, y, keep=keep: vector(m, x, y).mean(keepdims=keep))
+        for keep in (False, True)
+    )
+    assert train(vector_of_one, data).metrics == train(scalar, data).metrics
+    evaluations = [
+        of.evaluate(of.parameters(), {}, data.train).metrics for of in (vector_of_one, scalar)
+    ]
+    assert evaluations[0] == evaluations[1]
 
 
 @pytest.mark.parametrize(

@@ -272,9 +272,17 @@ def loss_and_weight(
         # for the division's, and then misses it among the outputs. No weight is below 0.
         weight = weight if isinstance(weight, mx.array) else mx.array(weight)
         return output.mean(), mx.maximum(weight, 0).astype(mx.float32)
-    if output.ndim == 0:
-        return output, mx.array(examples.count(batch), mx.float32)
+    num_rows = examples.count(batch)
+    if output.size == 1 and mask is None:
+        return output.reshape(()), mx.array(num_rows, mx.float32)
+    if len(output) != num_rows:
+        raise LossError(
+            f"Task.loss{definition(task.loss)} returned the shape {output.shape} for a batch of "
+            f"{num_rows} examples: it returns the mean over the batch, a scalar, or a value for "
+            "each example, shape (batch,). For a mean over other things, such as tokens, return "
+            '(mean, weight) and name what the weight counts: Task(weight_unit="tokens").'
+        )
     if mask is None:
-        return output.mean(), mx.array(len(output), mx.float32)
+        return output.mean(), mx.array(num_rows, mx.float32)
     weight = mask.sum()
     return (output * mask).sum() / weight, weight
