@@ -36,6 +36,8 @@ def main() -> None:
         over = time.monotonic() - began > options.minutes * 60
         if over if options.tasks is None else done == options.tasks:
             break
+        if done and done % 100 == 0:
+            print(f"{done} tasks, {len(failed)} failed", flush=True)
         drawn = draw(seed)
         try:
             report = check(drawn, **extras(seed))
