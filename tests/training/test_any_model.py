@@ -21,6 +21,7 @@ from mlx.core.random import normal
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_fed.arrays import examples, randomness
+from mlx_fed.training import probe
 from mlx_fed.training.trainer import Trainer
 
 ROUNDS, CLIENTS, RATE = 2, 4, 0.1
@@ -949,3 +950,52 @@ def test_a_layer_has_the_class_that_it_had(batched, tmp_path):
     model = seeded(Asks)
     result, _ = simulate(task(model=model), tmp_path, batched=batched)
     hold_to_the_loop(result, plain_loop(model, lambda *args: squares(*args).mean()))
+
+
+def class_losses(model, x, y):
+    valid = y != -100
+    return nn.losses.cross_entropy(model(x), mx.where(valid, y, 0)) * valid
+
+
+def error_of_observed(model, x, y):
+    return mx.where(mx.isnan(y), 0, (model(x)[:, 0] - mx.where(mx.isnan(y), 0, y)) ** 2)
+
+
+def centred_bright(model, x, y):
+    x = x.astype(mx.float32) / 255
+    bright = x > 0.5
+    return class_losses(model, mx.where(bright, x - (x * bright).mean(), x), y)
+
+
+CLASSES = mx.zeros((4, 6)), mx.array([0, 1, 2, 3])
+TARGETS = mx.zeros((4, 6)), mx.zeros(4)
+PIXELS = mx.zeros((4, 6), mx.uint8), mx.array([0, 1, 2, 3])
+RARE = {
+    "labels left out": (lambda *a: class_losses(*a) / (a[2] != -100).mean(), CLASSES, False),
+    "targets of NaN": (lambda *a: error_of_observed(*a) / mx.isnan(a[2]).mean(), TARGETS, False),
+    "a class": (lambda *a: class_losses(*a) * (1 + (a[2] == 3).mean()), CLASSES, False),
+    "outliers": (lambda *a: class_losses(*a) * (1 + (a[1] > 60).mean()), CLASSES, False),
+    "bright pixels": (centred_bright, PIXELS, False),
+    "classes alone": (class_losses, CLASSES, True),
+    "observed targets alone": (error_of_observed, TARGETS, True),
+    "pixels alone": (lambda m, x, y: class_losses(m, x / 255, y), PIXELS, True),
+}
+
+
+@pytest.mark.parametrize("case", RARE)
+def test_padding_is_judged_by_rare_values_too(case: str):
+    loss, batch, is_paddable = RARE[case]
+    of = Trainer(task(model=lambda: nn.Linear(6, 4), loss=loss))
+    for training in (True, False):
+        arguments = of.model, of.slots, (loss,), batch, None, training, None
+        assert probe.is_paddable(*arguments) == is_paddable
+
+
+def test_padding_is_judged_on_tokens_that_an_embedding_has():
+    def loss(model, tokens):
+        targets = tokens[:, 1:]
+        return nn.losses.cross_entropy(model(tokens[:, :-1]), targets).mean(axis=1)
+
+    of = Trainer(task(model=lambda: nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 3)), loss=loss))
+    batch = (mx.zeros((4, 5), mx.int32),)
+    assert probe.is_paddable(of.model, of.slots, (loss,), batch, None, True, None)

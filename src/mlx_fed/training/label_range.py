@@ -76,6 +76,44 @@ def check_indices() -> Iterator[None]:
         mx.take_along_axis = original
 
 
+@contextmanager
+def check_all_indices() -> Iterator[None]:
+    """:func:`check_indices`, and of ``mx.take`` and of arrays in brackets, as of an embedding.
+
+    For examples that are drawn at random: an index out of range reads other memory.
+    """
+    get, take = mx.array.__getitem__, mx.take
+
+    def get_with_check(array: mx.array, index: Any) -> mx.array:
+        entries = index if isinstance(index, tuple) else (index,)
+        size = min(array.shape[: len(entries)], default=0)
+        for entry in entries:
+            _check_within(entry, size)
+        return get(array, index)
+
+    def take_with_check(a: mx.array, indices: Any, axis: int | None = None, **options: Any) -> Any:
+        _check_within(indices, a.size if axis is None else a.shape[axis])
+        return take(a, indices, axis, **options)
+
+    mx.array.__getitem__, mx.take = get_with_check, take_with_check  # type: ignore
+    try:
+        with check_indices():
+            yield
+    finally:
+        mx.array.__getitem__, mx.take = get, take  # type: ignore
+
+
+def _check_within(index: Any, size: int) -> None:
+    if not isinstance(index, mx.array) or not mx.issubdtype(index.dtype, mx.integer):
+        return
+    if not index.size:
+        return
+    bounds: Any = mx.stack([index.min(), index.max()]).tolist()
+    low, high = bounds
+    if not -size <= low <= high < size:
+        raise ExamplesError(f"An index is not within 0 to {size - 1}.")
+
+
 def _with_check(take: Callable[..., mx.array]) -> Callable[..., mx.array]:
     def take_with_check(a: Any, indices: Any, axis: int | None = None, **options: Any) -> mx.array:
         if isinstance(indices, mx.array) and not mx.issubdtype(indices.dtype, mx.integer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,12 +16,16 @@ from ..arrays.examples import Examples, ExamplesError
 from ..arrays.named_arrays import WeightsError
 from ..arrays.randomness import Keys, draw_keys_from
 from ..arrays.weights import Slots
-from .label_range import check_indices, extreme_rows
+from .label_range import check_all_indices, check_indices, extreme_rows
 from .programs import find_difference
 from .steps import augment_batch, forward_mode
 
 _ROWS = 8
 """Rows of examples and rows of padding in a probe of padding."""
+_SCALES = (1.0, 10.0, 100.0)
+"""Deviations of floating-point numbers in a probe of padding."""
+_LIMITS = (16, 10, 8, 6, 5, 4, 3, 2)
+"""Ends of the integers in a probe of padding: the largest that the functions take is used."""
 _EXAMPLES = 8
 """Examples in a probe of a forward pass's effects."""
 
@@ -190,8 +194,12 @@ def is_paddable(
     """
     arguments = model, slots, functions, augment, training, config
     try:
-        return _depends_on_others(*arguments, arrays, 1.0, False) is False and not any(
-            _depends_on_others(*arguments, arrays, scale, True) for scale in (4.0, 1.0, 0.1)
+        return (
+            _depends_on_others(*arguments, arrays, 1.0, False) is False
+            and not any(
+                _depends_on_others(*arguments, arrays, scale, True) for scale in (4.0, 1.0, 0.1)
+            )
+            and not _depends_on_rare_values(*arguments, arrays)
         )
     except Exception:  # of a function that needs whole batches; training shows any fault
         return False
@@ -254,6 +262,87 @@ def _depends_on_others(
     if not training:
         return False
     return find_difference(gradient(batches[2]), gradient(batches[0])) is not None
+
+
+class Draw(NamedTuple):
+    """Distribution of random examples with values that few have.
+
+    ``scale`` is the deviation of floating-point numbers, ``limit`` the end of the integers; the
+    leaf number ``missing`` has entries of NaN, or of -100, which losses leave out as labels.
+    """
+
+    scale: float
+    limit: int
+    missing: int | None = None
+
+
+def _depends_on_rare_values(
+    model: nn.Module,
+    slots: Slots,
+    functions: Sequence[Callable[..., Any]],
+    augment: Callable[..., Any] | None,
+    training: bool,
+    config: Mapping[str, Any] | None,
+    arrays: Examples,
+) -> bool:
+    """Whether values of examples change with others of large numbers, or with missing ones.
+
+    What a function does not take, such as a label that the model has no output for, shows nothing.
+    """
+    parameters = random_parameters(weights.get(slots.parameters))
+
+    def depends(draw: Draw) -> bool | None:
+        """``None`` if a function does not take such examples."""
+        real, padding = (_draw_like(arrays, draw, number) for number in range(2))
+        paddings = [padding, *(_rows(padding, [row] * _ROWS) for row in (0, 1))]
+        try:
+            with module_state.preserve(model), check_all_indices():
+                weights.put(slots.parameters, parameters)
+                plain, *variants = [
+                    _values(model, functions, _concatenate(real, rows), augment, training, config)
+                    for rows in paddings
+                ]
+        except Exception:
+            return None
+        return not all(
+            _equal(value[:_ROWS], reference[:_ROWS])
+            for values in variants
+            for value, reference in zip(values, plain, strict=True)
+        )
+
+    limits = (limit for limit in _LIMITS if depends(Draw(1.0, limit)) is not None)
+    limit = next(limits, 2)
+    numbers = range(len(examples.leaves(arrays)))
+    draws = [
+        *(Draw(scale, limit) for scale in _SCALES),
+        *(Draw(1.0, limit, number) for number in numbers),
+    ]
+    return any(depends(draw) for draw in draws)
+
+
+def _draw_like(arrays: Examples, draw: Draw, number: int) -> Examples:
+    """Random examples of given shapes and dtypes."""
+    generator = np.random.default_rng(randomness.derive(0, "rare examples", number))
+
+    def draw_leaf(array: mx.array, is_missing: bool) -> mx.array:
+        shape = (_ROWS, *array.shape[1:])
+        missing = generator.random(shape) < 0.4
+        if mx.issubdtype(array.dtype, mx.inexact):
+            values = draw.scale * generator.normal(size=shape)
+            values = np.where(missing, np.nan, values) if is_missing else values
+            return mx.array(values.astype(np.float32)).astype(array.dtype)
+        is_image = array.dtype == mx.uint8 and array.ndim > 1
+        integers = generator.integers(0, 256 if is_image else draw.limit, shape)
+        if is_missing and mx.issubdtype(array.dtype, mx.signedinteger):
+            integers = np.where(missing, -100, integers)
+        if array.dtype == mx.bool_:
+            integers = integers % 2
+        return mx.array(integers).astype(array.dtype)
+
+    leaves = enumerate(examples.leaves(arrays))
+    return examples.replace_leaves(
+        arrays, [draw_leaf(array, index == draw.missing) for index, array in leaves]
+    )
 
 
 def random_like(arrays: Examples, size: int, number: int, wide: bool = False) -> Examples:
