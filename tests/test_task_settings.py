@@ -28,6 +28,7 @@ from mlx_fed.lm.config import load_config
 from mlx_fed.settings_check import KINDS, check_config
 from mlx_fed.task_settings import TracedConfig
 
+from .helpers.ids import stable_id
 from .conftest import command
 from .helpers.loopback import LoopbackGrid
 from .helpers.simulated import SEED, TASK, load, simulate
@@ -60,7 +61,7 @@ MOST = "batch-size, learning-rate, local-epochs, local-steps, max-grad-norm, num
         ({"learning_rate": 0.1, "learning-rate": 0.2}, "are one setting, .* 0.1 and 0.2"),
         ({7: 1}, "the name of a setting is text, not 7"),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_a_setting_that_nothing_reads_is_refused(config: dict, message: str):
     with pytest.raises(fed.FedError, match=message):
@@ -187,7 +188,7 @@ def test_what_the_optimizer_reads_in_later_rounds_is_a_setting(optimizer: Callab
         check({"penalti": 0.9}, replace(TASK, optimizer=optimizer))
 
 
-@pytest.mark.parametrize("config", [3, "learning-rate=1", [("learning-rate", 1)]], ids=str)
+@pytest.mark.parametrize("config", [3, "learning-rate=1", [("learning-rate", 1)]], ids=stable_id)
 def test_settings_are_a_dictionary(config: Any):
     with pytest.raises(fed.FedError, match="config is a dictionary"):
         fed.simulate(TASK, config=config)
@@ -327,7 +328,7 @@ COUNTS = ("batch-size", "local-epochs", "local-steps")
 
 
 @pytest.mark.parametrize("name", COUNTS)
-@pytest.mark.parametrize("value", [1.5, 2.0, "big", 0, -1, True, NAN, [1]], ids=str)
+@pytest.mark.parametrize("value", [1.5, 2.0, "big", 0, -1, True, NAN, [1]], ids=stable_id)
 def test_counts_are_whole_numbers(name: str, value: Any):
     expected = re.escape(f"{name} is a whole number, 1 or more, not {value!r}.")
     with pytest.raises(fed.FedError, match=f"config: {expected}"):
@@ -358,7 +359,7 @@ def test_counts_are_whole_numbers(name: str, value: Any):
         ({"name": None}, "name is text .* not None"),
         ({"batches": [1, "a"]}, "batches is a number, text, .* to nodes, not \\[1, 'a'\\]"),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_a_value_that_cannot_be_is_refused(config: dict, message: str):
     declared = {"learning-rate": 1, "nesterov": False, "most": INF, "name": "a", "sizes": [1]}
@@ -402,7 +403,7 @@ def test_values_that_can_be_are_taken():
         ({"target": "accuracy"}, "target is METRIC=VALUE, such as accuracy=0.95"),
         ({"target": "accuracy=high"}, "target: accuracy is a finite number, not 'high'"),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_what_python_refuses(lead: Callable, arguments: dict, message: str, tmp_path: Path):
     with pytest.raises(fed.FedError, match=message.replace("number from", "number, from")):
@@ -429,7 +430,7 @@ def small(*arguments: object, task: str = "tests.helpers.simulated:TASK") -> tup
         (("--strategy", "FedAdam", "-s", "eta=big"), "-s: eta is a finite number, not 'big'"),
         (("--strategy", "FedAdm"), "Flower has no strategy 'FedAdm'. Did you mean FedAdam?"),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_what_commands_refuse(arguments: tuple, message: str, tmp_path: Path):
     code, text = small(*arguments, "--runs", tmp_path)

@@ -26,6 +26,7 @@ import client
 import run
 import server
 
+from ..helpers.ids import stable_id
 from ..conftest import free_port
 
 
@@ -53,7 +54,7 @@ def command(of: Any) -> click.Command:
         ("lora join", (JoinOptions,)),
         (client.main, (JoinOptions,)),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_commands_of_a_kind_have_the_same_options(of: Any, groups: tuple[type[OptionGroup], ...]):
     has = {parameter.name: parameter for parameter in command(of).params}

@@ -15,6 +15,7 @@ import pytest
 from mlx_fed.monitoring.dashboard import serving
 from mlx_fed.flower.connections import MAX_PAGE_CONNECTIONS
 
+from ..helpers.ids import stable_id
 from .running import Running
 
 FILES = 400
@@ -61,7 +62,7 @@ def flood(running: Running, count: int, first: bytes = b"") -> list[socket.socke
         pytest.param(b"\x16\x03\x01", marks=pytest.mark.slow),
         pytest.param(b"POST /v1/fleet/", marks=pytest.mark.slow),
     ],
-    ids=repr,
+    ids=stable_id,
 )
 def test_idle_connections_neither_end_a_run_nor_keep_nodes_out(running, first):
     connections = flood(running, 300, first) + flood(running, 300)

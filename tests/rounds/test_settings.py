@@ -26,6 +26,7 @@ from flwr.serverapp.strategy import FedAvg
 from mlx_fed import events
 from mlx_fed.rounds.settings import RunSettings
 
+from ..helpers.ids import stable_id
 from ..helpers.loopback import LoopbackGrid
 from ..helpers.simulated import LOCAL, TASK, load, simulate
 from ..helpers.federated import CLIENT, federate
@@ -183,7 +184,7 @@ def test_a_number_of_rounds_is_checked_where_another_stands_over_it(value: Any, 
             r"called as derived\(metrics\), and .*test_settings",
         ),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_a_task_is_made_of_functions(fields: dict[str, Any], message: str):
     with pytest.raises(fed.FedError, match=message):
@@ -211,7 +212,7 @@ def test_a_task_is_made_of_functions(fields: dict[str, Any], message: str):
         ({"stop": 5}, "stop is a function, not 5"),
         ({"evaluate_fn": {"loss": 1}}, "evaluate_fn is a function, not"),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_settings_that_cannot_be_are_refused(settings: dict, message: str):
     with pytest.raises(fed.FedError, match=message):

@@ -15,6 +15,7 @@ import mlx.core as mx
 import pytest
 from flwr.serverapp.strategy import FedAvg
 
+from ..helpers.ids import stable_id
 from ..conftest import command, free_port
 from ..helpers.simulated import TASK
 from ..helpers.simulated import simulate as simulated
@@ -140,7 +141,7 @@ def test_a_run_that_ended_early_is_finished(name: str, tmp_path: Path):
         ({"stop": first_two}, {"num_rounds": 14}, 14),
         ({"stop": first_two}, {"stop": first_two, "num_rounds": 14}, 14),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_a_run_that_ended_early_goes_on(first: dict, then: dict, rounds: int, tmp_path: Path):
     ended = simulate(tmp_path, **first, name="run")
@@ -194,7 +195,7 @@ def test_losses_that_are_not_finite_are_no_better(tmp_path: Path):
     assert result.stopped == "no round had a finite loss, and patience was 2"
 
 
-@pytest.mark.parametrize("rule", [{"patience": 2}, {"target": "accuracy=0.9"}], ids=str)
+@pytest.mark.parametrize("rule", [{"patience": 2}, {"target": "accuracy=0.9"}], ids=stable_id)
 def test_there_has_to_be_an_evaluation(rule: dict, tmp_path: Path):
     strategy = FedAvg(fraction_evaluate=0.0)
     with pytest.raises(fed.FedError, match="needs an evaluation after each round, and there is no"):
