@@ -267,6 +267,16 @@ class Task:
             if (value := plain(getattr(self, name))) is not None:
                 kind.check("", f"Task.{name}", value)
             object.__setattr__(self, name, value)
+        for name in ("compile", "keep_optimizer"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TaskError(f"Task.{name} is True or False, not {value!r}.")
+        if not (
+            self.weight_unit is None or (isinstance(self.weight_unit, str) and self.weight_unit)
+        ):
+            raise TaskError(
+                "Task.weight_unit names what the loss's weight counts, such as "
+                f'weight_unit="tokens"; it is {self.weight_unit!r}.'
+            )
         if not isinstance(self.metrics, Mapping):
             raise TaskError(
                 'Task.metrics is a dictionary of functions by name, {"accuracy": accuracy}, and '

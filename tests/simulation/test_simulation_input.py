@@ -462,3 +462,8 @@ def test_streams_and_arrays_in_one_federation(tmp_path: Path):
     task = replace(TASK, data=stream_or_arrays)
     one = simulate(FedAvg(), tmp_path, task, name="one")
     assert_same(one, simulate(FedAvg(), tmp_path, task, name="other", workers=2, batched=False))
+
+
+def test_more_replies_than_clients_are_refused(tmp_path: Path):
+    with pytest.raises(fed.FedError, match="min_replies is 4, and there are 3 clients"):
+        fed.simulate(None, num_clients=3, num_rounds=1, min_replies=4, runs=tmp_path)  # type: ignore

@@ -410,6 +410,21 @@ def test_a_metric_with_the_name_of_another_figure_is_refused(name: str):
         plain_task({name: raising})
 
 
+@pytest.mark.parametrize("name", ["loss", "accuracy", "num-examples"])
+def test_a_derived_metric_with_the_name_of_another_is_refused(name: str):
+    options = {"derived": lambda metrics: {name: 0.0}}
+    with pytest.raises(fed.FedError, match=f"Task.derived .* returns '{name}'"):
+        evaluate(plain_task({"accuracy": lambda model, x, y: y}, **options))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("compile", "no"), ("keep_optimizer", "no"), ("weight_unit", True)]
+)
+def test_a_value_of_another_type_is_refused(field: str, value: Any):
+    with pytest.raises(fed.FedError, match=f"Task.{field} .*{value!r}"):
+        plain_task({}, **{field: value})
+
+
 def test_what_is_no_function_is_refused():
     with pytest.raises(TypeError, match=r"Task.metrics\['accuracy'\] is a str"):
         plain_task({"accuracy": "accuracy"})

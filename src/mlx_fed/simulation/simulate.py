@@ -145,6 +145,11 @@ def simulate(
     ):
         if value is not None:
             whole_number(minimum).check("", argument, value)
+    if settings.min_replies > num_clients:
+        raise SettingsError(
+            f"min_replies is {settings.min_replies}, and there are {num_clients} clients: no round "
+            "can have so many replies. Give at most num_clients."
+        )
     if faults is not None and not isinstance(faults, Faults):
         raise SettingsError(f"faults is an mlx_fed.Faults, not {faults!r}.")
     silence_flower()

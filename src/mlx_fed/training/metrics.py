@@ -83,6 +83,9 @@ def derive_metrics(
 
     Where ``Task.derived`` raises, as ``math.exp`` does on a large loss and an F1 score without
     true positives, all are NaN, by the names that it returns where every metric is 1.
+
+    Raises:
+        TaskError: If it returns the name of a metric that it does not derive.
     """
     if task.derived is None:
         return {}, {}
@@ -94,14 +97,24 @@ def derive_metrics(
                 f"{definition(task.derived)}"
             )
         values = {name: as_number(value) for name, value in result.items()}
+        names = list(values)
     except Exception as error:
         reason = f"Task.derived failed: {reason_of(error)}"
         try:
             names = list(task.derived(dict.fromkeys(metrics, 1.0)))
         except Exception:  # it raises for any metrics: there are no names
             return {}, {"derived": reason}
-        return dict.fromkeys(names, math.nan), dict.fromkeys(names, reason)
-    return values, {n: f"it is {v}" for n, v in values.items() if not math.isfinite(v)}
+        values = dict.fromkeys(names, math.nan)
+        reasons = dict.fromkeys(names, reason)
+    else:
+        reasons = {n: f"it is {v}" for n, v in values.items() if not math.isfinite(v)}
+    for name in ("loss", "num-examples", "nodes", *task.metrics):
+        if name in names:
+            raise TaskError(
+                f"Task.derived{definition(task.derived)} returns {name!r}, which an evaluation "
+                "reports itself: give the derived metric another name, and return it alone."
+            )
+    return values, reasons
 
 
 def as_number(value: Any) -> float:
