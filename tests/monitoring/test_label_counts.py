@@ -131,7 +131,7 @@ def test_the_command_draws_what_it_is_asked_to(tmp_path):
         "examples.mnist:task", "--num-partitions", 3, "-c", "partitioner=linear", "-o", path
     )
     assert code == 0, text
-    assert "Drawn: " in text
+    assert "Wrote " in text
     assert "examples.mnist:task, 3 clients" in path.read_text()
     assert "partitioner=linear" in path.read_text()
 

@@ -162,7 +162,7 @@ def test_clients_that_fail_each_round_are_left_out_as_in_a_federation(strategy, 
     other = federate(make(), tmp_path / "apps", failing=failing, num_rounds=UNTIL_LEFT_OUT)
     assert_same(one, other)
     reasons = {refused["reason"] for record in one.rounds for refused in record["refused"]}
-    assert reasons == {"OSError: the disk is not mounted"}
+    assert all(reason.startswith("OSError: the disk is not mounted (") for reason in reasons)
 
 
 def half_precision() -> nn.Module:
