@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from mlx_fed.cli.app import run_command
-from mlx_fed.cli.options import JoinOptions, OutputOptions, Token, with_options
+from mlx_fed.cli.options import JoinOptions, OutputOptions, TokenArgument, with_options
 
 
 @with_options
 def main(
     *,
-    token: Token = None,
+    token: TokenArgument = None,
     node_id: Annotated[
         int | None,
         typer.Option(

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from mlx_fed.cli.app import run_command
-from mlx_fed.cli.options import MonitorOptions, RunOptions, Seed, to_arguments, with_options
+from mlx_fed.cli.options import MonitorOptions, RunOptions, SeedOption, to_arguments, with_options
 from mlx_fed.errors import FedError
 from mlx_fed.system.devices import load_fast_blas
 
@@ -54,7 +54,7 @@ def main(
     port: Annotated[
         int, typer.Option(min=1, max=65535, metavar="PORT", help="The server's port.")
     ] = 8080,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
     run: RunOptions,
     monitor: MonitorOptions,
 ) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from mlx_fed.cli.app import run_command
 from mlx_fed.cli.arguments import find_strategy
-from mlx_fed.cli.options import MonitorOptions, RunOptions, Seed, ServerOptions, with_options
+from mlx_fed.cli.options import MonitorOptions, RunOptions, SeedOption, ServerOptions, with_options
 
 
 @with_options
@@ -28,7 +28,7 @@ def main(
         int, typer.Option(min=1, metavar="N", help="Clients that a round needs.")
     ] = 2,
     strategy: Annotated[str, typer.Option(metavar="NAME", help="A Flower strategy.")] = "FedAvg",
-    seed: Seed = 0,
+    seed: SeedOption = 0,
     server: ServerOptions,
     run: RunOptions,
     monitor: MonitorOptions,

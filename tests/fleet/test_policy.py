@@ -278,11 +278,22 @@ def test_a_node_with_a_policy_in_a_federation(start, tmp_path):
         *FED, "join", "tests.helpers.tasks:moons", *where, "--node-id", 1, "--policy", policy
     )
     server.line("(?i)refused")
-    free = start(*FED, "join", "tests.helpers.tasks:moons", *where)
+    (tmp_path / "other.toml").write_text(
+        '[server]\nstrategies = ["FedAvg"]\n[settings]\nlearning-rate = { max = 1 }\n'
+        'others = false\n[replies]\nmetrics = ["loss"]\nmax-update-norm = 100.0\n'
+    )
+    allowing = ("--policy", tmp_path / "other.toml")
+    free = start(*FED, "join", "tests.helpers.tasks:moons", *where, *allowing)
     assert server.ends() == 0, server.text
     assert free.ends() == 0, free.text
     held.ends()
     assert "this node's policy allows learning-rate at most 0.01, and not 0.1" in server.text
+    sent = [entry for entry in entries(tmp_path / "other.audit.jsonl") if entry.event == "sent"]
+    assert [entry.fields["round"] for entry in sent if entry.fields["request"] == "train"] == [
+        1,
+        2,
+        3,
+    ]
     log = tmp_path / "policy.audit.jsonl"
     events = [entry.event for entry in entries(log)]
     assert events[0] == "started"

@@ -15,7 +15,7 @@ from .options import (
     RunsFolder,
     Settings,
     TaskName,
-    Token,
+    TokenArgument,
     with_options,
 )
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def check(
     *,
     task: TaskName,
-    token: Token = None,
+    token: TokenArgument = None,
     node_id: Annotated[
         int | None,
         typer.Option(

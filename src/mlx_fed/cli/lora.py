@@ -25,7 +25,7 @@ from .options import (
     OutputOptions,
     RunOptions,
     ServerOptions,
-    Token,
+    TokenArgument,
     with_options,
     with_parameters,
 )
@@ -179,7 +179,7 @@ def serve(
 def join(
     *,
     config: LoraConfig,
-    token: Token = None,
+    token: TokenArgument = None,
     name: Annotated[
         str | None,
         typer.Option(

@@ -20,14 +20,14 @@ from .options import (
     OutputOptions,
     Rounds,
     RunOptions,
-    Seed,
+    SeedOption,
     ServerOptions,
     Settings,
     StrategyName,
     StrategyOptions,
     TaskName,
     TestName,
-    Token,
+    TokenArgument,
     with_options,
 )
 from .runs import report, runs_app
@@ -143,7 +143,7 @@ def simulate(
             rich_help_panel=_FAULTS,
         ),
     ] = None,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
     config: Settings = None,
     run: RunOptions,
@@ -198,7 +198,7 @@ def serve(
         int, typer.Option(min=1, metavar="N", help="Nodes that a round needs.")
     ] = 2,
     test: TestName = None,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
     gpu: Annotated[bool, typer.Option("--gpu", help="Aggregate on the GPU.")] = False,
     config: Settings = None,
     server: ServerOptions,
@@ -234,7 +234,7 @@ def serve(
 def join(
     *,
     task: TaskName,
-    token: Token = None,
+    token: TokenArgument = None,
     node_id: Annotated[
         int | None,
         typer.Option(

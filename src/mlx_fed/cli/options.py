@@ -27,7 +27,7 @@ Rounds = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Rounds to train.", show_default="the task's, or 3"),
 ]
-Token = Annotated[
+TokenArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="[TOKEN]",
@@ -54,7 +54,7 @@ TestName = Annotated[
         help="Function that returns test examples for evaluation on the server.",
     ),
 ]
-Seed = Annotated[int, typer.Option(metavar="N", help="The seed of all randomness.")]
+SeedOption = Annotated[int, typer.Option(metavar="N", help="The seed of all randomness.")]
 RunsFolder = Annotated[Path, typer.Option(metavar="FOLDER", help="The folder of runs.")]
 FederationFolder = Annotated[
     Path,

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 runs_app = App("List, show, compare, export and remove runs.")
 
-Names = Annotated[list[str], typer.Argument(metavar="RUN...", help="Names or folders of runs.")]
-Output = Annotated[
+RunNames = Annotated[list[str], typer.Argument(metavar="RUN...", help="Names or folders of runs.")]
+OutputFile = Annotated[
     Path | None,
     typer.Option(
         "--output", "-o", metavar="FILE", help="The file to write.", show_default="standard output"
@@ -122,7 +122,7 @@ def show(
 
 
 @runs_app.command()
-def compare(names: Names, runs: RunsFolder = Path("runs")) -> None:
+def compare(names: RunNames, runs: RunsFolder = Path("runs")) -> None:
     """Compare runs: settings that differ, and last figures."""
     from ..runs import folders
 
@@ -140,9 +140,9 @@ def compare(names: Names, runs: RunsFolder = Path("runs")) -> None:
 
 @runs_app.command()
 def export(
-    names: Names,
+    names: RunNames,
     runs: RunsFolder = Path("runs"),
-    output: Output = None,
+    output: OutputFile = None,
     json: Annotated[bool, typer.Option("--json", help="All data as JSON, not CSV.")] = False,
 ) -> None:
     """Write the figures of runs as CSV, or all data as JSON."""
@@ -154,7 +154,7 @@ def export(
 
 @runs_app.command()
 def remove(
-    names: Names,
+    names: RunNames,
     runs: RunsFolder = Path("runs"),
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
@@ -170,9 +170,9 @@ def remove(
 
 
 def report(
-    names: Names,
+    names: RunNames,
     runs: RunsFolder = Path("runs"),
-    output: Output = None,
+    output: OutputFile = None,
     csv: Annotated[bool, typer.Option("--csv", help="The figures as CSV, not HTML.")] = False,
 ) -> None:
     """Write runs as one HTML file, in the same charts."""

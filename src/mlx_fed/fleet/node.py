@@ -218,14 +218,14 @@ def join(
             proxy,
         )
         with logged(log, server=server, node=name):
-            _Node(client, app, node_config, credentials, wait, notify).run()
+            _ResidentNode(client, app, node_config, credentials, wait, notify).run()
 
 
 def _with_data(task: Task, data: Data) -> Task:
     return replace(task, data=lambda partition_id, num_partitions: data)
 
 
-class _Node:
+class _ResidentNode:
     """State of a node across messages."""
 
     def __init__(

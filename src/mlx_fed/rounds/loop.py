@@ -242,7 +242,7 @@ def _set_up(
         grid,
         trainer.spec,
         trainer.all_statistics_spec,
-        {**config, "prepare": True},
+        {"strategy": type(strategy).__name__, **config, "prepare": True},
         history.notify,
         trainer.fingerprint,
         trainer.frozen,

@@ -109,7 +109,9 @@ class Phase:
     def configure(self, model: Model) -> list[Message]:
         """The strategy's messages, as they travel and in the roster's order."""
         run = self.run
-        config = {**run.config, "server-round": self.number}
+        # By its name a node's policy allows the strategy.
+        strategy = {"strategy": type(run.strategy).__name__}
+        config = {**strategy, **run.config, "server-round": self.number}
         if self.name == "train" and (loss := strategies.attribute(run.strategy, "train_loss_key")):
             config["train-loss-key"] = loss
         hook = f"configure_{self.name}"

@@ -40,7 +40,7 @@ def is_name(name: str) -> bool:
     return name.isprintable() and 0 < len(name) <= LONGEST_NAME
 
 
-class Node(NamedTuple):
+class Participant(NamedTuple):
     """A node that takes part."""
 
     id: int
@@ -52,7 +52,7 @@ class Participants(Protocol):
     """The participants of a run: a roster's interface."""
 
     @property
-    def nodes(self) -> Mapping[int, Node]:
+    def nodes(self) -> Mapping[int, Participant]:
         """The nodes by id, in order."""
 
     def wait_for(self, min_nodes: int, seconds: float) -> None:
@@ -102,7 +102,7 @@ class Roster:
         self.specs = {"parameters": parameters, "statistics": statistics}
         self.config = config
         self.listener = listener
-        self.nodes: dict[int, Node] = {}
+        self.nodes: dict[int, Participant] = {}
         self.asked: dict[str, int] = {}
         self.heard = 0.0
         self.left_out: set[int] = set()
@@ -212,13 +212,13 @@ class Roster:
         if rounding is not None:
             self.listener(Notice(f"{node.name}: its {rounding}, as devices differ"))
 
-    def _check_name(self, node: Node) -> None:
+    def _check_name(self, node: Participant) -> None:
         """A node that a grid knows by name has no other one."""
         key_name = self.grid.name_of(node.id)
         if key_name not in (None, node.name):
             raise checks.Refused(f"its key is that of {key_name}, whose name it has to have")
 
-    def _check_number(self, node: Node) -> None:
+    def _check_number(self, node: Participant) -> None:
         """A node that a grid knows by number holds no other part of the data."""
         number = self.grid.number_of(node.id)
         if number not in (None, node.partition):
@@ -254,7 +254,7 @@ class Roster:
             raise checks.Refused(f"its model is not the server's: {difference}")
         return difference
 
-    def _check_free(self, node: Node) -> None:
+    def _check_free(self, node: Participant) -> None:
         for member in self.nodes.values():
             if node.partition == member.partition:
                 raise checks.Refused(
@@ -280,7 +280,7 @@ class Roster:
             self.unread |= push(self.grid, [Message(content, node_id, messages.LEAVE)]).keys()
 
 
-def _node(node_id: int, record: ConfigRecord) -> Node:
+def _node(node_id: int, record: ConfigRecord) -> Participant:
     """Whom a node says it is.
 
     Raises:
@@ -294,7 +294,7 @@ def _node(node_id: int, record: ConfigRecord) -> Node:
         )
     if not partition.isdecimal() or len(partition) > 10 or int(partition) >= _LARGEST_PARTITION:
         raise checks.Refused(f"its node id is no number below {_LARGEST_PARTITION}")
-    return Node(node_id, name, int(partition))
+    return Participant(node_id, name, int(partition))
 
 
 class RosterGrid(Grid):

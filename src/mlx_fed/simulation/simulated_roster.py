@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..errors import RunError
-from ..rounds.roster import Node
+from ..rounds.roster import Participant
 
 
-class SimulatedNodes(Mapping[int, Node]):
+class SimulatedNodes(Mapping[int, Participant]):
     """Nodes by id, created on access, so that memory does not grow with their number."""
 
     def __init__(self, num_clients: int):
         self.num_clients = num_clients
 
-    def __getitem__(self, node_id: int) -> Node:
+    def __getitem__(self, node_id: int) -> Participant:
         if not 0 < node_id <= self.num_clients:
             raise KeyError(node_id)
-        return Node(node_id, f"node-{node_id - 1}", node_id - 1)
+        return Participant(node_id, f"node-{node_id - 1}", node_id - 1)
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(1, self.num_clients + 1))
