@@ -13,7 +13,9 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from mlx_fed.arrays import master_weights
 from mlx_fed.clientapp import raising_app
 from mlx_fed.fleet.audit import AuditLog, entries
-from mlx_fed.fleet.policy import Gate, Policy, PolicyError, PolicyRefusal, Range, load_policy
+from mlx_fed.fleet.policy import Policy, PolicyRefusal, Range
+from mlx_fed.fleet.policy_file import PolicyError, load_policy
+from mlx_fed.fleet.policy_gate import Gate
 from mlx_fed.flower import one_run_grid
 from mlx_fed.flower.error_replies import error_reply
 from mlx_fed.rounds import messages

@@ -50,7 +50,9 @@ from ..task_settings import TracedConfig
 from ..training import batches
 from . import certificates
 from .identity import Identity, from_files, from_token
-from .policy import Gate, Policy, ask_at_terminal, logged, policy_and_log
+from .policy import Policy
+from .policy_file import policy_and_log
+from .policy_gate import Gate, ask_at_terminal, logged
 
 _BEAT = 2.0
 """Seconds between heartbeats."""
@@ -129,7 +131,7 @@ def join(
         share_errors (bool): Tell the server what an exception of the task says, which may hold
             data. Default: only its type, and the line of the task that raised it.
         policy (Policy or Path, optional): What the server may ask of this node, or the file that
-            has it: see :mod:`mlx_fed.fleet.policy`.
+            has it: see :mod:`mlx_fed.fleet.policy_file`.
         audit (Path, optional): The audit log, to which each request, reply and refusal is appended.
             Default: beside the policy's file, ``policy.audit.jsonl``; none without a policy's file.
         listener (callable, optional): Called with each event of the node (see

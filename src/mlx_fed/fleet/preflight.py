@@ -33,7 +33,7 @@ from ..training.trainer import Trainer
 from . import certificates
 from .federation import Federation
 from .identity import Identity, from_files, from_token
-from .policy import load_policy
+from .policy_file import load_policy
 
 _SPARE_DISK = 256 * 2**20
 _SPARE_SHARE = 0.1
