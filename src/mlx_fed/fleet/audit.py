@@ -51,12 +51,8 @@ class AuditLog:
 
     def __init__(self, path: Path | str):
         self.path = Path(path).expanduser()
-        self._end = 0
-        self._number, self._hash = 0, _FIRST
-        content = _content(self.path)
-        for entry in _entries(self.path, content):
-            self._number, self._hash = entry.number, entry.hash
-        self._end = len(content)
+        self._number, self._hash, self._end = 0, _FIRST, 0
+        self._read_on(_content(self.path))
 
     def append(self, event: str, **fields: Any) -> None:
         """Appends a line with the time.
@@ -70,8 +66,12 @@ class AuditLog:
             with os.fdopen(os.open(self.path, flags, 0o600), "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 size = file.seek(0, os.SEEK_END)
-                if size != self._end:  # another process has appended
-                    self._read_on(file, size)
+                if size < self._end:
+                    raise AuditError(
+                        f"The audit log {self.path} has become shorter: it was changed."
+                    )
+                file.seek(self._end)
+                self._read_on(file.read())  # what another process has appended
                 line, digest = _line(self._number + 1, event, fields, self._hash)
                 file.write(line)
                 file.flush()
@@ -82,13 +82,10 @@ class AuditLog:
                 f"Cannot write the audit log {self.path}: {error.strerror or error}."
             ) from error
 
-    def _read_on(self, file: Any, size: int) -> None:
-        if size < self._end:
-            raise AuditError(f"The audit log {self.path} has become shorter: it was changed.")
-        file.seek(self._end)
-        for line in file.read(size - self._end).splitlines(keepends=True):
-            entry = _checked(self.path, line, self._number + 1, self._hash)
+    def _read_on(self, content: bytes) -> None:
+        for entry in _entries(self.path, content, self._number, self._hash):
             self._number, self._hash = entry.number, entry.hash
+        self._end += len(content)
 
 
 def entries(path: Path) -> Iterator[Entry]:
@@ -103,8 +100,8 @@ def entries(path: Path) -> Iterator[Entry]:
     return _entries(path, _content(path))
 
 
-def _entries(path: Path, content: bytes) -> Iterator[Entry]:
-    number, digest = 0, _FIRST
+def _entries(path: Path, content: bytes, number: int = 0, digest: str = _FIRST) -> Iterator[Entry]:
+    """The lines after the one of this number and hash."""
     for line in content.splitlines(keepends=True):
         entry = _checked(path, line, number + 1, digest)
         number, digest = entry.number, entry.hash

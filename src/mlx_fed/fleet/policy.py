@@ -13,7 +13,7 @@ from datetime import datetime, time
 from fnmatch import fnmatch
 from typing import Any
 
-from ..arrays.examples import leaves
+from ..arrays import examples
 from ..errors import FedError
 from ..settings_check import SET_BY_THE_RUN
 from ..task import Data
@@ -125,7 +125,7 @@ class Policy:
         for name, split in (("train", data.train), ("test", data.test)):
             if split is None or callable(split):
                 continue
-            if (size := len(leaves(split)[0])) < self.min_examples:
+            if (size := examples.count(split)) < self.min_examples:
                 raise PolicyRefusal(
                     f"This node's policy asks for {self.min_examples} examples or more, and "
                     f"Data.{name} has {size}."

@@ -216,7 +216,7 @@ def logged(log: AuditLog | None, **fields: Any) -> Iterator[None]:
 
     Args:
         log (AuditLog, optional): Where. Default: nowhere.
-        about: RunRecord with its start.
+        fields: Recorded with its start.
     """
     if log is None:
         yield

@@ -296,10 +296,6 @@ def _check_server(identity: Identity) -> Iterator[Finding]:
         except RequestRefused as refusal:
             if "revoked" in str(refusal):
                 raise _Fault(str(refusal), "ask the server's operator for a new token") from refusal
-            if "clock" in str(refusal):
-                raise _Fault(
-                    str(refusal), "turn on the setting of the clock by the network"
-                ) from refusal
             unknown = "does not know" in str(refusal)
             if unknown and identity.invitation is None:
                 raise _Fault(

@@ -19,7 +19,7 @@ from ..arrays import frozen, named_arrays
 from ..arrays.named_arrays import Spec
 from ..errors import FedError, RunError
 from ..events import Listener, NodeJoined, NodeLeft, NodeRefused, NodesAwaited, Notice
-from ..flower.one_run_grid import OneRunGrid
+from ..flower.one_run_grid import FlowerGrid, OneRunGrid
 from . import checks, messages
 from .exchange import POLL, push
 
@@ -297,33 +297,12 @@ def _node(node_id: int, record: ConfigRecord) -> Participant:
     return Participant(node_id, name, int(partition))
 
 
-class RosterGrid(Grid):
+class RosterGrid(FlowerGrid):
     """The grid as strategies see it: only nodes that take part, in the roster's order."""
 
     def __init__(self, grid: Grid, roster: Participants):
-        self._grid = grid
+        super().__init__(grid)
         self._roster = roster
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._roster.nodes)
-
-    def set_run(self, run: Any) -> None:
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        return self._grid.run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        return self._grid.create_message(*args, **kwargs)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self._grid.pull_messages(message_ids)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        return self._grid.send_and_receive(messages, timeout=timeout)
