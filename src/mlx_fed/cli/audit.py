@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .app import App
+from .option_kinds import option
 
 audit_app = App("Show and verify the audit log of a node or a server.")
 
@@ -20,8 +21,7 @@ LogPath = Annotated[Path, typer.Argument(metavar="LOG", help="The file, such as 
 def show(
     log: LogPath,
     event: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Show these events only; can be repeated."),
+        list[str] | None, option("NAME", "Show these events only; can be repeated.")
     ] = None,
 ) -> None:
     """Show the log, a line for each event."""

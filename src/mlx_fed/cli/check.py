@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .arguments import find_task, parse_settings
+from .option_kinds import option
 from .options import (
     FederationFolder,
     JoinOptions,
+    NodeId,
+    NumPartitions,
     RunsFolder,
     Settings,
     TaskName,
@@ -28,15 +31,8 @@ def check(
     *,
     task: TaskName,
     token: TokenArgument = None,
-    node_id: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="The partition that is held here.", show_default="the token's, or 0"
-        ),
-    ] = None,
-    num_partitions: Annotated[
-        int | None, typer.Option(min=1, help="Of how many, if the data is partitioned.")
-    ] = None,
+    node_id: NodeId = None,
+    num_partitions: NumPartitions = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Compute on the GPU.")] = False,
     config: Settings = None,
     as_server: Annotated[
@@ -47,8 +43,7 @@ def check(
     ),
     port: Annotated[int, typer.Option(help="With --as-server: the port to listen on.")] = 8080,
     announce: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="With --as-server: where nodes reach it."),
+        str | None, option("HOST:PORT", "With --as-server: where nodes reach it.")
     ] = None,
     federation: FederationFolder = Path("federation"),
     runs: RunsFolder = Path("runs"),

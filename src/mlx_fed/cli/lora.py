@@ -19,9 +19,11 @@ from ..lm.config import ConfigError, LoraConfig, LoraFederation, load_config
 from ..task_settings import kebab_case
 from .app import App
 from .arguments import find_strategy
+from .option_kinds import count, option
 from .options import (
     JoinOptions,
     MonitorOptions,
+    NumPartitions,
     OutputOptions,
     RunOptions,
     ServerOptions,
@@ -37,9 +39,7 @@ lora_app = App("Fine-tune a language model with mlx-lm; texts stay local.")
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option(
-        "--config", "-c", metavar="FILE", help="mlx-lm's YAML file, with a section federation:."
-    ),
+    option("FILE", "mlx-lm's YAML file, with a section federation:.", True, "--config", "-c"),
 ]
 Gpu = Annotated[
     bool | None, typer.Option("--gpu/--cpu", help="The device.", show_default="MLX's default")
@@ -67,10 +67,7 @@ def _options(section: type, panel: str) -> list[inspect.Parameter]:
     return options
 
 
-_CONFIG_OPTIONS = [
-    *_options(LoraConfig, "mlx-lm's keys"),
-    *_options(LoraFederation, "Federation"),
-]
+_CONFIG_OPTIONS = [*_options(LoraConfig, "mlx-lm's keys"), *_options(LoraFederation, "Federation")]
 
 
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
@@ -95,12 +92,7 @@ def simulate(
     *,
     config: LoraConfig,
     workers: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Worker processes, each with the model; 0: train in this process.",
-        ),
+        int, count("Worker processes, each with the model; 0: train in this process.", min=0)
     ] = 0,
     gpu: Gpu = None,
     run: RunOptions,
@@ -182,25 +174,17 @@ def join(
     token: TokenArgument = None,
     name: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The node's name on the server.",
-            show_default="the token's, or MACHINE-FOLDER",
-        ),
+        option("NAME", "The node's name on the server.", "the token's, or MACHINE-FOLDER"),
     ] = None,
     node_id: Annotated[
         int | None,
-        typer.Option(
+        count(
+            "The node's number, or its partition of shared data.",
+            "the token's, or from the name",
             min=0,
-            metavar="N",
-            help="The node's number, or its partition of shared data.",
-            show_default="the token's, or from the name",
         ),
     ] = None,
-    num_partitions: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Number of partitions, if the data has some."),
-    ] = None,
+    num_partitions: NumPartitions = None,
     gpu: Gpu = None,
     connection: JoinOptions,
     output: OutputOptions,

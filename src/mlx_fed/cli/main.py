@@ -14,9 +14,12 @@ from .audit import audit_app
 from .check import check
 from .lora import lora_app
 from .nodes import certs_app, nodes_app
+from .option_kinds import count, option, share, tcp_port
 from .options import (
     JoinOptions,
     MonitorOptions,
+    NodeId,
+    NumPartitions,
     OutputOptions,
     Rounds,
     RunOptions,
@@ -42,106 +45,45 @@ _FAULTS = "Simulated faults"
 def simulate(
     *,
     task: TaskName,
-    clients: Annotated[int, typer.Option(min=1, metavar="N", help="Number of clients.")] = 100,
+    clients: Annotated[int, count("Number of clients.")] = 100,
     rounds: Rounds = None,
     fraction: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            metavar="SHARE",
-            help="Share of the clients that train in a round.",
-            show_default="the strategy's",
-        ),
+        float | None, share("Share of the clients that train in a round.", "the strategy's")
     ] = None,
     fraction_evaluate: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            metavar="SHARE",
-            help="Share of the clients that evaluate after a round.",
-            show_default="the strategy's",
-        ),
+        float | None, share("Share of the clients that evaluate after a round.", "the strategy's")
     ] = None,
     strategy: StrategyName = "FedAvg",
     strategy_option: StrategyOptions = None,
     test: TestName = None,
     workers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Worker processes; 0: train in this process.",
-            show_default="one a core",
-        ),
+        int | None, count("Worker processes; 0: train in this process.", "one a core", min=0)
     ] = None,
     chunk_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Clients that one process trains at once.",
-            show_default="by memory",
-        ),
+        int | None, count("Clients that one process trains at once.", "by memory")
     ] = None,
     batched: Annotated[
         bool, typer.Option(help="Train several clients at once where the model allows it.")
     ] = True,
     failure_rate: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=1,
-            metavar="SHARE",
-            help="Share of the messages that get no reply.",
-            rich_help_panel=_FAULTS,
-        ),
+        float, share("Share of the messages that get no reply.", panel=_FAULTS)
     ] = 0.0,
     mean_delay: Annotated[
         float,
-        typer.Option(
-            min=0,
-            metavar="SECONDS",
-            help="Mean delay of a client's reply, in simulated time.",
-            rich_help_panel=_FAULTS,
+        option(
+            "SECONDS", "Mean delay of a client's reply, in simulated time.", min=0, panel=_FAULTS
         ),
     ] = 0.0,
-    hostile: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=1,
-            metavar="SHARE",
-            help="Share of the clients that attack.",
-            rich_help_panel=_FAULTS,
-        ),
-    ] = 0.0,
+    hostile: Annotated[float, share("Share of the clients that attack.", panel=_FAULTS)] = 0.0,
     attack: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="The attack: sign-flip, scale or label-flip.",
-            rich_help_panel=_FAULTS,
-        ),
+        str, option("NAME", "The attack: sign-flip, scale or label-flip.", panel=_FAULTS)
     ] = "sign-flip",
     scale: Annotated[
         float | None,
-        typer.Option(
-            metavar="FACTOR",
-            help="The attack's factor.",
-            show_default="1 for sign-flip, 10 for scale",
-            rich_help_panel=_FAULTS,
-        ),
+        option("FACTOR", "The attack's factor.", "1 for sign-flip, 10 for scale", panel=_FAULTS),
     ] = None,
     num_classes: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            metavar="N",
-            help="Number of labels, for label-flip.",
-            rich_help_panel=_FAULTS,
-        ),
+        int | None, count("Number of labels, for label-flip.", min=2, panel=_FAULTS)
     ] = None,
     seed: SeedOption = 0,
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
@@ -194,9 +136,7 @@ def serve(
     rounds: Rounds = None,
     strategy: StrategyName = "FedAvg",
     strategy_option: StrategyOptions = None,
-    min_nodes: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Nodes that a round needs.")
-    ] = 2,
+    min_nodes: Annotated[int, count("Nodes that a round needs.")] = 2,
     test: TestName = None,
     seed: SeedOption = 0,
     gpu: Annotated[bool, typer.Option("--gpu", help="Aggregate on the GPU.")] = False,
@@ -235,22 +175,9 @@ def join(
     *,
     task: TaskName,
     token: TokenArgument = None,
-    node_id: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="The node's partition of the data.",
-            show_default="the token's, or 0",
-        ),
-    ] = None,
-    num_partitions: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Number of partitions, if the data has some."),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The node's name on the server.")
-    ] = None,
+    node_id: NodeId = None,
+    num_partitions: NumPartitions = None,
+    name: Annotated[str | None, option("NAME", "The node's name on the server.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
     config: Settings = None,
     connection: JoinOptions,
@@ -284,12 +211,8 @@ def serve_dashboard(
     runs: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The folder of runs.")] = Path(
         "runs"
     ),
-    host: Annotated[
-        str, typer.Option(metavar="HOST", help="The address to listen on.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="PORT", help="The port; 0: any free port.")
-    ] = 8000,
+    host: Annotated[str, option("HOST", "The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, tcp_port("The port; 0: any free port.")] = 8000,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow addresses beyond this machine.")
     ] = False,
@@ -303,17 +226,10 @@ def serve_dashboard(
 @app.command()
 def partitions(
     task: TaskName,
-    num_partitions: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Number of clients that share the data.")
-    ],
+    num_partitions: Annotated[int, count("Number of clients that share the data.")],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Draw a chart, too: a .png, .svg or .html file.",
-        ),
+        option("FILE", "Draw a chart, too: a .png, .svg or .html file.", True, "--output", "-o"),
     ] = None,
     config: Settings = None,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .app import App
+from .option_kinds import count, option
 from .options import FederationFolder
 
 if TYPE_CHECKING:
@@ -38,21 +39,12 @@ def list_nodes(federation: FederationFolder = _FOLDER) -> None:
 def add(
     name: NodeName,
     node_id: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="The node's partition of the data.",
-            show_default="the next free one",
-        ),
+        int | None, count("The node's partition of the data.", "the next free one", min=0)
     ] = None,
     key: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The node's public key, in place of a token."),
+        Path | None, option("FILE", "The node's public key, in place of a token.")
     ] = None,
-    hours: Annotated[
-        float, typer.Option(min=0, metavar="HOURS", help="Time until the token expires.")
-    ] = 168.0,
+    hours: Annotated[float, option("HOURS", "Time until the token expires.", min=0)] = 168.0,
     federation: FederationFolder = _FOLDER,
 ) -> None:
     """Add a node: print its token, or register its public key."""
@@ -106,13 +98,9 @@ def make(
 
 @certs_app.command()
 def bring(
-    certificate: Annotated[
-        Path, typer.Option(metavar="FILE", help="The server's certificate, with its chain (PEM).")
-    ],
-    key: Annotated[Path, typer.Option(metavar="FILE", help="The certificate's private key (PEM).")],
-    authority: Annotated[
-        Path, typer.Option(metavar="FILE", help="The authority's certificate (PEM).")
-    ],
+    certificate: Annotated[Path, option("FILE", "The server's certificate, with its chain (PEM).")],
+    key: Annotated[Path, option("FILE", "The certificate's private key (PEM).")],
+    authority: Annotated[Path, option("FILE", "The authority's certificate (PEM).")],
     federation: FederationFolder = _FOLDER,
 ) -> None:
     """Import certificates that another authority issued."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 import typer
 
 from .arguments import parse_settings
+from .option_kinds import count, option, tcp_port
 
 _SECURITY = "Security"
 
@@ -20,13 +21,9 @@ TaskName = Annotated[
     str, typer.Argument(metavar="MODULE:TASK", help="The task, such as examples.mnist:task.")
 ]
 Settings = Annotated[
-    list[str] | None,
-    typer.Option("--config", "-c", metavar="KEY=VALUE", help="A setting; can be repeated."),
+    list[str] | None, option("KEY=VALUE", "A setting; can be repeated.", True, "--config", "-c")
 ]
-Rounds = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Rounds to train.", show_default="the task's, or 3"),
-]
+Rounds = Annotated[int | None, count("Rounds to train.", "the task's, or 3")]
 TokenArgument = Annotated[
     str | None,
     typer.Argument(
@@ -35,33 +32,31 @@ TokenArgument = Annotated[
         envvar="MLX_FED_TOKEN",
     ),
 ]
-StrategyName = Annotated[
-    str, typer.Option(metavar="NAME", help="A Flower strategy, or MODULE:STRATEGY.")
-]
+StrategyName = Annotated[str, option("NAME", "A Flower strategy, or MODULE:STRATEGY.")]
 StrategyOptions = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
+        "KEY=VALUE",
+        "An argument of the strategy; can be repeated.",
+        True,
         "--strategy-option",
         "-s",
-        metavar="KEY=VALUE",
-        help="An argument of the strategy; can be repeated.",
     ),
 ]
 TestName = Annotated[
     str | None,
-    typer.Option(
-        metavar="MODULE:FUNCTION",
-        help="Function that returns test examples for evaluation on the server.",
-    ),
+    option("MODULE:FUNCTION", "Function that returns test examples for evaluation on the server."),
 ]
-SeedOption = Annotated[int, typer.Option(metavar="N", help="The seed of all randomness.")]
-RunsFolder = Annotated[Path, typer.Option(metavar="FOLDER", help="The folder of runs.")]
+NodeId = Annotated[
+    int | None, count("The node's partition of the data.", "the token's, or 0", min=0)
+]
+NumPartitions = Annotated[int | None, count("Number of partitions, if the data has some.")]
+SeedOption = Annotated[int, option("N", "The seed of all randomness.")]
+RunsFolder = Annotated[Path, option("FOLDER", "The folder of runs.")]
 FederationFolder = Annotated[
     Path,
-    typer.Option(
-        metavar="FOLDER",
-        help="The folder of the federation's certificates, keys and nodes.",
-        rich_help_panel=_SECURITY,
+    option(
+        "FOLDER", "The folder of the federation's certificates, keys and nodes.", panel=_SECURITY
     ),
 ]
 Insecure = Annotated[
@@ -72,9 +67,7 @@ Insecure = Annotated[
         rich_help_panel=_SECURITY,
     ),
 ]
-Wait = Annotated[
-    float, typer.Option(min=0, metavar="SECONDS", help="Time to wait for the other side.")
-]
+Wait = Annotated[float, option("SECONDS", "Time to wait for the other side.", min=0)]
 
 
 class OptionGroup:
@@ -94,89 +87,54 @@ class RunOptions(OptionGroup):
     panel = "Run"
 
     round_timeout: Annotated[
-        float,
-        typer.Option(
-            min=0, metavar="SECONDS", help="Time limit of a phase (training or evaluation)."
-        ),
+        float, option("SECONDS", "Time limit of a phase (training or evaluation).", min=0)
     ] = 3600.0
     min_replies: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Training replies that a round needs; with fewer it is repeated.",
-        ),
+        int, count("Training replies that a round needs; with fewer it is repeated.")
     ] = 1
-    max_repeats: Annotated[
-        int,
-        typer.Option(min=0, metavar="N", help="Repetitions of a round before the run stops."),
-    ] = 2
+    max_repeats: Annotated[int, count("Repetitions of a round before the run stops.", min=0)] = 2
     max_examples: Annotated[
         float | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Limit on the number of examples that a reply claims.",
-            show_default="1000 times the others' median",
+        count(
+            "Limit on the number of examples that a reply claims.", "1000 times the others' median"
         ),
     ] = None
     max_update_norm: Annotated[
         float | None,
-        typer.Option(
-            min=1,
-            metavar="FACTOR",
-            help="Limit on an update's norm, in multiples of the median norm.",
-            show_default="100",
+        option(
+            "FACTOR", "Limit on an update's norm, in multiples of the median norm.", "100", min=1
         ),
     ] = None
     patience: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="End after N rounds without a new lowest loss; 0: never.",
-            show_default="never",
-        ),
+        int | None, count("End after N rounds without a new lowest loss; 0: never.", "never", min=0)
     ] = None
     target: Annotated[
         str | None,
-        typer.Option(
-            metavar="METRIC=VALUE",
-            help="End when the evaluation reaches it: accuracy=0.95, loss=0.1, ppl<=12.",
+        option(
+            "METRIC=VALUE", "End when the evaluation reaches it: accuracy=0.95, loss=0.1, ppl<=12."
         ),
     ] = None
     initial: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "FILE",
+            "Initial weights, such as the model.safetensors of another run.",
+            "drawn by the seed",
             "--weights",
-            metavar="FILE",
-            help="Initial weights, such as the model.safetensors of another run.",
-            show_default="drawn by the seed",
         ),
     ] = None
-    name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The run's name.", show_default="the time"),
-    ] = None
+    name: Annotated[str | None, option("NAME", "The run's name.", "the time")] = None
     runs: RunsFolder = Path("runs")
     resume: Annotated[
         str | None,
-        typer.Option(
-            metavar="RUN", help="Resume a run, by its name or folder, with the same other options."
-        ),
+        option("RUN", "Resume a run, by its name or folder, with the same other options."),
     ] = None
     change: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="With --resume: another value of a setting, from the next round on.",
-        ),
+        option("KEY=VALUE", "With --resume: another value of a setting, from the next round on."),
     ] = None
     keep: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="Checkpoints to keep, in addition to the best one; 0: none."
-        ),
+        int, count("Checkpoints to keep, in addition to the best one; 0: none.", min=0)
     ] = 3
 
     def to_settings(self) -> dict[str, Any]:
@@ -191,45 +149,27 @@ class OutputOptions(OptionGroup):
     panel = "Output"
 
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False
-    json: Annotated[
-        bool,
-        typer.Option("--json", help="Print JSON, one object a line."),
-    ] = False
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False
 
 
 @dataclass(frozen=True)
 class MonitorOptions(OutputOptions):
     """What a command prints, and who else listens to the run."""
 
-    dashboard: Annotated[
-        bool,
-        typer.Option("--dashboard", help="Show the run in a browser."),
-    ] = False
-    dashboard_port: Annotated[
-        int,
-        typer.Option(
-            min=0, max=65535, metavar="PORT", help="The dashboard's port; 0: any free port."
-        ),
-    ] = 8000
+    dashboard: Annotated[bool, typer.Option("--dashboard", help="Show the run in a browser.")] = (
+        False
+    )
+    dashboard_port: Annotated[int, tcp_port("The dashboard's port; 0: any free port.")] = 8000
     track: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Log to a tracker: tensorboard, wandb or MODULE:TRACKER; can be repeated.",
-        ),
+        option("NAME", "Log to a tracker: tensorboard, wandb or MODULE:TRACKER; can be repeated."),
     ] = None
     metrics: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[HOST:]PORT", help="Serve /metrics for Prometheus, and /healthz, there."
-        ),
+        str | None, option("[HOST:]PORT", "Serve /metrics for Prometheus, and /healthz, there.")
     ] = None
     hook: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="EVENT=COMMAND",
-            help="Run a command, or POST to a URL, at an event; can be repeated.",
-        ),
+        option("EVENT=COMMAND", "Run a command, or POST to a URL, at an event; can be repeated."),
     ] = None
 
 
@@ -237,12 +177,8 @@ class MonitorOptions(OutputOptions):
 class ServerOptions(OptionGroup):
     """Address and security of a federation's server."""
 
-    host: Annotated[str, typer.Option(metavar="HOST", help="The address to listen on.")] = (
-        "127.0.0.1"
-    )
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="PORT", help="The port; 0: any free port.")
-    ] = 8080
+    host: Annotated[str, option("HOST", "The address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, tcp_port("The port; 0: any free port.")] = 8080
     insecure: Insecure = False
     secure: Annotated[
         bool,
@@ -255,20 +191,20 @@ class ServerOptions(OptionGroup):
     federation: FederationFolder = Path("federation")
     announce: Annotated[
         str | None,
-        typer.Option(
-            metavar="HOST[:PORT]",
-            help="The address at which nodes reach the server.",
-            show_default="this machine's address",
-            rich_help_panel=_SECURITY,
+        option(
+            "HOST[:PORT]",
+            "The address at which nodes reach the server.",
+            "this machine's address",
+            panel=_SECURITY,
         ),
     ] = None
     audit: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The audit log: who joined, what was refused and received.",
-            show_default="in the federation's folder",
-            rich_help_panel=_SECURITY,
+        option(
+            "FILE",
+            "The audit log: who joined, what was refused and received.",
+            "in the federation's folder",
+            panel=_SECURITY,
         ),
     ] = None
     wait: Wait = 600.0
@@ -279,38 +215,29 @@ class JoinOptions(OptionGroup):
     """A node's server and its identity."""
 
     server: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="The server's address.",
-            show_default="the token's, or 127.0.0.1:8080",
-        ),
+        str | None, option("HOST:PORT", "The server's address.", "the token's, or 127.0.0.1:8080")
     ] = None
     insecure: Insecure = False
     identity: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="The folder of this node's key.",
-            show_default="below ~/.mlx-fed",
-            rich_help_panel=_SECURITY,
-        ),
+        option("FOLDER", "The folder of this node's key.", "below ~/.mlx-fed", panel=_SECURITY),
     ] = None
     root_certificates: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Without a token: the certificate authority of the server (PEM).",
-            rich_help_panel=_SECURITY,
+        option(
+            "FILE",
+            "Without a token: the certificate authority of the server (PEM).",
+            panel=_SECURITY,
         ),
     ] = None
     key: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "FILE",
+            "Without a token: this node's private key; the server has the public one.",
+            True,
             "--key",
-            metavar="FILE",
-            help="Without a token: this node's private key; the server has the public one.",
-            rich_help_panel=_SECURITY,
+            panel=_SECURITY,
         ),
     ] = None
     share_errors: Annotated[
@@ -324,19 +251,19 @@ class JoinOptions(OptionGroup):
     ] = False
     policy: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The owner's policy: what the server may ask of this node (TOML).",
-            rich_help_panel=_SECURITY,
+        option(
+            "FILE",
+            "The owner's policy: what the server may ask of this node (TOML).",
+            panel=_SECURITY,
         ),
     ] = None
     audit: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The audit log of requests, refusals and sent data.",
-            show_default="beside the policy",
-            rich_help_panel=_SECURITY,
+        option(
+            "FILE",
+            "The audit log of requests, refusals and sent data.",
+            "beside the policy",
+            panel=_SECURITY,
         ),
     ] = None
     wait: Wait = 600.0

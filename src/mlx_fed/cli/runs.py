@@ -16,6 +16,7 @@ import typer
 from ..errors import FedError
 from ..system.printable import printable
 from .app import App
+from .option_kinds import option
 from .options import RunsFolder
 
 if TYPE_CHECKING:
@@ -25,18 +26,14 @@ runs_app = App("List, show, compare, export and remove runs.")
 
 RunNames = Annotated[list[str], typer.Argument(metavar="RUN...", help="Names or folders of runs.")]
 OutputFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", metavar="FILE", help="The file to write.", show_default="standard output"
-    ),
+    Path | None, option("FILE", "The file to write.", "standard output", "--output", "-o")
 ]
 Columns = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAMES",
-        help="Names of columns, with commas between them: seconds/train,bytes/*. "
-        "'*' is all columns.",
-        show_default="losses and metrics",
+    option(
+        "NAMES",
+        "Names of columns, with commas between them: seconds/train,bytes/*. '*' is all columns.",
+        "losses and metrics",
     ),
 ]
 _OPERATORS = {
@@ -56,19 +53,15 @@ def list_runs(
     runs: RunsFolder = Path("runs"),
     where: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="CONDITION",
-            help="Only runs with state=finished, 'evaluate/loss<0.5', config.learning-rate=0.1 "
+        option(
+            "CONDITION",
+            "Only runs with state=finished, 'evaluate/loss<0.5', config.learning-rate=0.1 "
             "and so on; can be repeated.",
         ),
     ] = None,
     sort: Annotated[
         str | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="Sort by a column, the smallest value first.",
-            show_default="the newest run first",
-        ),
+        option("COLUMN", "Sort by a column, the smallest value first.", "the newest run first"),
     ] = None,
     reverse: Annotated[bool, typer.Option("--reverse", "-r", help="Reverse the order.")] = False,
     columns: Columns = None,
