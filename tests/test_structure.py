@@ -11,6 +11,7 @@ LAYERS = [
     {"errors", "events", "tracebacks", "task_settings", "settings_check", "task"},
     {"system"},
     {"arrays"},
+    {"transforms"},
     {"training", "data", "flower"},
     {"runs"},
     {"rounds"},

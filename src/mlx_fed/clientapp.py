@@ -16,7 +16,7 @@ from uuid import uuid4
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from .arrays import master_weights, reducers  # noqa: F401, for Flower's simulation
+from .arrays import master_weights, randomness, reducers  # noqa: F401, for Flower's simulation
 from .arrays.flower_records import records_in
 from .arrays.named_arrays import Arrays
 from .errors import FedError
@@ -60,7 +60,10 @@ def client_app(task: TaskSource, mods: Sequence[Mod] | None = None) -> ClientApp
 
 
 def raising_app(
-    task: TaskSource, mods: Sequence[Mod] | None = None, around: Sequence[Mod] = ()
+    task: TaskSource,
+    mods: Sequence[Mod] | None = None,
+    around: Sequence[Mod] = (),
+    around_training: Sequence[Mod] = (),
 ) -> ClientApp:
     """The same without the replies for exceptions, which are raised.
 
@@ -68,6 +71,8 @@ def raising_app(
         task (Task or callable): What is trained.
         mods (list, optional): Flower mods around training.
         around (list, optional): Flower mods around everything.
+        around_training (list, optional): Flower mods around training, within the encoding of
+            updates.
     """
     app = ClientApp(mods=[*around])
     client = _Client(task, private=privacy.name_of_private(mods or ()))
@@ -80,7 +85,9 @@ def raising_app(
     def leave(message: Message, context: Context) -> Message:
         return Message(RecordDict(), reply_to=message)
 
-    @app.train(mods=[client.plain_for_mods, *mods] if mods else None)
+    plain = [client.plain_for_mods, *mods] if mods else []
+
+    @app.train(mods=[client.encode_update, *around_training, *plain])
     def train(message: Message, context: Context) -> Message:
         return client.train(message, context)
 
@@ -147,6 +154,26 @@ class _Client:
             answer["parameters"] = json.dumps(trainer.spec)
             answer["statistics"] = json.dumps(trainer.all_statistics_spec)
         return Message(RecordDict({"node": ConfigRecord(answer)}), reply_to=message)
+
+    def encode_update(self, message: Message, context: Context, call_next: Any) -> Message:
+        """Encodes the update of a reply by the run's transforms, if it has any."""
+        trainer, config = self.setting_out(message, context)
+        name, record = messages.parameters_of(message.content)
+        encoder = trainer.update_encoder(config) if messages.is_packed(record) else None
+        if encoder is None:
+            return call_next(message, context)
+        before = master_weights.cast(messages.unpack(record), trainer.spec)
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        number, kind = client_state.round_of(config), client_state.TRANSFORM
+        seed = randomness.round_seed(config, partition_of(context)[0])
+        after = messages.unpack(reply.content.array_records[name])
+        state = client_state.rewind(context.state, number, kind)
+        update, state = encoder.encode(after, before, state, seed)
+        client_state.save(context.state, number, state, kind)
+        reply.content[name] = messages.pack(update)
+        return reply
 
     def plain_for_mods(self, message: Message, context: Context, call_next: Any) -> Message:
         """Gives Flower's mods what they can work on: one record, of named float32 arrays.

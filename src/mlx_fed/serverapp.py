@@ -44,6 +44,7 @@ def server_app(
     max_repeats: int = 2,
     max_examples: float | None = None,
     max_update_norm: float | None = None,
+    compress: str | None = None,
     keep: int = 3,
     test: Sequence[Any] | None = None,
     evaluate_fn: EvaluateFn | None = None,
@@ -84,6 +85,8 @@ def server_app(
         for name in overrides.keys() & VALUES.keys():
             VALUES[name].check(_SOURCE, to_kebab(name), overrides[name])
         overrides["config"] = TracedConfig(values, _SOURCE)
+        if "compress" in values:
+            overrides["compress"] = None
         setup = set_up_run(
             task,
             strategy,

@@ -146,6 +146,7 @@ _ARGUMENTS = {
     "buffers": "name",
     "personal": "name",
     "derived": "metrics",
+    "update_transforms": "config",
     "fingerprint": "",
     "fingerprint_covers": "name",
     "save": "model, folder",
@@ -216,6 +217,10 @@ class Task:
             the mean loss and metrics of an evaluation, a client's and the mean over clients; one
             that is undefined is NaN there:
             ``lambda metrics: {"perplexity": math.exp(metrics["loss"])}``.
+        update_transforms (callable, optional): ``update_transforms(config)`` returns transforms of
+            a client's update before it is sent, in their order, such as
+            ``[mlx_fed.transforms.top_k(0.01)]``; what the setting ``compress`` names comes after
+            them. Called once in a run.
         fingerprint (callable, optional): ``fingerprint()`` returns what has to be the same on the
             server and its nodes, each with a short text that tells it from others:
             ``{"base model": "3f2a5c..."}``. A node that differs is turned away. A function in
@@ -257,6 +262,7 @@ class Task:
     keep_optimizer: bool = False
     weight_unit: str | None = None
     derived: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
+    update_transforms: Callable[[Config], Sequence[Any]] | None = None
     fingerprint: Callable[[], Mapping[str, str | Callable[[], str]]] | None = None
     fingerprint_covers: Callable[[str], bool] | None = None
     save: Callable[[nn.Module, Path], Path | None] | None = None

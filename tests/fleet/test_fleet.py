@@ -582,3 +582,16 @@ def test_a_new_app_runs(start, tmp_path, monkeypatch):
     assert [node.ends() for node in nodes] == [0, 0]
     (folder,) = (app / "runs").iterdir()
     assert read_history(folder)[-1]["evaluate"]["accuracy"] > 0.9
+
+
+def test_compressed_updates_are_those_of_a_simulation(start, tmp_path):
+    """Nodes keep what compression lost of their updates."""
+    server, address = serve(start, tmp_path, "--compress", "topk:0.2,int8", "-c", "hidden=64")
+    nodes = [join(start, address, number, "-c", "hidden=64") for number in range(2)]
+    assert server.ends() == 0, server.text
+    assert [node.ends() for node in nodes] == [0, 0]
+    options = {"num_clients": 2, "workers": 0, "runs": tmp_path, "name": "same", "listeners": ()}
+    fed.simulate(moons, config={"hidden": 64, "compress": "topk:0.2,int8"}, **options)
+    assert_same_bits(tmp_path / "run", tmp_path / "same")
+    one, other = (read_history(tmp_path / name) for name in ("run", "same"))
+    assert [each["bytes"]["up"] for each in one] == [each["bytes"]["up"] for each in other]

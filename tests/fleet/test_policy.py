@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 
-from mlx_fed.arrays import master_weights
+from mlx_fed.arrays import master_weights, named_arrays
 from mlx_fed.clientapp import raising_app
 from mlx_fed.fleet.audit import AuditLog, entries
 from mlx_fed.fleet.policy import Policy, PolicyRefusal, Range
@@ -19,6 +19,8 @@ from mlx_fed.fleet.policy_gate import Gate
 from mlx_fed.flower import one_run_grid
 from mlx_fed.flower.error_replies import error_reply
 from mlx_fed.rounds import messages
+from mlx_fed.transforms.compression import parse_compression
+from mlx_fed.transforms.update_transform import decode_parameters
 
 from ..conftest import Started, free_port
 from ..helpers.tasks import moons
@@ -44,7 +46,7 @@ def request(kind: str = "train", *, packed: bool = True, **config: object) -> Me
 
 
 def ask(gate: Gate, message: Message, task: fed.Task = TASK) -> Message:
-    app = raising_app(task, around=[gate])
+    app = raising_app(task, around=[gate], around_training=[gate.clip])
     return app(message, Context(1, 7, {"partition-id": 0}, RecordDict(), {}))
 
 
@@ -305,3 +307,17 @@ def test_a_node_with_a_policy_in_a_federation(start, tmp_path):
     other = start(*FED, "join", "tests.helpers.tasks:moons", *where, "--policy", policy)
     assert other.ends() == 1
     assert "allows the servers elsewhere:1" in other.text
+
+
+def test_an_update_is_clipped_before_it_is_encoded():
+    gate = Gate(Policy(max_update_norm=1e-3), "server:1")
+    plain = ask(gate, request())
+    encoded = ask(gate, request(compress="int8"))
+    transform = parse_compression("int8")
+    assert transform is not None
+    spec = named_arrays.spec(PARAMETERS)
+    message = messages.unpack(messages.parameters_of(encoded.content)[1])
+    after = decode_parameters(transform(spec), message, PARAMETERS)
+    norm = np.sqrt(sum(np.square(np.asarray(after[n] - a)).sum() for n, a in PARAMETERS.items()))
+    assert norm_of_update(plain) == pytest.approx(1e-3, rel=1e-3)
+    assert norm == pytest.approx(1e-3, rel=0.05)

@@ -105,6 +105,15 @@ class RunOptions(OptionGroup):
             "FACTOR", "Limit on an update's norm, in multiples of the median norm.", "100", min=1
         ),
     ] = None
+    compress: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compress updates: int8, int4, int2, int1, topk:0.01, randk:0.01, or two as in "
+            "topk:0.01,int8.",
+            show_default="off",
+        ),
+    ] = None
     patience: Annotated[
         int | None, count("End after N rounds without a new lowest loss; 0: never.", "never", min=0)
     ] = None

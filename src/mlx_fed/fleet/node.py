@@ -207,8 +207,10 @@ def join(
         if private := privacy.name_of_private(mods or ()):
             notify(Notice(privacy.note(private, built_task)))
         rules.check_data(data)
-        gate = [Gate(rules, server, log, ask_at_terminal)] if log or rules != Policy() else []
-        app = clientapp.raising_app(_with_data(built_task, data), mods, gate)
+        gates = [Gate(rules, server, log, ask_at_terminal)] if log or rules != Policy() else []
+        app = clientapp.raising_app(
+            _with_data(built_task, data), mods, gates, [gate.clip for gate in gates]
+        )
         if (proxy := credentials.proxy) is not None:
             notify(Notice(f"through the proxy {address.join(proxy.host, proxy.port)}"))
         client = FleetClient(

@@ -81,12 +81,11 @@ class Gate:
         try:
             self._check(kind, config, request)
             self._record("asked", request, settings=_plain(config))
-            before = self._parameters_before(message) if kind == "train" else None
             reply = call_next(message, context)
             if reply.has_error():
                 self._record("failed", request, reason=str(reply.error.reason)[:1000])
                 return reply
-            self._hold(kind, reply, before)
+            self._hold(reply)
         except PolicyRefusal as refusal:
             self._record("refused", request, reason=str(refusal))
             raise
@@ -139,13 +138,24 @@ class Gate:
             self._record("approved" if self._approved[run] else "not approved", request)
         return self._approved[run]
 
-    def _parameters_before(self, message: Message) -> ArrayRecord | None:
-        if self.policy.max_update_norm is None:
-            return None
-        return messages.parameters_of(message.content)[1]
+    def clip(
+        self, message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+    ) -> Message:
+        """Flower mod around training that clips the update, before it is encoded.
 
-    def _hold(self, kind: str, reply: Message, before: ArrayRecord | None) -> None:
-        """Holds a reply to the policy, in place: metrics, number of examples, norm."""
+        Raises:
+            PolicyRefusal: If the update is not finite.
+        """
+        max_norm = self.policy.max_update_norm
+        _, before = messages.parameters_of(message.content)
+        reply = call_next(message, context)
+        if max_norm is not None and not reply.has_error():
+            name, after = messages.parameters_of(reply.content)
+            reply.content[name] = clip_update(before, after, max_norm)
+        return reply
+
+    def _hold(self, reply: Message) -> None:
+        """Holds a reply to the policy, in place: metrics and number of examples."""
         policy, content = self.policy, reply.content
         for record in records_in(content, MetricRecord).values():
             examples = record.get(_WEIGHT)
@@ -162,9 +172,6 @@ class Gate:
                 config_record = records_in(content, ConfigRecord).get(name, ConfigRecord())
                 for metric in set(config_record) - {*policy.metrics, _WEIGHT}:
                     del config_record[metric]
-        if kind == "train" and before is not None:
-            name, after = messages.parameters_of(content)
-            content[name] = clip_update(before, after, float(policy.max_update_norm or 0.0))
 
     def _record(self, event: str, request: Mapping[str, Any], **fields: Any) -> None:
         if self.log is not None:

@@ -69,6 +69,7 @@ def serve(
     max_repeats: int = 2,
     max_examples: float | None = None,
     max_update_norm: float | None = None,
+    compress: str | None = None,
     keep: int = 3,
     test: Sequence[Any] | None = None,
     evaluate_fn: EvaluateFn | None = None,
@@ -126,6 +127,9 @@ def serve(
         max_update_norm (float, optional): Limit of an update's norm, in medians of the norms of
             all updates, where there are three or more; ``math.inf`` for none. Default: 100 times
             the median of the others', or as much as the norm of the model where that is more.
+        compress (str, optional): Compression of updates, ``"int8"``, ``"int4"``, ``"int2"``,
+            ``"int1"``, ``"topk:0.01"`` or ``"randk:0.01"``, or two as in ``"topk:0.01,int8"``.
+            Default: the setting ``compress``, or none.
         keep (int): Checkpoints to keep, beside the best; 0 writes none. Default: ``3``.
         test (tuple, optional): Held-out examples of the server, as ``Data.test``: the task's loss
             and metrics of the global model on them are recorded each round.

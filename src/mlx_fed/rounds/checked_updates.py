@@ -52,12 +52,11 @@ def checked_updates(phase: Phase, outgoing: list[Message], model: Model) -> Iter
     # Simulated clients are trusted unless there is a limit.
     is_bounded = not run.roster.stays
     compares_norms = is_bounded if limit is None else limit < math.inf
-    before = (
-        master_weights.lazy_masters(model.masters, run.trainer.spec) if compares_norms else None
-    )
+    needs_before = compares_norms or run.transform is not None
+    before = master_weights.lazy_masters(model.masters, run.trainer.spec) if needs_before else None
     # An update below all of these counts, whatever the others are.
     max_norm = max_shift = max_weight = math.inf
-    if before is not None:
+    if before is not None and compares_norms:
         max_norm = -1.0 if limit else checks.norm_of(before)
         max_shift = checks.norm_of(model.statistics)
     if is_bounded and not run.settings.max_examples:
@@ -86,7 +85,7 @@ def checked_updates(phase: Phase, outgoing: list[Message], model: Model) -> Iter
     reasons: dict[str, str] = {}
     if limit:
         reasons = proportion.explain_norms(norms, limit)
-    elif before is not None:
+    elif compares_norms:
         reasons = proportion.explain_huge_norms(norms, max_norm)
     if is_bounded and compares_norms:
         subject = "the change of its running statistics"
@@ -100,11 +99,7 @@ def checked_updates(phase: Phase, outgoing: list[Message], model: Model) -> Iter
 def _checked_update(
     phase: Phase, node: str, message: Message, before: LazyArrays | None
 ) -> Update | None:
-    """Checks an update by itself; None if it is refused.
-
-    The update is decoded here, before its values are checked: what a client's transforms encoded
-    has other shapes and dtypes than the model.
-    """
+    """Decodes an update and checks it by itself; None if it is refused."""
     run = phase.run
     with phase.timed("check"), phase.refusing(node):
         reply = checks.check_update(
@@ -114,6 +109,7 @@ def _checked_update(
             run.weighted_by,
             phase.max_examples,
             before,
+            run.transform,
         )
         return Update(node, message, reply)
     return None
@@ -188,14 +184,14 @@ def _mean_of_grid(phase: Phase, outgoing: list[Message], outcomes: Iterator[Summ
     total, bytes_up = Total(), 0
     failures: dict[int, ClientFailure] = {}
     sizes = exchange.sizes(outgoing)
+    update_sizes = exchange.update_sizes(outgoing, phase.run.transform)
     with phase.timed("train"):
         for outcome in outcomes:
             places = [client.place for block in outcome.blocks for client in block.counted]
             for block in outcome.blocks:
                 total.add(block)
             failures |= {failure.place: failure for failure in outcome.failures}
-            # An update has the arrays of the message, in as many bytes.
-            bytes_up += sum(sizes[position] for position in places)
+            bytes_up += sum(update_sizes[position] for position in places)
             phase.answered(len(places) + len(outcome.failures))
     for position in sorted(failures):
         phase.refuse(nodes[position], failures[position].reason, failures[position].missing)

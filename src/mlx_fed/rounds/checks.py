@@ -17,6 +17,7 @@ from ..arrays.flower_records import records_in
 from ..arrays.named_arrays import LazyArrays, Spec
 from ..errors import FedError
 from ..training.metrics import Evaluation, is_defined
+from ..transforms.update_transform import UpdateTransform, decode_parameters
 from . import messages
 
 _LONGEST = 500
@@ -100,6 +101,7 @@ def check_update(
     weighted_by: str,
     max_weight: float = math.inf,
     before: Mapping[str, mx.array] | None = None,
+    transform: UpdateTransform | None = None,
 ) -> Reply:
     """Checks a reply to a training message.
 
@@ -111,7 +113,8 @@ def check_update(
         weighted_by (str): The metric that weighs the reply, ``"num-examples"``.
         max_weight (float): The most that this metric may be.
         before (dict, optional): The parameters that were sent, if the norm of the update, its
-            difference from them, is wanted.
+            difference from them, is wanted or has to be decoded.
+        transform (UpdateTransform, optional): How the update is encoded.
 
     Raises:
         Refused: If a name, shape or dtype differs, an array is missing, a value is not finite or
@@ -121,10 +124,15 @@ def check_update(
     check_answer(message)
     metrics = check_metrics(message, weighted_by, max_weight)
     weight = float(str(metrics[weighted_by]))
-    check_size(message.content, parameters, statistics)
+    message_spec = transform.spec if transform else parameters
+    check_size(message.content, message_spec, statistics)
     try:
         name, record = messages.parameters_of(message.content)
-        arrays = check_arrays(record, parameters, messages.is_packed(record), weight)
+        arrays = check_arrays(record, message_spec, messages.is_packed(record), weight)
+        if transform is not None and before is not None:
+            arrays = decode_parameters(transform, arrays, before)
+            for array_name in arrays:
+                _check_pieces(array_name, arrays.pieces(array_name), weight, False)
         running: Mapping[str, mx.array] = {}
         if statistics:
             records = records_in(message.content, ArrayRecord)

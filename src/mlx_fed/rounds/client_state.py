@@ -18,21 +18,23 @@ from ..arrays.named_arrays import Arrays
 from ..errors import FedError
 from . import messages
 
-_NAME = "own-"
-"""Prefix of a record's name, which ends with the round of the state. The record of the client's
-first round stays, without arrays, when its state is dropped."""
+TRAINING, TRANSFORM = "own-", "transform-"
+"""Kinds of state, of training and of the update transform: prefixes of a record's name, which ends
+with the round of the state. The record of the client's first round stays, without arrays, when its
+state is dropped."""
 
 
 class ClientStateError(FedError):
     """A state that has been dropped."""
 
 
-def load(context: RecordDict, server_round: int | None) -> Arrays | None:
+def load(context: RecordDict, server_round: int | None, kind: str = TRAINING) -> Arrays | None:
     """The state after a round, or after the client's last round before it.
 
     Args:
         context (RecordDict): The state of the client's context.
         server_round (int, optional): The round. Default: the client's last one.
+        kind (str): Of training, or of the update transform.
 
     Returns:
         dict: Arrays by name, or None if the client had not trained yet.
@@ -40,7 +42,7 @@ def load(context: RecordDict, server_round: int | None) -> Arrays | None:
     Raises:
         ClientStateError: If the state has been dropped.
     """
-    states = _states(context)
+    states = _states(context, kind)
     numbers = [number for number in states if server_round is None or number <= server_round]
     if not numbers:
         return None
@@ -53,42 +55,49 @@ def load(context: RecordDict, server_round: int | None) -> Arrays | None:
     return messages.unpack(state)
 
 
-def rewind(context: RecordDict, server_round: int | None) -> Arrays | None:
+def rewind(context: RecordDict, server_round: int | None, kind: str = TRAINING) -> Arrays | None:
     """The state before a round. The states of that and later rounds are dropped: they are repeated.
 
     Args:
         context (RecordDict): The state of the client's context.
         server_round (int, optional): The round. Default: the one after the client's last.
+        kind (str): Of training, or of the update transform.
 
     Raises:
         ClientStateError: If the state has been dropped.
     """
-    before = load(context, None if server_round is None else server_round - 1)
-    for number in _states(context):
+    before = load(context, None if server_round is None else server_round - 1, kind)
+    for number in _states(context, kind):
         if server_round is not None and number >= server_round:
-            del context[f"{_NAME}{number}"]
+            del context[f"{kind}{number}"]
     return before
 
 
-def save(context: RecordDict, server_round: int | None, arrays: Mapping[str, mx.array]) -> None:
+def save(
+    context: RecordDict,
+    server_round: int | None,
+    arrays: Mapping[str, mx.array],
+    kind: str = TRAINING,
+) -> None:
     """Saves the state after a round, and drops states that no resumed run needs.
 
     Args:
         context (RecordDict): The state of the client's context.
         server_round (int, optional): The round. Default: the one after the client's last.
         arrays (dict): Arrays by name; empty if the client has no state.
+        kind (str): Of training, or of the update transform.
     """
     if not arrays:
         return
-    numbers = _states(context)
+    numbers = _states(context, kind)
     if server_round is None:
         server_round = max(numbers, default=0) + 1
-    context[f"{_NAME}{server_round}"] = messages.pack(arrays)
+    context[f"{kind}{server_round}"] = messages.pack(arrays)
     first, *older = sorted(number for number in numbers if number <= server_round - 2) or [0]
     if older:
-        context[f"{_NAME}{first}"] = ArrayRecord()
+        context[f"{kind}{first}"] = ArrayRecord()
     for number in older[:-1]:
-        del context[f"{_NAME}{number}"]
+        del context[f"{kind}{number}"]
 
 
 def round_of(config: Mapping[str, Any]) -> int | None:
@@ -97,9 +106,9 @@ def round_of(config: Mapping[str, Any]) -> int | None:
     return number if isinstance(number, int) else None
 
 
-def _states(context: RecordDict) -> dict[int, ArrayRecord]:
+def _states(context: RecordDict, kind: str) -> dict[int, ArrayRecord]:
     return {
-        int(name.removeprefix(_NAME)): record
+        int(name.removeprefix(kind)): record
         for name, record in records_in(context, ArrayRecord).items()
-        if name.startswith(_NAME)
+        if name.startswith(kind)
     }

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import mlx.core as mx
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from ..arrays import master_weights
@@ -15,6 +16,7 @@ from ..arrays.named_arrays import Arrays, Spec
 from ..arrays.spool import Spool
 from ..flower.one_run_grid import OneRunGrid
 from ..task import Config
+from ..transforms.update_transform import UpdateTransform
 from . import messages
 
 POLL = 0.5
@@ -117,6 +119,19 @@ def sizes(outgoing: list[Message]) -> list[int]:
     of_content = {id(message.content): message.content for message in outgoing}
     bytes_of = {key: messages.count_bytes(content) for key, content in of_content.items()}
     return [bytes_of[id(message.content)] for message in outgoing]
+
+
+def update_sizes(outgoing: list[Message], transform: UpdateTransform | None) -> list[int]:
+    """The bytes of the arrays of each message's reply: as many as its own, or those of the encoded
+    update in place of the parameters."""
+    if transform is None or not outgoing:
+        return sizes(outgoing)
+    zeros = {
+        name: mx.zeros(shape, getattr(mx, dtype)) for name, (shape, dtype) in transform.spec.items()
+    }
+    name, _ = messages.parameters_of(outgoing[0].content)
+    content = RecordDict({**outgoing[0].content, name: messages.pack(zeros)})
+    return [messages.count_bytes(content)] * len(outgoing)
 
 
 def bytes_to_nodes(grid: OneRunGrid, outgoing: list[Message]) -> Callable[[], int]:

@@ -25,6 +25,7 @@ from ..runs.previous import Previous, previous_of
 from ..runs.result import Result
 from ..runs.round_record import RoundRecord
 from ..training.trainer import Trainer
+from ..transforms.run_transform import run_transform
 from . import privacy, strategies, strategy_state
 from .changes import record_changes
 from .checked_updates import all_updates, mean_statistics, mean_update
@@ -249,7 +250,20 @@ def _set_up(
     )
     spool = grid.spool or Spool(history.folder / "waiting")
     checkpoints = Checkpoints(history.folder, settings.keep)
-    run = Run(grid, strategy, trainer, settings, history, roster, config, spool, checkpoints)
+    transform = run_transform(trainer.task, config, trainer.spec)
+    run = Run(
+        grid, strategy, trainer, settings, history, roster, config, spool, checkpoints, transform
+    )
+    if transform is not None:
+        size, message_size = (
+            named_arrays.size(spec)["bytes"] for spec in (trainer.spec, transform.spec)
+        )
+        history.notify(
+            Notice(
+                f"updates are encoded, in {message_size:,} bytes in place of {size:,}: "
+                f"{', then '.join(transform.notes)}; statistics and metrics are not"
+            )
+        )
     if strategies.attribute(strategy, "proximal_mu") == 0 and "proximal-mu" not in config:
         history.notify(Notice("FedProx without proximal-mu is FedAvg: set it, such as to 0.1"))
     if private := strategies.name_of_private(strategy):

@@ -26,6 +26,7 @@ from ..runs.round_record import Refusal, RoundRecord
 from ..tracebacks import is_exception
 from ..training.metrics import placeholder_metrics
 from ..training.trainer import Trainer
+from ..transforms.update_transform import UpdateTransform
 from . import checks, exchange, messages, proportion, strategies
 from .checkpoint import Checkpoints
 from .roster import Participants, RosterGrid
@@ -56,6 +57,7 @@ class Run(NamedTuple):
         config (dict): Sent with each message.
         spool (Spool): Storage for large arrays.
         checkpoints (Checkpoints): The run's checkpoints.
+        transform (UpdateTransform, optional): How clients encode their updates.
     """
 
     grid: OneRunGrid
@@ -67,6 +69,7 @@ class Run(NamedTuple):
     config: dict[str, Any]
     spool: Spool
     checkpoints: Checkpoints
+    transform: UpdateTransform | None
 
     @property
     def min_nodes(self) -> int:
@@ -129,6 +132,13 @@ class Phase:
             for message in outgoing:
                 if (node_id := message.metadata.dst_node_id) not in run.roster.nodes:
                     raise RunError(f"a message to node {node_id}, which has no part in the run")
+                if self.name == "train" and run.transform:
+                    _, parameters = messages.parameters_of(message.content)
+                    if parameters is not model.masters:
+                        raise RunError(
+                            "it sends other parameters than those that it gets, from which no "
+                            "update can be decoded: leave out compress and Task.update_transforms"
+                        )
             statistics = model.statistics if run.averaged else {}
             if outgoing:
                 self.record_name, _ = messages.parameters_of(outgoing[0].content)

@@ -12,6 +12,7 @@ from ..errors import SettingsError
 from ..settings_check import KINDS, WHOLE, number, whole_number
 from ..task_settings import TracedConfig, nearest, plain, to_kebab
 from ..tracebacks import definition, misfit
+from ..transforms.compression import parse_compression
 from .initial_weights import InitialWeights
 from .stopping import StopFn, parse_target
 
@@ -63,6 +64,7 @@ class RunSettings:
     max_repeats: int = 2
     max_examples: float | None = None
     max_update_norm: float | None = None
+    compress: str | None = None
     keep: int = 3
     test: Sequence[Any] | None = None
     evaluate_fn: EvaluateFn | None = None
@@ -79,6 +81,10 @@ class RunSettings:
                 kind.check("", name, value)
             setattr(self, name, value)
         self.config = TracedConfig.of(self.config)
+        if self.compress is not None:
+            self.config = self.config.without(())
+            self.config["compress"] = self.compress
+        parse_compression(dict.get(self.config, "compress", ""))
         parse_target(self.target)
         for name in ("stop", "evaluate_fn"):
             if (function := getattr(self, name)) is not None and not callable(function):

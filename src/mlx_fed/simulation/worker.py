@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,9 @@ from ..task import Config, Data, TaskSource, make_task
 from ..task_settings import kebab_case
 from ..tracebacks import location, user_traceback
 from ..training.batches import lengths
+from ..training.client_arrays import state_of_kind
 from ..training.trainer import ClientUpdate, Trainer
+from ..transforms.update_transform import decode_parameters
 from .batched_trainer import BatchedTrainer, ClientInput
 from .client_states import ClientStateStore
 from .faults import Faults
@@ -32,6 +34,8 @@ from .partition_cache import Partitions, size_of
 # at a time.
 _CHUNK_BYTES = {mx.DeviceType.cpu: 8 * 2**20, mx.DeviceType.gpu: 2**30}
 _MAX_CHUNK = {mx.DeviceType.cpu: 32, mx.DeviceType.gpu: 256}
+_TRANSFORM = "transform"
+"""The kind of a client state that the update transform has."""
 _WINDOW = 4
 """Chunks of clients whose data is loaded at a time, so that clients of one size are grouped; fewer
 if their data exceeds ``max_bytes``."""
@@ -139,8 +143,7 @@ class Worker:
         can_batch = worker_config.batched and BatchedTrainer.why_not(trainer.task) is None
         self.batched_trainer = BatchedTrainer(trainer) if can_batch else None
         self.partitions = Partitions(trainer.task, worker_config.num_clients, max_bytes)
-        has_client_state = self.trainer.client_arrays.has_client_state
-        self.client_states = worker_config.client_states if has_client_state else None
+        self.client_states = worker_config.client_states
         self.request: DecodedRequest | None = None
         self.failures: list[ClientFailure] = []
         self.traceback: str | None = None
@@ -252,16 +255,39 @@ class Worker:
                 if isinstance(update, Exception):
                     self._fail(client.position, update)
                     continue
-                if self.client_states is not None and update.client_state:
-                    self.client_states.save(
-                        client.partition, request.server_round, update.client_state
-                    )
+                client_state = update.client_state
                 if self.faults.is_hostile(self.seed, client.partition):
                     update = self.faults.on_update(update, request.parameters)
+                update, transform_state = self._encode(request, client.partition, update)
+                if client_state or not self.trainer.client_arrays.has_client_state:
+                    client_state = {**client_state, **transform_state}
+                    if client_state:
+                        self.client_states.save(
+                            client.partition, request.server_round, client_state
+                        )
                 updates[client.position] = update
         for client, _ in window:
             if client.position in updates:
                 yield client.position, updates.pop(client.position)
+
+    def _encode(
+        self, request: DecodedRequest, partition: int, update: ClientUpdate
+    ) -> tuple[ClientUpdate, Arrays]:
+        """The update as the request wants it, and the client's state of the update transform.
+
+        A sum needs the parameters that the server would decode, a reply has the message.
+        """
+        encoder = self.trainer.update_encoder(request.config)
+        if encoder is None:
+            return update, {}
+        state = state_of_kind(self._client_state(request, partition), _TRANSFORM)
+        seed = round_seed(request.config, partition)
+        arrays, state = encoder.encode(update.parameters, request.parameters, state, seed)
+        parameters: Mapping[str, mx.array] = arrays
+        if request.request.weighted_by is not None:
+            parameters = decode_parameters(encoder.transform, arrays, request.parameters)
+        named_state = {f"{_TRANSFORM}/{name}": array for name, array in state.items()}
+        return update._replace(parameters=parameters), named_state
 
     def _chunks(
         self, request: DecodedRequest, window: list[tuple[SampledClient, Data]]
@@ -365,7 +391,8 @@ class Worker:
         self, request: DecodedRequest, partition: int, after: bool = False
     ) -> Arrays | None:
         """Client state before the request's round, or after it."""
-        if self.client_states is None:
+        encoder = self.trainer.update_encoder(request.config)
+        if not (self.trainer.client_arrays.has_client_state or (encoder and encoder.has_state)):
             return None
         return self.client_states.load(partition, request.server_round + after)
 

@@ -21,6 +21,7 @@ from ..arrays.named_arrays import Arrays
 from ..system import calls
 from ..task import Config, Data, Split, Task, fingerprint_of
 from ..task_settings import TracedConfig
+from ..transforms.run_transform import SETTING, UpdateEncoder, run_transform
 from .batches import BatchLoader
 from .client_arrays import ClientArrays, restore_counters, state_of_kind
 from .evaluation import Evaluator
@@ -95,6 +96,7 @@ class Trainer:
         self.takes_config = task.train_step is not None or examples.takes_config(task.loss)
         self.batches = BatchLoader(task, self.model, self.slots, self.note)
         self._training: tuple[Any, TrainingPrograms] | None = None
+        self._encoder: tuple[Any, UpdateEncoder | None] | None = None
         self.evaluator = Evaluator(task, self.model, self.slots, self.batches, self.note)
 
     @cached_property
@@ -295,6 +297,14 @@ class Trainer:
         arrays = self.client_arrays.combine(parameters, statistics, client_state)
         with self.load_arrays(*arrays):
             return self.evaluator.evaluate(*arrays, split, config)
+
+    def update_encoder(self, config: Config) -> UpdateEncoder | None:
+        """Encoder of updates in a run with these settings; None if they are sent as they are."""
+        key = config.get("run-id"), config.get(SETTING)
+        if self._encoder is None or self._encoder[0] != key:
+            transform = run_transform(self.task, config, self.spec)
+            self._encoder = (key, transform and UpdateEncoder(transform))
+        return self._encoder[1]
 
     def warm_up(self, data: Data, config: Config) -> None:
         """Compiles the programs by a step on one batch, before the first round."""
