@@ -21,7 +21,8 @@ from mlx.core.random import normal
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_fed.arrays import examples, randomness
-from mlx_fed.training import probe
+from mlx_fed.training import padding
+from mlx_fed.training.probe import Probe
 from mlx_fed.training.trainer import Trainer
 
 ROUNDS, CLIENTS, RATE = 2, 4, 0.1
@@ -987,8 +988,8 @@ def test_padding_is_judged_by_rare_values_too(case: str):
     loss, batch, is_paddable = RARE[case]
     of = Trainer(task(model=lambda: nn.Linear(6, 4), loss=loss))
     for training in (True, False):
-        arguments = of.model, of.slots, (loss,), batch, None, training, None
-        assert probe.is_paddable(*arguments) == is_paddable
+        probe = Probe(of.model, of.slots, None, None, training)
+        assert padding.is_paddable(probe, (loss,), batch) == is_paddable
 
 
 def test_padding_is_judged_on_tokens_that_an_embedding_has():
@@ -998,4 +999,5 @@ def test_padding_is_judged_on_tokens_that_an_embedding_has():
 
     of = Trainer(task(model=lambda: nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 3)), loss=loss))
     batch = (mx.zeros((4, 5), mx.int32),)
-    assert probe.is_paddable(of.model, of.slots, (loss,), batch, None, True, None)
+    probe = Probe(of.model, of.slots, None, None, True)
+    assert padding.is_paddable(probe, (loss,), batch)

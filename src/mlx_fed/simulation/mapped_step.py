@@ -18,8 +18,8 @@ from ..arrays.named_arrays import Arrays
 from ..errors import FedError
 from ..task import Config
 from ..training.optimizer_state import is_elementwise, update_step
-from ..training.probe import random_like, random_parameters
 from ..training.programs import find_difference
+from ..training.random_inputs import random_like, random_parameters
 from ..training.steps import (
     Gradient,
     StepContext,

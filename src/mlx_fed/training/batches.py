@@ -20,8 +20,9 @@ from ..settings_check import KINDS, whole_number
 from ..system import calls
 from ..task import Config, Data, Task
 from ..task_settings import TracedConfig
-from . import probe
+from . import forward_effects, padding
 from .label_range import Ranges, ranges, union, within
+from .probe import Probe
 
 _TAIL_SIZES = 8
 """Number of sizes of a padded last batch: each is one more trace of a program."""
@@ -143,7 +144,7 @@ class BatchLoader:
         length = lengths(self.task, config)
         total = examples.count(arrays)
         if total:
-            self.check_effects(arrays, config, probe.sample)
+            self.check_effects(arrays, config, forward_effects.sample)
         pad = self.task.train_step is None and self._can_pad(
             arrays, self.task.augment, (self.task.loss,), True, config
         )
@@ -179,13 +180,10 @@ class BatchLoader:
         previous = self._checked_ranges.get(kind)
         if self.task.train_step is not None or (previous is not None and within(labels, previous)):
             return
-        probe.check_effects(
-            self.model,
-            self.slots,
+        forward_effects.check_effects(
+            self._probe(config, self.task.augment, True),
             self.task.loss,
             sample(batch) if sample else batch,
-            self.task.augment,
-            _first_settings(config),
             self.note,
             has_weight=self.task.weight_unit is not None,
         )
@@ -203,7 +201,7 @@ class BatchLoader:
         previous = union(self._checked_ranges.get(kind, {}), previous)
         if within(labels, previous):
             return
-        probe.check_labels(self.model, self.task.loss, batch, _first_settings(config))
+        forward_effects.check_labels(self._probe(config, None, False), self.task.loss, batch)
         self._checked_ranges["labels", kind] = union(labels, previous)
 
     def _with_checked_labels(self, batch: Batch, config: Config) -> Batch:
@@ -234,16 +232,15 @@ class BatchLoader:
             return False
         key = (augment, tuple(functions), training, examples.kind(arrays))
         if key not in self._paddable:
-            self._paddable[key] = probe.is_paddable(
-                *(self.model, self.slots, functions, arrays, augment, training),
-                _first_settings(config),
+            self._paddable[key] = padding.is_paddable(
+                self._probe(config, augment, training), functions, arrays
             )
         return self._paddable[key]
 
-
-def _first_settings(config: Config) -> Config:
-    """Settings for a loss in a probe, with a round and a step."""
-    return TracedConfig({"server-round": 1, **config, "local-step": 1})
+    def _probe(self, config: Config, augment: Callable | None, training: bool) -> Probe:
+        """Probe with the settings of a first round and step."""
+        settings = TracedConfig({"server-round": 1, **config, "local-step": 1})
+        return Probe(self.model, self.slots, augment, settings, training)
 
 
 def lengths(task: Task, config: Config) -> Lengths:

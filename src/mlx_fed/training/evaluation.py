@@ -231,7 +231,7 @@ def _columns(pairs: Sequence[tuple[mx.array, ...]]) -> tuple[list[float], list[f
 
 
 def _probe(function: Function, loss: Callable[..., Any]) -> Callable[..., Any]:
-    """Function as :func:`~mlx_fed.training.probe.is_paddable` calls it.
+    """Function as :func:`~mlx_fed.training.padding.is_paddable` calls it.
 
     A metric that raises does not prevent padding of the others' batches.
     """
