@@ -75,11 +75,12 @@ def task(config: dict) -> fed.Task:
         train, test = data.load_partition(dataset, partition_id, num_partitions or 3, **partitions)
         return fed.Data(train=arrays(train), test=arrays(test))
 
-    sizes = (config.get("channels", 1), config.get("side", 28), config.get("num-classes", 10))
+    classes = int(config.get("num-classes", 10))
+    sizes = (config.get("channels", 1), config.get("side", 28), classes)
     return fed.Task(
         model=lambda: ConvNet(*map(int, sizes)),
         loss=loss,
-        metrics={"accuracy": accuracy},
+        metrics={"accuracy": accuracy, "confusion": fed.ConfusionMatrix(classes)},
         optimizer=lambda config: optim.Adam(config["learning-rate"]),
         data=load,
         augment=shifted,

@@ -61,7 +61,7 @@ def task(config: dict) -> fed.Task:
     return fed.Task(
         model=lambda: MLP(num_layers=2, input_dim=784, hidden_dim=32, output_dim=10),
         loss=loss,
-        metrics={"accuracy": accuracy},
+        metrics={"accuracy": accuracy, "confusion": fed.ConfusionMatrix(10)},
         optimizer=lambda config: optim.SGD(learning_rate=config["learning-rate"]),
         data=load,
         config=settings(dataset),

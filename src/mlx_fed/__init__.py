@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from .serverapp import server_app
     from .simulation.faults import Faults
     from .simulation.simulate import simulate
+    from .training.confusion_matrix import ConfusionMatrix
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConfusionMatrix",
     "Data",
     "DatasetMetric",
     "Faults",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _LATE = {
+    "ConfusionMatrix": "training.confusion_matrix",
     "Faults": "simulation.faults",
     "Result": "runs.result",
     "client_app": "clientapp",

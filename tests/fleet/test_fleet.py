@@ -48,6 +48,12 @@ def test_a_run_ends_by_itself_and_leaves_its_folder(start, tmp_path):
     rounds = read_history(folder)
     assert [record["round"] for record in rounds] == [1, 2, 3]
     assert rounds[-1]["evaluate"]["accuracy"] > 0.8
+    expected = np.zeros((2, 2), int)
+    model = fed.load_model(moons({}), folder)
+    for partition in range(2):
+        x, y = moons({}).data(partition, 2).test
+        np.add.at(expected, (y, np.asarray(model(mx.array(x))).argmax(axis=1)), 1)
+    assert rounds[-1]["evaluate"]["confusion"] == expected.tolist()
     assert rounds[-1]["train"]["nodes"] == ["node-0", "node-1"]
     assert rounds[-1]["bytes"]["up"] > 0
     assert rounds[-1]["refused"] == []

@@ -128,6 +128,17 @@ def test_only_allowed_metrics_leave(kind):
     assert any("loss" in name for name in metrics_of(ask(Gate(Policy(), "s:1"), request(kind))))
 
 
+def test_counts_of_a_confusion_matrix_leave_as_a_metric_does(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    names = ("accuracy", "confusion")
+    allowed = ask(Gate(Policy(metrics=names), "server:1", AuditLog(path)), request("evaluate"))
+    assert sum(allowed.content["counts"]["confusion"]) == 40
+    (_, sent) = entries(path)
+    assert sent.fields["metrics"]["counts"] == ["confusion"]
+    reply = ask(Gate(Policy(metrics=("accuracy",)), "server:1"), request("evaluate"))
+    assert "confusion" not in reply.content["counts"]
+
+
 def test_few_examples_are_not_trained_on():
     with pytest.raises(PolicyRefusal, match=r"200 examples or more, and Data\.train has 160"):
         Policy(min_examples=200).check_data(TASK.data(0, None))

@@ -46,8 +46,8 @@ def make_run(folder: Path, rounds: int = 2, **settings: object) -> Path:
     return folder
 
 
-def command_output(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "200"})
+def command_output(*arguments: object, code: int = 0, columns: int = 200) -> str:
+    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": str(columns)})
     assert result.exit_code == code, result.output
     return result.output
 

@@ -99,6 +99,7 @@ def show(
 ) -> None:
     """Show a run's settings and rounds."""
     from ..runs import folders
+    from ..runs.matrices import matrices
     from ..runs.round_record import figures
 
     records = folders.read(folders.find(runs, run))
@@ -110,6 +111,8 @@ def show(
     typer.echo("")
     rows = [{"round": record["round"], **figures(record)} for record in records.rounds]
     _print_rows(rows, ("round",), columns, ("train/", "evaluate/", "central/"))
+    for phase, name, matrix in matrices(records.rounds[-1]) if records.rounds else ():
+        _print_matrix(f"{phase}/{name}", records.rounds[-1]["round"], matrix)
     if records.damaged:
         typer.echo(f"{records.damaged} damaged lines of history.jsonl were skipped.")
 
@@ -243,9 +246,11 @@ def _require_column(name: str, rows: Iterable[Row]) -> None:
 
 def _metric_names(rows: Sequence[Row], prefixes: Sequence[str]) -> list[str]:
     """The columns with losses and metrics, by prefix."""
+    from ..runs.round_record import is_detail
+
     names = dict.fromkeys(name for row in rows for name in row)
-    suffixes = ("/median", "/nodes", "examples")
-    metrics = [name for name in names if not name.endswith(suffixes)]
+    hidden = ("/nodes", "examples")
+    metrics = [n for n in names if not n.endswith(hidden) and not is_detail(n)]
     return [name for prefix in prefixes for name in metrics if name.startswith(prefix)]
 
 
@@ -284,6 +289,28 @@ def _text(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.5g}" if isinstance(value, float) else printable(str(value))
+
+
+def _print_matrix(name: str, number: int, matrix: list[list[int]]) -> None:
+    """Prints a confusion matrix with the accuracy of each class, or the accuracies alone where the
+    terminal is too narrow."""
+    from ..runs.matrices import accuracy, class_accuracies
+
+    labels = range(len(matrix))
+    accuracies = [value if value is None else f"{value:.4f}" for value in class_accuracies(matrix)]
+    total = accuracy(matrix)
+    suffix = "" if total is None else f", accuracy {total:.4f}"
+    typer.echo("")
+    line = f"{name} after round {number}{suffix}. Rows are labels, columns predictions."
+    typer.echo(printable(line))
+    table = [
+        ["label", *labels, "accuracy"],
+        *([label, *matrix[label], accuracies[label]] for label in labels),
+    ]
+    if _width(table) > shutil.get_terminal_size().columns:
+        table = [[row[0], row[-1]] for row in table]
+        typer.echo("The counts need a wider terminal, or are in mlx-fed runs export --json.")
+    _print_table(table)
 
 
 def _width(rows: Sequence[Sequence[Any]]) -> int:

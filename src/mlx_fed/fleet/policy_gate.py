@@ -168,7 +168,7 @@ class Gate:
                 for name in set(record) - {*policy.metrics, _WEIGHT}:
                     del record[name]
         if policy.metrics is not None:
-            for name in (messages.WEIGHTS, messages.UNDEFINED):
+            for name in (messages.WEIGHTS, messages.UNDEFINED, messages.COUNTS):
                 config_record = records_in(content, ConfigRecord).get(name, ConfigRecord())
                 for metric in set(config_record) - {*policy.metrics, _WEIGHT}:
                     del config_record[metric]
@@ -275,4 +275,6 @@ def _contents(content: RecordDict) -> dict[str, Any]:
                 digest.update(segment.view())
         arrays[name] = digest.hexdigest()
     metrics = {name: [*record] for name, record in records_in(content, MetricRecord).items()}
+    if counts := messages.config_record(content, messages.COUNTS):
+        metrics[messages.COUNTS] = [*counts]
     return {"arrays": arrays, "metrics": metrics}

@@ -240,7 +240,11 @@ def check_metrics(message: Message, weighted_by: str, max_weight: float = math.i
 
 
 def check_evaluation(
-    message: Message, weighted_by: str, max_weight: float, must_be_defined: bool
+    message: Message,
+    weighted_by: str,
+    max_weight: float,
+    must_be_defined: bool,
+    classes: Mapping[str, int],
 ) -> Evaluation:
     """Checks a reply to a message of evaluation.
 
@@ -249,13 +253,15 @@ def check_evaluation(
         weighted_by (str): The metric that weighs those without a weight of their own.
         max_weight (float): The most that it, and the number of examples, may be.
         must_be_defined (bool): Refuse a reply that has a metric which is not finite.
+        classes (dict): The number of classes of each confusion matrix, by metric.
 
     Returns:
         Evaluation: Its reasons are those that the client gives.
 
     Raises:
         Refused: If there is not one record of metrics, the number of examples is not a positive
-            and believable number, a weight is none, or a metric has to be defined and is not.
+            and believable number, a weight is none, a metric has to be defined and is not, or a
+            confusion matrix has other counts than numbers from 0.
     """
     metrics = _metrics_of(message)
     record = messages.config_record(message.content, messages.WEIGHTS)
@@ -281,7 +287,26 @@ def check_evaluation(
     }
     for name, why in undefined_metrics.items() if must_be_defined else ():
         raise Refused(f"metric {name!r} is not finite: {why}"[:_LONGEST])
-    return Evaluation(dict(metrics), weights, undefined_metrics)
+    counts = messages.config_record(message.content, messages.COUNTS)
+    matrices: dict[str, list[int]] = {}
+    for name, num_classes in classes.items():
+        if name in counts:
+            matrices[name] = _check_counts(name, counts[name], num_classes, limit)
+            weights[name] = sum(matrices[name])
+        else:
+            undefined_metrics[name] = str(reasons.get(name, "it was not sent"))[:_LONGEST]
+    return Evaluation(dict(metrics), weights, undefined_metrics, matrices)
+
+
+def _check_counts(name: str, counts: Any, num_classes: int, limit: float) -> list[int]:
+    """The counts of a confusion matrix."""
+    is_matrix = isinstance(counts, list) and len(counts) == num_classes**2
+    if not is_matrix or not isinstance(counts[0], int) or min(counts) < 0 or sum(counts) > limit:
+        raise Refused(
+            f"metric {name!r} must have {num_classes**2} counts from 0, of {num_classes} classes, "
+            f"with a sum of at most {limit:g}"
+        )
+    return counts
 
 
 def _metrics_of(message: Message) -> MetricRecord:

@@ -13,6 +13,7 @@ from ..errors import SettingsError
 from ..events import Notice
 from ..runs.round_record import RoundRecord
 from ..tracebacks import definition
+from ..training.confusion_matrix import ConfusionMatrix, to_rows
 from ..training.metrics import Evaluation, derive_metrics, is_defined
 from . import checks, messages, strategies
 from .phase import Model, Phase, Run
@@ -35,6 +36,11 @@ def evaluate(run: Run, model: Model, record: RoundRecord) -> None:
     """
     phase = Phase(run, "evaluate", record)
     must_be_defined = not strategies.leaves_evaluation_to_mean(run.strategy)
+    classes = {
+        name: metric.num_classes
+        for name, metric in run.trainer.task.metrics.items()
+        if isinstance(metric, ConfusionMatrix)
+    }
     replies: dict[str, Message] = {}
     evaluations: dict[str, Evaluation] = {}
     for node, reply in phase.exchange(phase.configure(model)):
@@ -42,7 +48,7 @@ def evaluate(run: Run, model: Model, record: RoundRecord) -> None:
             continue
         with phase.refusing(node):
             evaluations[node] = checks.check_evaluation(
-                reply, run.weighted_by, phase.max_examples, must_be_defined
+                reply, run.weighted_by, phase.max_examples, must_be_defined, classes
             )
             replies[node] = reply
     names = {node: checks.names_in(reply.content) for node, reply in replies.items()}
@@ -73,6 +79,10 @@ def evaluate(run: Run, model: Model, record: RoundRecord) -> None:
         metrics |= further
         for name, why in reasons.items():
             undefined_metrics.setdefault(name, {"their mean": why})
+    for name in classes:
+        matrices = [e.counts[name] for e in evaluations.values() if name in e.counts]
+        if matrices:
+            metrics[name] = to_rows([sum(cells) for cells in zip(*matrices, strict=True)])
     record.evaluate = {**metrics, "nodes": list(replies)}
     _record_undefined(phase, undefined_metrics, len(replies))
     phase.record_each(
@@ -100,6 +110,7 @@ def evaluate_centrally(run: Run, model: Model, record: RoundRecord) -> None:
             reasons = {name: {"server": why} for name, why in evaluation.undefined.items()}
             _record_undefined(phase, reasons)
             metrics |= evaluation.metrics
+            metrics |= {name: to_rows(counts) for name, counts in evaluation.counts.items()}
             del metrics["num-examples"]
         if evaluate_fn is not None:
             if takes_record(evaluate_fn):

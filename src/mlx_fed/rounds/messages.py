@@ -28,6 +28,8 @@ WEIGHTS = "weights"
 """The name of the record of the weights of an evaluation's metrics, by metric."""
 UNDEFINED = "undefined"
 """The name of the record of reasons why metrics of an evaluation are undefined, by metric."""
+COUNTS = "counts"
+"""The name of the record of counts of confusion matrices, by metric."""
 
 ROLL_CALL = "query.roll_call"
 LEAVE = "query.leave"
@@ -157,12 +159,14 @@ def count_bytes(content: RecordDict) -> int:
 
 
 def pack_evaluation(evaluation: Evaluation) -> RecordDict:
-    """The reply to an evaluate message: metrics, with weights and reasons if there are any."""
+    """The reply to an evaluate message: metrics; weights, reasons and counts if there are any."""
     content = RecordDict({"metrics": MetricRecord({**evaluation.metrics})})
     if evaluation.weights:
         content[WEIGHTS] = ConfigRecord({**evaluation.weights})
     if evaluation.undefined:
         content[UNDEFINED] = ConfigRecord({**evaluation.undefined})
+    if evaluation.counts:
+        content[COUNTS] = ConfigRecord({**evaluation.counts})
     return content
 
 

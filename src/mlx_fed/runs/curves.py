@@ -31,7 +31,7 @@ def curves(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     for record in rounds:
         for name, value in round_record.figures(record).items():
             phase, _, metric = name.partition("/")
-            if phase in _PHASES and metric != "nodes" and not metric.endswith("/median"):
+            if phase in _PHASES and metric != "nodes" and not round_record.is_detail(metric):
                 result.setdefault(name, []).append((record["round"], value))
     return dict(sorted(result.items(), key=lambda item: _PHASES.index(item[0].split("/")[0])))
 

@@ -16,8 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from . import matrices
+
 MANY = 32
 """Nodes of a phase up to which each is written by its name and with its own metrics."""
+_DETAIL = re.compile(r".+/(median|accuracy-of-[0-9]+)", re.DOTALL)
 _SHARES = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
 _PHASES = ("train", "evaluate")
 _NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})", re.DOTALL)
@@ -101,6 +104,9 @@ def to_line(record: Mapping[str, Any]) -> str:
     for phase in _PHASES:
         if isinstance(nodes := record.get(phase, {}).get("nodes"), list):
             line_values[phase] = {**record[phase], "nodes": _pack(nodes)}
+    for phase in ("evaluate", "central"):
+        if metrics := line_values.get(phase):
+            line_values[phase] = matrices.pack(metrics)
     refusals = record.get("refused", ())
     if len(refusals) > MANY:
         line_values["refused"] = _together(refusals)
@@ -143,6 +149,9 @@ def from_line(line: str | bytes) -> dict[str, Any]:
         for phase in _PHASES:
             if "nodes" in (metrics := record.get(phase, {})):
                 metrics["nodes"] = _unpack(metrics["nodes"])
+        for phase in ("evaluate", "central"):
+            if metrics := record.get(phase):
+                record[phase] = matrices.unpack(metrics)
         if "refused" in record:
             record["refused"] = [
                 refusal for entry in record["refused"] for refusal in _apart(entry)
@@ -231,8 +240,15 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
         flat_figures |= {
             name: value for name, value in medians.items() if isinstance(value, (int, float))
         }
+    flat_figures |= dict(matrices.figures(record))
     flat_figures["refused"] = len(record.get("refused", ()))
     return flat_figures
+
+
+def is_detail(name: str) -> bool:
+    """Whether a figure is the nodes' median of a metric or the accuracy of a class: tables and
+    curves have those only where they are asked for."""
+    return _DETAIL.fullmatch(name) is not None
 
 
 # -- names ---------------------------------------------------------------------------------

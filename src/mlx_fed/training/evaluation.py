@@ -20,6 +20,7 @@ from ..arrays.weights import Slots
 from ..errors import FedError
 from ..task import Config, DatasetMetric, Split, Task
 from .batches import BatchLoader
+from .confusion_matrix import ConfusionMatrix
 from .evaluation_step import LOSS, Function, Outputs, Untraceable, evaluation_step
 from .metrics import Evaluation, as_number, count_units, derive_metrics, is_defined, reason_of
 from .programs import Program
@@ -77,6 +78,7 @@ class Evaluator:
         )
         metrics: dict[str, Any] = {"num-examples": num_examples}
         totals: dict[str, float] = {}
+        counts: dict[str, list[int]] = {}
         reasons: dict[str, str] = {}
         loss_weights: list[float] = []
         for name, function in self.functions.items():
@@ -84,8 +86,12 @@ class Evaluator:
             try:
                 if name in errors:
                     raise errors[name]
+                if isinstance(function, ConfusionMatrix):
+                    counts[name] = self._compute(name, function, outputs)
+                    continue
                 if isinstance(function, DatasetMetric):
-                    value, weight = self._compute(name, function, outputs), float(num_examples)
+                    value = as_number(self._compute(name, function, outputs))
+                    weight = float(num_examples)
                     reason = f"its compute returned {value}"
                 else:
                     values, batch_weights = _columns([batch[name] for batch in outputs])
@@ -93,6 +99,9 @@ class Evaluator:
                     loss_weights = batch_weights if name == LOSS else loss_weights
             except Exception as error:
                 reason = self._log(name, error)
+                if isinstance(function, ConfusionMatrix):
+                    reasons[name] = reason
+                    continue
             metrics[name], totals[name] = value, weight
             if not is_defined(value):
                 reasons[name] = reason
@@ -100,7 +109,7 @@ class Evaluator:
         derived_metrics, derived_reasons = derive_metrics(self.task, metrics)
         if all(total == num_examples for total in totals.values()):
             totals = {}
-        return Evaluation(metrics | derived_metrics, totals, reasons | derived_reasons)
+        return Evaluation(metrics | derived_metrics, totals, reasons | derived_reasons, counts)
 
     def loss(self, parameters: Arrays, statistics: Arrays, split: Split, config: Config) -> float:
         """Mean loss, without the metrics."""
@@ -186,7 +195,7 @@ class Evaluator:
             self.model, self.slots, self.task, functions, order, self._layouts, config
         )
 
-    def _compute(self, name: str, metric: DatasetMetric, outputs: Sequence[Outputs]) -> float:
+    def _compute(self, name: str, metric: DatasetMetric, outputs: Sequence[Outputs]) -> Any:
         columns = zip(*(batch[name] for batch in outputs), strict=True)
         arrays = [mx.concatenate(list(column)) for column in columns]
         # NumPy has no bfloat16.
@@ -194,8 +203,8 @@ class Evaluator:
         mx.eval(arrays)
         layout = self._layouts[name]
         if isinstance(layout, tuple):
-            return as_number(metric.compute(**dict(zip(layout, arrays, strict=True))))
-        return as_number(metric.compute(*arrays))
+            return metric.compute(**dict(zip(layout, arrays, strict=True)))
+        return metric.compute(*arrays)
 
     def _log(self, name: str, error: Exception) -> str:
         """Reason in a line; the log has the traceback, once in a process."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..arrays.examples import ExamplesError
 from ..errors import FedError, TaskError
 from ..task import Task
 from ..tracebacks import definition, location
+from .confusion_matrix import ConfusionMatrix
 
 
 class Evaluation(NamedTuple):
@@ -21,11 +23,13 @@ class Evaluation(NamedTuple):
         weights (dict): The total weight of the loss and of each of the task's metrics, if for one
             of them it is not the number of examples; else empty.
         undefined (dict): Reasons of undefined metrics, by name.
+        counts (dict): Counts of each :class:`~mlx_fed.ConfusionMatrix`, row by row, by name.
     """
 
     metrics: dict[str, Any]
     weights: dict[str, float]
     undefined: dict[str, str]
+    counts: Mapping[str, list[int]] = MappingProxyType({})
 
 
 def is_defined(value: Any) -> bool:
@@ -72,7 +76,8 @@ def placeholder_metrics(task: Task, phase: str, loss_key: str | None = None) -> 
     names = {"num-examples", "loss", *count_units(task, [1.0], 1.0 if phase == "train" else None)}
     if phase == "train":
         return dict.fromkeys(names | {loss_key or "loss"}, 1.0)
-    metrics = dict.fromkeys([*names, *task.metrics], 1.0)
+    numbers = [n for n, m in task.metrics.items() if not isinstance(m, ConfusionMatrix)]
+    metrics = dict.fromkeys([*names, *numbers], 1.0)
     return metrics | derive_metrics(task, metrics)[0]
 
 
