@@ -40,6 +40,7 @@ def server_app(
     min_nodes: int | None = None,
     wait: float = 600.0,
     round_timeout: float = 3600.0,
+    grace: float | None = None,
     min_replies: int = 1,
     max_repeats: int = 2,
     max_examples: float | None = None,

@@ -17,6 +17,8 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 
 from mlx_fed.rounds import exchange, messages
+from mlx_fed.rounds.closing import QuorumClosing
+from mlx_fed.rounds.settings import RunSettings
 from mlx_fed.arrays import spool
 from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower import one_run_grid
@@ -207,7 +209,13 @@ def test_replies_are_given_in_order_and_early_ones_wait(everything, order, tmp_p
     came: list[str] = []
     given = []
     for name, reply in exchange.exchange(
-        Scattered(list(order)), outgoing, names, 5.0, came.append, place
+        Scattered(list(order)),
+        outgoing,
+        names,
+        QuorumClosing(RunSettings(round_timeout=5.0)),
+        "train",
+        came.append,
+        place,
     ):
         assert outgoing == []
         values = reply.content["arrays"]["w"].numpy()

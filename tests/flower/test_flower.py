@@ -44,6 +44,8 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from mlx_fed.rounds import messages
 from mlx_fed.arrays import spool
 from mlx_fed.rounds.exchange import exchange
+from mlx_fed.rounds.closing import QuorumClosing
+from mlx_fed.rounds.settings import RunSettings
 from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower import fleet_client, serialize, transport, one_run_grid
 from mlx_fed.flower.fleet_client import FleetClient
@@ -578,7 +580,9 @@ def test_a_message_whose_time_is_up_is_withdrawn(fleet, monkeypatch, at):
         time.sleep(timeout)
 
     monkeypatch.setattr(fleet.grid, "wait", work)
-    answers = exchange(fleet.grid, [dead], {node.node_id: "node-0"}, 0.4, lambda _: None)
+    closing = QuorumClosing(RunSettings(round_timeout=0.4))
+    names = {node.node_id: "node-0"}
+    answers = exchange(fleet.grid, [dead], names, closing, "train", lambda _: None)
     missing = dict(answers)
     assert missing == {"node-0": "no reply within 0 seconds: one that comes later is dropped"}
     assert len(fleet.link.state.object_store) == 0, "objects stay behind"

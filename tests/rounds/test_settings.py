@@ -221,7 +221,11 @@ def test_settings_that_cannot_be_are_refused(settings: dict, message: str):
 
 @pytest.mark.parametrize(
     ("function", "absent"),
-    [(fed.serve, set()), (fed.server_app, {"change"}), (fed.simulate, {"wait", "min_nodes"})],
+    [
+        (fed.serve, set()),
+        (fed.server_app, {"change"}),
+        (fed.simulate, {"wait", "min_nodes", "grace"}),
+    ],
 )
 def test_the_settings_of_a_run_are_in_the_signatures(function: Callable, absent: set):
     parameters = inspect.signature(function).parameters

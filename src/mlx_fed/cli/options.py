@@ -217,6 +217,15 @@ class ServerOptions(OptionGroup):
         ),
     ] = None
     wait: Wait = 600.0
+    grace: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Time to wait for the other nodes once half have replied; inf: to the timeout.",
+            show_default="30, or 3 times what half needed",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def serve(
     min_nodes: int | None = None,
     wait: float = 600.0,
     round_timeout: float = 3600.0,
+    grace: float | None = None,
     min_replies: int = 1,
     max_repeats: int = 2,
     max_examples: float | None = None,
@@ -117,6 +118,9 @@ def serve(
         wait (float): Seconds to wait for them. Default: ``600``.
         round_timeout (float): Seconds that a phase may take; later replies are dropped.
             Default: ``3600``.
+        grace (float, optional): Seconds that nodes have once half of them, and ``min_replies``,
+            have replied; ``math.inf`` waits for all until the timeout. Default: 30 s, three times
+            what that half needed, or as much as makes twice the node's own time, whichever is more.
         min_replies (int): Training replies that have to count in a round; with fewer it is
             repeated. Default: ``1``.
         max_repeats (int): How often a round is repeated before the run stops, to be resumed when

@@ -8,6 +8,7 @@ delete neither, and all objects are freed with their reply.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -70,11 +71,13 @@ class IncomingReply:
 
     Attributes:
         missing (set): Ids of the objects that have not arrived yet.
+        last_piece (float): Monotonic time at which it was announced, or its last object arrived.
     """
 
     def __init__(self, node_id: int, object_id: str, children: Children):
         self.node_id, self.object_id, self.children = node_id, object_id, children
         self.missing = set(children)
+        self.last_piece = time.monotonic()
         self._contents: dict[str, SpooledBytes | bytes] = {}
         self._bytes = 0
         self._lock = threading.Lock()
@@ -111,6 +114,7 @@ class IncomingReply:
             self._contents[object_id] = spool.put(content, head=head)
             self._bytes += len(content)
             self.missing.remove(object_id)
+            self.last_piece = time.monotonic()
         return True
 
     def _is_valid(self, object_id: str, content: bytes) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from flwr.app import Message
@@ -103,7 +103,19 @@ class LinkGrid(OneRunGrid):
 
     def withdraw(self, message_ids: Iterable[str]) -> None:
         """Deletes messages and their replies, which nodes may be working on."""
-        self._forget(set(message_ids))
+        message_ids = set(message_ids)
+        receivers = {each: self._receivers[each] for each in message_ids & self._receivers.keys()}
+        self._link.watch_for_late(receivers)
+        self._forget(message_ids)
+
+    def late_replies(self) -> Mapping[str, float]:
+        """When nodes announced replies to messages that were withdrawn."""
+        return self._link.take_late()
+
+    def last_pieces(self, message_ids: Iterable[str]) -> Mapping[str, float]:
+        """When a reply was announced, or its last object arrived."""
+        replies = {message_id: self._link.replies.get(message_id) for message_id in message_ids}
+        return {message_id: reply.last_piece for message_id, reply in replies.items() if reply}
 
     def _forget(self, message_ids: set[str]) -> None:
         state = self._link.state

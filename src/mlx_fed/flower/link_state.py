@@ -9,6 +9,7 @@ import asyncio
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from itertools import islice
 from typing import cast
@@ -101,6 +102,8 @@ class Link:
         self._open_polls: Counter[int] = Counter()
         self._poll_counts: Counter[int] = Counter()
         self._last_check = time.time()
+        self._withdrawn: dict[str, int] = {}
+        self._late: dict[str, float] = {}
 
     def finish(self, outcome: str = ours.FINISHED) -> None:
         """Ends the long polls: the responses have the outcome of the run.
@@ -250,10 +253,30 @@ class Link:
         """
         with self.state.lock:
             if not self.is_addressed_to(message_id, reply.node_id):
+                if self._withdrawn.get(message_id) == reply.node_id:
+                    self._late[message_id] = time.monotonic()
+                    del self._withdrawn[message_id]
                 return None
             first = self.replies.setdefault(message_id, reply)
         is_first = (first.object_id, first.children) == (reply.object_id, reply.children)
         return first if is_first else None
+
+    def watch_for_late(self, receivers: Mapping[str, int]) -> None:
+        """Notes from now on whether nodes reply to messages that are withdrawn.
+
+        Args:
+            receivers (dict): The node of each message.
+        """
+        with self.state.lock:
+            self._withdrawn |= receivers
+            for oldest in list(self._withdrawn)[:-_MAX_NODES]:
+                del self._withdrawn[oldest]
+
+    def take_late(self) -> dict[str, float]:
+        """The monotonic time of each late reply since the last call, by message."""
+        with self.state.lock:
+            late, self._late = self._late, {}
+            return late
 
     def is_complete(self, message_id: str) -> bool:
         """Whether all objects of a message's reply have arrived."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from flwr.app import Message, RecordDict
@@ -13,6 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from ..arrays.spool import Spool
 from ..arrays.weighted_mean import Block
+from .error_replies import is_missing
 
 _POLL = 0.1
 """Seconds between looks at a grid that cannot be waited for."""
@@ -70,6 +71,15 @@ class OneRunGrid(Grid):
     def withdraw(self, message_ids: Iterable[str]) -> None:
         """Takes messages back, so that late nodes do not work on rounds that are over."""
 
+    def late_replies(self) -> Mapping[str, float]:
+        """Withdrawn messages to which replies came since the last call, and the monotonic time of
+        each."""
+        return {}
+
+    def last_pieces(self, message_ids: Iterable[str]) -> Mapping[str, float]:
+        """When the last piece of an incomplete reply arrived, in monotonic time, by message."""
+        return {}
+
     def sum_updates(
         self, messages: Sequence[Message], weighted_by: str
     ) -> Iterator[SummedUpdates] | None:
@@ -113,6 +123,8 @@ class FlowerGrid(OneRunGrid):
 
     def __init__(self, grid: Grid):
         self._grid = grid
+        self._withdrawn: set[str] = set()
+        self._late: dict[str, float] = {}
 
     def set_run(self, run: Any) -> None:
         self._grid.set_run(run)
@@ -131,7 +143,23 @@ class FlowerGrid(OneRunGrid):
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self._grid.pull_messages(message_ids)
+        replies = []
+        for reply in self._grid.pull_messages([*message_ids, *self._withdrawn]):
+            message_id = reply.metadata.reply_to_message_id
+            if message_id not in self._withdrawn:
+                replies.append(reply)
+                continue
+            self._withdrawn.remove(message_id)
+            if not is_missing(reply):
+                self._late[message_id] = time.monotonic()
+        return replies
+
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        self._withdrawn.update(message_ids)
+
+    def late_replies(self) -> Mapping[str, float]:
+        late, self._late = self._late, {}
+        return late
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

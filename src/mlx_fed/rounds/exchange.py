@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +13,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from ..arrays import master_weights
 from ..arrays.named_arrays import Arrays, Spec
 from ..arrays.spool import Spool
+from ..flower.error_replies import is_missing
 from ..flower.one_run_grid import OneRunGrid
 from ..task import Config
 from ..transforms.update_transform import UpdateTransform
 from . import messages
+from .closing import Closing
 
 POLL = 0.5
 """Seconds until the nodes that are online are looked at again."""
@@ -27,7 +28,8 @@ def exchange(
     grid: OneRunGrid,
     outgoing: list[Message],
     names: Mapping[int, str],
-    timeout: float,
+    closing: Closing,
+    phase: str,
     on_reply: Callable[[str], None],
     spool: Spool | None = None,
 ) -> Iterator[tuple[str, Message | str]]:
@@ -41,7 +43,8 @@ def exchange(
         outgoing (list): Messages for nodes of the roster. They are taken out of the list: large
             ones must not be in memory while the replies come.
         names (dict): The nodes' names by id, in the order of the replies.
-        timeout (float): Seconds to wait; a reply that comes later is dropped.
+        closing (Closing): Decides which nodes are not waited for any longer.
+        phase (str): ``"train"`` or ``"evaluate"``.
         on_reply (callable): Told the name of each node as its reply comes.
         spool (Spool, optional): Where early replies wait. Default: in memory.
     """
@@ -50,12 +53,13 @@ def exchange(
         (message.metadata.dst_node_id for message in outgoing),
         "the message to it could not be sent",
     )
+    start = time.monotonic()
     pending = push(grid, outgoing)
     outgoing.clear()
     for node_id in pending.values():
         del answers[node_id]
     order = deque(names)
-    deadline = math.inf if grid.virtual_time else time.monotonic() + timeout
+    times: dict[str, float] = {}
     while order:
         if order[0] in answers:
             node_id = order.popleft()
@@ -67,16 +71,36 @@ def exchange(
             if reply.has_content():
                 spool.put_message(reply.content)
             answers[node_id] = reply
+            if not (grid.virtual_time or is_missing(reply)):
+                times[names[node_id]] = time.monotonic() - start
+                closing.replied(phase, names[node_id], times[names[node_id]])
             on_reply(names[node_id])
         if replies:
             continue
-        if time.monotonic() < deadline:
+        reasons: Mapping[str, str] = {}
+        if not grid.virtual_time:
+            take_late_replies(grid, closing)
+            pieces = grid.last_pieces(pending)
+            last_pieces = {
+                names[node_id]: pieces[message_id] - start if message_id in pieces else None
+                for message_id, node_id in pending.items()
+            }
+            reasons = closing.overdue(phase, time.monotonic() - start, times, last_pieces)
+        if not reasons:
             grid.wait(POLL)
             continue
-        grid.withdraw(pending)
-        reason = f"no reply within {timeout:.0f} seconds: one that comes later is dropped"
-        answers |= dict.fromkeys(pending.values(), reason)
-        pending.clear()
+        late = {each: node_id for each, node_id in pending.items() if names[node_id] in reasons}
+        grid.withdraw(late)
+        for message_id, node_id in late.items():
+            closing.withdrawn(message_id, phase, names[node_id], start)
+            answers[node_id] = reasons[names[node_id]]
+            del pending[message_id]
+
+
+def take_late_replies(grid: OneRunGrid, closing: Closing) -> None:
+    """Notes replies to messages that were withdrawn."""
+    for message_id, time_of_reply in grid.late_replies().items():
+        closing.replied_late(message_id, time_of_reply)
 
 
 def pack(outgoing: list[Message], spec: Spec, statistics: Arrays, config: Config) -> None:

@@ -30,6 +30,7 @@ from . import privacy, strategies, strategy_state
 from .changes import record_changes
 from .checked_updates import all_updates, mean_statistics, mean_update
 from .checkpoint import Checkpoints
+from .closing import QuorumClosing
 from .evaluate_phase import evaluate, evaluate_centrally
 from .exclusion import to_leave_out
 from .model_files import save_best_model, save_model
@@ -252,7 +253,17 @@ def _set_up(
     checkpoints = Checkpoints(history.folder, settings.keep)
     transform = run_transform(trainer.task, config, trainer.spec)
     run = Run(
-        grid, strategy, trainer, settings, history, roster, config, spool, checkpoints, transform
+        grid,
+        strategy,
+        trainer,
+        settings,
+        history,
+        roster,
+        config,
+        spool,
+        checkpoints,
+        transform,
+        QuorumClosing(settings),
     )
     if transform is not None:
         size, message_size = (

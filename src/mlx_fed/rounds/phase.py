@@ -29,6 +29,7 @@ from ..training.trainer import Trainer
 from ..transforms.update_transform import UpdateTransform
 from . import checks, exchange, messages, proportion, strategies
 from .checkpoint import Checkpoints
+from .closing import Closing
 from .roster import Participants, RosterGrid
 from .settings import RunSettings
 
@@ -58,6 +59,7 @@ class Run(NamedTuple):
         spool (Spool): Storage for large arrays.
         checkpoints (Checkpoints): The run's checkpoints.
         transform (UpdateTransform, optional): How clients encode their updates.
+        closing (Closing): Decides when a phase stops waiting for replies.
     """
 
     grid: OneRunGrid
@@ -70,6 +72,7 @@ class Run(NamedTuple):
     spool: Spool
     checkpoints: Checkpoints
     transform: UpdateTransform | None
+    closing: Closing
 
     @property
     def min_nodes(self) -> int:
@@ -174,13 +177,15 @@ class Phase:
 
         The messages are taken out of the list as they are sent.
         """
+        self._set_aside(outgoing)
         self.begin(outgoing)
         down = exchange.bytes_to_nodes(self.run.grid, outgoing)
         answers = exchange.exchange(
             self.run.grid,
             outgoing,
             {message.metadata.dst_node_id: self.node_of(message) for message in outgoing},
-            self.run.settings.round_timeout,
+            self.run.closing,
+            self.name,
             lambda node: self.answered(1),
             self.run.spool,
         )
@@ -206,6 +211,16 @@ class Phase:
                 fits = True
             if fits:
                 yield node, answer
+
+    def _set_aside(self, outgoing: list[Message]) -> None:
+        """Takes out the messages to nodes that are not asked for now."""
+        closing = self.run.closing
+        exchange.take_late_replies(self.run.grid, closing)
+        node_ids = {self.node_of(message): message.metadata.dst_node_id for message in outgoing}
+        reasons = closing.set_aside(self.name, node_ids)
+        for node, reason in reasons.items():
+            self.refuse(node, reason, missing=True)
+        outgoing[:] = [message for message in outgoing if self.node_of(message) not in reasons]
 
     def refuse_odd_names(self, names: Mapping[str, checks.Names]) -> Collection[str]:
         """The nodes whose replies have things of other names or kinds than most: FedAvg and its

@@ -37,6 +37,7 @@ VALUES = {
     "wait": number(0),
     "round_timeout": number(0),
     "keep": whole_number(0),
+    "grace": number(0),
     "min_replies": whole_number(1),
     "max_repeats": whole_number(0),
     "max_examples": number(1),
@@ -60,6 +61,7 @@ class RunSettings:
     min_nodes: int | None = None
     wait: float = 600.0
     round_timeout: float = 3600.0
+    grace: float | None = None
     min_replies: int = 1
     max_repeats: int = 2
     max_examples: float | None = None
