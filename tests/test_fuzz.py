@@ -25,7 +25,9 @@ def changed(draw: st.DrawFn, valid: list[bytes]) -> bytes:
     return bytes(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
 
 
-@pytest.mark.parametrize("name", ["reply", "object tree", "roll call", "checkpoint", "answers"])
+@pytest.mark.parametrize(
+    "name", ["reply", "object tree", "object graph", "roll call", "checkpoint", "answers"]
+)
 def test_what_is_changed_went_all_the_way_before(name):
     assert ENTRIES[name](seeds()[name][0])
 

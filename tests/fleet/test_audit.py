@@ -1,5 +1,7 @@
 """Audit logs: what is written, and that any change is found."""
 
+import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,8 +9,10 @@ import mlx_fed as fed
 import pytest
 
 from mlx_fed.fleet import tokens
-from mlx_fed.fleet.audit import AuditError, AuditListener, AuditLog, entries
+from mlx_fed.fleet.audit import AuditError, AuditListener, AuditLog, entries, user_name
 from mlx_fed.fleet.federation import Federation
+from mlx_fed.fleet.policy import Policy
+from mlx_fed.fleet.policy_gate import Gate
 
 from ..conftest import command
 from ..helpers.simulated import TASK
@@ -78,6 +82,99 @@ def test_several_append_to_one_log(tmp_path):
     with ThreadPoolExecutor(3) as pool:  # each opens the file for itself, as processes do
         list(pool.map(lambda _: write(path, 50), range(3)))
     assert [entry.number for entry in entries(path)] == [*range(1, 151)]
+
+
+def test_a_line_that_a_crash_has_cut_off_is_kept_and_the_log_goes_on(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    write(path, 3)
+    content = path.read_bytes()
+    for size in (len(content) - 1, len(content) - 40, len(content) - 150):
+        path.write_bytes(content[:size])
+        assert "ends in the middle of line 3" in command("audit", "verify", path).text
+        write(path, 1)
+        _, _, torn, last = entries(path)
+        assert (torn.event, last.event) == ("torn", "sent")
+        assert torn.fields["line"] == content[:size].splitlines()[-1].decode()
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path, little_room):
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    log.append("sent", text="x" * 50_000)
+    with pytest.raises(AuditError, match="Cannot write"):
+        log.append("sent", text="x" * 20_000)
+    count = len([*entries(path)])
+    log.append("sent", text="it goes on")
+    assert len([*entries(path)]) == count + 1
+
+
+def test_a_line_is_bounded_and_never_refused(tmp_path):
+    """A round of 10,000 nodes with long names, or settings of megabytes."""
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    log.append("round", round=1, train=["\U0001f600" * 64 + str(n) for n in range(10_000)])
+    (entry,) = entries(path)
+    assert entry.fields["round"] == 1
+    assert entry.fields["train"]["bytes"] > 10**6
+    assert path.stat().st_size < 10_000
+
+
+REWRITTEN = {
+    "a time without a zone": {"time": "2026-01-01T00:00:00"},
+    "a year that is none": {"time": "0001-01-01T00:00:00+00:00"},
+    "fields that are none": {"fields": 5},
+    "a time that is none": {"time": 5},
+    "another number": {"number": 2},
+    "a deep one": {"fields": {"a": eval("[" * 80 + "]" * 80)}},
+}
+
+
+@pytest.mark.parametrize("case", REWRITTEN)
+def test_a_log_that_was_written_anew_with_its_hashes_ends_in_words(tmp_path, case):
+    path = tmp_path / "audit.jsonl"
+    content = {
+        "number": 1,
+        "time": "2026-01-01T00:00:00+00:00",
+        "event": "sent",
+        "fields": {"run": "a"},
+        "before": "0" * 64,
+    } | REWRITTEN[case]
+    text = json.dumps(content)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(f'{text[:-1]}, "hash": "{digest}"}}\n')
+    shown = command("audit", "show", path)
+    if case == "a deep one":
+        assert shown.code == 0
+    else:
+        assert "line 1, is not as it was written" in shown.text
+    with pytest.raises(AuditError):
+        Gate(Policy(rounds_per_day=1), "server:1", AuditLog(path))
+
+
+@pytest.mark.parametrize("content", [b"x" * 2**22, b"\0" * 2**22, b"\n" * 100, b"{}\n", b"\r\n"])
+def test_what_is_no_log_is_refused(tmp_path, content):
+    path = tmp_path / "audit.jsonl"
+    path.write_bytes(content)
+    assert command("audit", "verify", path).code == 1
+    with pytest.raises(AuditError):
+        AuditLog(path)
+
+
+def test_a_link_is_not_followed(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AuditError, match="Cannot write"):
+        AuditLog(tmp_path / "link").append("sent")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_user_without_a_name(monkeypatch):
+    """As in a container."""
+
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert user_name().startswith("user ")
 
 
 def test_the_command_shows_and_verifies(tmp_path):

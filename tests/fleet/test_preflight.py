@@ -2,12 +2,15 @@
 
 import re
 import socket
+import threading
+from contextlib import suppress
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from mlx_fed.fleet import preflight
 from mlx_fed.fleet.federation import Federation
 from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower import transport
@@ -211,3 +214,67 @@ def test_faults_of_a_server_are_found(tmp_path):
         "runs",
         "task",
     ], run.text
+
+
+ANSWERS = {
+    "nothing": (b"", False, "no answer|no whole answer"),
+    "a byte now and then": (b"HTTP/1.1 200 OK\r\nx: ", True, "no whole answer"),
+    "garbage": (b"\0\1\2\r\n\r\n", False, "no answer"),
+    "a page": (b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\n<html>", False, "no answer"),
+    "a huge body": (b"HTTP/1.1 200 OK\r\ncontent-length: 99999999999\r\n\r\n", True, "no"),
+    "escapes": (
+        b'HTTP/1.1 502 x\r\ncontent-length: 23\r\n\r\n{"detail": "\\u001b[2Jx"}',
+        False,
+        "no answer",
+    ),
+    "a redirect": (
+        b"HTTP/1.1 302 x\r\nlocation: file:///etc/passwd\r\ncontent-length: 0\r\n\r\n",
+        False,
+        "no answer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_what_is_in_a_servers_place_neither_holds_up_nor_steers_the_check(case, monkeypatch):
+    answer, drips, words = ANSWERS[case]
+    monkeypatch.setattr(preflight, "_LONGEST_ANSWER", 2.0)
+    listening = socket.create_server(("127.0.0.1", 0))
+    connections = []
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                connections.append(connection)
+                connection.recv(2**16)
+                connection.sendall(answer)
+                for _ in range(60 if drips else 0):
+                    threading.Event().wait(0.1)
+                    connection.sendall(b"x")
+                connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    run = command("check", TASK, "--server", f"127.0.0.1:{listening.getsockname()[1]}")
+    listening.close()
+    assert run.code == 1, run.text
+    assert re.search(f"FAULT  server: .*{words}", run.text), run.text
+    assert "\x1b" not in run.text
+
+
+DATA = {
+    "rows of nothing": "x = np.zeros((20, 0), np.float32)",
+    "objects": "x = np.array([{}] * 20)",
+    "text": "x = np.array(['a'] * 20)",
+    "a scalar": "x = np.float32(1)",
+    "negative labels": "y = y - 9",
+    "infinite": "x[0, 0] = np.inf",
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_odd_data_is_a_fault_and_no_traceback(case, tmp_path, monkeypatch):
+    run = command("check", own_task(tmp_path, monkeypatch, DATA[case]))
+    assert run.code == 1, run.text
+    assert faults(run.text), run.text
+    assert "Traceback" not in run.text

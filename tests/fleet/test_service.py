@@ -2,6 +2,7 @@
 
 import configparser
 import plistlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -59,6 +60,48 @@ def test_an_agent_of_launchd(home):
     assert start.startswith("launchctl bootstrap gui/")
 
 
+def test_a_unit_is_its_owners_to_read(home):
+    path, _ = install_service("node", ["join", TASK, "-c", "password=x"], platform="linux")
+    assert path.stat().st_mode & 0o077 == 0
+    path.unlink()
+    path.symlink_to(home / "elsewhere")
+    install_service("node", ["join", TASK], platform="linux")
+    assert not (home / "elsewhere").exists()
+    assert not path.is_symlink()
+
+
+ODD = ["a b", 'a"b', "a'b", "a\\b", "a%db", "a$HOME", "a;b", "\u00e9", "--x=[1]", ""]
+
+
+@pytest.mark.parametrize("word", ODD)
+def test_odd_words_reach_the_command_as_they_are(word):
+    """systemd's own quoting: C escapes, ``%%`` and ``$$``."""
+    path, _ = install_service("node", ["join", TASK, "-c", word], platform="linux")
+    line = read_unit(path)["Service"]["ExecStart"]
+    words = [
+        re.sub(r"\\(.)", r"\1", text).replace("%%", "%").replace("$$", "$")
+        for text in re.findall(r'"((?:[^"\\]|\\.)*)"', line)
+    ]
+    assert words[1:] == ["-m", "mlx_fed", "join", TASK, "-c", word]
+
+
+def test_the_environment_is_taken_as_it_is(monkeypatch):
+    monkeypatch.setenv("MLX_FED_HOME", "/srv/$x 100%")
+    path, _ = install_service("node", ["join", TASK], platform="linux")
+    assert 'Environment="MLX_FED_HOME=/srv/$x 100%%"' in path.read_text()
+    path, _ = install_service("node", ["join", TASK], platform="darwin")
+    agent = plistlib.loads(path.read_bytes())
+    assert agent["EnvironmentVariables"]["MLX_FED_HOME"] == "/srv/$x 100%"
+
+
+@pytest.mark.parametrize("folder", ["a\nExecStartPre=evil", "ends\\", "ends "])
+def test_a_folder_that_a_unit_cannot_name_is_refused(tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    with pytest.raises(ServiceError):
+        install_service("node", ["join", TASK], platform="linux")
+
+
 @pytest.mark.parametrize("runs", ["runs", "other runs"])
 def test_a_server_starts_its_run_and_resumes_it(tmp_path, monkeypatch, runs):
     monkeypatch.chdir(tmp_path)
@@ -87,6 +130,11 @@ def test_a_server_starts_its_run_and_resumes_it(tmp_path, monkeypatch, runs):
         ("a", ["serve", TASK, "--name", "b"], "Leave out --name"),
         ("a", ["serve", TASK, "--resume=b"], "Leave out --name"),
         ("../a", ["serve", TASK], "letters, digits"),
+        ("a\n", ["serve", TASK], "letters, digits"),
+        ("a", ["join", TASK, "-c", "a=b\nExecStartPre=/bin/evil"], "control characters"),
+        ("a", ["join", TASK, "-c", "a=\x1b[2J"], "control characters"),
+        ("a", ["join", TASK, "mlxfed-AbC"], "give @FILE"),
+        ("a", ["join", TASK, "--token=mlxfed-AbC"], "give @FILE"),
     ],
 )
 def test_what_is_no_service_is_refused(name, arguments, words):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["mlx_fed"]):
+with atheris.instrument_imports(include=["mlx_fed", "flwr.supercore.inflatable"]):
     from .entries import ENTRIES, seeds
 
 

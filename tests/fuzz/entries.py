@@ -37,7 +37,7 @@ from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, run_pb2
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.constant import NodeStatus
+from flwr.supercore.constant import HEAD_BODY_DIVIDER, NodeStatus
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_children_ids_from_object_content,
@@ -96,6 +96,8 @@ class World:
         )
         _, body = self.post(node, "/v1/fleet/activate-node", activate.SerializeToString())
         node.node_id = fleet_pb2.ActivateNodeResponse.FromString(body).node_id
+        # A machine may stand still for longer than a heartbeat.
+        self.link.state.nodes[node.node_id].online_until = float("inf")
         return node
 
     def ask(self, node: FleetClient) -> str:
@@ -303,6 +305,92 @@ def _within(children: Any, tree: ObjectTree, levels: int) -> set[str]:
     assert {child.object_id for child in tree.children} == children[tree.object_id]
     below = [_within(children, child, levels - 1) for child in tree.children]
     return {tree.object_id}.union(*below)
+
+
+def object_graph(data: bytes) -> bool:
+    """Objects of a reply as described by ``_graph``, announced and pushed: whether it counts."""
+    here = world()
+    question = here.question()
+    message_id = question.metadata.message_id
+    reply = Message(_reply_content(), reply_to=question)
+    contents, announced = _graph(data[1:], reply)
+    if not contents:
+        return False
+    root = [*contents][-1]
+    reply.metadata.__dict__["_message_id"] = root
+    push = fleet_pb2.PushMessagesRequest(
+        node=here.node._node,
+        messages_list=[message_to_proto(remove_content_from_message(reply))],
+        message_object_trees=[announced],
+    )
+    status, body = here.post(here.node, "/v1/fleet/push-messages", push.SerializeToString())
+    if status == 200:
+        response = fleet_pb2.PushMessagesResponse.FromString(body)
+        order = [*contents] if data[0] % 2 else [*reversed(contents)]
+        for object_id in [*order, *order[: data[0] // 2 % 4]]:
+            pushed = message_pb2.PushObjectRequest(
+                node=here.node._node,
+                run_id=here.link.run_id,
+                object_id=object_id,
+                object_content=contents[object_id],
+                session_id=response.session_id,
+            )
+            here.post(here.node, "/v1/fleet/push-object", pushed.SerializeToString())
+        incoming = here.link.replies[message_id]
+        for object_id in incoming.children.keys() - incoming.missing:
+            head = get_object_children_ids_from_object_content(contents[object_id])
+            assert set(head) == incoming.children[object_id], "a head that was not announced"
+    counts = [judge(received) for received in here.grid.pull_messages([message_id])]
+    here.grid.withdraw([message_id])
+    assert message_id not in here.link.replies
+    here.check()
+    return any(counts)
+
+
+_OBJECT_KINDS = (
+    *("ArrayChunk", "Array", "ArrayRecord", "MetricRecord", "ConfigRecord", "RecordDict"),
+    *("Message", "Error"),
+)
+_MOST_GRAPH_OBJECTS = 200
+
+
+def _graph(data: bytes, reply: Message) -> tuple[dict[str, bytes], ObjectTree]:
+    """Objects by id, children first, and the tree that is announced for the last one.
+
+    Of each object the data has its kind, how it is announced, its children as places among the
+    objects before it, and its body, where ``@`` and a place stand for an id. A message's body may
+    be empty: it is the reply's.
+    """
+    source = BytesIO(data)
+    contents: dict[str, bytes] = {}
+    trees: list[ObjectTree] = []
+    while (head := source.read(3)) and len(head) == 3 and len(trees) < _MOST_GRAPH_OBJECTS:
+        kind = _OBJECT_KINDS[head[0] % len(_OBJECT_KINDS)]
+        places = [place % len(trees) for place in source.read(head[2] % 32) if trees]
+        body = source.read(int.from_bytes(source.read(2), "big") % 4096)
+        for place in range(min(len(trees), 99), 0, -1):
+            body = body.replace(b"@%02d" % (place - 1), trees[place - 1].object_id.encode())
+        if kind == "Message" and not body:
+            body = reply.deflate().partition(HEAD_BODY_DIVIDER)[2]
+        ids = ",".join(trees[place].object_id for place in places)
+        content = f"{kind} {ids} {len(body)}".encode() + HEAD_BODY_DIVIDER + body
+        object_id = hashlib.sha256(content).hexdigest()
+        contents.pop(object_id, None)
+        contents[object_id] = content
+        shown = [trees[place] for place in places]
+        if head[1] % 8 == 1:  # without children
+            shown = []
+        elif head[1] % 8 == 2:  # another one, too
+            shown += trees[-1:]
+        elif head[1] % 8 == 3:  # the children without theirs
+            shown = [ObjectTree(object_id=tree.object_id) for tree in shown]
+        elif head[1] % 8 == 4:  # itself
+            shown.append(ObjectTree(object_id=object_id))
+        tree = ObjectTree(object_id=object_id, children=shown)
+        if tree.ByteSize() > 2**20:
+            break
+        trees.append(tree)
+    return contents, trees[-1] if trees else ObjectTree()
 
 
 def _reply_content() -> RecordDict:
@@ -557,6 +645,23 @@ def _objects() -> list[bytes]:
     return [bytes([place]) + item.deflate() for place, item in enumerate(objects)]
 
 
+def _described() -> bytes:
+    """A reply's objects as ``_graph`` reads them."""
+    reply = Message(_reply_content(), reply_to=Message(RecordDict(), 7, MessageType.TRAIN))
+    described, places = b"", {}
+    for object_id, item in get_all_nested_objects(reply).items():
+        head, _, body = item.deflate().partition(HEAD_BODY_DIVIDER)
+        kind = _OBJECT_KINDS.index(head.split(b" ")[0].decode())
+        children = get_object_children_ids_from_object_content(item.deflate())
+        for child in children:
+            body = body.replace(child.encode(), b"@%02d" % places[child])
+        body = b"" if kind == _OBJECT_KINDS.index("Message") else body
+        described += bytes([kind, 0, len(children), *(places[child] for child in children)])
+        described += len(body).to_bytes(2, "big") + body
+        places[object_id] = len(places)
+    return described
+
+
 def _trees() -> list[bytes]:
     """A reply's tree, and one in which an object has itself as a child."""
     reply = Message(_reply_content(), reply_to=Message(RecordDict(), 7, MessageType.TRAIN))
@@ -605,6 +710,7 @@ ENTRIES: dict[str, Callable[[bytes], object]] = {
     "wire": wire,
     "reply": reply_object,
     "object tree": object_tree,
+    "object graph": object_graph,
     "arrays": array_bytes,
     "roll call": roll_call,
     "invitation": invitation,
@@ -644,6 +750,7 @@ def seeds() -> dict[str, list[bytes]]:
         ],
         "reply": _objects(),
         "object tree": _trees(),
+        "object graph": [b"\x01" + _described()],
         "arrays": [b"\xff" + shard.getvalue(), b"\x00" + plain.getvalue()],
         "roll call": [
             "\0".join(["node-0", "0", '{"base": "3f2a"}', json.dumps(SPEC), "{}"]).encode(),

@@ -280,7 +280,7 @@ class _ResidentNode:
         _, config = messages.config_of(message.content)
         if kind == messages.LEAVE:
             raise JoinError(
-                f"The server at {self.server} sent this node away: {config['reason']!s}"
+                f"The server at {self.server} sent this node away: {config.get('reason')!s}"
             )
         # A run that goes on is another one to Flower: only its server knows that it is the same.
         client_state = self.client_states.setdefault(

@@ -7,10 +7,10 @@ A policy comes from a file (:mod:`mlx_fed.fleet.policy_file`), and a node is hel
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, time
-from fnmatch import fnmatch
 from typing import Any
 
 from ..arrays import examples
@@ -52,7 +52,7 @@ class Range:
         if self.values is not None:
             return any(value == item and type(value) is type(item) for item in self.values)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and self.min <= value <= self.max
+        return is_number and -math.inf < value < math.inf and self.min <= value <= self.max
 
     def __str__(self) -> str:
         if self.values is not None:
@@ -78,10 +78,11 @@ class Policy:
         min_examples (int): Examples that a split must have to be used.
         metrics (tuple, optional): Names of metrics that may leave, beside ``num-examples``.
         max_update_norm (float, optional): To which the update is clipped, L2 over all parameters.
-        rounds_per_day (int, optional): Training requests that are answered in 24 hours.
+        rounds_per_day (int, optional): Training requests that are answered in 24 hours, and as many
+            evaluations.
         bytes_per_day (int, optional): Bytes of arrays that leave in 24 hours.
-        hours (tuple): Local times between which requests are answered; empty for any.
-        ask (bool): Ask a person before the first training of a run.
+        hours (tuple, optional): Local times between which requests are answered.
+        ask (bool): Ask a person before the first training or evaluation of a run.
     """
 
     servers: tuple[str, ...] | None = None
@@ -95,7 +96,7 @@ class Policy:
     max_update_norm: float | None = None
     rounds_per_day: int | None = None
     bytes_per_day: int | None = None
-    hours: tuple[tuple[time, time], ...] = ()
+    hours: tuple[tuple[time, time], ...] | None = None
     ask: bool = False
 
     def check_server(self, address: str) -> None:
@@ -107,7 +108,10 @@ class Policy:
         Raises:
             PolicyRefusal: If it is none of the allowed ones.
         """
-        if self.servers is not None and not any(fnmatch(address, entry) for entry in self.servers):
+        patterns = (re.escape(entry).replace(r"\*", ".*") for entry in self.servers or ())
+        if self.servers is not None and not any(
+            re.fullmatch(pattern, address, re.IGNORECASE | re.DOTALL) for pattern in patterns
+        ):
             raise PolicyRefusal(
                 f"This node's policy allows the servers {', '.join(self.servers) or 'none'}, and "
                 f"not {address}."
@@ -154,6 +158,13 @@ class Policy:
                 raise PolicyRefusal(
                     f"this node's policy allows {name} {allowed_range}, and not {config[name]!r}"
                 )
+        if "local-steps" in config.keys() - self.settings.keys() and (
+            self.min_examples or "local-epochs" in self.settings
+        ):
+            raise PolicyRefusal(
+                "this node's policy limits local-epochs or examples, and has no range for "
+                "local-steps, which would take their place"
+            )
         other_names = config.keys() - self.settings.keys() - BY_LIBRARY
         if other_names and not self.other_settings:
             raise PolicyRefusal(
@@ -169,8 +180,10 @@ class Policy:
         Raises:
             PolicyRefusal: If it is outside all of them.
         """
-        if self.hours and not any(_is_between(local_time.time(), *entry) for entry in self.hours):
-            spans = ", ".join(f"{start:%H:%M}-{end:%H:%M}" for start, end in self.hours)
+        if self.hours is None:
+            return
+        if not any(_is_between(local_time.time(), *entry) for entry in self.hours):
+            spans = ", ".join(f"{start:%H:%M}-{end:%H:%M}" for start, end in self.hours) or "none"
             raise PolicyRefusal(f"this node's policy allows work in these hours only: {spans}")
 
 

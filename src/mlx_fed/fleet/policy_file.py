@@ -25,26 +25,30 @@ and each reply before it leaves; the server has no part in either. All keys are 
     max-update-norm = 10.0                # a larger update is clipped before it leaves
 
     [limits]
-    rounds-per-day = 50
+    rounds-per-day = 50                   # as many evaluations, too
     bytes-per-day = 2_000_000_000         # of arrays that leave
     hours = ["22:00-06:00", "12:30-13:00"]    # local time
 
     [approval]
-    ask = true                            # ask a person before the first training of a run
+    ask = true                            # ask a person before a run's first training or evaluation
 """
 
 from __future__ import annotations
 
 import math
 import tomllib
-from datetime import time
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any
 
 from ..errors import FedError
+from ..settings_check import KINDS
 from ..task_settings import kebab_case, nearest
 from .audit import AuditLog
 from .policy import Policy, Range
+
+_TYPO = 0.9
+"""Likeness of a name to a setting of the library's, from which on it is a slip of the pen."""
 
 
 class PolicyError(FedError):
@@ -79,7 +83,7 @@ def load_policy(path: Path | str) -> Policy:
         max_update_norm=reader.value("replies", "max-update-norm", float, None),
         rounds_per_day=reader.value("limits", "rounds-per-day", int, None),
         bytes_per_day=reader.value("limits", "bytes-per-day", int, None),
-        hours=tuple(map(reader.hours, reader.texts("limits", "hours") or ())),
+        hours=reader.hours(),
         ask=reader.value("approval", "ask", bool, False),
         settings={
             name: reader.range(name, value)
@@ -152,6 +156,10 @@ class _Reader:
         return self.tables.pop(table, {})
 
     def range(self, name: str, value: Any) -> Range:
+        if (likely := nearest(name, KINDS, _TYPO)) not in (None, name):
+            raise PolicyError(
+                f"{self.path}: [settings] has {name}, which limits nothing. Did you mean {likely}?"
+            )
         if isinstance(value, list):
             return Range(values=tuple(value))
         numbers = value.values() if isinstance(value, dict) else ()
@@ -161,16 +169,23 @@ class _Reader:
                 f"{self.path}: {name} of [settings] is a list of values or a range such as "
                 f"{{ min = 1, max = 5 }}, not {value!r}."
             )
-        return Range(**value)
+        allowed_range = Range(**value)
+        if not allowed_range.min <= allowed_range.max:
+            raise PolicyError(f"{self.path}: no value of {name} is in the range {value!r}.")
+        return allowed_range
 
-    def hours(self, text: str) -> tuple[time, time]:
-        start, _, end = text.partition("-")
+    def hours(self) -> tuple[tuple[time, time], ...] | None:
+        texts = self.texts("limits", "hours")
+        return None if texts is None else tuple(map(self._span, texts))
+
+    def _span(self, text: str) -> tuple[time, time]:
         try:
-            return time.fromisoformat(start.strip()), time.fromisoformat(end.strip())
+            start, end = (datetime.strptime(part.strip(), "%H:%M") for part in text.split("-"))
         except ValueError:
             raise PolicyError(
                 f'{self.path}: hours of [limits] are such as "22:00-06:00", not {text!r}.'
             ) from None
+        return start.time(), end.time()
 
     def require_empty(self) -> None:
         for table, values in self.tables.items():

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import math
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from ..arrays.flower_records import records_in, segments_of
+from ..errors import SettingsError
 from ..rounds import messages
+from ..system.printable import printable
 from ..task_settings import kebab_case
-from .audit import AuditLog, entries
+from .audit import AuditError, AuditLog, Entry, entries, user_name
 from .policy import BY_LIBRARY, Policy, PolicyRefusal
 
 _DAY = timedelta(days=1)
 _WEIGHT = "num-examples"
+_ANSWERED = ("train", "evaluate", messages.ROLL_CALL)
+_DEFAULT = ".default"
+"""What Flower takes as the end of a message's type where it has none."""
+_MOST_SETTINGS = 200
+_LONGEST_NAME = 200
+"""Characters of a setting's name, and of a run's id."""
+_LONGEST_QUESTION = 900
 
 
 class Gate:
@@ -49,15 +57,15 @@ class Gate:
         self.policy, self.server, self.log = policy, server, log
         self.approve, self.clock = approve, clock
         self._approved: dict[str, bool] = {}
+        """The answers for this server's runs."""
         self._runs_of_task: set[str] = set()
         """Runs whose roll call had the task's digest."""
-        self._sent: deque[tuple[datetime, int]] = deque()
-        """The time and the bytes of arrays of each training reply in the last 24 hours."""
-        for entry in entries(log.path) if log else ():
-            if entry.event == "approved":
-                self._approved[str(entry.fields["run"])] = True
-            if entry.event == "sent" and entry.fields.get("request") == "train":
-                self._sent.append((entry.time, int(entry.fields["bytes"])))
+        self._sent: list[tuple[str, datetime, int]] = []
+        """Request, time and bytes of arrays of what left, of all processes that share the log."""
+        if log is not None:
+            for entry in islice(entries(log.path), log.count):
+                self._observe(entry)
+            log.observe = self._observe
 
     def __call__(
         self, message: Message, context: Context, call_next: Callable[[Message, Context], Message]
@@ -67,18 +75,21 @@ class Gate:
         Raises:
             PolicyRefusal: If it does not.
         """
-        kind = str(message.metadata.message_type)
+        kind = str(message.metadata.message_type).removesuffix(_DEFAULT)
         if kind == messages.LEAVE:
             return call_next(message, context)
         _, server_config = messages.config_of(message.content)
-        config = kebab_case(server_config)
-        request = {
+        request: dict[str, Any] = {
             "server": self.server,
-            "run": str(config.get("run-id", message.metadata.run_id)),
+            "run": str(message.metadata.run_id),
             "request": "roll-call" if kind == messages.ROLL_CALL else kind,
-            "round": config.get("server-round"),
+            "round": None,
         }
         try:
+            config = _settings_of(server_config)
+            number = config.get("server-round")
+            request["run"] = str(config.get("run-id", request["run"]))
+            request["round"] = number if isinstance(number, int) else None
             self._check(kind, config, request)
             self._record("asked", request, settings=_plain(config))
             reply = call_next(message, context)
@@ -86,57 +97,84 @@ class Gate:
                 self._record("failed", request, reason=str(reply.error.reason)[:1000])
                 return reply
             self._hold(reply)
+            self._record_sent(request, reply.content)
         except PolicyRefusal as refusal:
-            self._record("refused", request, reason=str(refusal))
+            asked = _plain(dict(islice(server_config.items(), _MOST_SETTINGS)))
+            self._record("refused", request, reason=str(refusal)[:1000], settings=asked)
             raise
         except Exception as error:
             self._record("failed", request, reason=type(error).__name__)
             raise
-        size = messages.count_bytes(reply.content)
-        if kind == "train":
-            self._sent.append((self.clock(), size))
-        self._record("sent", request, bytes=size, **_contents(reply.content))
         return reply
 
     def _check(self, kind: str, config: Mapping[str, Any], request: Mapping[str, Any]) -> None:
-        policy = self.policy
+        policy, run = self.policy, str(request["run"])
+        if kind not in _ANSWERED:
+            raise PolicyRefusal(f"this node's policy has no requests of the kind {kind[:100]!r}")
+        if len(run) > _LONGEST_NAME:
+            raise PolicyRefusal(f"a run's id has at most {_LONGEST_NAME} characters")
         policy.check_time(self.clock())
         if kind == messages.ROLL_CALL:
             digest = _digest(config.get("fingerprint", ""))
             if policy.task_digest not in (None, digest):
+                self._runs_of_task.discard(run)
                 raise PolicyRefusal(
                     f"this node's policy allows the task {policy.task_digest}, and not {digest}"
                 )
-            self._runs_of_task.add(str(request["run"]))
-        elif policy.task_digest is not None and request["run"] not in self._runs_of_task:
+            if policy.task_digest is not None:
+                self._runs_of_task.add(run)
+        elif policy.task_digest is not None and run not in self._runs_of_task:
             raise PolicyRefusal(f"this run has not named the task {policy.task_digest}")
         policy.check_settings(config)
-        if kind != "train":
-            return
-        while self._sent and self._sent[0][0] < self.clock() - _DAY:
-            self._sent.popleft()
-        rounds, size = len(self._sent), sum(size for _, size in self._sent)
-        for amount, limit, unit in (
-            (rounds, policy.rounds_per_day, "rounds"),
-            (size, policy.bytes_per_day, "bytes"),
-        ):
-            if limit is not None and amount >= limit:
-                raise PolicyRefusal(
-                    f"this node's policy allows {limit} {unit} in 24 hours, and {amount} were sent"
-                )
-        if policy.ask and not self._is_approved(request, config):
-            raise PolicyRefusal("the owner of this node has not approved this run")
+        if kind != messages.ROLL_CALL:
+            self._check_limits(kind, 1 if kind == "train" else 0)  # or it is trained in vain
+        if policy.ask and (kind != messages.ROLL_CALL or config.get("prepare")):
+            self._require_approval(run, request, config)
 
-    def _is_approved(self, request: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-        run = str(request["run"])
+    def _check_limits(self, kind: str, size: int) -> None:
+        """Checks whether another reply with so many bytes of arrays may leave now."""
+        policy, start = self.policy, self.clock() - _DAY
+        sent = [(request, number) for request, time, number in self._sent if time > start]
+        for amount, addition, limit, unit in (
+            ([request for request, _ in sent].count(kind), 1, policy.rounds_per_day, "rounds"),
+            (sum(number for _, number in sent), size, policy.bytes_per_day, "bytes"),
+        ):
+            if limit is not None and amount + addition > limit:
+                raise PolicyRefusal(
+                    f"this node's policy allows {limit} {unit} in 24 hours, {amount} were sent, "
+                    f"and {addition} would be added"
+                )
+
+    def _require_approval(
+        self, run: str, request: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
         if run not in self._approved:
             settings = ", ".join(
                 f"{name}={value}" for name, value in sorted(_plain(config).items())
             )
             question = f"Train for run {run} of {self.server}, with {settings or 'no settings'}?"
-            self._approved[run] = self.approve is not None and self.approve(question)
-            self._record("approved" if self._approved[run] else "not approved", request)
-        return self._approved[run]
+            if len(question) > _LONGEST_QUESTION:
+                raise PolicyRefusal("this run has more settings than a person can be shown")
+            answer = self.approve is not None and self.approve(question)
+            self._approved[run] = answer
+            self._record("approved" if answer else "not approved", request)
+        if not self._approved[run]:
+            raise PolicyRefusal("the owner of this node has not approved this run")
+
+    def _observe(self, entry: Entry) -> None:
+        """Takes in a line of the log that this or another process has written."""
+        try:
+            if entry.event == "approved" and entry.fields["server"] == self.server:
+                self._approved[str(entry.fields["run"])] = True
+            if entry.event == "sent" and self._has_limits:
+                request, size = str(entry.fields["request"]), int(entry.fields["bytes"])
+                self._sent.append((request, entry.time, size))
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
+            raise AuditError(f"Line {entry.number} of the audit log is no node's.") from error
+
+    @property
+    def _has_limits(self) -> bool:
+        return (self.policy.rounds_per_day, self.policy.bytes_per_day) != (None, None)
 
     def clip(
         self, message: Message, context: Context, call_next: Callable[[Message, Context], Message]
@@ -173,6 +211,21 @@ class Gate:
                 for metric in set(config_record) - {*policy.metrics, _WEIGHT}:
                     del config_record[metric]
 
+    def _record_sent(self, request: Mapping[str, Any], content: RecordDict) -> None:
+        """Records a reply, if with it and what other processes have sent the limits hold."""
+        size, kind = messages.count_bytes(content), str(request["request"])
+        if self.log is None:
+            self._check_limits(kind, size)
+            self._sent.append((kind, self.clock(), size))
+            return
+        self.log.append(
+            "sent",
+            lambda: self._check_limits(kind, size),
+            **request,
+            bytes=size,
+            **_contents(content),
+        )
+
     def _record(self, event: str, request: Mapping[str, Any], **fields: Any) -> None:
         if self.log is not None:
             self.log.append(event, **request, **fields)
@@ -194,27 +247,44 @@ def clip_update(before: ArrayRecord, after: ArrayRecord, max_norm: float) -> Arr
     """
     import mlx.core as mx
 
-    start, end = messages.unpack(before), messages.unpack(after)
-    updates = {
-        name: np.asarray(array.astype(mx.float32)).astype(np.float64)
-        - np.asarray(start[name].astype(mx.float32))
-        for name, array in end.items()
+    end = messages.unpack(after)
+    start = {
+        name: _float64(array.astype(end[name].dtype))
+        for name, array in messages.unpack(before).items()
     }
-    norm = math.sqrt(sum(float(np.vdot(update, update)) for update in updates.values()))
+    updates = {name: _float64(array) - start[name] for name, array in end.items()}
+    norm = _norm(updates)
     if not math.isfinite(norm):
         raise PolicyRefusal("the update is not finite, and this node's policy has a norm for it")
     if norm <= max_norm:
         return after
-    scale = max_norm / norm
-    parameters = {}
-    for name, array in end.items():
-        value = np.asarray(start[name].astype(mx.float32)) + scale * updates[name]
-        parameters[name] = mx.array(value.astype(np.float32)).astype(array.dtype)
+    # Where an update is small beside the parameters, rounding may make it larger again, twice as
+    # large at most.
+    for factor in (1.0, 0.99, 0.5):
+        scale = factor * max_norm / norm
+        parameters = {
+            name: mx.array((start[name] + scale * updates[name]).astype(np.float32)).astype(
+                array.dtype
+            )
+            for name, array in end.items()
+        }
+        if _norm({name: _float64(a) - start[name] for name, a in parameters.items()}) <= max_norm:
+            break
     if messages.is_packed(after):
         return messages.pack(parameters)
     from ..arrays import master_weights
 
     return master_weights.to_masters(parameters)
+
+
+def _float64(array: Any) -> np.ndarray:
+    import mlx.core as mx
+
+    return np.asarray(array.astype(mx.float32)).astype(np.float64)
+
+
+def _norm(updates: Mapping[str, np.ndarray]) -> float:
+    return math.sqrt(sum(float(np.vdot(update, update)) for update in updates.values()))
 
 
 @contextmanager
@@ -233,7 +303,7 @@ def logged(log: AuditLog | None, **fields: Any) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        reason = f"stopped by {getpass.getuser()}"
+        reason = f"stopped by {user_name()}"
         raise
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"[:1000]
@@ -246,7 +316,27 @@ def ask_at_terminal(question: str) -> bool:
     """Asks the person at the terminal; False where there is none."""
     if not (sys.stdin and sys.stdin.isatty()):
         return False
-    return input(f"{question} [y/N] ").strip().casefold() in ("y", "yes")
+    try:
+        return input(f"{printable(question)} [y/N] ").strip().casefold() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def _settings_of(server_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a request in kebab-case.
+
+    Raises:
+        PolicyRefusal: If they contradict each other, or are more than an audit log can show.
+    """
+    if len(server_config) > _MOST_SETTINGS or any(len(n) > _LONGEST_NAME for n in server_config):
+        raise PolicyRefusal(
+            f"a request has at most {_MOST_SETTINGS} settings, with names of at most "
+            f"{_LONGEST_NAME} characters"
+        )
+    try:
+        return kebab_case(server_config)
+    except SettingsError as error:
+        raise PolicyRefusal(f"{error!s:.500}") from None
 
 
 def _digest(fingerprint: Any) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -36,6 +37,8 @@ from .identity import Identity, from_files, from_token
 from .policy_file import load_policy
 
 _SPARE_DISK = 256 * 2**20
+_LONGEST_ANSWER = 30.0
+"""Seconds for a server's answer."""
 _SPARE_SHARE = 0.1
 """Of the machine's memory, which should stay free."""
 
@@ -305,7 +308,29 @@ def _check_server(identity: Identity) -> Iterator[Finding]:
             raise _Fault(str(error), "ask for a new token") from error
         return f"{where} answers"
 
-    yield from _check("server", ask, str, "mend the address or the network")
+    def ask_in_time() -> str:
+        # Each byte of an answer may take seconds: what is in the server's place may have no end.
+        results: list[str | Exception] = []
+        thread = Thread(target=lambda: results.append(_result_of(ask)), daemon=True)
+        thread.start()
+        thread.join(_LONGEST_ANSWER)
+        if not results:
+            raise _Fault(
+                f"no whole answer from {where} within {_LONGEST_ANSWER:.0f} seconds",
+                "start the server, or mend the address, the firewall or the network between",
+            )
+        if isinstance(results[0], Exception):
+            raise results[0]
+        return results[0]
+
+    yield from _check("server", ask_in_time, str, "mend the address or the network")
+
+
+def _result_of(function: Callable[[], str]) -> str | Exception:
+    try:
+        return function()
+    except Exception as error:
+        return error
 
 
 def _make(source: Callable[[], TaskSource], config: dict[str, Any] | None) -> Task:

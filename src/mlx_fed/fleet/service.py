@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import FedError
-from ..system.atomic_files import atomic_write
+from . import private_files
 
 _FINAL = (2, 3, 4)
 """Exit codes after which another start would end in the same way: see docs/reliability.md."""
@@ -69,11 +69,9 @@ def systemd_unit(name: str, command: Sequence[str], folder: Path, system: bool) 
         folder (Path): The working folder.
         system (bool): For the machine rather than for the user.
     """
-    command_line = " ".join(_systemd_word(word) for word in command)
+    command_line = " ".join(_systemd_word(word.replace("$", "$$")) for word in command)
     environment = "".join(
-        f"Environment={_systemd_word(f'{key}={os.environ[key]}')}\n"
-        for key in ("MLX_FED_HOME", "MLX_FED_CACHE", "PYTHONPATH")
-        if key in os.environ
+        f"Environment={_systemd_word(f'{key}={value}')}\n" for key, value in _environment().items()
     )
     return f"""[Unit]
 Description=mlx-fed {name}
@@ -83,8 +81,7 @@ After=network-online.target
 [Service]
 WorkingDirectory={str(folder).replace("%", "%%")}
 ExecStart={command_line}
-{environment}Environment=PYTHONUNBUFFERED=1
-Restart=on-failure
+{environment}Restart=on-failure
 RestartSec={_PAUSE}
 RestartPreventExitStatus={" ".join(map(str, _FINAL))}
 KillSignal=SIGTERM
@@ -118,7 +115,7 @@ def launchd_plist(name: str, command: Sequence[str], folder: Path) -> bytes:
             "RunAtLoad": True,
             "StandardOutPath": log,
             "StandardErrorPath": log,
-            "EnvironmentVariables": {"PYTHONUNBUFFERED": "1"},
+            "EnvironmentVariables": _environment(),
         }
     )
 
@@ -139,10 +136,14 @@ def install_service(
 
     Raises:
         ServiceError: If the name or the arguments cannot be, or the file cannot be written.
+        SecretFileError: If the file cannot be written.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         raise ServiceError(f"A service's name has letters, digits, - and _, not {name!r}.")
     command, folder = service_command(name, arguments), Path.cwd()
+    _require_plain([*arguments, *_environment().values(), str(folder)])
+    if str(folder).endswith(("\\", " ")):
+        raise ServiceError(f"systemd cannot work in a folder of this name: {str(folder)!r}.")
     if platform == "darwin":
         path = Path.home() / "Library" / "LaunchAgents" / f"mlx-fed.{name}.plist"
         content = launchd_plist(name, command, folder)
@@ -157,13 +158,31 @@ def install_service(
             commands.append("loginctl enable-linger    # so that it runs while nobody is logged in")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary_path:
-            temporary_path.write_bytes(content)
+        private_files.write(path, content)
     except OSError as error:
         raise ServiceError(f"Cannot write {path}: {error.strerror or error}.") from error
     return path, commands
 
 
 def _systemd_word(word: str) -> str:
-    literal = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    literal = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{literal}"'
+
+
+def _environment() -> dict[str, str]:
+    """What a service has of this process' environment."""
+    names = ("MLX_FED_HOME", "MLX_FED_CACHE", "PYTHONPATH")
+    values = {name: os.environ[name] for name in names if name in os.environ}
+    return {**values, "PYTHONUNBUFFERED": "1"}
+
+
+def _require_plain(words: Sequence[str]) -> None:
+    """Refuses what would end a line of a unit, and secrets, which every user can read there."""
+    for word in words:
+        if not word.isprintable():
+            raise ServiceError(f"A unit has no control characters: {word!r:.200}.")
+        if "mlxfed-" in word:
+            raise ServiceError(
+                "All users of a machine can see a unit's command: write the token to a file that "
+                "only you can read (chmod 600), and give @FILE."
+            )

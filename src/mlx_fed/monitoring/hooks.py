@@ -8,13 +8,15 @@ import queue
 import shlex
 import subprocess
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from .. import events
 from ..errors import FedError
+from ..system.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -69,21 +71,30 @@ class Hook:
         self._thread.start()
 
     def __call__(self, event: events.Event) -> None:
-        if isinstance(event, self.kind) and not self._events.full():
-            self._events.put({"event": event.name, **event.to_dict()})
+        if isinstance(event, self.kind):
+            with suppress(queue.Full):
+                self._events.put_nowait({"event": event.name, **event.to_dict()})
 
-    def close(self) -> None:
-        """Waits for the hooks that are running, for half a minute at most."""
-        self._events.put(None)
-        self._thread.join(_TIMEOUT)
+    def end(self) -> None:
+        """Lets the thread end after the events that wait."""
+        with suppress(queue.Full):
+            self._events.put_nowait(None)
+
+    def join(self, deadline: float) -> None:
+        """Waits for the thread until a time of ``time.monotonic()``: one that hangs is left."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         while (fields := self._events.get()) is not None:
             body = json.dumps(fields, default=str).encode()
             try:
                 self._send(body)
-            except (OSError, ValueError, subprocess.SubprocessError) as error:
-                log.warning("The hook %s failed: %s", self.target, error)
+            except subprocess.TimeoutExpired:
+                log.warning("The hook for %s took more than %d seconds", self.kind.name, _TIMEOUT)
+            except subprocess.CalledProcessError as error:  # whose text has the command's secrets
+                log.warning("The hook for %s ended with %d", self.kind.name, error.returncode)
+            except Exception as error:  # whatever is at the other end
+                log.warning("The hook for %s failed: %s", self.kind.name, printable(str(error)))
 
     def _send(self, body: bytes) -> None:
         if self.is_url:
@@ -105,5 +116,8 @@ def run_hooks(texts: Sequence[str]) -> Iterator[list[Hook]]:
     try:
         yield hooks
     finally:
+        deadline = time.monotonic() + _TIMEOUT
         for hook in hooks:
-            hook.close()
+            hook.end()
+        for hook in hooks:
+            hook.join(deadline)

@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from .. import events
 from ..errors import FedError
+from ..flower.connections import MAX_PAGE_CONNECTIONS, LimitedHttpProtocol, LimitedServer
 from ..runs import round_record
 from ..system import address, http
 
@@ -90,6 +91,8 @@ class PrometheusListener:
         return "\n".join(lines) + "\n"
 
     def _add_round(self, record: dict[str, Any]) -> None:
+        # Nodes name metrics: those of earlier rounds would stay, and become more and more.
+        self._values = {key: value for key, value in self._values.items() if key[0] != "metric"}
         self._set("last_round_timestamp_seconds", time.time())
         self._set("round", record["round"])
         for name, value in round_record.figures(record).items():
@@ -134,10 +137,18 @@ def serve_metrics(where: str) -> Iterator[PrometheusListener]:
         opened = http.listen(host, port)
     except OSError as error:
         raise FedError(f"Cannot serve metrics on {address.join(host, port)}: {error}") from error
-    config = uvicorn.Config(app, lifespan="off", log_level="error", access_log=False, ws="none")
-    with http.serve_in_thread(
-        uvicorn.Server(config), opened, FedError("The server of the metrics ended at its start.")
-    ):
+    config = uvicorn.Config(
+        app,
+        http=LimitedHttpProtocol,
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+        ws="none",
+        proxy_headers=False,
+    )
+    start_error = FedError("The server of the metrics ended at its start.")
+    with http.serve_in_thread(LimitedServer(config, MAX_PAGE_CONNECTIONS), opened, start_error):
         yield listener
 
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from ..arrays import examples, frozen, named_arrays, randomness, weights
 from ..arrays.named_arrays import Arrays
+from ..errors import SettingsError
 from ..system import calls
 from ..task import Config, Data, Split, Task, fingerprint_of
 from ..task_settings import TracedConfig
@@ -243,10 +244,16 @@ class Trainer:
     def first_loss(
         self, parameters: Arrays, statistics: Arrays, data: Data, config: Config
     ) -> dict[str, float]:
-        """Loss before training, by the name in the setting ``train-loss-key``, for QFedAvg."""
+        """Loss before training, by the name in the setting ``train-loss-key``, for QFedAvg.
+
+        Raises:
+            SettingsError: If another metric has the name.
+        """
         key = config.get("train-loss-key")
         if not key:
             return {}
+        if key in ("num-examples", "loss", f"num-{self.task.weight_unit}", *self.task.metrics):
+            raise SettingsError(f"The setting train-loss-key is {key!r}, which is another metric.")
         with self.load_arrays(parameters, statistics):
             loss = self.evaluator.loss(parameters, statistics, data.train, config)
         return {str(key): loss}
