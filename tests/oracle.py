@@ -71,6 +71,7 @@ def run(task, strategy, options, num_clients, seed, nodes, config, touch=None):
 def train(task, model, optimizer, batches, settings, anchor, touch):
     """Trains on batches: the mean of their losses, and what their weights count."""
     mu, most = settings.get("proximal-mu"), settings.get("max-grad-norm", task.max_grad_norm)
+    parts_of_step = settings.get("gradient-accumulation", getattr(task, "gradient_accumulation", 1))
     step = nn.value_and_grad(model, lambda b: parts.result(task, task.loss, model, b, settings))
     results, examples = [], 0
     for number, batch in enumerate(batches, 1):
@@ -84,8 +85,8 @@ def train(task, model, optimizer, batches, settings, anchor, touch):
             output = own(model, optimizer, batch, mx.random.key(number), settings)
             loss, weight = parts.mean_and_weight(output, batch, False)
         else:
-            (loss, weight), grads = step(batch)
-            grads = {name: grad for name, grad in flat(grads).items() if name in now}
+            loss, weight, grads = parts.accumulate(step, model, batch, parts_of_step)
+            grads = {name: grad for name, grad in grads.items() if name in now}
             for name in grads.keys() & anchor if mu else ():
                 away = now[name] - mx.array(np.float32(anchor[name])).astype(now[name].dtype)
                 grads[name] = grads[name] + mx.array(mu, grads[name].dtype) * away

@@ -99,6 +99,7 @@ def split(examples, size, order=None, merge=False):
 def batches(task, model, examples, settings, client):
     """A client's batches in a round, by the library's convention."""
     size = settings.get("batch-size", task.batch_size)
+    size *= settings.get("gradient-accumulation", task.gradient_accumulation)
     most = settings.get("local-steps", task.local_steps)
     epochs = settings.get("local-epochs", task.local_epochs)
     moment = settings["seed"], settings["server-round"], client
@@ -122,6 +123,28 @@ def batches(task, model, examples, settings, client):
     seed, server_round, client = moment
     whole = chain.from_iterable(one_pass(seed, client, "shuffle", number) for number in count())
     return islice(whole, (server_round - 1) * most, server_round * most)
+
+
+def accumulate(step, model, batch, number):
+    """The mean loss of a batch, its weight and its gradients, from micro-batches."""
+    least = 2 if any(isinstance(module, nn.BatchNorm) for module in model.modules()) else 1
+    pieces = np.array_split(np.arange(length(batch)), max(1, min(number, length(batch) // least)))
+    if len(pieces) == 1:
+        (loss, weight), grads = step(batch)
+        return loss, weight, flat(grads)
+    total, losses, sums, dtypes = 0.0, 0.0, {}, {}
+    for piece in pieces:
+        rows = mx.array(piece)
+        (loss, weight), grads = step(tree_map(lambda array, rows=rows: array[rows], batch))
+        mx.eval(loss, grads, model.parameters())
+        if weight.item() == 0:
+            continue
+        total, losses = total + weight, losses + loss * weight
+        for name, grad in flat(grads).items():
+            dtypes[name] = grad.dtype
+            sums[name] = sums.get(name, 0.0) + grad.astype(mx.float32) * weight
+    grads = {name: (array / total).astype(dtypes[name]) for name, array in sums.items()}
+    return losses / total, total, grads
 
 
 def result(task, function, model, batch, settings):

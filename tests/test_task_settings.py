@@ -46,7 +46,10 @@ def check(config: dict, task: fed.Task = TASK, source: Any = None, **options: An
 
 # -- names ---------------------------------------------------------------------------------
 
-MOST = "batch-size, learning-rate, local-epochs, local-steps, max-grad-norm, num-rounds"
+MOST = (
+    "batch-size, compress, gradient-accumulation, learning-rate, local-epochs, local-steps, "
+    "max-grad-norm, num-rounds"
+)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +327,7 @@ def test_settings_of_mlx_lms_file_are_spelled_either_way(tmp_path: Path):
 # -- values --------------------------------------------------------------------------------
 
 NAN, INF = math.nan, math.inf
-COUNTS = ("batch-size", "local-epochs", "local-steps")
+COUNTS = ("batch-size", "gradient-accumulation", "local-epochs", "local-steps")
 
 
 @pytest.mark.parametrize("name", COUNTS)

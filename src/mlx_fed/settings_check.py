@@ -94,6 +94,7 @@ _SENDABLE = Kind(
 KINDS: dict[str, Kind] = {
     "batch-size": _COUNT,
     "compress": TEXT,
+    "gradient-accumulation": _COUNT,
     "local-epochs": _COUNT,
     "local-steps": _COUNT,
     "max-grad-norm": Kind("a finite number above 0", lambda v: _is_finite(v) and v > 0),

@@ -126,6 +126,7 @@ class DatasetMetric:
 
 _KINDS = {
     "batch_size": KINDS["batch-size"],
+    "gradient_accumulation": KINDS["gradient-accumulation"],
     "local_epochs": KINDS["local-epochs"],
     "local_steps": KINDS["local-steps"],
     "eval_batch_size": KINDS["batch-size"],
@@ -178,9 +179,12 @@ class Task:
             ``{"accuracy": accuracy}``
         config (dict): Settings that the server sends with every message, its own over these, in
             kebab-case or snake_case. What is declared here can be set by ``-c`` and ``config=``.
-            ``optimizer`` reads them, and the keys ``batch-size``, ``local-epochs``,
-            ``local-steps`` and ``max-grad-norm`` stand over the fields below.
-        batch_size (int): Examples a training step. Default: ``32``.
+            ``optimizer`` reads them, and the keys ``batch-size``, ``gradient-accumulation``,
+            ``local-epochs``, ``local-steps`` and ``max-grad-norm`` stand over the fields below.
+        batch_size (int): Examples in memory at once in training. Default: ``32``.
+        gradient_accumulation (int): Micro-batches of a training step, which sums their gradients:
+            a step on ``batch_size`` times as many examples, in the memory of ``batch_size``. A
+            stream's batches are divided into as many. Default: ``1``.
         local_epochs (int): Passes over the client's data a round. Default: ``1``.
         local_steps (int, optional): Steps a round, in place of ``local_epochs``. A pass over the
             data goes on from round to round.
@@ -249,6 +253,7 @@ class Task:
     metrics: Mapping[str, Callable[..., Any] | DatasetMetric] = field(default_factory=dict)
     config: Config = field(default_factory=dict)
     batch_size: int = 32
+    gradient_accumulation: int = 1
     local_epochs: int = 1
     local_steps: int | None = None
     eval_batch_size: int = 512
@@ -298,6 +303,11 @@ class Task:
             raise ValueError(
                 "Task.max_grad_norm clips the gradient between loss and update, which "
                 "Task.train_step computes itself: clip there with mlx.optimizers.clip_grad_norm."
+            )
+        if self.train_step is not None and self.gradient_accumulation > 1:
+            raise ValueError(
+                "Task.gradient_accumulation sums gradients between loss and update, which "
+                "Task.train_step computes itself: sum them there."
             )
         for name, metric in self.metrics.items():
             if not callable(metric) and not isinstance(metric, DatasetMetric):

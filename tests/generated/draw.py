@@ -623,6 +623,9 @@ def draw(seed: int) -> Drawn:
     if normalized:  # MLX's refuses a batch of one example; a last one joins the batch before
         batch_size = max(batch_size, 3)
         sizes = [max(size, 2) for size in sizes]
+    other = Draw(seed + 2**32)  # so that everything else is drawn as it was
+    num_micro_batches = other.pick(2, 3, 5) if other.chance(0.3) else 1
+    batch_size = -(-batch_size // num_micro_batches)
     tests = [None if draw.chance(0.1) else draw.small(1, 20) for _ in sizes]
     if not any(tests):
         tests[0] = 5
@@ -646,7 +649,7 @@ def draw(seed: int) -> Drawn:
         test = None if held_out is None else examples(rng, held_out, partition)
         if stream:
             kind = Stream if stream == "stream" else SizedStream
-            size = {**declared, **config}.get("batch-size", batch_size)
+            size = {**declared, **config}.get("batch-size", batch_size) * num_micro_batches
             return fed.Data(
                 kind(structure.pack, train, number, size),
                 test and kind(structure.pack, test, held_out or 0, eval_batch_size),
@@ -677,6 +680,13 @@ def draw(seed: int) -> Drawn:
             chosen.pop("max_grad_norm", None)
             chosen.pop("max-grad-norm", None)
     features["train step"] = own_step
+    if num_micro_batches > 1 and own_step is None:
+        features["micro-batches"] = num_micro_batches
+        if other.chance(0.5):
+            settings["gradient_accumulation"] = num_micro_batches
+        else:
+            settings["gradient_accumulation"] = other.pick(1, 4)
+            (config if other.chance(0.5) else declared)["gradient-accumulation"] = num_micro_batches
     if draw.chance(0.05):
         settings["compile"] = False
     if draw.chance(0.1):

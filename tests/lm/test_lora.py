@@ -207,6 +207,25 @@ def test_the_loss_is_the_mean_over_tokens_whatever_the_batches(llama, data):
     assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_accumulated_iterations_are_steps_on_as_many_texts(kind, llama, data):
+    """Of texts of different lengths, so that micro-batches have different numbers of tokens."""
+    updates = []
+    for number in (1, 4):
+        flags = {"batch_size": 8 // number, "local_iters": 3 * number, "optimizer": "sgd"}
+        flags |= {"grad_accumulation_steps": number, "fine_tune_type": kind}
+        task = lora_task(configure(llama, data, **flags))
+        assert task.config["local-steps"] == 3
+        trainer = Trainer(task)
+        settings = {**task.config, "seed": 0, "server-round": 1}
+        updates.append(trainer.train(trainer.parameters(), {}, task.data(0, 3), settings))
+    larger, accumulated = updates
+    assert accumulated.metrics["num-tokens"] == larger.metrics["num-tokens"]
+    assert accumulated.metrics["loss"] == pytest.approx(larger.metrics["loss"], rel=1e-6)
+    for name, array in larger.parameters.items():
+        assert mx.allclose(array, accumulated.parameters[name], rtol=1e-4, atol=1e-6), name
+
+
 def test_weighing_by_tokens_is_one_step_on_all_texts(llama, data, tmp_path):
     """A step of gradient descent on each node, averaged by tokens, is the step on all texts."""
     flags = {

@@ -127,9 +127,12 @@ def test_losses_that_cannot_be_masked(loss):
         {"local_epochs": 3, "batch_size": 16},
         {"personal": lambda name: name.startswith("layers.1")},
         {"model": partial(MLP, norm=True), "statistics": "local"},
+        {"batch_size": 3, "gradient_accumulation": 4},
+        {"model": partial(MLP, norm=True), "batch_size": 3, "gradient_accumulation": 4},
     ],
     ids=[
         *("dropout", "augment", "norm", "clip", "steps", "epochs", "personal", "local"),
+        *("micro-batches", "normalized micro-batches"),
     ],
 )
 def test_what_a_task_asks_for_holds_for_each_client(task):
@@ -145,8 +148,9 @@ def test_what_a_task_asks_for_holds_for_each_client(task):
         {"learning_rate": 0.3, "momentum": 0.9},
         {"local_epochs": 2, "batch_size": 5},
         {"max_grad_norm": 0.1},
+        {"batch_size": 2, "gradient_accumulation": 3},
     ],
-    ids=["proximal", "optimizer", "lengths", "clip"],
+    ids=["proximal", "optimizer", "lengths", "clip", "micro-batches"],
 )
 def test_the_servers_settings_hold(config):
     of = trainer()

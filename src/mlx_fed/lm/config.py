@@ -60,7 +60,8 @@ class LoraConfig:
     )
     seed: Annotated[int, "The seed of adapters, shuffling, dropout and sampling."] = 0
     num_layers: Annotated[int, "Layers to fine-tune, from the last; -1 is all."] = 16
-    batch_size: Annotated[int, "Texts in a training step."] = 4
+    batch_size: Annotated[int, "Texts in an iteration."] = 4
+    grad_accumulation_steps: Annotated[int, "Iterations whose gradients a step sums."] = 1
     iters: Annotated[int, "Iterations of a node in all rounds."] = 1000
     val_batches: Annotated[int, "Batches of a validation; -1 is all."] = 25
     learning_rate: Annotated[float, "The optimizer's learning rate."] = 1e-5
@@ -82,10 +83,16 @@ class LoraConfig:
     federation: LoraFederation = field(default_factory=LoraFederation)
 
     def local_steps(self) -> int | None:
-        """Iterations of a node in a round; ``None`` with ``local_epochs``."""
+        """Optimizer steps of a node in a round; ``None`` with ``local_epochs``."""
         if self.federation.local_epochs:
             return None
-        return self.federation.local_iters or math.ceil(self.iters / self.federation.rounds)
+        iters = self.federation.local_iters or math.ceil(self.iters / self.federation.rounds)
+        return math.ceil(iters / self.grad_accumulation_steps)
+
+    @property
+    def texts_per_step(self) -> int:
+        """Texts in an optimizer step, a batch of training."""
+        return self.batch_size * self.grad_accumulation_steps
 
     def for_mlx_lm(self) -> dict[str, Any]:
         """The configuration in the format of ``adapter_config.json``."""
@@ -145,6 +152,7 @@ _POSITIVE = {
     "sample_every",
     "sample_tokens",
     "batch_size",
+    "grad_accumulation_steps",
     "iters",
     "max_seq_length",
 }
@@ -191,18 +199,13 @@ def load_config(
     for key, value in (flags or {}).items():
         if value is not None:
             (section if key in _names(LoraFederation) else values)[key] = value
-    if (steps := values.get("grad_accumulation_steps", 1)) != 1:
-        raise ConfigError(
-            f"{where}: grad_accumulation_steps is not supported yet: leave it out, or for the same "
-            f"steps set batch_size times {steps}, iters divided by {steps} and grad_checkpoint."
-        )
     if "hf_dataset" in values:
         raise ConfigError(
             f"{where}: hf_dataset is not supported: set data to the dataset's id, and the "
             "names of its columns as prompt_feature, completion_feature, chat_feature or "
             "text_feature."
         )
-    values = {k: v for k, v in values.items() if k not in IDLE | {"grad_accumulation_steps"}}
+    values = {k: v for k, v in values.items() if k not in IDLE}
     if isinstance(optimizer := values.get("optimizer"), str):
         values["optimizer"] = optimizer.lower()
     values["lora_parameters"] = _lora_parameters(values, where, notes)

@@ -78,6 +78,7 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
             **length,
         },
         batch_size=config.batch_size,
+        gradient_accumulation=config.grad_accumulation_steps,
         weight_unit="tokens",
         derived=perplexity,
         fingerprint=partial(fingerprint, config),
@@ -239,7 +240,7 @@ def load_texts(config: LoraConfig, note: Note, partition: int, num_partitions: i
             "validate."
         )
     return Data(
-        train=texts.TextBatches(train, config.batch_size),
+        train=texts.TextBatches(train, config.texts_per_step),
         test=texts.TextBatches(valid, config.batch_size, max_batches)
         if valid and valid.tokens
         else None,

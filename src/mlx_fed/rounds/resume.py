@@ -114,7 +114,7 @@ def identity_of(run: Run) -> dict[str, Any]:
     task = run.trainer.task
     fields = (
         *("batch_size", "local_epochs", "local_steps", "eval_batch_size", "max_grad_norm"),
-        *("statistics", "keep_optimizer", "weight_unit"),
+        *("gradient_accumulation", "statistics", "keep_optimizer", "weight_unit"),
     )
     personal = run.trainer.slots.parameters.keys() - run.trainer.spec.keys()
     free = ("num-rounds", "seed", "run-id")

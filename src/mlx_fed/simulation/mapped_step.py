@@ -37,7 +37,8 @@ class BatchedError(FedError):
 
 def mapped_step(trainer: Trainer, optimizer: Any, config: Config) -> Callable[..., StepResult]:
     """Training step in which each array of the state and the batch has an axis of clients."""
-    gradient = gradient_step(trainer.model, trainer.slots, trainer.task, config)
+    arguments = (trainer.model, trainer.slots, trainer.task, config)
+    gradient = gradient_step(*arguments, is_mapped=True)
     return compose_step(_map_gradient(trainer.model, gradient), _map_update(optimizer))
 
 
@@ -64,8 +65,10 @@ def check_step(
         BatchedError: If a result differs by more than rounding, naming the parameter.
     """
     state, context, batch, mask = arguments
-    gradient = gradient_step(trainer.model, trainer.slots, trainer.task, config)
-    map_gradient, map_update = _map_gradient(trainer.model, gradient), _map_update(optimizer)
+    task_arguments = (trainer.model, trainer.slots, trainer.task, config)
+    gradient = gradient_step(*task_arguments)
+    map_gradient = _map_gradient(trainer.model, gradient_step(*task_arguments, is_mapped=True))
+    map_update = _map_update(optimizer)
     update = update_step(optimizer)
     masks = () if mask is None else (mask,)
 

@@ -23,6 +23,7 @@ from ..task_settings import TracedConfig
 from . import forward_effects, padding
 from .label_range import Ranges, ranges, union, within
 from .probe import Probe
+from .steps import gradient_accumulation, has_batch_norm
 
 _TAIL_SIZES = 8
 """Number of sizes of a padded last batch: each is one more trace of a program."""
@@ -49,7 +50,8 @@ class BatchIndices(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Length of local training: ``steps``, or else ``epochs``, of ``batch_size`` examples."""
+    """Length of local training: ``steps``, or else ``epochs``, of ``batch_size`` examples, those of
+    all micro-batches of a step."""
 
     batch_size: int
     epochs: int
@@ -102,7 +104,7 @@ class BatchLoader:
     def __init__(self, task: Task, model: nn.Module, slots: Slots, note: Callable[[str], None]):
         self.task, self.model, self.slots, self.note = task, model, slots, note
         # MLX's batch normalization raises in training for one value a channel.
-        self.merge_single = any(isinstance(layer, nn.BatchNorm) for layer in model.modules())
+        self.merge_single = has_batch_norm(model)
         self._paddable: dict[Any, bool] = {}
         self._checked_ranges: dict[Any, Ranges] = {}
         self._arrays: dict[int, tuple[Any, Examples]] = {}
@@ -254,7 +256,7 @@ def lengths(task: Task, config: Config) -> Lengths:
             KINDS[name].check("", f"The setting {name}", config[name])
     steps = config.get("local-steps", task.local_steps)
     return Lengths(
-        int(config.get("batch-size", task.batch_size)),
+        int(config.get("batch-size", task.batch_size)) * gradient_accumulation(task, config),
         int(config.get("local-epochs", task.local_epochs)),
         None if steps is None else int(steps),
     )

@@ -20,10 +20,11 @@ from ..arrays.named_arrays import Arrays
 from ..arrays.randomness import Keys, draw_keys_from
 from ..arrays.weights import Slots
 from ..errors import FedError, TaskError
+from ..settings_check import KINDS
 from ..task import Config, Task
 from ..task_settings import TracedConfig
 from ..tracebacks import definition
-from . import linear_gradients
+from . import linear_gradients, micro_batches
 from .optimizer_state import named_optimizers, set_state, split_state, state_of, update_step
 
 
@@ -106,10 +107,15 @@ def compose_step(
 
 
 def gradient_step(
-    model: nn.Module, slots: Slots, task: Task, config: Config
+    model: nn.Module, slots: Slots, task: Task, config: Config, is_mapped: bool = False
 ) -> Callable[..., Gradient]:
-    """The function ``gradient(state, context, batch, mask)``: a step without the update."""
+    """The function ``gradient(state, context, batch, mask)``: a step without the update.
+
+    ``is_mapped`` makes one that ``mx.vmap`` can map over clients.
+    """
     max_norm = config.get("max-grad-norm", task.max_grad_norm)
+    num_micro_batches = gradient_accumulation(task, config)
+    smallest = 2 if has_batch_norm(model) else 1
     layers = linear_gradients.layers(slots)
 
     def gradient(state, context, batch, mask):
@@ -119,11 +125,15 @@ def gradient_step(
         def objective(parameters, statistics, batch, mask):
             weights.put(slots.parameters, parameters)
             weights.put(slots.statistics, statistics)
-            if task.augment:
-                batch = augment_batch(task.augment, keys.next(), batch)
             output = examples.call(task.loss, model, batch, settings)
             loss, weight = loss_and_weight(task, output, batch, mask)
             return loss, weight, weights.get(slots.statistics), keys.state
+
+        def batch_gradient(statistics, batch, mask):
+            (loss, weight, statistics, keys.state), grads = mx.value_and_grad(objective)(
+                parameters, statistics, batch, mask
+            )
+            return micro_batches.BatchGradient(grads, loss, weight, statistics)
 
         parameters = state.parameters
         # All of it: a checkpointed module runs its forward pass again for the gradient.
@@ -132,16 +142,28 @@ def gradient_step(
             linear_gradients.in_weight_order(layers),
             draw_keys_from(keys),
         ):
-            (loss, weight, statistics, key), grads = mx.value_and_grad(objective)(
-                parameters, state.statistics, batch, mask
-            )
+            if task.augment:
+                batch = augment_batch(task.augment, keys.next(), batch)
+            if num_micro_batches == 1:
+                result = batch_gradient(state.statistics, batch, mask)
+            else:
+                result = micro_batches.accumulated_gradient(
+                    batch_gradient,
+                    state.statistics,
+                    batch,
+                    mask,
+                    num_micro_batches,
+                    smallest,
+                    in_order=not is_mapped,
+                )
+        grads = result.grads
         if context.proximal:
             global_parameters, mu = context.proximal
             for name, array in global_parameters.items():  # personal parameters have none
                 grads[name] += mu.astype(grads[name].dtype) * (parameters[name] - array)
         if max_norm is not None:
             grads, _ = optim.clip_grad_norm(grads, float(max_norm))
-        return Gradient(grads, statistics, key, loss, weight)
+        return Gradient(grads, result.statistics, keys.state, result.loss, result.weight)
 
     return gradient
 
@@ -185,6 +207,28 @@ def custom_step(
         return StepResult(state, counters, loss, weight)
 
     return step
+
+
+def gradient_accumulation(task: Task, config: Config) -> int:
+    """Micro-batches of a training step, from the server's settings and the task's.
+
+    Raises:
+        SettingsError: If the setting is not a whole number of 1 or more.
+        TaskError: If the task has a training step of its own.
+    """
+    number = config.get("gradient-accumulation", task.gradient_accumulation)
+    KINDS["gradient-accumulation"].check("", "The setting gradient-accumulation", number)
+    if number > 1 and task.train_step is not None:
+        raise TaskError(
+            "gradient-accumulation sums gradients between loss and update, which Task.train_step "
+            "computes itself: sum them there, or leave the setting out."
+        )
+    return int(number)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a model normalizes over its batch, for which MLX needs two examples in training."""
+    return any(isinstance(layer, nn.BatchNorm) for layer in model.modules())
 
 
 def with_round_and_step(

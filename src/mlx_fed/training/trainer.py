@@ -34,6 +34,7 @@ from .steps import (
     StepResult,
     TrainState,
     custom_step,
+    gradient_accumulation,
     training_step,
 )
 
@@ -178,9 +179,9 @@ class Trainer:
             statistics (dict): Running statistics by name.
             data (Data): The client's examples.
             config (dict): The server's settings: ``seed``, ``server-round`` and whatever the
-                task's optimizer reads. ``batch-size``, ``local-epochs``, ``local-steps`` and
-                ``max-grad-norm`` override the task's, ``proximal-mu`` adds FedProx's proximal
-                term (https://arxiv.org/abs/1812.06127).
+                task's optimizer reads. ``batch-size``, ``gradient-accumulation``,
+                ``local-epochs``, ``local-steps`` and ``max-grad-norm`` override the task's,
+                ``proximal-mu`` adds FedProx's proximal term (https://arxiv.org/abs/1812.06127).
             client (int): The client's partition, for its random keys.
             client_state (dict, optional): That of the client's last update: its personal
                 parameters, its statistics and its optimizer's state, as the task says.
@@ -366,7 +367,7 @@ class Trainer:
         if self.takes_config:
             settings = sorted((k, v) for k, v in config.items() if k != "server-round")
         norm = config.get("max-grad-norm", self.task.max_grad_norm)
-        return signature(optimizer), norm, settings
+        return signature(optimizer), norm, gradient_accumulation(self.task, config), settings
 
 
 def proximal_term(parameters: Arrays, config: Config) -> tuple[Arrays, mx.array] | None:
