@@ -45,7 +45,8 @@ def test_the_page_is_strict(ask):
 def test_runs_appear_and_go(ask, runs: Path):
     assert ask("/api/runs").json() == {"runs": []}
     make_run(runs / "one")
-    assert ask("/api/runs").json() == {"runs": [{"name": "one", "state": "finished"}]}
+    (listed,) = ask("/api/runs").json()["runs"]
+    assert (listed["name"], listed["state"]) == ("one", "finished")
     shutil.rmtree(runs / "one")
     assert ask("/api/runs").json() == {"runs": []}
     assert ask("/api/runs/one").status_code == 404
@@ -69,6 +70,36 @@ def test_a_history_is_told_from_where_it_was_left(ask, runs: Path):
     again = ask(f"/api/runs/one?start={news['end']}&file_id={news['file_id']}").json()
     assert [json.loads(line)["round"] for line in again["lines"]] == [1]
     assert again["reset"] is True
+
+
+def test_runs_are_listed_with_their_last_and_best_metrics(ask, runs: Path):
+    history = History(make_run(runs / "one", rounds=0, seed=3))
+    for number, (loss, hits) in enumerate(((0.9, 0.1), (0.4, 0.8), (0.6, 0.8)), 1):
+        evaluated = {"loss": loss, "accuracy": hits, "top-error": 1 - hits, "nodes": ["a"]}
+        bytes_moved = {"down": 10, "up": 5}
+        history.add_round(
+            {"round": number, "evaluate": evaluated, "seconds": {"a": 2.0}, "bytes": bytes_moved}
+        )
+    expected = {
+        "rounds": 3,
+        "seconds": 6.0,
+        "bytes": 45,
+        "metrics": {
+            "evaluate/loss": [0.6, 0.4, 2],
+            "evaluate/accuracy": [0.8, 0.8, 2],
+            "evaluate/top-error": [pytest.approx(0.2), pytest.approx(0.2), 2],
+        },
+    }
+    (listed,) = ask("/api/runs").json()["runs"]
+    assert listed["summary"] == expected
+    assert listed["settings"] == {"num_rounds": 0, "strategy": {"name": "FedAvg"}}
+    with (runs / "one" / "history.jsonl").open("a") as file:
+        file.write('{"round": 4}\n{"rou')  # one is complete, and one damaged or not yet written
+    assert ask("/api/runs").json()["runs"][0]["summary"]["rounds"] == 4
+    history.go_on_after(1)  # resumed: the history begins anew
+    summary = ask("/api/runs").json()["runs"][0]["summary"]
+    assert summary["rounds"] == 1
+    assert summary["metrics"]["evaluate/loss"] == [0.9, 0.9, 1]
 
 
 def test_labels_are_told_when_they_have_changed(ask, runs: Path):
@@ -105,7 +136,8 @@ def test_nothing_but_runs_below_the_folder_is_served(ask, runs: Path):
     (runs / "link").symlink_to(secret)
     for path in ("..%2fsecret", "%2e%2e%2fsecret", "%2e%2e", "secret", "no-run", "one%00", "link"):
         assert ask(f"/api/runs/{path}").status_code == 404, path
-    assert ask("/api/runs").json() == {"runs": [{"name": "one", "state": "finished"}]}
+    (listed,) = ask("/api/runs").json()["runs"]
+    assert (listed["name"], listed["state"]) == ("one", "finished")
 
 
 def test_a_start_is_a_number(ask, runs: Path):

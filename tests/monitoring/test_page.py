@@ -3,127 +3,18 @@
 from __future__ import annotations
 
 import json
-import random
 import re
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mlx_fed import events
-from mlx_fed.runs import folders, round_record
 from mlx_fed.monitoring.dashboard import serving
-from mlx_fed.runs.history import History
-from mlx_fed.monitoring.report import report
 
+from ..helpers.pages import IN_A_BROWSER, NASTY, add_round, begun, make, readout, written
 from ..helpers.run_folders import OLD
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt install chromium"),
-]
-OWN = ("http://127.0.0.1", "file:", "data:")
-NASTY = "<img src=x onerror=\"document.title='owned'\"></script>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser) -> Iterator[Any]:
-    """Opens a page; what it complains of fails the test, and no other server is asked."""
-    contexts, complaints = [], []
-
-    def visit(address: str, **options: Any) -> Any:
-        size = {"width": 1200, "height": 900}
-        contexts.append(browser.new_context(**{"viewport": size, **options}))
-        page = contexts[-1].new_page()
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
-        page.on("request", lambda asked: asked.url.startswith(OWN) or complaints.append(asked.url))
-        page.goto(address)
-        return page
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert complaints == []
-
-
-def begun(folder: Path, num_rounds: int) -> History:
-    """The history of a run that has no round yet."""
-    folder.mkdir(parents=True)
-    history = History(folder)
-    history.write_settings({"num_rounds": num_rounds})
-    return history
-
-
-def add_round(history: History, number: int, of: int, clients: int, left_out: list[dict]) -> None:
-    chance = random.Random(number)
-    nodes = [f"node-{k}" for k in range(clients)]
-    loss = 2.0 / number
-    own = {
-        node: {"num-examples": 10, "loss": loss * (0.8 + 0.4 * chance.random())} for node in nodes
-    }
-    few = clients <= round_record.MANY
-    for phase in ("train", "evaluate"):
-        now = {"phase": phase, "round": number, "of": of, "nodes": clients}
-        history.notify(events.PhaseStarted(**now, answered=0))
-        history.notify(events.RepliesArrived(**now, answered=clients))
-    history.add_round(
-        {
-            "round": number,
-            "train": {"loss": loss, "nodes": nodes},
-            "evaluate": {"loss": loss, "accuracy": 1 - loss / 2, "nodes": nodes[::2]},
-            "seconds": {"train": 0.5, "aggregate": 0.01},
-            "bytes": {"down": 1_500_000, "up": 500},
-            "refused": left_out,
-            ("each" if few else "spread"): {
-                "train": own if few else round_record.spread(own.values())
-            },
-        }
-    )
-
-
-def make(
-    folder: Path, rounds: int = 5, clients: int = 4, finish: bool = True, **settings: Any
-) -> History:
-    folder.mkdir(parents=True)
-    history = History(folder, (), {"engine": "simulation", "clients": clients})
-    history.write_settings({"num_rounds": rounds, "strategy": {"name": "FedAvg"}, **settings})
-    for number in range(1, rounds + 1):
-        late = {"node": "node-1", "phase": "train", "reason": "it is on a train", "missing": True}
-        refused = {"node": NASTY, "phase": "train", "reason": f"cannot {NASTY}"}
-        add_round(history, number, rounds, clients, [late, refused] if number == 2 else [])
-    if finish:
-        history.notify(events.RunFinished(model=folder, seconds=1.0))
-    return history
-
-
-def written(tmp_path: Path, *paths: Path) -> str:
-    path = tmp_path / "report.html"
-    path.write_text(report(folders.read_all(paths)))
-    return path.as_uri()
-
-
-def readout(page: Any, title: str) -> str:
-    return (
-        page.locator(".chart", has=page.get_by_role("heading", name=title))
-        .locator(".readout")
-        .inner_text()
-    )
+pytestmark = IN_A_BROWSER
 
 
 def test_a_report_opens_and_shows_a_run(visit, tmp_path: Path):
@@ -266,6 +157,9 @@ def test_labels_by_client_are_shown(visit, tmp_path: Path, clients: int):
     assert shown.inner_text() == "client 0, 42 examples: 10 of label 4, 24 %"
     page.keyboard.press("Escape")
     assert shown.inner_text().startswith("A column is a client")
+    scale = page.locator("#label-scale").inner_text()
+    assert scale.split()[:4] == ["0", "%", "5", "%"]
+    assert f"the highest bar: {max(42, 39 + clients):,} examples" in scale
 
 
 def test_runs_are_compared(visit, tmp_path: Path):
@@ -277,10 +171,19 @@ def test_runs_are_compared(visit, tmp_path: Path):
     assert "seed" not in differences
     shown = readout(page, "Evaluation · loss")
     assert "two 0.25" in shown
-    assert "one" not in shown  # it has no eighth round
+    assert "one 0.4 (round 5)" in shown  # it has no eighth round
     page.locator("#curves .plot").first.focus()
     page.keyboard.press("Home")
     assert "one 2" in readout(page, "Evaluation · loss")
+    page.keyboard.press("End")
+    assert readout(page, "Evaluation · loss").split() == [
+        "round",
+        "8",
+        "one",
+        "\N{EN DASH}",
+        "two",
+        "0.25",
+    ]
     page.get_by_label("two", exact=True).focus()
     page.keyboard.press("Space")
     assert "round 5" in readout(page, "Evaluation · loss")

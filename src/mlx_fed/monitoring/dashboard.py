@@ -26,7 +26,8 @@ from starlette.routing import Route
 
 from ..errors import FedError
 from ..flower.connections import MAX_PAGE_CONNECTIONS, LimitedHttpProtocol, LimitedServer
-from ..runs import folders, labels, round_record, status
+from ..runs import folders, labels, round_record
+from ..runs.run_summary import RunSummary
 from ..system import address, http
 from ..system.atomic_files import open_regular_file
 from .page import page, policy
@@ -34,6 +35,7 @@ from .page import page, policy
 _PAUSE = 1.0
 """Seconds between two requests of a page."""
 _MAX_RUNS = 500
+_ACTIVE = ("running", "waiting")
 _MAX_CHUNK = 2**18
 """Bytes of a history in one response: a page draws them without a visible pause."""
 _MAX_HISTORY = 2**40
@@ -128,13 +130,14 @@ def _listen(host: str, port: int, insecure: bool) -> socket.socket:
 def app(folder: Path) -> _App:
     """ASGI application of the dashboard: the page, the list of runs, and one run."""
     html = page({"live": True, "pause": _PAUSE})
+    summaries = _Summaries()
 
     def root(request: Request) -> Response:
         return HTMLResponse(html)
 
     def list_runs(request: Request) -> Response:
         paths = _runs(folder)[:_MAX_RUNS]
-        return _json({"runs": [{"name": path.name, "state": _state(path)} for path in paths]})
+        return _json({"runs": [{"name": path.name, **summaries.read(path)} for path in paths]})
 
     def show_run(request: Request) -> Response:
         path = _run(folder, request.path_params["name"])
@@ -177,8 +180,39 @@ def _run(folder: Path, name: str) -> Path | None:
     return path if folders.is_run(path) and not path.is_symlink() else None
 
 
-def _state(folder: Path) -> str:
-    return str(status.read(folder).get("state", "recorded"))
+class _Summaries:
+    """State, settings and summary of runs for their list; of a history only new lines are read."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.positions: dict[Path, tuple[int, str, RunSummary]] = {}
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """``state``, ``settings`` and ``summary`` of the run in a folder."""
+        try:
+            state = folders.read_state(folder)
+            is_active = state["status"].get("state") in _ACTIVE
+            with self.lock:
+                summary = self._summary(folder, is_active)
+        except OSError:  # removed in the meantime, or not readable
+            return {"state": "recorded", "settings": {}, "summary": RunSummary().to_dict()}
+        settings = {key: state["settings"].get(key) for key in ("num_rounds", "strategy")}
+        run_state = str(state["status"].get("state", "recorded"))
+        return {"state": run_state, "settings": settings, "summary": summary}
+
+    def _summary(self, folder: Path, is_active: bool) -> dict[str, Any]:
+        end, file_id, summary = self.positions.get(folder, (0, "", RunSummary()))
+        more = True
+        while more:
+            part = _read_history(folder / "history.jsonl", end, file_id, is_active)
+            if part["reset"]:
+                summary = RunSummary()
+            for line in part["lines"]:
+                with suppress(ValueError):  # damaged: the page counts those of a run it shows
+                    summary.add(round_record.from_line(line))
+            end, file_id, more = part["end"], part["file_id"], part["more"]
+        self.positions[folder] = end, file_id, summary
+        return summary.to_dict()
 
 
 def _changes(folder: Path, start: int, file_id: str, labels_version: str) -> dict[str, Any]:
@@ -192,7 +226,7 @@ def _changes(folder: Path, start: int, file_id: str, labels_version: str) -> dic
     changes["labels_version"] = labels.version(folder)
     if changes["labels_version"] != labels_version:
         changes["labels"] = labels.read(folder)
-    is_active = changes["status"].get("state") in ("running", "waiting")
+    is_active = changes["status"].get("state") in _ACTIVE
     return changes | _read_history(folder / "history.jsonl", start, file_id, is_active)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..runs import folders, round_record
+from ..runs.run_summary import summarize
 from .page import page
 
 
@@ -25,4 +26,5 @@ def report(runs: Sequence[folders.RunRecord]) -> str:
 
 def _data(run: folders.RunRecord) -> dict[str, Any]:
     lines = [round_record.to_line(record) for record in run.rounds]
-    return {**folders.as_plain(run), "rounds": None, "lines": lines}
+    summary = summarize(run.rounds)
+    return {**folders.as_plain(run), "rounds": None, "lines": lines, "summary": summary}

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import RunError, SettingsError
+from ..runs.run_summary import is_lower_better
 from ..settings_check import FINITE
 from ..task_settings import nearest
 from . import strategies
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 StopFn = Callable[[list[dict[str, Any]]], str | bool | None]
 
-_LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "error", "mse", "rmse", "mae", "nll", "wer", "cer")
-"""Last words of metrics that are to become small."""
 _TARGET = re.compile(r"(?P<name>[^<>=]+)(?P<sign>=|<=|>=)(?P<value>[^<>=]+)")
 
 
@@ -73,8 +72,7 @@ def parse_target(target: str | Mapping[str, float] | None) -> list[Target]:
 
 def _target(name: str, sign: str, value: Any) -> Target:
     FINITE.check("target", name, value)
-    last_word = re.split(r"[-_ ]", name)[-1]
-    is_upper = sign == "<=" or (sign == "=" and last_word.lower() in _LOWER_IS_BETTER)
+    is_upper = sign == "<=" or (sign == "=" and is_lower_better(name))
     return Target(name, float(value), is_upper)
 
 

@@ -15,8 +15,16 @@ from ...runs import round_record
 
 _STYLES = ("uPlot.min.css", "page.css")
 _SCRIPTS = (
-    *("uPlot.iife.min.js", "data.js", "charts.js", "cells.js", "nodes.js", "labels.js"),
-    "page.js",
+    *(
+        "uPlot.iife.min.js",
+        "data.js",
+        "charts.js",
+        "curves.js",
+        "cells.js",
+        "nodes.js",
+        "labels.js",
+    ),
+    *("confusion.js", "runs.js", "page.js"),
 )
 
 

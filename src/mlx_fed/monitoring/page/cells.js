@@ -18,6 +18,15 @@ function packed([red, green, blue, alpha]) {
   return new Uint32Array(new Uint8Array([red, green, blue, alpha]).buffer)[0];
 }
 
+// Swatches of shares, for a map whose colour is the stronger, the larger a share is; and a note beside them.
+function drawScale(element, note) {
+  element.replaceChildren(...[0, 5, 25, 50, 75, 100].map((share) => {
+    const part = make("span", `${share} %`);
+    part.style.setProperty("--c", `color-mix(in srgb, var(--accent) ${Math.round(100 * Math.sqrt(share / 100))}%, transparent)`);
+    return part;
+  }), make("b", note));
+}
+
 class CellMap {
   constructor(canvas, said, rest) {
     this.canvas = canvas;
@@ -42,8 +51,8 @@ class CellMap {
   }
 
   // A context over a canvas as wide as there is room, or null where there is none.
-  open(height) {
-    const width = this.canvas.parentElement.clientWidth, ratio = window.devicePixelRatio || 1;
+  open(height, most = Infinity) {
+    const width = Math.min(most, this.canvas.parentElement.clientWidth), ratio = window.devicePixelRatio || 1;
     if (!width) return null;
     this.canvas.style.height = `${height}px`;
     this.canvas.width = Math.round(width * ratio);

@@ -12,6 +12,7 @@ class Run {
     this.status = {};
     this.checkpoints = [];
     this.labels = null;
+    this.summary = {};
     this.clear();
   }
 
@@ -22,6 +23,7 @@ class Run {
     this.places = new Map();  // a node's name to its number
     this.nodes = [];        // {name, trained, evaluated, late, failed, why, last}
     this.columns = [];      // of each round a Uint8Array: what each node did, by its number
+    this.matrices = {};     // by metric, the last confusion matrix: {round, rows}
     this.own = {};          // by phase, the names of nodes whose own metrics are known
     this.reasons = new Map();  // those that are alike together: {count, phase, reason of the last}
     this.changed = true;
@@ -87,6 +89,7 @@ class Run {
       counts: [trained.length, evaluated.length, refused.length],
       seconds: sum(record.seconds), bytes: sum(record.bytes),
     };
+    for (const [name, rows] of matrices(record)) this.matrices[name] = { round: record.round, rows };
     // A round that was repeated stands in place of what came of it before.
     while (this.rounds.length && this.rounds[this.rounds.length - 1].round >= record.round) {
       this.rounds.pop();
@@ -166,6 +169,25 @@ function figures(record) {
   const found = {};
   for (const kind of [...KINDS, "seconds", "bytes"]) {
     Object.assign(found, prefixed(kind, record[kind] || {}));
+  }
+  return found;
+}
+
+// The confusion matrices of a record, as lists of rows; large ones are written as cells.
+function matrices(record) {
+  const found = [];
+  for (const kind of KINDS) {
+    for (const [name, value] of Object.entries(record[kind] || {})) {
+      let rows = value;
+      if (value && Array.isArray(value.cells) && value.classes <= 1000) {
+        rows = Array.from({ length: value.classes }, () => new Array(value.classes).fill(0));
+        for (let k = 0; k + 1 < value.cells.length; k += 2) {
+          rows[Math.floor(value.cells[k] / value.classes)][value.cells[k] % value.classes] = value.cells[k + 1];
+        }
+      }
+      const isMatrix = Array.isArray(rows) && rows.length > 1 && rows.every((row) => Array.isArray(row) && row.length === rows.length);
+      if (isMatrix) found.push([`${kind}/${name}`, rows]);
+    }
   }
   return found;
 }

@@ -6,7 +6,7 @@ const BARS = 44, WRITTEN = 40;  // pixels of the highest bar; and of a cell that
 class LabelMap extends CellMap {
   constructor() {
     super($("#labels canvas"), $("#label-cell"),
-      "A column is a client, a row a label; the darker, the larger its share. Bars: the client's examples.");
+      "A column is a client, a row a label; the stronger its colour, the larger its share. Bars: the client's examples.");
   }
 
   // labels: {classes: [...], clients: [[client, [count, ...]], ...], of}
@@ -19,6 +19,7 @@ class LabelMap extends CellMap {
     this.columns = labels.clients.length;
     this.totals = labels.clients.map(([, counts]) => counts.reduce((sum, count) => sum + count, 0));
     this.sum();
+    drawScale($("#label-scale"), `of a client's examples; the highest bar: ${number(Math.max(...this.totals))} examples`);
     this.paint();
   }
 

@@ -7,7 +7,7 @@ const MOST_SHOWN = 8, MOST_LISTED = 30;
 const runs = new Map();  // by name, the newest first
 let chosen = [];         // names, in the order of their colours
 let listed = MOST_LISTED, picked = false;
-let map, labelMap, curves, costCharts, drawing = 0;
+let map, labelMap, confusionMap, table, curves, costCharts, drawing = 0;
 
 function colours() { return chosen.map((_, k) => colour(`--run-${k % 8}`)); }
 function shown() { return chosen.map((name) => runs.get(name)).filter(Boolean); }
@@ -22,7 +22,7 @@ function draw() {
   const withRounds = found.filter((run) => run.rounds.length);
   section("#s-curves", withRounds.length, () => {
     const palette = colours().filter((_, k) => found[k].rounds.length);
-    curves.draw(metricsOf(withRounds).map((metric) => curve(metric, withRounds, palette)));
+    curves.draw(metricsOf(withRounds).map((metric) => curve(metric, withRounds, palette, Number($("#smoothing").value))));
   });
   section("#s-nodes", focus && (focus.nodes.length + keptOut(focus).length + leftOutNow(focus).length), () => {
     $("#h-nodes small").textContent = `${number(focus.nodes.length)} of ${focus.name}`;
@@ -30,6 +30,7 @@ function draw() {
     drawReasons(focus);
     if ($("#s-nodes details").open) drawNodes(focus, $("#find").value);
   });
+  section("#s-confusion", focus && Object.keys(focus.matrices).length, () => later.push(() => drawConfusion(focus)));
   section("#s-costs", focus && focus.rounds.length, () => {
     $("#h-costs small").textContent = `of ${focus.name}`;
     later.push(() => costCharts.draw([
@@ -44,6 +45,17 @@ function draw() {
   section("#s-settings", found.some((run) => Object.keys(run.settings).length), () => drawSettings(found));
   section("#s-notes", focus, () => drawNotes(focus));
   inFrames(later);
+}
+
+function drawConfusion(focus) {
+  const names = Object.keys(focus.matrices), select = $("#matrix");
+  if (names.join() !== [...select.options].map((option) => option.value).join()) {
+    select.replaceChildren(...names.map((name) => make("option", name)));
+  }
+  select.parentElement.parentElement.hidden = names.length < 2;
+  const { round, rows } = focus.matrices[select.value];
+  const said = confusionMap.draw(rows);
+  $("#h-confusion small").textContent = `${select.value} of ${focus.name} after round ${round}: ${said}`;
 }
 
 // One step a frame, so that the page reacts between them; a later drawing takes the place of what is
@@ -95,42 +107,10 @@ function drawNow(focus) {
 function stateOf(run) { return run.status.state || "recorded"; }
 
 function drawRuns() {
-  const table = $("#runs"), focused = document.activeElement && document.activeElement.dataset.run;
-  const metrics = metricsOf(shown()).slice(0, 5);
-  const head = document.createElement("tr");
-  for (const name of ["run", "state", "rounds", "strategy"]) head.append(make("th", name, name === "rounds" ? "n" : ""));
-  for (const name of [...metrics, "time", "traffic"]) head.append(make("th", name.replace("/", " "), "n"));
-  const rows = [...runs.values()].slice(0, listed).map((run) => {
-    const row = document.createElement("tr"), at = chosen.indexOf(run.name);
-    row.className = at < 0 ? "off" : "";
-    const box = document.createElement("input"), label = make("label", undefined, "run"), cell = make("td");
-    box.type = "checkbox";
-    box.checked = at >= 0;
-    box.dataset.run = run.name;
-    box.style.setProperty("--c", at >= 0 ? `var(--run-${at % 8})` : "");
-    box.addEventListener("change", () => choose(run.name, box.checked));
-    label.append(box, make("span", run.name));
-    cell.append(label);
-    row.append(cell, wrapped("td", make("span", stateOf(run), `state ${stateOf(run)}`)));
-    const of = run.settings.num_rounds, last = run.last();
-    row.append(make("td", at < 0 && !run.offset ? "" : `${run.rounds.length}${of ? ` of ${of}` : ""}`, "n"));
-    row.append(make("td", (run.settings.strategy || {}).name || ""));
-    for (const name of metrics) row.append(make("td", last ? number(last.figures[name]) : "", "n"));
-    const total = (kind) => run.rounds.reduce((sum, kept) => sum + kept[kind], 0);
-    row.append(make("td", last ? seconds(total("seconds")) : "", "n"), make("td", last ? bytes(total("bytes")) : "", "n"));
-    return row;
-  });
-  table.replaceChildren(head, ...rows);
+  table.draw([...runs.values()], chosen, listed);
   const more = $("#more-runs");
   more.hidden = runs.size <= listed;
   more.textContent = `${runs.size - listed} more`;
-  if (focused) table.querySelectorAll("input").forEach((box) => { if (box.dataset.run === focused) box.focus(); });
-}
-
-function wrapped(tag, child) {
-  const element = make(tag);
-  element.append(child);
-  return element;
 }
 
 function choose(name, is) {
@@ -177,7 +157,7 @@ function drawNotes(focus) {
 // -- where runs come from ------------------------------------------------------------------
 
 function takeAbout(run, about) {
-  for (const key of ["settings", "status", "checkpoints", "labels"]) {
+  for (const key of ["settings", "status", "checkpoints", "labels", "summary"]) {
     if (about[key] !== undefined && about[key] !== null) run[key] = about[key];
   }
 }
@@ -230,8 +210,10 @@ async function list() {
   before = now;
   const known = new Map(runs);
   runs.clear();
-  for (const { name, state } of found) {
+  for (const { name, state, settings, summary } of found) {
     const run = known.get(name) || new Run(name);
+    run.summary = summary;
+    if (!chosen.includes(name)) run.settings = { ...run.settings, ...settings };
     if (!run.status.state) run.status = { state };
     if (!chosen.includes(name)) run.status = { ...run.status, state };
     runs.set(name, run);
@@ -270,9 +252,16 @@ function tick() {
 
 map = new NodeMap();
 labelMap = new LabelMap();
-curves = new Charts($("#curves"));
+confusionMap = new ConfusionMap();
+table = new RunTable($("#runs"), $("#best"), choose);
+curves = new Charts($("#curves"), (isZoomed) => { $("#all-rounds").hidden = !isZoomed; });
 costCharts = new Charts($("#costs"));
 $("#more-runs").addEventListener("click", () => { listed += MOST_LISTED; draw(); });
+$("#best").addEventListener("change", drawRuns);
+$("#log").addEventListener("change", (event) => { curves.isLog = event.target.checked; draw(); });
+$("#smoothing").addEventListener("input", (event) => { $("output").textContent = event.target.value; draw(); });
+$("#all-rounds").addEventListener("click", () => { curves.zoomTo(null); $("#curves .plot").focus(); });
+$("#matrix").addEventListener("change", draw);
 $("#find").addEventListener("input", (event) => drawNodes(shown()[0], event.target.value));
 $("#s-nodes details").addEventListener("toggle", draw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
