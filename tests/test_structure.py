@@ -15,6 +15,7 @@ LAYERS = [
     {"training", "data", "flower"},
     {"runs"},
     {"rounds"},
+    {"privacy"},
     {"monitoring", "clientapp"},
     {"fleet", "simulation", "lm", "serverapp"},
     {"cli"},

@@ -21,7 +21,7 @@ from .arrays.flower_records import records_in
 from .arrays.named_arrays import Arrays
 from .errors import FedError
 from .flower.error_replies import error_reply
-from .rounds import client_state, messages, privacy
+from .rounds import client_state, coverage, messages
 from .task import Config, Data, Task, TaskSource, fingerprint_of, make_task
 from .task_settings import kebab_case
 from .training import batches
@@ -75,7 +75,7 @@ def raising_app(
             updates.
     """
     app = ClientApp(mods=[*around])
-    client = _Client(task, private=privacy.name_of_private(mods or ()))
+    client = _Client(task, private=coverage.name_of_private(mods or ()))
 
     @app.query("roll_call")
     def roll_call(message: Message, context: Context) -> Message:
@@ -119,8 +119,8 @@ class _Client:
     def _make_trainer(self, seed: int, run_config: RunConfig) -> Trainer:
         trainer = Trainer(self.task(run_config), seed)
         if self.private:
-            privacy.require_covered(self.private, trainer.statistics_spec)
-            logging.getLogger("flwr").warning("%s", privacy.note(self.private, trainer.task))
+            coverage.require_covered(self.private, trainer.statistics_spec)
+            logging.getLogger("flwr").warning("%s", coverage.note(self.private, trainer.task))
         return trainer
 
     def _load_data(self, trainer: Trainer, partition: int, num_partitions: int | None) -> Data:

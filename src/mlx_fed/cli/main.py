@@ -21,6 +21,7 @@ from .options import (
     NodeId,
     NumPartitions,
     OutputOptions,
+    PrivacyOptions,
     Rounds,
     RunOptions,
     SeedOption,
@@ -89,6 +90,7 @@ def simulate(
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
     config: Settings = None,
     run: RunOptions,
+    privacy: PrivacyOptions,
     monitor: MonitorOptions,
 ) -> None:
     """Simulate a federation on this machine."""
@@ -101,7 +103,7 @@ def simulate(
     options = {key: share for key, share in fractions.items() if share is not None}
     options |= parse_settings(strategy_option, "-s")
     task_source = find_task(task)
-    flower_strategy = find_strategy(strategy, 1, options)
+    flower_strategy = privacy.wrap(find_strategy(strategy, 1, options), rounds)
     with run_listeners(run.runs, **vars(monitor)) as listeners:
         simulate(
             task_source,
@@ -143,6 +145,7 @@ def serve(
     config: Settings = None,
     server: ServerOptions,
     run: RunOptions,
+    privacy: PrivacyOptions,
     monitor: MonitorOptions,
 ) -> None:
     """Serve a federation: wait for nodes, train, save the model."""
@@ -152,6 +155,7 @@ def serve(
 
     task_source = find_task(task)
     flower_strategy = find_strategy(strategy, min_nodes, parse_settings(strategy_option, "-s"))
+    flower_strategy = privacy.wrap(flower_strategy, rounds)
     with run_listeners(run.runs, **vars(monitor)) as listeners:
         serve(
             task_source,

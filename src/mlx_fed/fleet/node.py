@@ -40,7 +40,7 @@ from ..flower.fleet_client import FleetClient
 from ..flower.log import silence_flower
 from ..flower.transport import RequestRefused, Unavailable, Unreachable, UntrustedServer
 from ..monitoring.node_terminal import node_listener_or_terminal
-from ..rounds import messages, privacy
+from ..rounds import coverage, messages
 from ..rounds.roster import LONGEST_NAME, is_name
 from ..rounds.settings import with_argument_hints
 from ..settings_check import KINDS, check_config
@@ -204,8 +204,8 @@ def join(
             names = ", ".join(sorted(servers))
             notify(Notice(f"{names}: the server's values are trained with, not this node's"))
         notify(NodeReady(where, partition_id))
-        if private := privacy.name_of_private(mods or ()):
-            notify(Notice(privacy.note(private, built_task)))
+        if private := coverage.name_of_private(mods or ()):
+            notify(Notice(coverage.note(private, built_task)))
         rules.check_data(data)
         gates = [Gate(rules, server, log, ask_at_terminal)] if log or rules != Policy() else []
         app = clientapp.raising_app(

@@ -61,7 +61,7 @@ def checked_updates(phase: Phase, outgoing: list[Message], model: Model) -> Iter
         max_shift = checks.norm_of(model.statistics)
     if is_bounded and not run.settings.max_examples:
         record = run.history.rounds[-1] if run.history.rounds else {}
-        max_weight = proportion.believed_after(record, run.weighted_by)
+        max_weight = proportion.believed_after(record, run.train_weighted_by)
     norms: dict[str, float] = {}
     shifts: dict[str, float] = {}
     weights: dict[str, float] = {}
@@ -106,7 +106,7 @@ def _checked_update(
             message,
             run.trainer.spec,
             run.averaged,
-            run.weighted_by,
+            run.train_weighted_by,
             phase.max_examples,
             before,
             run.transform,
@@ -133,7 +133,7 @@ def mean_update(phase: Phase, outgoing: list[Message], model: Model) -> Mean:
     """
     run, has_one_content = phase.run, len({id(message.content) for message in outgoing}) == 1
     if has_one_content and not run.settings.max_update_norm:
-        outcomes = run.grid.sum_updates(outgoing, run.weighted_by)
+        outcomes = run.grid.sum_updates(outgoing, run.train_weighted_by)
         if outcomes is not None:
             return _mean_of_grid(phase, outgoing, outcomes)
     nodes = [phase.node_of(message) for message in outgoing]

@@ -26,7 +26,7 @@ from ..runs.result import Result
 from ..runs.round_record import RoundRecord
 from ..training.trainer import Trainer
 from ..transforms.run_transform import run_transform
-from . import privacy, strategies, strategy_state
+from . import coverage, strategies, strategy_state
 from .changes import record_changes
 from .checked_updates import all_updates, mean_statistics, mean_update
 from .checkpoint import Checkpoints
@@ -164,7 +164,7 @@ def _train(run: Run, model: Model, record: RoundRecord) -> Model:
         if not metrics:
             return model
         with phase.timed("aggregate"):
-            content = mean.as_reply(model.masters, run.weighted_by, run.spool)
+            content = mean.as_reply(model.masters, run.train_weighted_by, run.spool)
             with phase.hook("aggregate_train"):
                 masters, train_metrics = strategies.aggregate_mean(
                     run.strategy, phase.number, content, list(metrics.values())
@@ -239,7 +239,8 @@ def _set_up(
         "seed": settings.seed,
         "run-id": run_id,
     }
-    config = {**trainer.task.config, **settings.config, **run_config}
+    client_config = strategies.attribute(strategy, "client_config") or {}
+    config = {**trainer.task.config, **settings.config, **client_config, **run_config}
     roster = roster or Roster(
         grid,
         trainer.spec,
@@ -271,15 +272,15 @@ def _set_up(
         )
         history.notify(
             Notice(
-                f"updates are encoded, in {message_size:,} bytes in place of {size:,}: "
-                f"{', then '.join(transform.notes)}; statistics and metrics are not"
+                f"updates: {', then '.join(transform.notes)}; {message_size:,} bytes each in "
+                f"place of {size:,}; statistics and metrics are sent as they are"
             )
         )
     if strategies.attribute(strategy, "proximal_mu") == 0 and "proximal-mu" not in config:
         history.notify(Notice("FedProx without proximal-mu is FedAvg: set it, such as to 0.1"))
     if private := strategies.name_of_private(strategy):
-        privacy.require_covered(private, run.averaged)
-        history.notify(Notice(privacy.note(private, trainer.task)))
+        coverage.require_covered(private, run.averaged)
+        history.notify(Notice(coverage.note(private, trainer.task)))
     return run
 
 

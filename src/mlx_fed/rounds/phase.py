@@ -86,8 +86,13 @@ class Run(NamedTuple):
 
     @property
     def weighted_by(self) -> str:
-        """The metric that weighs a reply."""
+        """The metric that weighs an evaluation."""
         return strategies.attribute(self.strategy, "weighted_by_key") or "num-examples"
+
+    @property
+    def train_weighted_by(self) -> str:
+        """The metric that weighs an update."""
+        return strategies.train_weighted_by(self.strategy)
 
 
 class Phase:
@@ -243,6 +248,10 @@ class Phase:
     @property
     def max_examples(self) -> float:
         """The most that a reply may weigh by itself."""
+        if self.name == "train" and (
+            limit := strategies.attribute(self.run.strategy, "max_weight")
+        ):
+            return float(limit)
         return self.run.settings.max_examples or proportion.MAX_EXAMPLES
 
     def refuse_heavy(
@@ -257,7 +266,7 @@ class Phase:
         """
         if self.run.roster.stays or self.run.settings.max_examples:
             return ()
-        heavy = proportion.explain_weights(weights, name or self.run.weighted_by)
+        heavy = proportion.explain_weights(weights, name or self.run.train_weighted_by)
         for node, reason in heavy.items():
             self.refuse(node, reason)
         return heavy

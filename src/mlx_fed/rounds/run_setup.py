@@ -106,6 +106,8 @@ def set_up_run(
     trainer = Trainer(task, settings.seed)
     notes = [] if settings.initial is None else load_initial_weights(trainer, settings.initial)
     history = History(run_folder(runs, name, resume), tuple(listeners), description)
+    if open_folder := strategies.attribute(strategy, "open_folder"):
+        open_folder(history.folder)
     for note in notes:
         history.notify(Notice(note))
     if devices.is_slow(device_name):

@@ -108,6 +108,8 @@ class Stopping(NamedTuple):
             was not: patience counts from there, and what was reached then is reached no more.
         evaluation_deadline (int): The round by which an evaluation has to have given metrics;
             0 if that is unknown, as with a strategy that evaluates in some rounds.
+        strategy_reason (callable, optional): Why the strategy wants no further round, such as a
+            privacy budget that is spent.
     """
 
     patience: int
@@ -115,6 +117,7 @@ class Stopping(NamedTuple):
     stop: StopFn | None = None
     after: int = 0
     evaluation_deadline: int = 0
+    strategy_reason: Callable[[], str | None] | None = None
 
     def reason(self, rounds: Sequence[dict[str, Any]], best: Best | None) -> str | None:
         """Why a run is over after these rounds, or None where it goes on.
@@ -130,6 +133,8 @@ class Stopping(NamedTuple):
             return None
         if not rounds[-1]["train"].get("nodes"):
             return "the strategy asked no node to train"
+        if self.strategy_reason and (reason := self.strategy_reason()):
+            return reason
         return self._reached(rounds) or self._out_of_patience(rounds, best) or self._asked(rounds)
 
     def _reached(self, rounds: Sequence[dict[str, Any]]) -> str | None:
@@ -211,7 +216,12 @@ def stopping_of(settings: RunSettings, strategy: Strategy, previous: Previous) -
     has_server_evaluation = settings.test is not None or settings.evaluate_fn is not None
     deadline = 0 if has_server_evaluation else _evaluation_deadline(strategy)
     return Stopping(
-        settings.patience or 0, targets, settings.stop, previous.went_on_after, deadline
+        settings.patience or 0,
+        targets,
+        settings.stop,
+        previous.went_on_after,
+        deadline,
+        strategies.attribute(strategy, "stop_reason"),
     )
 
 

@@ -51,6 +51,13 @@ def attribute(strategy: Strategy, name: str) -> Any:
     return next((getattr(layer, name) for layer in layers(strategy) if hasattr(layer, name)), None)
 
 
+def train_weighted_by(strategy: Strategy) -> str:
+    """The metric that weighs an update: Flower's ``weighted_by_key``, unless the strategy has
+    ``train_weighted_by_key`` for training."""
+    keys = ("train_weighted_by_key", "weighted_by_key")
+    return next(filter(None, (attribute(strategy, key) for key in keys)), "num-examples")
+
+
 def least_nodes(strategy: Strategy) -> int:
     """The number of nodes that the strategy waits for."""
     return max(1, *(int(attribute(strategy, name) or 1) for name in LEAST_NODES))
@@ -63,10 +70,10 @@ _LINEAR = tuple(kind.aggregate_train for kind in (FedAvg, FedAvgM, FedAdagrad, F
 def is_linear(strategy: Strategy) -> bool:
     """Whether the strategy needs no more of a round's updates than their weighted mean.
 
-    So it is with FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam and FedYogi, and with those of
-    one's own that leave their ``aggregate_train`` as it is.
+    So it is with FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam and FedYogi, with subclasses that
+    leave their ``aggregate_train`` as it is, and with those that say ``needs_only_mean = True``.
     """
-    return type(strategy).aggregate_train in _LINEAR
+    return type(strategy).aggregate_train in _LINEAR or getattr(strategy, "needs_only_mean", False)
 
 
 def aggregate_mean(
@@ -80,9 +87,9 @@ def aggregate_mean(
         mean (RecordDict): What a client would reply that had the mean and all the weight.
         metrics (list): Each client's metrics, for the strategy's ``train_metrics_aggr_fn``.
     """
-    averaging: Any = strategy
+    *_, averaging = layers(strategy)
     function = averaging.train_metrics_aggr_fn
-    weighted_by = averaging.weighted_by_key
+    weighted_by = train_weighted_by(strategy)
 
     def aggregate(_: list[RecordDict], weighted_by: str) -> MetricRecord:
         if function is _FLOWERS_MEAN:

@@ -151,7 +151,7 @@ class BatchedTrainer:
             trainer.note_divergence(values, weights)
             metrics |= count_units(trainer.task, weights, seconds)
             metrics |= trainer.first_loss(*starts[index], Data(examples), config)
-            updates.append(trainer.make_update(states[index], counters, metrics))
+            updates.append(trainer.make_update(states[index], counters, metrics, config))
         return updates
 
     def _programs(self, optimizer: Any, config: Config) -> TrainingPrograms:

@@ -22,6 +22,7 @@ from ..errors import SettingsError
 from ..system import calls
 from ..task import Config, Data, Split, Task, fingerprint_of
 from ..task_settings import TracedConfig
+from ..transforms.clipping import SETTING as CLIP
 from ..transforms.run_transform import SETTING, UpdateEncoder, run_transform
 from .batches import BatchLoader
 from .client_arrays import ClientArrays, restore_counters, state_of_kind
@@ -240,7 +241,7 @@ class Trainer:
         }
         metrics |= count_units(self.task, loss_weights, seconds)
         metrics |= self.first_loss(*start, data, config)
-        return self.make_update(state, counters, metrics)
+        return self.make_update(state, counters, metrics, config)
 
     def first_loss(
         self, parameters: Arrays, statistics: Arrays, data: Data, config: Config
@@ -260,10 +261,12 @@ class Trainer:
         return {str(key): loss}
 
     def make_update(
-        self, state: TrainState, counters: Arrays, metrics: dict[str, int | float]
+        self, state: TrainState, counters: Arrays, metrics: dict[str, int | float], config: Config
     ) -> ClientUpdate:
         """Client update of a training state: what is sent, and the new client state."""
         arrays = self.client_arrays
+        if CLIP in config:  # each client counts as much as any other
+            metrics["clients"] = 1
         if not arrays.has_client_state:
             return ClientUpdate(state.parameters, state.statistics, metrics)
         client_state = arrays.client_state(state, counters)

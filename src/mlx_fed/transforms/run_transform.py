@@ -12,6 +12,8 @@ from ..arrays.named_arrays import Arrays, Spec
 from ..errors import SettingsError
 from ..system import calls
 from ..task import Config, Task
+from .clipping import SETTING as CLIP
+from .clipping import clip
 from .compression import parse_compression
 from .update_transform import State, UpdateTransform, chain, update_of
 
@@ -19,7 +21,7 @@ SETTING = "compress"
 
 
 def run_transform(task: Task, config: Config, spec: Spec) -> UpdateTransform | None:
-    """The chain of ``Task.update_transforms`` and the setting ``compress``, in this order.
+    """The chain of ``Task.update_transforms`` and the settings ``dp-clip`` or ``compress``.
 
     Args:
         task (Task): The task.
@@ -30,12 +32,20 @@ def run_transform(task: Task, config: Config, spec: Spec) -> UpdateTransform | N
         UpdateTransform: None if updates are sent as they are.
 
     Raises:
-        SettingsError: If ``compress`` names no transform, or the task gives something else.
+        SettingsError: If ``compress`` names no transform or would undo the clipping, or the task
+            gives something else.
     """
     transforms: list[Any] = []
     if task.update_transforms is not None:
         transforms += calls.call("Task.update_transforms", task.update_transforms, config)
+    if CLIP in config:
+        transforms.append(clip(float(config[CLIP])))
     if (compress := parse_compression(config.get(SETTING, ""))) is not None:
+        if CLIP in config:
+            raise SettingsError(
+                "compress changes the norm of a clipped update, which differential privacy counts "
+                "on: leave out compress, or the privacy."
+            )
         transforms.append(compress)
     if not transforms:
         return None

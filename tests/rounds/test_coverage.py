@@ -14,7 +14,7 @@ from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, arrays_size_mod
 from flwr.serverapp.strategy import FedAvg
 
 from mlx_fed.errors import RunError
-from mlx_fed.rounds.privacy import PrivacyError
+from mlx_fed.rounds.coverage import PrivacyError
 
 from ..helpers.simulated import simulate
 from ..helpers.federated import CLIENT, NORMALIZED, TASK, federate
