@@ -25,6 +25,8 @@ from mlx_fed.training import padding
 from mlx_fed.training.probe import Probe
 from mlx_fed.training.trainer import Trainer
 
+from ..helpers.call_log import call_log
+
 ROUNDS, CLIENTS, RATE = 2, 4, 0.1
 
 
@@ -306,7 +308,7 @@ def test_random_numbers_without_a_key_are_new_in_each_step_and_follow_from_the_s
 
 def test_a_hidden_generator_is_noticed(tmp_path):
     _, notes = simulate(task(loss=by_a_generator), tmp_path, batched=False)
-    assert any("not compiled" in note and "the loss" in note for note in notes)
+    assert any("not compiled" in note and "it reads" in note for note in notes)
 
 
 def test_an_optimizer_that_draws_is_not_compiled(tmp_path):
@@ -487,10 +489,10 @@ def test_control_flow_on_values_trains_uncompiled(tmp_path):
 
 @pytest.mark.parametrize("batched", [True, False])
 def test_a_loss_takes_the_settings_the_round_and_the_step(batched, tmp_path):
-    calls: list[int] = []
+    calls, record = call_log()
 
     def loss(model, x, y, config):
-        calls.append(1)
+        record()
         moment = 10 * config["server-round"] + config["local-step"]
         return (model.weight.sum() + 0 * x.sum()) * moment * config["some_scale"]
 
@@ -912,23 +914,7 @@ def test_settings_that_a_loss_has_already_are_left_alone(tmp_path):
     hold_to_the_loop(result, plain_loop(model, lambda *args: bound(*args).mean()))
 
 
-# -- what a compiled program has baked in ----------------------------------------------------------
-
-
-@pytest.mark.parametrize("batched", [True, False])
-def test_a_global_that_changes_between_rounds_is_noticed(batched, tmp_path):
-    scale = {"now": 1.0}
-
-    def optimizer(config):
-        scale["now"] = float(config["server-round"])
-        return optim.SGD(0.01)
-
-    def loss(model, x, y):
-        return squares(model, x, y) * scale["now"]
-
-    _, notes = simulate(task(optimizer=optimizer, loss=loss), tmp_path, batched=batched)
-    what = "one after another" if batched else "not compiled"
-    assert any(what in note and "differs from the plain result" in note for note in notes)
+# -- the class of layers ---------------------------------------------------------------------------
 
 
 class Asks(nn.Module):

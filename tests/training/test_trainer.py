@@ -23,7 +23,9 @@ from mlx_fed.arrays import named_arrays, randomness, weights
 from mlx_fed.arrays.randomness import Keys, draw_keys_from
 from mlx_fed.training.programs import compiled
 from mlx_fed.training.trainer import Trainer, ClientUpdate
+from mlx_fed.arrays.examples import ExamplesError
 from mlx_fed.arrays.named_arrays import WeightsError
+from ..helpers.call_log import call_log
 from ..helpers.trainers import (
     MLP,
     OPTIMIZERS,
@@ -425,13 +427,13 @@ def test_augmented_examples_may_have_another_shape():
 
 def counted(loss=vector) -> tuple[Callable, list]:
     """A loss, and a list that grows each time that a compiled program of it is traced."""
-    calls: list[None] = []
+    calls, record = call_log()
 
     def counting(model, x, y):
         try:
             mx.eval(x)  # which a trace refuses, and a comparison with the plain step allows
         except ValueError:
-            calls.append(None)
+            record()
         return loss(model, x, y)
 
     return counting, calls
@@ -790,3 +792,27 @@ def test_a_stream_may_say_how_many_examples_it_has():
     assert steps.metrics["num-examples"] == 21
     nameless = train(trainer(), fed.Data(lambda key: Stream()(key)), local_steps=1)
     assert nameless.metrics["num-examples"] == 8
+
+
+@pytest.mark.parametrize("label", [3, 100_000, -4])
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_label_without_an_output_is_refused_in_each_batch_of_a_stream(number: int, label: int):
+    """Batches 3 and 4 are of a second pass, whose labels are other ones."""
+    passes = []
+
+    def stream(key: mx.array):
+        passes.append(key)
+        for batch in range(3 * len(passes) - 3, 3 * len(passes)):
+            yield mx.ones((4, 4)), mx.array([0, 1, 2, label if batch == number else 0])
+
+    trainer = Trainer(
+        fed.Task(
+            model=lambda: nn.Linear(4, 3),
+            loss=lambda model, x, y: nn.losses.cross_entropy(model(x), y),
+            optimizer=lambda config: optim.SGD(0.1),
+            data=lambda partition, num_partitions: fed.Data(train=stream),
+            local_epochs=2,
+        )
+    )
+    with pytest.raises(ExamplesError, match=f"entry {label} of 3"):
+        trainer.train(trainer.parameters(), {}, fed.Data(stream), {"seed": 0, "server-round": 1})

@@ -90,6 +90,29 @@ def seed_temporarily(seed: int, numpy_seed: bytes | None = None) -> Iterator[Non
         np.random.set_state(states[1])
 
 
+@contextmanager
+def restore_generators() -> Iterator[None]:
+    """Restores the states of the global generators of MLX (this thread's), NumPy and Python."""
+    import mlx.core as mx
+
+    high, low = _mlx_key()
+    states = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _mlx_key() -> tuple[int, int]:
+    """MLX's random state, a key, whose halves are those of the seed that sets it."""
+    import mlx.core as mx
+
+    state: Any = mx.random.state
+    return tuple(map(int, state[0].tolist()))  # type: ignore[return-value]
+
+
 class Keys:
     """A sequence of keys split from one, as MLX's random state splits them.
 

@@ -19,6 +19,7 @@ from typing import Any
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
 from .. import clientapp
+from ..arrays import randomness
 from ..arrays.flower_records import records_in
 from ..arrays.spool import Spool
 from ..errors import FedError
@@ -79,6 +80,7 @@ class RunFailed(JoinError):
 
 @with_argument_hints
 @devices.restore_default()
+@randomness.restore_generators()
 def join(
     task: TaskSource,
     server: str | None = None,

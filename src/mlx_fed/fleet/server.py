@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from flwr.serverapp.strategy import Strategy
 
-from ..arrays import weights
+from ..arrays import randomness, weights
 from ..arrays.spool import Spool
 from ..errors import FedError, RunError
 from ..events import Listener, NodeInvited, Notice, ServerReady
@@ -55,6 +55,7 @@ class ServeError(FedError):
 
 @with_argument_hints
 @devices.restore_default()
+@randomness.restore_generators()
 def serve(
     task: TaskSource,
     strategy: StrategySource | None = None,

@@ -17,15 +17,15 @@ from ..arrays.examples import Examples, count, leaves
 from ..arrays.named_arrays import Arrays, StackedRow
 from ..errors import FedError
 from ..task import Config, Data, Task
-from ..task_settings import TracedConfig
 from ..training.batches import BatchIndices
 from ..training.metrics import count_units, weighted_mean
-from ..training.optimizer_state import initial_state, state_of
-from ..training.programs import compiled, pure
+from ..training.optimizer_state import STATEFUL_OPTIMIZER, initial_state, signature, state_of
+from ..training.programs import CHANGES_STATE, compiled, pure
 from ..training.steps import StepContext, TrainState
-from ..training.trainer import ClientUpdate, Trainer, TrainingPrograms, proximal_term
+from ..training.trainer import ClientUpdate, Trainer, proximal_term
+from ..training.training_programs import TrainingPrograms
 from .client_groups import ClientGroup, regroup, stack_arrays
-from .mapped_step import check_step, mapped_step
+from .mapped_step import BatchedError, check_step, mapped_step
 from .stacking import Feed, HostStacks, device_feed, host_can_read
 
 
@@ -43,6 +43,22 @@ class _StepLosses(NamedTuple):
     members: tuple[int, ...]
     losses: mx.array
     weights: mx.array
+
+
+class ImpureOptimizer(FedError):
+    """A ``Task.optimizer`` that may return another optimizer at each call.
+
+    Attributes:
+        optimizer (Optimizer): The first client's.
+    """
+
+    def __init__(self, optimizer: Any):
+        super().__init__(
+            "Task.optimizer changes a global or closure variable, or an attribute, that it reads, "
+            "or draws random numbers. It is called once for each client, in a simulation by all "
+            'clients of a process: let it depend on its settings alone, as config["server-round"]'
+        )
+        self.optimizer = optimizer
 
 
 class BatchedTrainer:
@@ -84,16 +100,18 @@ class BatchedTrainer:
 
         Raises:
             FedError: If the task's clients cannot train together.
+            ImpureOptimizer: If the task's optimizers may differ.
             BatchedError: If the mapped step differs from the plain one.
         """
         trainer = self.trainer
         if reason := self.why_not(trainer.task):
             raise FedError(reason)
-        optimizer = trainer.task.optimizer(TracedConfig(config))
+        optimizer, is_impure = trainer.programs.make_optimizer(config)
+        if is_impure:
+            raise ImpureOptimizer(optimizer)
         combine = trainer.client_arrays.combine
         starts = [combine(parameters, statistics, client.client_state) for client in clients]
         programs = self._programs(optimizer, config)
-        key = repr(trainer.training_key(optimizer, config))
         # In the rounds 1, 2, 8, 32 ...: Python variables that a model reads may change.
         check_period = int(config.get("server-round", 0)).bit_length() // 2
         counters = state_of(optimizer)
@@ -128,17 +146,21 @@ class BatchedTrainer:
                 result = programs.step(state, context, batch, mask)
                 (mx.eval if by_host else mx.async_eval)(result)
                 shapes = tuple(array.shape[1:] for array in leaves(batch))
-                program = (key, shapes, mask is None)
+                program = (shapes, mask is None)
                 if len(members) > 1 and self._check_periods.get(program) != check_period:
                     arguments = state, context, batch, mask
                     loss_only = program in self._check_periods
-                    check_step(trainer, optimizer, config, arguments, result.loss, loss_only)
+                    check_step(
+                        trainer, programs.optimizer, config, arguments, result.loss, loss_only
+                    )
                     self._check_periods[program] = check_period
                 counters = result.counters
                 step_losses.append(_StepLosses(members, result.loss, result.weight))
                 groups[index] = ClientGroup(members, result.state)
         groups = [*finished_groups, *groups]
         mx.eval([group.state for group in groups], [losses[1:] for losses in step_losses])
+        if self._compiled is not None and signature(programs.optimizer) != self._compiled[0][0]:
+            raise BatchedError(STATEFUL_OPTIMIZER)
         seconds = (time.perf_counter() - start_time) / len(clients)
         states = _client_states(groups)
         updates = []
@@ -157,11 +179,15 @@ class BatchedTrainer:
     def _programs(self, optimizer: Any, config: Config) -> TrainingPrograms:
         """Compiled programs of many clients, traced anew when a constant in them changes."""
         trainer = self.trainer
-        key = trainer.training_key(optimizer, config)
+        key = trainer.programs.key(optimizer, config)
+        if trainer.programs.has_changing_state:
+            raise BatchedError(CHANGES_STATE)
         if self._compiled is None or self._compiled[0] != key:
             mx.eval(trainer.model.parameters())
             step = compiled(pure(mapped_step(trainer, optimizer, config)))
-            self._compiled = (key, TrainingPrograms(compiled(initial_state(optimizer)), step))
+            state = compiled(initial_state(optimizer))
+            self._compiled = (key, TrainingPrograms(state, step, optimizer))
+            self._check_periods.clear()
         return self._compiled[1]
 
 

@@ -18,7 +18,7 @@ from ..arrays.named_arrays import Arrays
 from ..errors import FedError
 from ..task import Config
 from ..training.optimizer_state import is_elementwise, update_step
-from ..training.programs import find_difference
+from ..training.programs import CHANGES_STATE, find_difference
 from ..training.random_inputs import random_like, random_parameters
 from ..training.steps import (
     Gradient,
@@ -79,7 +79,10 @@ def check_step(
         )
         row = select_clients(1, (state, batch, masks, results, new_arrays[:2]))
         state, batch, masks, result, (parameters, optimizer_state) = row
+        python_state = trainer.programs.python_state.snapshot()
         plain = gradient(state, context, batch, *(masks or (None,)))
+        if trainer.programs.python_state.snapshot() != python_state:
+            raise BatchedError(CHANGES_STATE)
         plain_parameters, plain_optimizer_state, _ = update(
             state.parameters, state.optimizer_state, context.counters, result.grads
         )

@@ -13,6 +13,7 @@ from ..errors import SimulationError
 from ..runs import labels
 from ..task import Data, Task
 from ..training import batches
+from ..training.python_state import PythonState
 
 
 class Partitions:
@@ -22,12 +23,19 @@ class Partitions:
         task (Task): The task, whose ``data`` loads a partition.
         num_clients (int): Number of partitions.
         max_bytes (int): Size of all arrays in the cache; the last partition is always in it.
+        python_state (PythonState): What the task's functions read of Python.
+
+    Attributes:
+        changes_state (bool): Whether loading a partition changes that, so that it has to be loaded
+            each time before it is used.
     """
 
-    def __init__(self, task: Task, num_clients: int, max_bytes: int):
+    def __init__(self, task: Task, num_clients: int, max_bytes: int, python_state: PythonState):
         self.max_bytes = max_bytes
         self.task = task
         self.num_clients = num_clients
+        self.changes_state = False
+        self._python_state = python_state
         self._entries: OrderedDict[int, tuple[Data, int]] = OrderedDict()
         self._bytes = 0
         self._fingerprints: dict[int, int] = {}
@@ -39,7 +47,7 @@ class Partitions:
         Raises:
             SimulationError: If the data differs from that of an earlier load.
         """
-        if client in self._entries:
+        if client in self._entries and not self.changes_state:
             self._entries.move_to_end(client)
             return self._entries[client][0]
         data = self._load(client)
@@ -49,6 +57,8 @@ class Partitions:
             self._check(client, data)
             data = self._load(client)
         self._check(client, data)
+        if self.changes_state:
+            return data
         size = size_of(data)
         self._entries[client] = (data, size)
         self._bytes += size
@@ -63,7 +73,11 @@ class Partitions:
         return labels
 
     def _load(self, client: int) -> Data:
-        return batches.load(self.task, client, self.num_clients)
+        state = self._python_state.snapshot() if self._fingerprints else None
+        data = batches.load(self.task, client, self.num_clients)
+        if state is not None and state != self._python_state.snapshot():
+            self.changes_state = True
+        return data
 
     def _check(self, client: int, data: Data) -> None:
         fingerprint = _fingerprint(data)

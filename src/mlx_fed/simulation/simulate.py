@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..arrays import randomness
 from ..errors import SettingsError
 from ..events import Event, Listener, RunResumed
 from ..flower.log import silence_flower
@@ -34,6 +35,7 @@ from .worker_progress import received
 
 @with_argument_hints
 @devices.restore_default()
+@randomness.restore_generators()
 def simulate(
     task: TaskSource,
     strategy: StrategySource | None = None,

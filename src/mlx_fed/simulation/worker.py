@@ -25,7 +25,7 @@ from ..training.batches import lengths
 from ..training.client_arrays import state_of_kind
 from ..training.trainer import ClientUpdate, Trainer
 from ..transforms.update_transform import decode_parameters
-from .batched_trainer import BatchedTrainer, ClientInput
+from .batched_trainer import BatchedTrainer, ClientInput, ImpureOptimizer
 from .client_states import ClientStateStore
 from .faults import Faults
 from .partition_cache import Partitions, size_of
@@ -142,7 +142,9 @@ class Worker:
         self.trainer, max_bytes = trainer, worker_config.max_bytes
         can_batch = worker_config.batched and BatchedTrainer.why_not(trainer.task) is None
         self.batched_trainer = BatchedTrainer(trainer) if can_batch else None
-        self.partitions = Partitions(trainer.task, worker_config.num_clients, max_bytes)
+        self.partitions = Partitions(
+            trainer.task, worker_config.num_clients, max_bytes, trainer.task_state
+        )
         self.client_states = worker_config.client_states
         self.request: DecodedRequest | None = None
         self.failures: list[ClientFailure] = []
@@ -236,6 +238,13 @@ class Worker:
             except Exception as error:
                 self._fail(client.position, error)
                 continue
+            if self.partitions.changes_state:
+                self._train_alone()
+                for one in (*(earlier for earlier, _ in window), client):
+                    pair = one, self._load(one.partition)
+                    yield from self._train_window(request, [pair])
+                window = []
+                continue
             if not window:
                 limit = _WINDOW * self._chunk_size(request, data)
             window.append((client, data))
@@ -245,6 +254,15 @@ class Worker:
                 window, num_bytes = [], 0
         if window:
             yield from self._train_window(request, window)
+
+    def _train_alone(self) -> None:
+        """From now on clients train one after another, each right after its data is loaded."""
+        self.batched_trainer = None
+        self.trainer.note(
+            "clients train one after another, not together: Task.data changes a global or closure "
+            "variable, or an attribute, that another function of the task reads, so it is called "
+            "each time before a client trains"
+        )
 
     def _train_window(
         self, request: DecodedRequest, window: list[tuple[SampledClient, Data]]
@@ -311,6 +329,7 @@ class Worker:
     ) -> list[ClientUpdate | Exception]:
         arrays = request.parameters, request.statistics
         failure: Exception | None = None
+        optimizer = None
         if self.batched_trainer is not None and len(chunk) > 1:
             inputs = [
                 ClientInput(
@@ -324,6 +343,7 @@ class Worker:
                 return [*self.batched_trainer.train(*arrays, inputs, request.config)]
             except Exception as error:  # of one client, or of the model: one by one shows which
                 failure = error
+                optimizer = error.optimizer if isinstance(error, ImpureOptimizer) else None
         updates: list[ClientUpdate | Exception] = []
         for client, data in chunk:
             try:
@@ -334,10 +354,12 @@ class Worker:
                     request.config,
                     client=client.partition,
                     client_state=client_state,
+                    optimizer=optimizer,
                 )
                 updates.append(update)
             except Exception as error:
                 updates.append(error)
+            optimizer = None
         if failure is not None and not any(isinstance(update, Exception) for update in updates):
             self.batched_trainer = None
             self.trainer.note(f"clients train one after another, not together: {reason(failure)}")

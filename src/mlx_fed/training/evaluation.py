@@ -24,6 +24,10 @@ from .confusion_matrix import ConfusionMatrix
 from .evaluation_step import LOSS, Function, Outputs, Untraceable, evaluation_step
 from .metrics import Evaluation, as_number, count_units, derive_metrics, is_defined, reason_of
 from .programs import Program
+from .python_state import PythonState, Snapshot
+
+_MOST_STATES = 3
+"""Python states for which an evaluation is compiled: each is another trace."""
 
 
 class Evaluator:
@@ -53,6 +57,10 @@ class Evaluator:
         self._uncompiled: set[str] = set()
         self._layouts: dict[str, Any] = {}
         self._programs: dict[Any, Program] = {}
+        functions = [self._probed(name) for name in self.functions]
+        self._python_state = PythonState(*functions, model)
+        self._last_state: Snapshot | None = None
+        self._num_changes = 0
         self._logged: set[str] = set()
         self._probes = {
             name: _probe(function, task.loss) for name, function in self.functions.items()
@@ -162,6 +170,11 @@ class Evaluator:
         settings: Any = ()
         if any(examples.takes_config(self._probed(name)) for name in names):
             settings = repr(sorted((k, v) for k, v in config.items() if k != "server-round"))
+        state = self._python_state.snapshot()
+        if state != self._last_state:  # a program has the values of its trace
+            self._programs.clear()
+            self._num_changes += 1
+            self._last_state = state
         while True:
             traceable = tuple(name for name in names if name not in self._uncompiled)
             key = traceable, settings
@@ -174,9 +187,10 @@ class Evaluator:
                         for name, arrays in outputs.items()
                         for array in arrays[:1]
                     },
-                    self.task.compile,
+                    self.task.compile and self._num_changes < _MOST_STATES,
                     self.note,
                     "evaluation",
+                    self._python_state,
                     raises=Untraceable,
                 )
             try:

@@ -7,8 +7,6 @@ the same for all clients at one step, and the arrays that it has for each parame
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from types import FunctionType
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..arrays import examples
 from ..arrays.named_arrays import Arrays
 from ..errors import TaskError
+from .python_state import PythonState, Snapshot
 
 
 def update_step(optimizer: optim.Optimizer) -> Callable[..., tuple[Arrays, Arrays, Arrays]]:
@@ -42,6 +41,13 @@ def update_step(optimizer: optim.Optimizer) -> Callable[..., tuple[Arrays, Array
         return {name: arrays[name] for name in parameters}, state, counters
 
     return update
+
+
+STATEFUL_OPTIMIZER = (
+    "Task.optimizer's optimizer changes attributes of its own in a step, which are no part of its "
+    "state: each client has one of its own, and its steps are not compiled. With keep_optimizer, "
+    "only what is in its state is kept"
+)
 
 
 _ELEMENTWISE = (
@@ -119,29 +125,11 @@ def split_state(state: Arrays, counters: Arrays) -> tuple[Arrays, Arrays]:
     return {path: arrays.pop(path) for path in counters}, arrays
 
 
-def signature(optimizer: optim.Optimizer) -> Any:
-    """Key of an optimizer's constants in a traced step: all its attributes but the state.
+def signature(optimizer: optim.Optimizer) -> Snapshot:
+    """Key of an optimizer's constants in a traced step: all that it reads but the state.
 
     The learning rate is in the state and may change from round to round without a new trace;
     momentum or another schedule may not.
     """
     list(named_optimizers(optimizer))  # raises for anything else
-    settings = {k: v for k, v in vars(optimizer).items() if k not in ("_state", "_initialized")}
-    return (type(optimizer), _comparable(settings))
-
-
-def _comparable(value: Any) -> Any:
-    if isinstance(value, optim.Optimizer):
-        return signature(value)
-    if isinstance(value, dict):
-        return {key: _comparable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_comparable(item) for item in value]
-    if isinstance(value, FunctionType):
-        # A task makes its schedules and filters anew each round: same code, same values.
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        defaults = (value.__defaults__, value.__kwdefaults__)
-        return (value.__code__, _comparable(defaults), _comparable(cells))
-    if isinstance(value, partial):
-        return (partial, *map(_comparable, (value.func, value.args, value.keywords)))
-    return value.tolist() if hasattr(value, "tolist") else value
+    return PythonState(optimizer).snapshot()

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..arrays import randomness
+from .python_state import PythonState
 
 Seed = tuple[int, *tuple[int | str, ...]]
 """Arguments of :func:`~mlx_fed.arrays.randomness.derive`."""
@@ -28,6 +29,11 @@ _NOISE = 1e-5
 """The same, relative to the largest value of all arrays, for arrays of rounding errors around 0."""
 
 
+CHANGES_STATE = (
+    "it changes a global or closure variable, or an attribute, of Python, that it reads as well"
+)
+
+
 class NotPure(Exception):
     """A step that draws random numbers without a key among its arguments."""
 
@@ -36,8 +42,8 @@ class Program:
     """Step of arrays to arrays, compiled where the result is the same.
 
     The results of the 1st, 2nd, 4th, 8th ... call are compared with those of the uncompiled step.
-    If they differ, if the step draws random numbers without a key, or if it cannot be compiled, it
-    runs uncompiled from then on.
+    If they differ, if the step changes Python state that it reads, if it draws random numbers
+    without a key, or if it cannot be compiled, it runs uncompiled from then on.
 
     Args:
         step (callable): The step.
@@ -46,6 +52,7 @@ class Program:
         compile (bool): ``False`` runs the step uncompiled.
         note (callable): ``note(text)`` logs why the step is not compiled.
         name (str): The step's name, for that.
+        python_state (PythonState): What the step reads of Python.
         raises (type, optional): Exceptions of the step that are passed on without another run.
     """
 
@@ -56,12 +63,14 @@ class Program:
         compile: bool,
         note: Callable[[str], None],
         name: str,
+        python_state: PythonState,
         raises: type[Exception] | tuple[()] = (),
     ):
         self._step, self._note, self._name = step, note, name
         self._compared_arrays = compared_arrays
         self._compiled = compiled(pure(step)) if compile else None
         self._calls = 0
+        self._python_state = python_state
         self._raises = raises
 
     def __call__(self, seed: Seed, *arguments: Any) -> Any:
@@ -85,8 +94,11 @@ class Program:
             if isinstance(error, self._raises):
                 raise
             failure = error
+        state = self._python_state.snapshot()
         plain = self._run_uncompiled(seed, arguments)  # raises an exception of the task
-        if failure is None:
+        if failure is None and self._python_state.snapshot() != state:
+            reason = CHANGES_STATE
+        elif failure is None:
             difference = find_difference(
                 self._compared_arrays(result), self._compared_arrays(plain)
             )
@@ -122,9 +134,9 @@ def pure(step: Callable[..., Any]) -> Callable[..., Any]:
     """Step that raises :class:`NotPure` while it is traced if a random state has changed."""
 
     def traced(*arguments: Any) -> Any:
-        states = _generator_states()
+        states = generator_states()
         result = step(*arguments)
-        for name, state in _generator_states().items():
+        for name, state in generator_states().items():
             if state is not states[name] and state != states[name]:
                 raise NotPure(
                     f"it draws from {name}, so that each step would have the same random numbers. "
@@ -136,7 +148,8 @@ def pure(step: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-def _generator_states() -> dict[str, Any]:
+def generator_states() -> dict[str, Any]:
+    """States of the global random generators by name, to be compared by ``==``."""
     keys: Any = mx.random.state
     state: Any = np.random.get_state()
     return {

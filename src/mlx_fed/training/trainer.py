@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
@@ -19,25 +19,17 @@ import mlx.core as mx
 from ..arrays import examples, frozen, named_arrays, randomness, weights
 from ..arrays.named_arrays import Arrays
 from ..errors import SettingsError
-from ..system import calls
 from ..task import Config, Data, Split, Task, fingerprint_of
-from ..task_settings import TracedConfig
 from ..transforms.clipping import SETTING as CLIP
 from ..transforms.run_transform import SETTING, UpdateEncoder, run_transform
 from .batches import BatchLoader
 from .client_arrays import ClientArrays, restore_counters, state_of_kind
 from .evaluation import Evaluator
 from .metrics import Evaluation, count_units, weighted_mean
-from .optimizer_state import initial_state, signature, state_of
-from .programs import Program, compiled
-from .steps import (
-    StepContext,
-    StepResult,
-    TrainState,
-    custom_step,
-    gradient_accumulation,
-    training_step,
-)
+from .optimizer_state import STATEFUL_OPTIMIZER, state_of
+from .python_state import PythonState
+from .steps import StepContext, TrainState
+from .training_programs import ProgramCache
 
 
 class ClientUpdate(NamedTuple):
@@ -51,14 +43,6 @@ class ClientUpdate(NamedTuple):
     statistics: Mapping[str, mx.array]
     metrics: dict[str, int | float]
     client_state: Mapping[str, mx.array] = MappingProxyType({})
-
-
-class TrainingPrograms(NamedTuple):
-    """Compiled functions of training: a new optimizer's state, and a step (see
-    :mod:`~mlx_fed.training.steps`), which takes a seed first."""
-
-    initial_state: Callable[..., Arrays]
-    step: Callable[..., StepResult]
 
 
 class Trainer:
@@ -97,8 +81,10 @@ class Trainer:
         self._num_taken = 0
         self._has_diverged = False
         self.takes_config = task.train_step is not None or examples.takes_config(task.loss)
+        functions = task.loss, task.augment, task.optimizer, task.train_step
+        self.task_state = PythonState(*functions, *task.metrics.values(), self.model)
         self.batches = BatchLoader(task, self.model, self.slots, self.note)
-        self._training: tuple[Any, TrainingPrograms] | None = None
+        self.programs = ProgramCache(task, self.model, self.slots, self.note)
         self._encoder: tuple[Any, UpdateEncoder | None] | None = None
         self.evaluator = Evaluator(task, self.model, self.slots, self.batches, self.note)
 
@@ -172,6 +158,7 @@ class Trainer:
         *,
         client: int = 0,
         client_state: Mapping[str, mx.array] | None = None,
+        optimizer: Any = None,
     ) -> ClientUpdate:
         """Local training of a client on ``data.train``, from the global arrays.
 
@@ -186,6 +173,7 @@ class Trainer:
             client (int): The client's partition, for its random keys.
             client_state (dict, optional): That of the client's last update: its personal
                 parameters, its statistics and its optimizer's state, as the task says.
+            optimizer (Optimizer, optional): A new one of ``Task.optimizer``. Default: made here.
 
         Returns:
             ClientUpdate: The metrics are ``num-examples``, the number of examples in a pass (of a
@@ -207,8 +195,9 @@ class Trainer:
         if batch is None:
             raise ValueError("The client has no training examples.")
         mx.async_eval(batch[0])  # the device starts while the programs are prepared
-        optimizer = calls.call("Task.optimizer", self.task.optimizer, TracedConfig(config))
-        programs = self.training_programs(optimizer, config)
+        if optimizer is None:
+            optimizer = self.programs.make_optimizer(config)[0]
+        programs = self.programs.get(optimizer, config)
         counters = restore_counters(state_of(optimizer), client_state)
         optimizer_state = programs.initial_state(counters, start[0])
         optimizer_state |= state_of_kind(client_state, "state")
@@ -218,15 +207,25 @@ class Trainer:
         losses: list[mx.array] = []
         step_weights: list[mx.array] = []
         num_examples = 0
-        for step, (arrays, mask, size) in enumerate(chain([batch], batches), 1):
-            context = StepContext(counters, proximal, self.round_and_step(config, step))
-            result = programs.step((*seed, step), state, context, arrays, mask)
-            state, counters = result.state, result.counters
-            mx.async_eval(state, result.loss)
-            losses.append(result.loss)
-            step_weights.append(result.weight)
-            num_examples += size
-        mx.eval(state, losses, step_weights)
+        try:
+            for step, (arrays, mask, size) in enumerate(chain([batch], batches), 1):
+                context = StepContext(counters, proximal, self.round_and_step(config, step))
+                result = programs.step((*seed, step), state, context, arrays, mask)
+                state, counters = result.state, result.counters
+                mx.async_eval(state, result.loss)
+                losses.append(result.loss)
+                step_weights.append(result.weight)
+                num_examples += size
+            mx.eval(state, losses, step_weights)
+        except Exception:
+            if not self.programs.has_changed(programs.optimizer):
+                raise
+        if self.programs.has_changed(programs.optimizer):
+            self.note(STATEFUL_OPTIMIZER)
+            self.programs.one_for_each_client()
+            return self.train(
+                parameters, statistics, data, config, client=client, client_state=client_state
+            )
         seconds = time.perf_counter() - start_time
         loss_weights: Any = [weight.item() for weight in step_weights]
         loss_values: Any = [loss.item() for loss in losses]
@@ -325,26 +324,6 @@ class Trainer:
             return
         self.evaluate(*start, examples.first(data.test, self.task.eval_batch_size))
 
-    # -- programs --------------------------------------------------------------------------
-
-    def training_programs(self, optimizer: Any, config: Config) -> TrainingPrograms:
-        """Compiled programs of training, traced anew only when a constant in them changes."""
-        key = self.training_key(optimizer, config)
-        if self._training is None or self._training[0] != key:
-            mx.eval(self.model.parameters())  # or each step would compute the frozen ones anew
-            self._training = (key, self._new_programs(optimizer, config))
-        return self._training[1]
-
-    def _new_programs(self, optimizer: Any, config: Config) -> TrainingPrograms:
-        arguments = (self.model, self.slots, self.task, optimizer, config)
-        if self.task.train_step is not None:
-            step: Callable[..., StepResult] = custom_step(*arguments)
-            program = Program(step, _compared_arrays, False, self.note, "training")
-            return TrainingPrograms(lambda counters, parameters: {}, program)
-        step = training_step(*arguments)
-        program = Program(step, _compared_arrays, self.task.compile, self.note, "training")
-        return TrainingPrograms(compiled(initial_state(optimizer)), program)
-
     def round_and_step(self, config: Config, step: int) -> tuple[mx.array, mx.array] | None:
         """Round and local step, int32 scalars, for a loss that takes the settings."""
         if not self.takes_config:
@@ -362,29 +341,8 @@ class Trainer:
         finally:
             weights.put(slots, arrays)
 
-    def training_key(self, optimizer: Any, config: Config) -> Any:
-        """Key of the constants in a traced step, apart from the task and the shapes."""
-        if self.task.train_step is not None:
-            return object()  # its optimizers are new with each client
-        settings: Any = ()
-        if self.takes_config:
-            settings = sorted((k, v) for k, v in config.items() if k != "server-round")
-        norm = config.get("max-grad-norm", self.task.max_grad_norm)
-        return signature(optimizer), norm, gradient_accumulation(self.task, config), settings
-
 
 def proximal_term(parameters: Arrays, config: Config) -> tuple[Arrays, mx.array] | None:
     """Global parameters and FedProx's factor, or ``None`` without the setting ``proximal-mu``."""
     mu = float(config.get("proximal-mu", 0.0))
     return (parameters, mx.array(mu)) if mu else None
-
-
-def _compared_arrays(step: StepResult) -> Arrays:
-    """Arrays of a step's result that have to be the same, compiled or not."""
-    statistics = {f"statistics {name!r}": a for name, a in step.state.statistics.items()}
-    # Adam's first update is the gradient's sign, rounding's where the gradient is zero. The state
-    # has the gradient itself; plain SGD leaves it zero.
-    update = {f"the optimizer's state {p!r}": a for p, a in step.state.optimizer_state.items()}
-    if not any(array.any().item() for array in update.values()):
-        update = {f"parameter {name!r}": a for name, a in step.state.parameters.items()}
-    return {"the loss": step.loss, "its weight": step.weight, **statistics, **update}
