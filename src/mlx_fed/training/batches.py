@@ -121,9 +121,9 @@ class BatchLoader:
             if first is None:
                 return batches
             self.check_effects(first[0], config)
-            if self.task.train_step is None:
-                batches = (self._with_checked_labels(batch, config) for batch in batches)
-            return chain([first], batches)
+            if self.task.train_step is not None:
+                return chain([first], batches)
+            return chain([first], (self._with_checked_labels(batch, config) for batch in batches))
         arrays = self.resident(data.train)
         return _take_batches(arrays, self.rows(arrays, config, seed))
 
