@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx_fed as fed
 import pytest
 
-from mlx_fed.fleet import tokens
+from mlx_fed.fleet import audit, tokens
 from mlx_fed.fleet.audit import AuditError, AuditListener, AuditLog, entries, user_name
 from mlx_fed.fleet.federation import Federation
 from mlx_fed.fleet.policy import Policy
@@ -200,6 +200,21 @@ def test_a_federation_records_invitations_enrolment_and_revocation(tmp_path):
     federation.nodes.revoke("hospital")
     events = [(entry.event, entry.fields["node"]) for entry in entries(federation.audit_log)]
     assert events == [("invited", "hospital"), ("enrolled", "hospital"), ("revoked", "hospital")]
+
+
+def test_an_enrolment_does_not_read_the_log_again(tmp_path, monkeypatch):
+    federation = Federation(tmp_path / "federation", "127.0.0.1:1")
+    federation.invite("first")
+    write(federation.audit_log, 500)
+    checked: list[int] = []
+    check = audit._checked
+    monkeypatch.setattr(
+        audit, "_checked", lambda path, line, *rest: checked.append(1) or check(path, line, *rest)
+    )
+    for number in range(20):
+        federation.invite(f"node-{number}")
+    assert len(checked) <= 500 + 2 * 20, "what another process appended, and only once"
+    assert len(list(entries(federation.audit_log))) == 521
 
 
 def test_a_run_records_who_joined_what_was_refused_and_each_round(tmp_path):

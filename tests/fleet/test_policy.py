@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx_fed as fed  # before mlx.core
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -215,6 +216,69 @@ def test_a_person_is_asked_once_a_run(tmp_path):
     assert not ask(restarted, request()).has_error()
     with pytest.raises(PolicyRefusal, match="has not approved this run"):
         ask(restarted, request(run_id="run-3"))
+
+
+@pytest.mark.parametrize("kind", [messages.ROLL_CALL, "train", "evaluate"])
+@pytest.mark.parametrize("answer", [False, True])
+def test_nothing_is_done_before_a_person_has_approved(kind, answer):
+    loaded: list[int] = []
+    questions: list[str] = []
+
+    def load(partition_id: int, num_partitions: int | None) -> fed.Data:
+        loaded.append(partition_id)
+        return TASK.data(partition_id, num_partitions)
+
+    def approve(question: str) -> bool:
+        assert not loaded
+        questions.append(question)
+        return answer
+
+    task = fed.Task(TASK.model, TASK.loss, TASK.optimizer, load, config=TASK.config)
+    gate = Gate(Policy(ask=True), "server:1", approve=approve)
+    message = request(kind, prepare=True)
+    if answer:
+        assert not ask(gate, message, task).has_error()
+    else:
+        with pytest.raises(PolicyRefusal, match="has not approved this run"):
+            ask(gate, message, task)
+    assert (len(questions), bool(loaded)) == (1, answer)
+
+
+def with_statistics(message: Message, statistics: dict[str, mx.array] | None) -> Message:
+    """The message to a model with batch normalization before the last layer."""
+    norm = {"layers.1.weight": mx.ones((16,)), "layers.1.bias": mx.zeros((16,))}
+    shifted = {name.replace("layers.2", "layers.3"): a for name, a in PARAMETERS.items()}
+    message.content["arrays"] = messages.pack(shifted | norm)
+    if statistics is not None:
+        message.content[messages.STATISTICS] = messages.pack(statistics)
+    return message
+
+
+def test_running_statistics_are_clipped_as_the_update_is():
+    task = fed.Task(
+        lambda: nn.Sequential(nn.Linear(2, 16), nn.BatchNorm(16), nn.ReLU(), nn.Linear(16, 2)),
+        TASK.loss,
+        TASK.optimizer,
+        TASK.data,
+        config=TASK.config,
+    )
+    sent = {
+        "layers.1.running_mean": mx.full((16,), 1e3),
+        "layers.1.running_var": mx.full((16,), 1e3),
+    }
+
+    def change(policy: Policy) -> float:
+        reply = ask(Gate(policy, "server:1"), with_statistics(request(), sent), task)
+        after = messages.unpack(reply.content[messages.STATISTICS])
+        assert after.keys() == sent.keys()
+        changes = [np.asarray(after[name] - before) for name, before in sent.items()]
+        return float(np.sqrt(sum(np.square(each).sum() for each in changes)))
+
+    assert change(Policy()) > 100
+    assert change(Policy(max_update_norm=10.0)) == pytest.approx(10.0, rel=0.01)
+    assert change(Policy(max_update_norm=1e9)) == change(Policy())
+    with pytest.raises(PolicyRefusal, match="has not sent the running statistics"):
+        ask(Gate(Policy(max_update_norm=1.0), "server:1"), with_statistics(request(), None), task)
 
 
 def test_runs_and_servers():

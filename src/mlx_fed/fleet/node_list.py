@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FedError
-from ..flower.allowlist import AccessDenied
+from ..flower.allowlist import REVOKED, UNKNOWN, AccessDenied
 from . import private_files, tokens
 from .audit import AuditLog
 
@@ -78,6 +78,7 @@ class NodeList:
         self._file_version: tuple[int, ...] | None = None
         self._members: list[Node] = []
         self._by_key: dict[bytes, Node] = {}
+        self._log: AuditLog | None = None
 
     def all(self) -> list[Node]:
         """Every node, with revoked ones.
@@ -142,10 +143,11 @@ class NodeList:
         if member is None:
             raise AccessDenied(
                 "This server does not know this node's key: join with a token, which "
-                "`mlx-fed nodes add NAME` makes on the server."
+                "`mlx-fed nodes add NAME` makes on the server.",
+                UNKNOWN,
             )
         if member.revoked:
-            raise AccessDenied(f"The key of {member.name} was revoked on the server.")
+            raise AccessDenied(f"The key of {member.name} was revoked on the server.", REVOKED)
         return member
 
     def enrol(self, invitation: str, key: bytes) -> str:
@@ -225,10 +227,10 @@ class NodeList:
                 text = json.dumps({"nodes": [asdict(member) for member in members]}, indent=1)
                 private_files.write(self.path, text.encode() + b"\n")
                 if self.audit_log is not None:
-                    log = AuditLog(self.audit_log)
+                    self._log = self._log or AuditLog(self.audit_log)
                     for member in members:
                         if member not in before:
-                            log.append(member.state, node=member.name, number=member.number)
+                            self._log.append(member.state, node=member.name, number=member.number)
         finally:
             os.close(descriptor)
 

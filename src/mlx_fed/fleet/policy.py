@@ -77,12 +77,13 @@ class Policy:
         task_digest (str, optional): Of the task's fingerprint, which the server compares.
         min_examples (int): Examples that a split must have to be used.
         metrics (tuple, optional): Names of metrics that may leave, beside ``num-examples``.
-        max_update_norm (float, optional): To which the update is clipped, L2 over all parameters.
+        max_update_norm (float, optional): To which the update is clipped, L2 over all parameters,
+            and the change of all running statistics.
         rounds_per_day (int, optional): Training requests that are answered in 24 hours, and as many
             evaluations.
         bytes_per_day (int, optional): Bytes of arrays that leave in 24 hours.
         hours (tuple, optional): Local times between which requests are answered.
-        ask (bool): Ask a person before the first training or evaluation of a run.
+        ask (bool): Ask a person before anything is done for a run.
     """
 
     servers: tuple[str, ...] | None = None

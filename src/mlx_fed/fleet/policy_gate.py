@@ -128,7 +128,7 @@ class Gate:
         policy.check_settings(config)
         if kind != messages.ROLL_CALL:
             self._check_limits(kind, 1 if kind == "train" else 0)  # or it is trained in vain
-        if policy.ask and (kind != messages.ROLL_CALL or config.get("prepare")):
+        if policy.ask:
             self._require_approval(run, request, config)
 
     def _check_limits(self, kind: str, size: int) -> None:
@@ -179,17 +179,29 @@ class Gate:
     def clip(
         self, message: Message, context: Context, call_next: Callable[[Message, Context], Message]
     ) -> Message:
-        """Flower mod around training that clips the update, before it is encoded.
+        """Flower mod around training that clips the update, before it is encoded, and the change of
+        running statistics, each to the policy's norm.
 
         Raises:
-            PolicyRefusal: If the update is not finite.
+            PolicyRefusal: If one of them is not finite, or statistics leave that did not come.
         """
         max_norm = self.policy.max_update_norm
         _, before = messages.parameters_of(message.content)
+        statistics_before = records_in(message.content, ArrayRecord).get(messages.STATISTICS)
         reply = call_next(message, context)
         if max_norm is not None and not reply.has_error():
             name, after = messages.parameters_of(reply.content)
             reply.content[name] = clip_update(before, after, max_norm)
+            statistics = records_in(reply.content, ArrayRecord).get(messages.STATISTICS)
+            if statistics is not None:
+                if statistics_before is None:
+                    raise PolicyRefusal(
+                        "this node's policy has a norm for updates, and the server has not sent "
+                        "the running statistics that theirs is measured from"
+                    )
+                reply.content[messages.STATISTICS] = clip_update(
+                    statistics_before, statistics, max_norm
+                )
         return reply
 
     def _hold(self, reply: Message) -> None:
@@ -232,12 +244,12 @@ class Gate:
 
 
 def clip_update(before: ArrayRecord, after: ArrayRecord, max_norm: float) -> ArrayRecord:
-    """The parameters after training with the update's norm clipped.
+    """The parameters, or running statistics, after training with the update's norm clipped.
 
     Args:
-        before (ArrayRecord): The parameters that were sent.
-        after (ArrayRecord): The parameters of the reply, in the same form.
-        max_norm (float): The largest L2 norm of ``after - before``, over all parameters.
+        before (ArrayRecord): The arrays that were sent.
+        after (ArrayRecord): The arrays of the reply, in the same form.
+        max_norm (float): The largest L2 norm of ``after - before``, over all arrays.
 
     Returns:
         ArrayRecord: ``after`` itself where the norm is not larger.

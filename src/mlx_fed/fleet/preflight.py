@@ -23,8 +23,9 @@ from cryptography import x509
 
 from ..arrays import examples
 from ..errors import FedError
+from ..flower.allowlist import REVOKED, UNKNOWN
 from ..flower.fleet_client import FleetClient
-from ..flower.transport import RequestRefused, Unreachable, UntrustedServer
+from ..flower.transport import ClockDiffers, RequestRefused, Unreachable, UntrustedServer
 from ..settings_check import check_config
 from ..system import address, devices, http
 from ..task import Data, Task, TaskSource, make_task
@@ -287,20 +288,17 @@ def _check_server(identity: Identity) -> Iterator[Finding]:
                 f"{where} is not the server that this node trusts: {error}",
                 "ask for a token of the server as it is set up now; or somebody is in between",
             ) from error
+        except ClockDiffers as error:
+            raise _Fault(str(error), "turn on the setting of the clock by the network") from error
         except Unreachable as error:
-            if "clock" in str(error):
-                raise _Fault(
-                    str(error), "turn on the setting of the clock by the network"
-                ) from error
             raise _Fault(
                 f"no answer from {where}: {error}",
                 "start the server, or mend the address, the firewall or the network between",
             ) from error
         except RequestRefused as refusal:
-            if "revoked" in str(refusal):
+            if refusal.denial == REVOKED:
                 raise _Fault(str(refusal), "ask the server's operator for a new token") from refusal
-            unknown = "does not know" in str(refusal)
-            if unknown and identity.invitation is None:
+            if refusal.denial == UNKNOWN and identity.invitation is None:
                 raise _Fault(
                     str(refusal), "have the key added on the server: mlx-fed nodes add NAME --key"
                 ) from refusal

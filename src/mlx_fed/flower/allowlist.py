@@ -6,9 +6,19 @@ from typing import Protocol
 
 from ..errors import FedError
 
+REVOKED, UNKNOWN = "revoked", "unknown"
+
 
 class AccessDenied(FedError):
-    """A key that is not on the allowlist, with the reason for the node's operator."""
+    """A key that is not on the allowlist, with the reason for the node's operator.
+
+    Attributes:
+        code (str): :data:`REVOKED`, :data:`UNKNOWN`, or empty for another reason.
+    """
+
+    def __init__(self, message: str, code: str = ""):
+        super().__init__(message)
+        self.code = code
 
 
 class NodeAllowlist(Protocol):

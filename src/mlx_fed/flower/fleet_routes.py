@@ -87,7 +87,7 @@ class FleetRoutes:
         except HTTPException as error:
             return error.status_code, *_json({"detail": error.detail})
         except AccessDenied as error:
-            return HTTPStatus.UNAUTHORIZED, *_json({"detail": str(error)})
+            return HTTPStatus.UNAUTHORIZED, *_json({"detail": str(error), "code": error.code})
         except asyncio.CancelledError:  # the server ends; uvicorn would show a traceback
             return HTTPStatus.SERVICE_UNAVAILABLE, *_json({"detail": "The server ends."})
         except Exception as error:

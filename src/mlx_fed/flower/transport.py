@@ -66,6 +66,10 @@ class UntrustedServer(Unreachable):
     """A server without the expected certificate, or without encryption."""
 
 
+class ClockDiffers(Unreachable):
+    """A server whose clock is not that of this machine."""
+
+
 class RequestRefused(Exception):
     """The server's response that it does not serve a request.
 
@@ -73,6 +77,7 @@ class RequestRefused(Exception):
         status (int): HTTP's status code.
         code (int): Flower's error code, 0 where there is none.
         reason (str): The server's; empty where the response is not from a Fleet API.
+        denial (str): Why it does not accept this node's key, a code of ``allowlist.py``.
     """
 
     def __init__(self, status: int, body: bytes):
@@ -80,13 +85,15 @@ class RequestRefused(Exception):
         error = FlowerError.from_json(text)
         self.status = status
         self.code = error.code if error else 0
-        self.reason = error.message if error else _detail(text)
+        self.reason = error.message if error else _member(text, "detail")
+        self.denial = _member(text, "code")
         super().__init__(self.reason or f"HTTP status {status}")
 
 
-def _detail(text: str) -> str:
+def _member(text: str, name: str) -> str:
+    """A member of a response's JSON object; empty if it has none."""
     try:
-        return str(json.loads(text)["detail"])[:_MAX_DETAIL]
+        return str(json.loads(text)[name])[:_MAX_DETAIL]
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
 
@@ -96,6 +103,8 @@ def _error_of(status: int, body: bytes) -> RequestRefused | Unreachable:
     refusal = RequestRefused(status, body)
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR or not refusal.reason:
         return Unavailable(str(refusal))
+    if status == HTTPStatus.TOO_EARLY:
+        return ClockDiffers(str(refusal))
     return Unreachable(str(refusal)) if status in _RETRYABLE else refusal
 
 
