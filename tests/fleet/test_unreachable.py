@@ -22,6 +22,7 @@ from mlx_fed.rounds import messages
 from mlx_fed.fleet import node, server
 from mlx_fed.fleet.federation import Federation
 from mlx_fed.fleet.identity import from_token
+from mlx_fed.fleet.model_size import ModelSize
 from mlx_fed.fleet.node import JoinError, _ResidentNode
 from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower import transport
@@ -32,6 +33,7 @@ from mlx_fed.flower.link_grid import LinkGrid
 from ..conftest import free_port
 from ..helpers.proxy import Proxy
 from ..helpers.fleet_commands import join, serve
+from ..helpers.tasks import moons
 
 _PAGE = b"<html><h1>It is not there</h1></html>"
 
@@ -108,7 +110,9 @@ def test_a_server_that_only_ever_answers_that_it_cannot_is_given_up(monkeypatch)
         connection = FleetClient(*listening.getsockname())
         connection.register()
         who = node.from_files("127.0.0.1:1", None, None)
-        persisting = _ResidentNode(connection, None, {}, who, 1.0, lambda *_, **__: None)
+        persisting = _ResidentNode(
+            connection, None, {}, who, 1.0, lambda *_, **__: None, ModelSize(moons({}))
+        )
 
         def send() -> None:
             connection.heartbeat()
@@ -152,7 +156,9 @@ def test_a_node_whose_activation_is_not_answered_is_not_another_one(tmp_path, mo
 
     monkeypatch.setattr(connection._transport, "ActivateNode", lose_the_answer)
     told: list[str] = []
-    joining = _ResidentNode(connection, None, {}, who, 60.0, lambda event: told.append(event.name))
+    joining = _ResidentNode(
+        connection, None, {}, who, 60.0, lambda event: told.append(event.name), ModelSize(moons({}))
+    )
     thread = threading.Thread(target=joining._register, daemon=True)
     thread.start()
     time.sleep(node._CONFLICT_TIME + 0.5)  # its server is started later

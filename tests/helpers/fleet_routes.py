@@ -30,8 +30,8 @@ class Fleet:
         self.link, self.port, self.grid = link, port, LinkGrid(link)
         self.clients: list[FleetClient] = []
 
-    def node(self) -> FleetClient:
-        client = FleetClient("127.0.0.1", self.port)
+    def node(self, **arguments) -> FleetClient:
+        client = FleetClient("127.0.0.1", self.port, **arguments)
         client.register()
         self.clients.append(client)
         return client

@@ -51,6 +51,7 @@ from ..task_settings import TracedConfig
 from ..training import batches
 from . import certificates
 from .identity import Identity, from_files, from_token
+from .model_size import ModelSize
 from .policy import Policy
 from .policy_file import policy_and_log
 from .policy_gate import Gate, ask_at_terminal, logged
@@ -215,6 +216,7 @@ def join(
         )
         if (proxy := credentials.proxy) is not None:
             notify(Notice(f"through the proxy {address.join(proxy.host, proxy.port)}"))
+        model_size = ModelSize(built_task)
         client = FleetClient(
             credentials.host,
             credentials.port,
@@ -222,9 +224,10 @@ def join(
             credentials.key,
             credentials.invitation,
             proxy,
+            model_size,
         )
         with logged(log, server=server, node=name):
-            _ResidentNode(client, app, node_config, credentials, wait, notify).run()
+            _ResidentNode(client, app, node_config, credentials, wait, notify, model_size).run()
 
 
 def _with_data(task: Task, data: Data) -> Task:
@@ -242,7 +245,9 @@ class _ResidentNode:
         credentials: Identity,
         wait: float,
         listener: Listener,
+        model_size: ModelSize,
     ):
+        self.model_size = model_size
         self.client, self.app, self.node_config = client, app, node_config
         self.identity, self.wait, self.listener = credentials, wait, listener
         self.server = address.join(credentials.host, credentials.port)
@@ -297,6 +302,8 @@ class _ResidentNode:
         # it is told what the exception says, whatever the server is told.
         try:
             reply = self.app(message, context)
+            if kind == messages.ROLL_CALL and reply.has_content():
+                self.model_size.take_answer(reply)
             if reply.has_error():
                 self.listener(MessageFailed(kind, server_round, reply.error.reason or ""))
         except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from flwr.app import Message, MessageType
@@ -21,9 +21,11 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 
+from ..errors import FedError
 from .deserialize import inflate
 from .one_run_grid import set_message_id
 from .proxies import Proxy
+from .request_limits import MAX_OBJECTS
 from .serialize import cut_arrays
 from .transport import (
     BLOCK,
@@ -39,8 +41,13 @@ from .transport import (
 _HEARTBEAT_INTERVAL = 10.0
 """Seconds, as announced to the server: the least that Flower accepts. After twice that without a
 heartbeat the node counts as offline."""
-_MAX_OBJECTS = 1_000_000
-"""Objects of a message."""
+_SPARE = 64 * 2**20
+_MODELS = 4
+"""A message has no more bytes than that many models and the spare ones."""
+
+
+class MessageTooLarge(FedError):
+    """A message with more bytes than one for this node's model has."""
 
 
 class FleetClient:
@@ -58,6 +65,8 @@ class FleetClient:
             the node registers a new key, which is unregistered when it leaves.
         invitation (str, optional): What enrols the key.
         proxy (Proxy, optional): The proxy of connections.
+        model_bytes (callable, optional): Gives the bytes of the model's arrays, by which messages
+            are limited. Default: no limit.
 
     Attributes:
         node_id (int): The id that the server gave.
@@ -71,8 +80,10 @@ class FleetClient:
         key: bytes | None = None,
         invitation: str | None = None,
         proxy: Proxy | None = None,
+        model_bytes: Callable[[], float] = lambda: math.inf,
     ):
         self._transport = Transport(host, port, context, key, proxy, invitation)
+        self._model_bytes = model_bytes
         self._registers = key is None or invitation is not None
         self._piece_size = MAX_RESPONSE
         self._reset()
@@ -148,6 +159,9 @@ class FleetClient:
         """The next message for this node, with its content; ``None`` if there is none yet.
 
         One of our servers delays the response until there is one, for up to 20 seconds.
+
+        Raises:
+            MessageTooLarge: If it has more bytes than one for this node's model.
         """
         response = self._transport.PullMessages(fleet_pb2.PullMessagesRequest(node=self._node))
         if not response.messages_list:
@@ -155,18 +169,28 @@ class FleetClient:
         with _parsing():
             metadata = message_from_proto(response.messages_list[0]).metadata
             message_id, run_id = metadata.message_id, metadata.run_id
+            is_query = metadata.message_type.startswith(MessageType.QUERY)
             object_ids: list[str] = []
             for tree in iterate_object_tree(response.message_object_trees[0]):
                 object_ids.append(tree.object_id)
-                if len(object_ids) > _MAX_OBJECTS:
-                    raise ValueError(f"more than {_MAX_OBJECTS} objects")
+                if len(object_ids) > MAX_OBJECTS:
+                    raise ValueError(f"more than {MAX_OBJECTS} objects")
         # Objects of other messages would take memory beside it. What has been pulled of this one
         # stays in the cache in case the connection breaks.
         objects = {key: self._objects[key] for key in object_ids if key in self._objects}
         self._objects = objects
+        limit = _SPARE + (0 if is_query else _MODELS * self._model_bytes())
+        size = sum(map(len, objects.values()))
         for object_id in object_ids:
             if object_id not in objects:
                 objects[object_id] = self._pull_object(run_id, object_id)
+                size += len(objects[object_id])
+                if size > limit:
+                    self._objects = {}
+                    raise MessageTooLarge(
+                        f"The server sends a message of more than {limit:,.0f} bytes, which are "
+                        f"{_MODELS} times this node's model and {_SPARE:,} more."
+                    )
         with suppress(Unreachable):  # a confirmation only frees the server's memory early
             self._transport.ConfirmMessageReceived(
                 message_pb2.ConfirmMessageReceivedRequest(
@@ -175,7 +199,7 @@ class FleetClient:
             )
         self._objects = {}
         with _parsing():
-            message = inflate(message_id, objects)
+            message = inflate(message_id, objects, limit)
             if not isinstance(message, Message):
                 raise TypeError(f"a {type(message).__name__}")
         set_message_id(message, message_id)

@@ -316,7 +316,8 @@ def epoch(
         num_examples (int): Number of examples.
         batch_size (int): Examples in a step.
         pad (bool): Pad the last batch to a multiple of an eighth of ``batch_size``, so that
-            clients of any number of examples share a few programs.
+            clients of any number of examples share a few programs: to no more than twice the
+            examples, whatever the batch size is.
         seed (int, optional): Seed of the shuffle. In order without.
         merge_single (bool): Add a last batch of one example to the batch before it.
     """
@@ -324,10 +325,11 @@ def epoch(
     order = np.arange(num_examples, dtype=np.uint32)
     if seed is not None:
         np.random.default_rng(seed).shuffle(order)
+    largest = min(batch_size, _TAIL_SIZES * num_examples)
     for start, end in pairwise(batch_bounds(num_examples, batch_size, merge_single)):
         indices, size = order[start:end], end - start
-        if pad and size < batch_size:
-            indices = np.resize(indices, padded_size(size, batch_size))
+        if pad and size < largest:
+            indices = np.resize(indices, padded_size(size, largest))
         yield BatchIndices(indices, size)
 
 
