@@ -10,7 +10,14 @@ from typing import Annotated
 import typer
 
 from mlx_fed.cli.app import run_command
-from mlx_fed.cli.options import JoinOptions, OutputOptions, TokenArgument, with_options
+from mlx_fed.cli.arguments import parse_settings
+from mlx_fed.cli.options import (
+    JoinOptions,
+    OutputOptions,
+    Settings,
+    TokenArgument,
+    with_options,
+)
 
 
 @with_options
@@ -31,6 +38,7 @@ def main(
         int, typer.Option(min=1, metavar="N", help="Number of partitions of the data.")
     ] = 3,
     partitioner: Annotated[str, typer.Option(metavar="NAME", help="iid or dirichlet.")] = "iid",
+    config: Settings = None,
     connection: JoinOptions,
     output: OutputOptions,
 ) -> None:
@@ -47,7 +55,9 @@ def main(
         partition_id=node_id,
         num_partitions=num_partitions,
         device="gpu" if gpu else "cpu",
-        config={"dataset": dataset, "partitioner": partitioner},
+        config=parse_settings(
+            [f"dataset={dataset}", f"partitioner={partitioner}", *(config or ())]
+        ),
         listener=node_listener(**vars(output)),
         **vars(connection),
     )

@@ -19,7 +19,16 @@ from typing import Annotated
 import typer
 
 from mlx_fed.cli.app import run_command
-from mlx_fed.cli.options import MonitorOptions, RunOptions, SeedOption, to_arguments, with_options
+from mlx_fed.cli.arguments import parse_settings
+from mlx_fed.cli.options import (
+    MonitorOptions,
+    RunOptions,
+    SeedOption,
+    Settings,
+    StrategyOptions,
+    to_arguments,
+    with_options,
+)
 from mlx_fed.errors import FedError
 from mlx_fed.system.devices import load_fast_blas
 
@@ -50,6 +59,8 @@ def main(
     ] = None,
     partitioner: Annotated[str, typer.Option(metavar="NAME", help="iid or dirichlet.")] = "iid",
     strategy: Annotated[str, typer.Option(metavar="NAME", help="A Flower strategy.")] = "FedAvg",
+    strategy_option: StrategyOptions = None,
+    config: Settings = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Clients train on the GPU.")] = False,
     port: Annotated[
         int, typer.Option(min=1, max=65535, metavar="PORT", help="The server's port.")
@@ -65,15 +76,20 @@ def main(
             f"{clients} clients need a partition of the data each: "
             f"--num-partitions {num_partitions} is too few."
         )
+    if config:
+        _require_settings({"dataset": dataset, "partitioner": partitioner}, config)
     _require_free(port)
     if not gpu and load_fast_blas().hint:
         print(f"MLX computes slowly here: {load_fast_blas().hint}", file=sys.stderr)
     server = ["server.py", f"--port={port}", f"--dataset={dataset}", f"--min-clients={clients}"]
     server += [f"--strategy={strategy}", f"--seed={seed}"]
+    server += [f"--strategy-option={option}" for option in strategy_option or ()]
+    server += [f"--config={setting}" for setting in config or ()]
     server += [*to_arguments(run), *to_arguments(monitor)]
     server += [f"--rounds={rounds}"] if rounds else []
     client = ["client.py", f"--server=127.0.0.1:{port}", f"--dataset={dataset}"]
     client += [f"--partitioner={partitioner}", f"--num-partitions={num_partitions}"]
+    client += [f"--config={setting}" for setting in config or ()]
     client += ["--gpu"] if gpu else []
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"client-{number}.log") for number in range(clients)]
@@ -83,8 +99,6 @@ def main(
             for number, log in enumerate(logs):
                 processes.append(_start([*client, f"--node-id={number}"], log))
             failure = _wait(*processes)
-            if failure:
-                print(logs[failure - 1].read_text(), end="", file=sys.stderr)
         except KeyboardInterrupt:
             # The server's process prints the line about the interruption.
             sys.exit(128 + signal.SIGINT)
@@ -94,8 +108,20 @@ def main(
             for process in processes:
                 process.terminate()
                 process.wait()
+        if failure:
+            print(logs[failure - 1].read_text(), end="", file=sys.stderr)
         if failure is not None:
             sys.exit(processes[failure].returncode)
+
+
+def _require_settings(defaults: dict[str, str], config: list[str]) -> None:
+    """Raises if a setting does not exist, or has a value that it does not take."""
+    from examples.mnist import task
+    from mlx_fed.settings_check import check_config
+    from mlx_fed.task import make_task
+
+    settings = parse_settings([*(f"{key}={value}" for key, value in defaults.items()), *config])
+    check_config(settings, make_task(task, settings), [task])
 
 
 def _require_free(port: int) -> None:
@@ -143,4 +169,4 @@ def _wait(server: subprocess.Popen, *clients: subprocess.Popen) -> int | None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "./run.sh")

@@ -10,8 +10,16 @@ from typing import Annotated
 import typer
 
 from mlx_fed.cli.app import run_command
-from mlx_fed.cli.arguments import find_strategy
-from mlx_fed.cli.options import MonitorOptions, RunOptions, SeedOption, ServerOptions, with_options
+from mlx_fed.cli.arguments import find_strategy, parse_settings
+from mlx_fed.cli.options import (
+    MonitorOptions,
+    RunOptions,
+    SeedOption,
+    ServerOptions,
+    Settings,
+    StrategyOptions,
+    with_options,
+)
 
 
 @with_options
@@ -28,6 +36,8 @@ def main(
         int, typer.Option(min=1, metavar="N", help="Clients that a round needs.")
     ] = 2,
     strategy: Annotated[str, typer.Option(metavar="NAME", help="A Flower strategy.")] = "FedAvg",
+    strategy_option: StrategyOptions = None,
+    config: Settings = None,
     seed: SeedOption = 0,
     server: ServerOptions,
     run: RunOptions,
@@ -39,21 +49,24 @@ def main(
     from mlx_fed import serve
     from mlx_fed.monitoring.listeners import run_listeners
 
-    config = settings(dataset) | ({"num-rounds": rounds} if rounds else {})
+    changed = parse_settings([f"dataset={dataset}", *(config or ())])
+    flower_strategy = find_strategy(strategy, min_clients, parse_settings(strategy_option, "-s"))
     if not (monitor.quiet or monitor.json):
-        text = ", ".join(f"{key} {value}" for key, value in config.items())
+        shown = {**settings(dataset), **parse_settings(config)}
+        shown |= {"num-rounds": rounds} if rounds else {}
+        text = ", ".join(f"{key} {value}" for key, value in shown.items())
         typer.echo(f"{dataset}: {text}")
     with run_listeners(run.runs, **vars(monitor)) as listeners:
         serve(
             task,
-            find_strategy(strategy, min_clients, {}),
+            flower_strategy,
             rounds,
             **vars(server),
             **run.to_settings(),
             listeners=listeners,
             join_command="python3 client.py",
             seed=seed,
-            config={"dataset": dataset},
+            config=changed,
         )
 
 

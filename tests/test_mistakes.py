@@ -3,7 +3,7 @@
 Others are where their subject is: settings and their names in tests/test_task_settings.py, names
 on the command line in tests/cli/test_arguments.py, MLX that was imported first in
 tests/system/test_blas.py, a node's partition in tests/data/test_partitions.py, tracebacks in
-tests/test_tracebacks.py.
+tests/test_tracebacks.py, on nodes of a fleet in tests/fleet/test_fleet_mistakes.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -64,6 +64,7 @@ def raising_app(
     mods: Sequence[Mod] | None = None,
     around: Sequence[Mod] = (),
     around_training: Sequence[Mod] = (),
+    note: Callable[[str], None] | None = None,
 ) -> ClientApp:
     """The same without the replies for exceptions, which are raised.
 
@@ -73,9 +74,12 @@ def raising_app(
         around (list, optional): Flower mods around everything.
         around_training (list, optional): Flower mods around training, within the encoding of
             updates.
+        note (callable, optional): Called with what the trainer notes, such as at which step a
+            loss diverged. Default: Flower's log.
     """
     app = ClientApp(mods=[*around])
     client = _Client(task, private=coverage.name_of_private(mods or ()))
+    client.note = note or client.note
 
     @app.query("roll_call")
     def roll_call(message: Message, context: Context) -> Message:
@@ -104,6 +108,7 @@ class _Client:
     def __init__(self, source: TaskSource, token: str = "", private: str | None = None):
         self.source, self.private = source, private
         self.token = token or uuid4().hex
+        self.note: Callable[[str], None] = logging.getLogger("flwr").warning
         self.task = lru_cache(maxsize=1)(self._make_task)
         self.trainer = lru_cache(maxsize=1)(self._make_trainer)
         self.data = lru_cache(maxsize=2)(self._load_data)
@@ -120,7 +125,7 @@ class _Client:
         trainer = Trainer(self.task(run_config), seed)
         if self.private:
             coverage.require_covered(self.private, trainer.statistics_spec)
-            logging.getLogger("flwr").warning("%s", coverage.note(self.private, trainer.task))
+            self.note(coverage.note(self.private, trainer.task))
         return trainer
 
     def _load_data(self, trainer: Trainer, partition: int, num_partitions: int | None) -> Data:
@@ -136,15 +141,10 @@ class _Client:
         return self.data(trainer, partition, num_partitions), partition
 
     def answer_roll_call(self, message: Message, context: Context) -> Message:
-        partition, _ = partition_of(context)
         _, config = messages.config_of(message.content)
         reference = json.loads(str(config.get("fingerprint", "{}")))
         fingerprint = fingerprint_of(self.task(_run_config(context)), reference)
-        answer: dict[str, Any] = {
-            "name": str(context.node_config.get("name") or f"node-{partition}"),
-            "partition-id": partition,
-            "fingerprint": json.dumps(fingerprint),
-        }
+        answer = {**identity_of(context), "fingerprint": json.dumps(fingerprint)}
         if reference.items() <= fingerprint.items():  # another's model is not built, nor downloaded
             trainer, _ = self.setting_out(message, context)
             answer["frozen"] = json.dumps(trainer.frozen)
@@ -209,7 +209,7 @@ class _Client:
         update = trainer.train(
             parameters, statistics, data, config, client=partition, client_state=state
         )
-        _log_notes(trainer)
+        self._pass_notes_on(trainer)
         metrics: dict[str, Any] = dict(update.metrics)
         arrays = messages.pack if is_packed else master_weights.to_masters
         content = RecordDict({name: arrays(update.parameters), "metrics": MetricRecord(metrics)})
@@ -231,11 +231,15 @@ class _Client:
                 return Message(messages.nothing_to_evaluate(), reply_to=message)
             raise ClientError(f"Partition {partition} has no test examples: Data.test is None.")
         evaluation = trainer.evaluate(parameters, statistics, data.test, state, config)
-        _log_notes(trainer)
+        self._pass_notes_on(trainer)
         if evaluation.undefined and not is_packed:  # Flower's mean would be NaN for all clients
             name, why = next(iter(evaluation.undefined.items()))
             raise ClientError(f"Metric {name!r} is undefined: {why}")
         return Message(messages.pack_evaluation(evaluation), reply_to=message)
+
+    def _pass_notes_on(self, trainer: Trainer) -> None:
+        for text in trainer.take_notes():
+            self.note(text)
 
     def _statistics(self, trainer: Trainer, message: Message, context: Context) -> dict:
         """Running statistics: from the message, past the mods, or the model's first ones."""
@@ -263,12 +267,6 @@ def _take_parameters(message: Message, trainer: Trainer) -> tuple[str, bool, Arr
     return name, is_packed, parameters
 
 
-def _log_notes(trainer: Trainer) -> None:
-    """The node's log has what the trainer noted, such as why its steps are not compiled."""
-    for text in trainer.take_notes():
-        logging.getLogger("flwr").warning("%s", text)
-
-
 def _run_config(context: Context) -> RunConfig:
     return tuple(sorted(context.run_config.items()))
 
@@ -279,6 +277,23 @@ _UNPICKLED: dict[str, _Client] = {}
 def _same_client(token: str, source: TaskSource, private: str | None) -> _Client:
     """The client of this process that was unpickled with the token before, or a new one."""
     return _UNPICKLED.setdefault(token, _Client(source, token, private))
+
+
+def identity_of(context: Context) -> dict[str, Any]:
+    """A node's name, partition and tags, as its answer to the roll call has them."""
+    partition, _ = partition_of(context)
+    name = str(context.node_config.get("name") or f"node-{partition}")
+    tags = str(context.node_config.get("tags", ""))
+    return {"name": name, "partition-id": partition, "tags": tags}
+
+
+def named_failure(reply: Message, question: Message, context: Context) -> Message:
+    """A reply; for an error to the roll call, a reply with the node's name and the reason."""
+    is_roll_call = question.metadata.message_type == messages.ROLL_CALL
+    if not (is_roll_call and reply.has_error()) or "partition-id" not in context.node_config:
+        return reply
+    answer = {**identity_of(context), "failure": reply.error.reason or "no reason"}
+    return Message(RecordDict({"node": ConfigRecord(answer)}), reply_to=question)
 
 
 def partition_of(context: Context) -> tuple[int, int | None]:
@@ -316,4 +331,4 @@ def _errors_as_replies(message: Message, context: Context, call_next: Any) -> Me
     except Exception as error:
         reply = error_reply(message, error, bool(context.node_config.get(SHARE_ERRORS)))
         logging.getLogger("flwr").error("%s", reply.error.reason, exc_info=error)
-        return reply
+        return named_failure(reply, message, context)

@@ -1,6 +1,15 @@
 """Errors whose message is meant for the person at the terminal."""
 
 
+def install_command(extras: str) -> str:
+    """How to install extras of this package: from its repository, as there is no release yet.
+
+    Args:
+        extras (str): Their names, with commas between them.
+    """
+    return f'pip install -e ".[{extras}]" in the repository of mlx-fed'
+
+
 class FedError(Exception):
     """Says what was wrong, where, and what to do; commands print it without a traceback.
 

@@ -290,10 +290,11 @@ class MessageReceived(MessageEvent):
 
 @dataclass(frozen=True)
 class MessageFailed(MessageEvent):
-    """The node's work on a message failed."""
+    """The node's work on a message failed; ``traceback`` is empty if it was told before."""
 
     name = "failed"
     reason: str
+    traceback: str = ""
 
 
 @dataclass(frozen=True)

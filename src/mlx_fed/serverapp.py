@@ -15,6 +15,7 @@ from .events import Event
 from .monitoring.server_terminal import server_line
 from .rounds import loop
 from .rounds.initial_weights import InitialWeights
+from .rounds.node_selection import NodeSelectors
 from .rounds.run_setup import StrategySource, set_up_run
 from .rounds.settings import VALUES, EvaluateFn, RunSettings, select_settings, with_argument_hints
 from .rounds.stopping import StopFn
@@ -24,7 +25,7 @@ from .task_settings import TracedConfig, kebab_case, to_kebab
 _SOURCE = "The run's config"
 """What ``flwr run --run-config`` and the app's pyproject.toml set, for messages."""
 _FLOWER = logging.getLogger("flwr")
-_OVERRIDES = (VALUES.keys() - {"num_rounds"}) | {"target"}
+_OVERRIDES = (VALUES.keys() - {"num_rounds"}) | {"target", "select_nodes"}
 """Settings that the run's config may have, in place of the arguments."""
 _SERVER_NAMES = {to_kebab(name) for name in _OVERRIDES} | {"runs", "name"}
 
@@ -38,6 +39,7 @@ def server_app(
     config: dict[str, Any] | None = None,
     seed: int = 0,
     min_nodes: int | None = None,
+    select_nodes: NodeSelectors | None = None,
     wait: float = 600.0,
     round_timeout: float = 3600.0,
     grace: float | None = None,
@@ -63,8 +65,9 @@ def server_app(
             settings (``context.run_config``), which stand over ``config``.
         strategy (Strategy, str or callable, optional): As :func:`mlx_fed.serve` has it.
         num_rounds (int, optional): As :func:`mlx_fed.serve` has it, and the other settings that
-            are not listed here. In the run's config ``num-rounds`` (unless it is 0), ``target``
-            and all others that are numbers stand over these, and ``name`` names the run's folder.
+            are not listed here. In the run's config ``num-rounds`` (unless it is 0), ``target``,
+            ``select-nodes`` and all others that are numbers stand over these, and ``name`` names
+            the run's folder.
         runs (Path, optional): Where runs are kept. Default: the setting ``runs``, or ``runs``;
             below the folder that the SuperLink was started in, unless it is a whole path.
         device (str, optional): ``"cpu"`` or ``"gpu"``, where the server aggregates.

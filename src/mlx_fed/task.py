@@ -343,8 +343,8 @@ def _check_function(name: str, function: Any) -> None:
     is_instance = name == "model" and hasattr(type(function), "trainable_parameters")
     if is_instance or not callable(function):
         raise TaskError(
-            f"Task.{name} is a function{_RETURNS.get(name, '')}, and this is a "
-            f"{type(function).__name__}."
+            f"Task.{name} is a function{_RETURNS.get(name, '')}, not an object of the "
+            f"class {type(function).__name__}."
         )
     if (arguments := _ARGUMENTS.get(name)) is not None:
         problem = misfit(function, *filter(None, arguments.split(", ")))

@@ -1,4 +1,4 @@
-"""The place of an error in a task's code: its traceback, its line, a function's definition."""
+"""The place of an error in a task's code: traceback, line, reason of a failure, definition."""
 
 from __future__ import annotations
 
@@ -12,13 +12,42 @@ from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent
 _STANDARD_LIBRARY = Path(os.__file__).resolve().parent
-_EXCEPTION = re.compile(r"\w*(Error|Exception)(:| in) ")
+_EXCEPTION = re.compile(r"(\w*(?:Error|Exception))(?:: | \()")
+_PLACE = re.compile(r"\(\S+, line \d+\)")
 _VARIABLE = "MLX_FED_TRACEBACK"
 
 
 def is_exception(reason: str) -> bool:
     """Whether the reason of a failure is an exception of a task's own code."""
     return _EXCEPTION.match(reason) is not None
+
+
+def is_same_failure(one: str, other: str) -> bool:
+    """Whether two reasons are one mistake: equal, or one type of exception at one line of code.
+
+    The texts of an exception may differ, such as by the name of a client's file.
+    """
+    types = [match and match[1] for match in (_EXCEPTION.match(one), _EXCEPTION.match(other))]
+    places = [_PLACE.findall(one)[-1:], _PLACE.findall(other)[-1:]]
+    is_same_line = bool(places[0]) and places[0] == places[1]
+    return one == other or (types[0] is not None and types[0] == types[1] and is_same_line)
+
+
+def failure_reason(error: BaseException, with_text: bool = True) -> str:
+    """An exception in a line: its type, its text, and the line of the task's code that raised it.
+
+    Args:
+        error (Exception): The exception.
+        with_text (bool): Whether to include the exception's text.
+    """
+    place = location(error)
+    if not with_text:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        file, line = place or (Path(frame.filename).name, frame.lineno)
+        return f"{type(error).__name__} ({file}, line {line})"
+    suffix = f" ({place[0]}, line {place[1]})" if place else ""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return f"{type(error).__name__}: {text}{suffix}"
 
 
 def user_traceback(error: BaseException) -> str:
@@ -28,6 +57,8 @@ def user_traceback(error: BaseException) -> str:
     left.
     """
     report = traceback.TracebackException.from_exception(error)
+    if isinstance(error, SyntaxError) and location(error) is None:  # it has its own file and line
+        return "".join(report.format_exception_only()).rstrip()
     if os.environ.get(_VARIABLE, "") in ("", "0"):
         frames = [frame for frame in report.stack if not _is_library(frame)]
         if frames:

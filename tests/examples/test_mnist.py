@@ -140,3 +140,38 @@ def test_run_says_that_clients_are_more_than_parts(start):
     run = start("run.py", "--clients", 3, "--num-partitions", 2)
     assert run.ends() == 1
     assert "--num-partitions 2 is too few" in run.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run.py", "-c", "learning-rat=1"), "no setting learning-rat. Did you mean learning-rate"),
+        (("run.py", "-c", "batch-size=big"), "batch-size is a whole number, 1 or more, not 'big'"),
+        (("run.py", "--clients", "two"), "Try './run.sh --help'"),
+        (("server.py", "--port", 0, "-c", "local-epochs"), "'local-epochs' is not KEY=VALUE"),
+        (("server.py", "--strategy", "FedAdam", "-s", "etaa=1"), "Did you mean eta?"),
+        (("client.py", "--node-id", 0, "-c", "alhpa=1"), "there is no setting alhpa"),
+    ],
+)
+def test_wrong_settings_of_the_example_have_one_message(start, tmp_path, arguments, message):
+    if arguments[0] != "client.py":
+        arguments += ("--runs", tmp_path / "runs")
+    run = start(*arguments)
+    assert run.ends() in (1, 2)
+    assert message in run.text
+    assert "Traceback" not in run.text
+    assert run.text.count("Error: ") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_settings_and_the_strategys_arguments_reach_server_and_clients(start, tmp_path):
+    run = start(
+        *("run.py", "--port", free_port(), "--runs", tmp_path, "--name", "run", "--rounds", 1),
+        *("-c", "local-epochs=1", "--partitioner", "dirichlet", "-c", "alpha=5"),
+        *("--strategy", "FedAdam", "-s", "eta=0.02"),
+    )
+    assert run.ends(100) == 0, run.text
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert settings["config"]["local-epochs"] == 1
+    assert settings["strategy"]["eta"] == 0.02

@@ -278,7 +278,9 @@ def test_a_simulated_client_without_data_is_named_and_the_run_goes_on(start, tmp
     missing = "    if partition_id == 1:\n        raise OSError('the disk is not mounted')\n"
     changed = ("    rng = np", f"{missing}    rng = np")
     shown = simulation.run(changed_app(start, tmp_path, changed, settings="min-nodes = 1\n"))
-    assert re.search(r" refused: OSError in \w+\.py:\d+; what it says stays on the node", shown)
+    assert re.search(
+        r" node-1 refused: OSError \(\w+\.py, line \d+\): what it says stays on the node", shown
+    )
     (run,) = (simulation.folder / "runs").iterdir()
     assert [record["train"]["nodes"] for record in history(run)] == 3 * [["node-0"]]
 
@@ -296,7 +298,7 @@ def test_when_every_client_fails_the_reason_is_shown_and_what_was_reached_is_kep
         )
     )
     for number in range(2):
-        where = r"RuntimeError in \w+\.py:\d+; what it says"
+        where = r"RuntimeError \(\w+\.py, line \d+\): what it says"
         assert re.search(rf"node-{number} left out of train: {where}", shown)
     assert "Round 2: all 2 nodes failed with the same error" in shown
     (run,) = (simulation.folder / "runs").iterdir()

@@ -23,7 +23,7 @@ def test_a_nodes_owner_decides_whether_the_server_reads_its_exceptions(start, tm
     running.server.line("round 3 ")
     told = running.server.text + (running.folder / "runs/run/history.jsonl").read_text()
     assert (SAYS in told) == bool(share)
-    assert ("RuntimeError in tasks.py:" in told) != bool(share)
+    assert ("RuntimeError (tasks.py, line " in told) != bool(share)
 
 
 @pytest.mark.parametrize("kind", [ValueError, fed.FedError])
@@ -37,4 +37,4 @@ def test_the_same_holds_on_a_stock_node(kind, share):
     config = {"partition-id": 0, "share-errors": share}
     reply = client_app(lambda config: data(0, 1))(asked, Context(1, 7, config, RecordDict(), {}))
     assert ("patient" in reply.error.reason) == share
-    assert share or "test_errors.py:" in reply.error.reason
+    assert share or "(test_errors.py, line " in reply.error.reason

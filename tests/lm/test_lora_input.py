@@ -335,7 +335,7 @@ def build(model: Path | str, **flags):
 def test_mlx_lm_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     forget_what_was_found()
-    with refused('needs mlx-lm: pip install "mlx-fed[lm]"'):
+    with refused('needs mlx-lm: pip install -e ".[lm]" in the repository of mlx-fed'):
         build("anything")
 
 

@@ -334,7 +334,7 @@ def test_a_repeated_round_ends_as_if_it_had_been_well(kind, number, keep, tmp_pa
     assert [record["round"] for record in result.rounds] == [1, 2, 3]
     assert len(notes) == 1
     assert f"Round {number}: none of 3 nodes" in notes[0]
-    assert "The round is repeated, for time 1 of 2." in notes[0]
+    assert "The round is run again (repeat 1 of 2)." in notes[0]
 
 
 def test_a_round_is_repeated_where_fewer_count_than_have_to(tmp_path: Path):

@@ -155,9 +155,9 @@ def test_a_number_of_rounds_is_checked_where_another_stands_over_it(value: Any, 
     ("fields", "message"),
     [
         ({"model": TASK.model()}, "Task.model is a function that returns a new model, .* Sequenti"),
-        ({"optimizer": optim.SGD(0.1)}, "Task.optimizer is a function of the settings .* a SGD"),
-        ({"loss": "mse"}, "Task.loss is a function, and this is a str"),
-        ({"data": TEST}, "Task.data is a function, and this is a tuple"),
+        ({"optimizer": optim.SGD(0.1)}, "Task.optimizer is a function of the settings .* class SGD"),
+        ({"loss": "mse"}, "Task.loss is a function, not an object of the class str"),
+        ({"data": TEST}, "Task.data is a function, not an object of the class tuple"),
         ({"metrics": [TASK.loss]}, "Task.metrics is a dictionary of functions .* this is a list"),
         (
             {"loss": nn.losses.cross_entropy},
@@ -173,7 +173,7 @@ def test_a_number_of_rounds_is_checked_where_another_stands_over_it(value: Any, 
             r"called as train_step\(model, optimizer, batch, key, config\), and the function "
             r"\(test_settings.py, line \d+\) does not take that: too many positional arguments",
         ),
-        ({"train_step": 5}, "Task.train_step is a function, and this is a int"),
+        ({"train_step": 5}, "Task.train_step is a function, not an object of the class int"),
         ({"save": lambda model: None}, r"called as save\(model, folder\), and .*test_settings.py"),
         (
             {"data": lambda: TEST},

@@ -76,7 +76,8 @@ def call(
     """
     arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
     settings = {"config": config} if config is not None and takes_config(function) else {}
-    what = f"Task's {getattr(function, '__name__', 'function')} for a batch"
+    name = getattr(function, "__name__", "function")
+    what = f"a loss or metric is called with the model and a batch of {len(arguments)}: {name}"
     return calls.call(what, function, model, *arguments, **settings)
 
 

@@ -20,6 +20,8 @@ from typer.core import TyperArgument, TyperCommand
 from ..errors import FedError
 from ..system.printable import printable
 
+_NUMBERS = {click.IntRange: "whole number", click.FloatRange: "number"}
+
 
 class Command(TyperCommand):
     """Command whose help lists its options by group, and whose errors are messages."""
@@ -44,6 +46,13 @@ class Command(TyperCommand):
         for name in sorted(groups, key=lambda name: (name != "Arguments", name != "Options")):
             with formatter.section(name):
                 formatter.write_dl(groups[name])
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for parameter in self.params:
+            for kind, name in _NUMBERS.items():  # in messages: "'ten' is not a valid whole number"
+                if isinstance(parameter.type, kind):
+                    parameter.type.name = name
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         with errors_as_messages():
@@ -76,11 +85,16 @@ _OF_A_NEW_RUN = ("--name", "--resume", "--weights", "--change")
 """Options that the command which resumes a run does not have, or has anew."""
 
 
-def run_command(function: Callable[..., None]) -> None:
-    """Runs a function as the only command of a program, with the arguments in ``sys.argv``."""
+def run_command(function: Callable[..., None], program: str | None = None) -> None:
+    """Runs a function as the only command of a program, with the arguments in ``sys.argv``.
+
+    Args:
+        function (callable): The command.
+        program (str, optional): The program's name in messages. Default: that of its file.
+    """
     app = App()
     app.command()(function)
-    app()
+    app(prog_name=program)
 
 
 @contextmanager

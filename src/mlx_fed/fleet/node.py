@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,12 +43,13 @@ from ..flower.log import silence_flower
 from ..flower.transport import RequestRefused, Unavailable, Unreachable, UntrustedServer
 from ..monitoring.node_terminal import node_listener_or_terminal
 from ..rounds import coverage, messages
-from ..rounds.roster import LONGEST_NAME, is_name
+from ..rounds.roster import LONGEST_NAME, is_name, join_tags
 from ..rounds.settings import with_argument_hints
 from ..settings_check import KINDS, check_config
 from ..system import address, devices, memory
 from ..task import Data, Task, TaskSource, make_task
 from ..task_settings import TracedConfig
+from ..tracebacks import failure_reason, location, user_traceback
 from ..training import batches
 from . import certificates
 from .identity import Identity, from_files, from_token
@@ -90,6 +92,7 @@ def join(
     partition_id: int | None = None,
     num_partitions: int | None = None,
     name: str | None = None,
+    tags: Sequence[str] | None = None,
     device: str | None = None,
     config: dict[str, Any] | None = None,
     mods: Sequence[Any] | None = None,
@@ -119,6 +122,7 @@ def join(
         num_partitions (int, optional): Of how many parts, where the data is partitioned.
         name (str, optional): How the server calls this node. Default: the token's, or
             ``"node-0"`` and so on.
+        tags (list, optional): What the server may select this node by: ``["hospital", "europe"]``.
         device (str, optional): ``"gpu"`` or ``"cpu"``. Default: MLX's own choice.
         config (dict, optional): What ``task`` is made from, if it is a function. All else that is
             trained with is the server's to set.
@@ -191,6 +195,8 @@ def join(
         node_config["num-partitions"] = num_partitions
     if name is not None:
         node_config["name"] = name
+    if tags:
+        node_config["tags"] = join_tags(tags)
     with node_listener_or_terminal(listener) as notify:
         if is_open:
             notify(
@@ -207,12 +213,13 @@ def join(
             names = ", ".join(sorted(servers))
             notify(Notice(f"{names}: the server's values are trained with, not this node's"))
         notify(NodeReady(where, partition_id))
+        note = _once(lambda text: notify(Notice(text)))
         if private := coverage.name_of_private(mods or ()):
-            notify(Notice(coverage.note(private, built_task)))
+            note(coverage.note(private, built_task))
         rules.check_data(data)
         gates = [Gate(rules, server, log, ask_at_terminal)] if log or rules != Policy() else []
         app = clientapp.raising_app(
-            _with_data(built_task, data), mods, gates, [gate.clip for gate in gates]
+            _with_data(built_task, data), mods, gates, [gate.clip for gate in gates], note
         )
         if (proxy := credentials.proxy) is not None:
             notify(Notice(f"through the proxy {address.join(proxy.host, proxy.port)}"))
@@ -228,6 +235,11 @@ def join(
         )
         with logged(log, server=server, node=name):
             _ResidentNode(client, app, node_config, credentials, wait, notify, model_size).run()
+
+
+def _once(notify: Callable[[str], None]) -> Callable[[str], None]:
+    """The same function, called once for each text."""
+    return lru_cache(maxsize=1000)(notify)
 
 
 def _with_data(task: Task, data: Data) -> Task:
@@ -252,6 +264,7 @@ class _ResidentNode:
         self.identity, self.wait, self.listener = credentials, wait, listener
         self.server = address.join(credentials.host, credentials.port)
         self.client_states: dict[str, RecordDict] = {}
+        self.failures: set[tuple[type, tuple[str, int] | None]] = set()
         self.spool = Spool()
 
     def run(self) -> None:
@@ -307,15 +320,25 @@ class _ResidentNode:
             if reply.has_error():
                 self.listener(MessageFailed(kind, server_round, reply.error.reason or ""))
         except Exception as error:
-            self.listener(MessageFailed(kind, server_round, f"{type(error).__name__}: {error}"))
+            reason, text = failure_reason(error), self._new_traceback(error)
+            self.listener(MessageFailed(kind, server_round, reason, text))
             with_text = bool(self.node_config.get(clientapp.SHARE_ERRORS))
             reply = error_reply(message, error, with_text)
+        reply = clientapp.named_failure(reply, message, context)
         self.spool.put_message(client_state)
         seconds = time.monotonic() - start_time
         self._retry(lambda: self.client.send(reply, seconds))
         records = records_in(reply.content, MetricRecord) if reply.has_content() else {}
         metrics = dict(next(iter(records.values()), {}))
         self.listener(MessageAnswered(kind, server_round, seconds, metrics))
+
+    def _new_traceback(self, error: Exception) -> str:
+        """The traceback of the task's code, once for each type and line; empty after that."""
+        failure = type(error), location(error)
+        if isinstance(error, FedError) or failure in self.failures:
+            return ""
+        self.failures.add(failure)
+        return user_traceback(error)
 
     # -- the connection --------------------------------------------------------------------
 

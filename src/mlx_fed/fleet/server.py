@@ -26,6 +26,7 @@ from ..flower.log import silence_flower
 from ..monitoring.server_terminal import listeners_or_terminal
 from ..rounds import loop, strategies
 from ..rounds.initial_weights import InitialWeights
+from ..rounds.node_selection import NodeSelectors
 from ..rounds.run_setup import StrategySource, set_up_run
 from ..rounds.settings import EvaluateFn, RunSettings, select_settings, with_argument_hints
 from ..rounds.stopping import StopFn
@@ -64,6 +65,7 @@ def serve(
     config: dict[str, Any] | None = None,
     seed: int = 0,
     min_nodes: int | None = None,
+    select_nodes: NodeSelectors | None = None,
     wait: float = 600.0,
     round_timeout: float = 3600.0,
     grace: float | None = None,
@@ -116,6 +118,8 @@ def serve(
         seed (int): Decides initial weights, sampling, shuffling and dropout. Default: ``0``.
         min_nodes (int, optional): Nodes to wait for before each round. Default: as many as the
             strategy asks for.
+        select_nodes (str or list, optional): Which nodes may take part, by name, node id or tag:
+            ``"clinic-a,0-4,tag:hospital"``. Default: all; of a resumed run, those that it had.
         wait (float): Seconds to wait for them. Default: ``600``.
         round_timeout (float): Seconds that a phase may take; later replies are dropped.
             Default: ``3600``.

@@ -96,8 +96,9 @@ def decode(text: str) -> Token:
     Raises:
         TokenError: If it is not whole, or not a token.
     """
+    shown = text if len(text) <= 20 else f"{text[:20]}..."
     token_error = TokenError(
-        f"{text[:20]!r}... is not a whole token: copy the line that the server printed, "
+        f"{shown!r} is not a whole token: copy the line that the server printed, "
         "from mlxfed- to its end."
     )
     text = text.strip()

@@ -9,7 +9,7 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
 from ..errors import FedError
-from ..tracebacks import location
+from ..tracebacks import failure_reason
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -31,23 +31,15 @@ def error_reply(message: Message, error: Exception, with_text: bool = True) -> M
             this package says itself.
     """
     if with_text or _is_ours(error):
-        return failed_reply(message, f"{type(error).__name__}: {error}")
-    summary = f"{type(error).__name__} in {_location(error)}"
-    return failed_reply(message, f"{summary}; what it says stays on the node (--share-errors)")
+        return failed_reply(message, failure_reason(error))
+    summary = failure_reason(error, with_text=False)
+    return failed_reply(message, f"{summary}: what it says stays on the node (--share-errors)")
 
 
 def _is_ours(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     ours = not frames or _PACKAGE in Path(frames[-1].filename).parents
     return isinstance(error, FedError) and ours and error.__cause__ is None
-
-
-def _location(error: Exception) -> str:
-    """File name and line that raised, of the user's code where that was running."""
-    if line := location(error):
-        return f"{line[0]}:{line[1]}"
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
 
 
 def failed_reply(message: Message, reason: str, missing: bool = False) -> Message:

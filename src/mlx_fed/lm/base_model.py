@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FedError
+from ..errors import FedError, install_command
 from ..system.cache import FileStates, file_states
 from ..system.hub_progress import loading_with_tqdm
 
@@ -32,8 +32,8 @@ def require_mlx_lm() -> None:
     """
     if find_spec("mlx_lm") is None:
         raise FedError(
-            'Fine-tuning language models needs mlx-lm: pip install "mlx-fed[lm]", or '
-            'pip install -e ".[lm]" in the repository (on Linux, ".[cpu,lm]").'
+            f"Fine-tuning language models needs mlx-lm: {install_command('lm')} (on Linux, "
+            '".[cpu,lm]").'
         )
 
 

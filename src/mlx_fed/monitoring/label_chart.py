@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import FedError
+from ..errors import FedError, install_command
 from .label_counts import MAX_ROWS, LabelCounts
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _figure(labels: LabelCounts, title: str) -> Figure:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise FedError('Pictures need matplotlib: pip install "mlx-fed[datasets]".') from error
+        raise FedError(f"Pictures need matplotlib: {install_command('datasets')}.") from error
     classes = len(labels.classes)
     palette = "tab10" if classes <= 10 else "tab20" if classes <= 20 else "turbo"
     steps = np.arange(classes) if palette != "turbo" else np.linspace(0, 1, classes)

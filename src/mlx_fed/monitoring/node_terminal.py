@@ -47,7 +47,8 @@ def node_line(event: Event) -> str:
 
 
 def _work(event: events.MessageEvent) -> str:
-    return f"round {event.round} {event.kind}" if event.round else event.kind
+    kind = event.kind.removeprefix("query.").replace("_", " ")
+    return f"round {event.round} {kind}" if event.round else kind
 
 
 class NodeTerminal(TerminalOutput):
@@ -66,6 +67,9 @@ class NodeTerminal(TerminalOutput):
         else:
             if isinstance(event, (events.ServerJoined, events.MessageAnswered)):
                 self.bars.update(RUN_BAR, "waiting for the server")
+            if isinstance(event, events.MessageFailed):
+                for line in event.traceback.splitlines():
+                    print_line(self.console, line, STYLES["failed"])
             if line := node_line(event):
                 print_line(self.console, line, STYLES.get(event.name, ""))
 

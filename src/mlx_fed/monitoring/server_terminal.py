@@ -14,7 +14,7 @@ from .. import events
 from ..events import Event, Listener
 from ..runs import folders, round_record
 from ..system.loading import loading_listeners
-from ..tracebacks import is_exception
+from ..tracebacks import is_exception, is_same_failure
 from .loading_bars import LoadingBars
 from .output import RUN_BAR, STYLES, TerminalOutput, print_line, stops_at_failure
 from .units import format_bytes, format_seconds
@@ -105,7 +105,8 @@ class ServerTerminal(TerminalOutput):
                 self.bars.update(RUN_BAR, server_line(event))
             case events.ReplyRefused(phase=phase, reason=reason):
                 reasons = self.failures[phase]
-                is_repeated = reason in reasons and is_exception(reason)
+                is_repeated = any(is_same_failure(reason, one) for one in reasons)
+                is_repeated = is_repeated and is_exception(reason)
                 if len(reasons) < _MAX_FAILURES and not is_repeated:
                     reasons.append(reason)
                     self._print(event)

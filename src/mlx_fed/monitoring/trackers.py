@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import FedError
+from ..errors import FedError, install_command
 from ..events import Event, RoundFinished, RunStarted
 from ..runs.round_record import figures
 from .output import print_failure
@@ -101,7 +101,7 @@ def find_tracker(name: str) -> Tracker:
         is_instance = hasattr(tracker, "log") and not isinstance(tracker, type)
         return tracker if is_instance else tracker()
     except ImportError as error:
-        hint = "check the name" if colon else f'pip install "mlx-fed[{name}]"'
+        hint = "check the name" if colon else install_command(name)
         raise FedError(f"The tracker {name!r} cannot be imported ({error}): {hint}.") from error
     except Exception as error:
         raise FedError(f"Cannot create the tracker {name!r}: {error!r}") from error

@@ -34,6 +34,7 @@ from .closing import QuorumClosing
 from .evaluate_phase import evaluate, evaluate_centrally
 from .exclusion import to_leave_out
 from .model_files import save_best_model, save_model
+from .node_selection import parse_selection
 from .phase import Model, Phase, Run
 from .resume import RunState, identity_of, resume_state
 from .roster import Participants, Roster
@@ -200,8 +201,8 @@ def _prepare_repeat(
     """
     _leave_out(run, record)
     record.repeats += 1
-    times = f"for time {record.repeats} of {run.settings.max_repeats}"
-    run.history.notify(Notice(f"{error} The round is repeated, {times}."))
+    repeat = f"repeat {record.repeats} of {run.settings.max_repeats}"
+    run.history.notify(Notice(f"{error} The round is run again ({repeat})."))
     if snapshot is None and run.settings.keep:
         run.checkpoints.wait()
         snapshot = run.checkpoints.state_after(record.round - 1)
@@ -249,6 +250,7 @@ def _set_up(
         history.notify,
         trainer.fingerprint,
         trainer.frozen,
+        parse_selection(settings.select_nodes),
     )
     spool = grid.spool or Spool(history.folder / "waiting")
     checkpoints = Checkpoints(history.folder, settings.keep)

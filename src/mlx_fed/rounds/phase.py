@@ -23,7 +23,7 @@ from ..flower.one_run_grid import OneRunGrid
 from ..runs import round_record
 from ..runs.history import History
 from ..runs.round_record import Refusal, RoundRecord
-from ..tracebacks import is_exception
+from ..tracebacks import is_exception, is_same_failure
 from ..training.metrics import placeholder_metrics
 from ..training.trainer import Trainer
 from ..transforms.update_transform import UpdateTransform
@@ -306,13 +306,13 @@ class Phase:
                 refusal.excused = True
 
     def common_failure(self) -> str | None:
-        """The exception with which every node of the phase failed, if it is the same for all."""
+        """The exception with which every node failed, if it is of one type and line for all."""
         refusals = [refusal for refusal in self.record.refused if refusal.phase == self.name]
-        reasons = {refusal.reason for refusal in refusals[-self.num_messages :]}
-        if len(reasons) != 1 or len(refusals) < self.num_messages or refusals[-1].missing:
+        if len(refusals) < self.num_messages or refusals[-1].missing:
             return None
-        (reason,) = reasons
-        return reason if is_exception(reason) else None
+        reason, *others = [refusal.reason for refusal in refusals[-self.num_messages :]]
+        is_common = all(is_same_failure(reason, other) for other in others)
+        return reason if is_common and is_exception(reason) else None
 
     def require_replies(self, count: int) -> None:
         """Requires that enough training replies count.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -20,11 +20,14 @@ from ..arrays.named_arrays import Spec
 from ..errors import FedError, RunError
 from ..events import Listener, NodeJoined, NodeLeft, NodeRefused, NodesAwaited, Notice
 from ..flower.one_run_grid import FlowerGrid, OneRunGrid
+from ..tracebacks import is_exception, is_same_failure
 from . import checks, messages
 from .exchange import POLL, push
+from .node_selection import NodeSelection
 
 LONGEST_NAME = 64
 """Characters of a node's name."""
+_LONGEST_TAGS = 1000
 _LARGEST_PARTITION = 2**31
 _MOST_REASONS = 1000
 _LONGEST = 200
@@ -41,11 +44,12 @@ def is_name(name: str) -> bool:
 
 
 class Participant(NamedTuple):
-    """A node that takes part."""
+    """A node that takes part; its tags are what its owner says of it."""
 
     id: int
     name: str
     partition: int
+    tags: tuple[str, ...] = ()
 
 
 class Participants(Protocol):
@@ -77,6 +81,7 @@ class Roster:
         listener (callable): Called with the events of nodes that come and go.
         fingerprint (dict, optional): What else has to be the same on a node as on the server.
         identities (dict, optional): What the frozen arrays are known by, which have to be the same.
+        selection (NodeSelection): The nodes that may take part. Default: all.
 
     Attributes:
         nodes (dict): The nodes that take part and are online, by id, in order.
@@ -96,7 +101,9 @@ class Roster:
         listener: Listener,
         fingerprint: Mapping[str, str] | None = None,
         identities: Mapping[str, frozen.ArrayDigest] | None = None,
+        selection: NodeSelection = NodeSelection(),  # noqa: B008, it never changes
     ):
+        self.selection = selection
         self.grid = grid
         self.fingerprint, self.identities = fingerprint or {}, identities or {}
         self.specs = {"parameters": parameters, "statistics": statistics}
@@ -138,6 +145,10 @@ class Roster:
             if present >= min_nodes:
                 if last_count is None or is_late or not self._is_waiting():
                     return
+            elif reason := self._common_failure(min_nodes):
+                raise RunError(
+                    f"All {len(self.reasons)} nodes failed with the same error: {reason}"
+                )
             elif is_late:
                 raise RunError(
                     f"{present} of {min_nodes} nodes came within {seconds:.0f} seconds"
@@ -157,6 +168,15 @@ class Roster:
                 self._leave_out(node.id, name, why)
                 return True
         return False
+
+    def _common_failure(self, min_nodes: int) -> str | None:
+        """The exception with which all nodes answered the roll call, if they are as many as the
+        run needs, and two or more: one node alone ends no run."""
+        reasons = list(self.reasons.values())
+        if self.nodes or self.asked or len(reasons) < max(2, min_nodes):
+            return None
+        is_common = all(is_same_failure(reason, reasons[0]) for reason in reasons)
+        return reasons[0] if is_common and is_exception(reasons[0]) else None
 
     def _why_others_do_not(self) -> str:
         """The first reasons why nodes were left out, as the end of a sentence."""
@@ -186,14 +206,20 @@ class Roster:
     def _take_in(self, answer: Message) -> None:
         node_id = self.asked.pop(answer.metadata.reply_to_message_id)
         self.heard = time.monotonic()
-        name = f"node {node_id}"
+        name = self.grid.name_of(node_id) or f"node {node_id}"
         try:
             checks.check_answer(answer)
             _, record = messages.config_of(answer.content)
             node = _node(node_id, record)
-            name = node.name
             self._check_name(node)
+            name = node.name
             self._check_number(node)
+            if not self.selection.includes(node.name, node.partition, node.tags):
+                raise checks.Refused(
+                    "it is not among the nodes that this run selects (--select-nodes)"
+                )
+            if failure := record.get("failure"):
+                raise checks.Refused(str(failure))
             self._check_fingerprint(record)
             self._check_model(record)
             rounding = self._check_frozen(record)
@@ -294,15 +320,51 @@ def _node(node_id: int, record: ConfigRecord) -> Participant:
         )
     if not partition.isdecimal() or len(partition) > 10 or int(partition) >= _LARGEST_PARTITION:
         raise checks.Refused(f"its node id is no number below {_LARGEST_PARTITION}")
-    return Participant(node_id, name, int(partition))
+    tags = split_tags(record.get("tags", ""))
+    return Participant(node_id, name, int(partition), tags)
+
+
+def join_tags(tags: Sequence[str]) -> str:
+    """Tags as a text, as a node's configuration has them.
+
+    Raises:
+        Refused: As :func:`split_tags` does, and for a tag with a comma.
+    """
+    text = ",".join(tags)
+    if isinstance(tags, str) or split_tags(text) != tuple(tags):
+        raise checks.Refused(f"tags is a list of words without commas or spaces around: {tags!r}")
+    return text
+
+
+def split_tags(text: Any) -> tuple[str, ...]:
+    """The tags in a text with commas between them.
+
+    Raises:
+        Refused: If there are too many of them, or one cannot be printed.
+    """
+    tags = tuple(filter(None, (tag.strip() for tag in str(text)[:_LONGEST_TAGS].split(","))))
+    if len(str(text)) > _LONGEST_TAGS or not all(map(is_name, tags)):
+        raise checks.Refused(
+            f"a node's tags have 1 to {LONGEST_NAME} printable characters each, and "
+            f"{_LONGEST_TAGS} together"
+        )
+    return tags
 
 
 class RosterGrid(FlowerGrid):
-    """The grid as strategies see it: only nodes that take part, in the roster's order."""
+    """The grid as strategies see it: only nodes that take part, in the roster's order.
+
+    Attributes:
+        nodes (dict): Their names, partitions and tags, by node id.
+    """
 
     def __init__(self, grid: Grid, roster: Participants):
         super().__init__(grid)
         self._roster = roster
+
+    @property
+    def nodes(self) -> Mapping[int, Participant]:
+        return self._roster.nodes
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._roster.nodes)

@@ -102,7 +102,13 @@ def set_up_run(
         are_free=bool(server_names),
     )
     num_rounds = _num_rounds(settings, num_rounds, config, previous, task)
-    settings = replace(settings, config=config, num_rounds=num_rounds)
+    selectors = settings.select_nodes
+    settings = replace(
+        settings,
+        config=config,
+        num_rounds=num_rounds,
+        select_nodes=previous.select_nodes if selectors is None else selectors,
+    )
     trainer = Trainer(task, settings.seed)
     notes = [] if settings.initial is None else load_initial_weights(trainer, settings.initial)
     history = History(run_folder(runs, name, resume), tuple(listeners), description)

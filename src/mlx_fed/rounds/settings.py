@@ -14,6 +14,7 @@ from ..task_settings import TracedConfig, nearest, plain, to_kebab
 from ..tracebacks import definition, misfit
 from ..transforms.compression import parse_compression
 from .initial_weights import InitialWeights
+from .node_selection import NodeSelectors, parse_selection
 from .stopping import StopFn, parse_target
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class RunSettings:
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     min_nodes: int | None = None
+    select_nodes: NodeSelectors | None = None
     wait: float = 600.0
     round_timeout: float = 3600.0
     grace: float | None = None
@@ -88,6 +90,7 @@ class RunSettings:
             self.config["compress"] = self.compress
         parse_compression(dict.get(self.config, "compress", ""))
         parse_target(self.target)
+        parse_selection(self.select_nodes)
         for name in ("stop", "evaluate_fn"):
             if (function := getattr(self, name)) is not None and not callable(function):
                 raise SettingsError(f"{name} is a function, not {function!r}.")

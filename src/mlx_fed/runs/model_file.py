@@ -78,6 +78,10 @@ def read_arrays(path: Path) -> Arrays:
     Raises:
         ModelFileError: If there is no such file, or it is not a safetensors file.
     """
+    if path.is_dir():
+        raise ModelFileError(
+            f"{path} is a folder: name the file, such as {path}/model.safetensors."
+        )
     if not path.is_file():
         raise ModelFileError(f"There is no model file {path}.")
     try:

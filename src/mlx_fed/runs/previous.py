@@ -20,6 +20,7 @@ class Previous(NamedTuple):
         config (dict): The settings that its nodes were sent.
         patience (int, optional): As :class:`~mlx_fed.rounds.settings.RunSettings` has it.
         target (str or dict, optional): The same.
+        select_nodes (str or list, optional): The same.
         stopped (str, optional): Why it ended before its last round, if it did.
         went_on_after (int): The round after which it had ended early before.
         changes (list): Changed settings, as :mod:`mlx_fed.rounds.changes` records them.
@@ -30,6 +31,7 @@ class Previous(NamedTuple):
     config: Mapping[str, Any] = MappingProxyType({})
     patience: int | None = None
     target: str | dict[str, float] | None = None
+    select_nodes: str | list[Any] | None = None
     stopped: str | None = None
     went_on_after: int = 0
     initial: str | None = None
@@ -54,6 +56,7 @@ def previous_of(folder: Path) -> Previous:
     kinds: dict[str, Any] = {
         "config": dict,
         "target": (str, dict),
+        "select_nodes": (str, list),
         "stopped": str,
         "initial": str,
         "changes": list,

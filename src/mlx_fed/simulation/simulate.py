@@ -15,6 +15,7 @@ from ..flower.log import silence_flower
 from ..monitoring.server_terminal import listeners_or_terminal
 from ..rounds import loop
 from ..rounds.initial_weights import InitialWeights
+from ..rounds.node_selection import NodeSelectors, parse_selection
 from ..rounds.run_setup import StrategySource, set_up_run
 from ..rounds.settings import EvaluateFn, RunSettings, select_settings, with_argument_hints
 from ..rounds.stopping import StopFn
@@ -44,6 +45,7 @@ def simulate(
     *,
     config: dict[str, Any] | None = None,
     seed: int = 0,
+    select_nodes: NodeSelectors | None = None,
     round_timeout: float = 3600.0,
     min_replies: int = 1,
     max_repeats: int = 2,
@@ -87,6 +89,8 @@ def simulate(
         config (dict, optional): Settings that clients are sent with every message, over the
             task's own.
         seed (int): Decides initial weights, sampling, shuffling and dropout. Default: ``0``.
+        select_nodes (str or list, optional): Which clients take part, by name or number:
+            ``"0-9,node-20"``. Default: all; of a resumed run, those that it had.
         round_timeout (float): Seconds that a phase may take; later replies are dropped.
             Default: ``3600``.
         min_replies (int): Training replies that have to count in a round; with fewer it is
@@ -207,7 +211,7 @@ def simulate(
             grid = SimulationGrid(
                 num_clients, pool, Path(folder), settings.round_timeout, history.notify
             )
-            roster = SimulatedRoster(num_clients)
+            roster = SimulatedRoster(num_clients, parse_selection(settings.select_nodes))
             return loop.run(grid, *setup, roster, resume=resume is not None)
 
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from ..errors import RunError
+from ..errors import RunError, SettingsError
+from ..rounds.node_selection import NodeSelection
 from ..rounds.roster import Participant
 
 
 class SimulatedNodes(Mapping[int, Participant]):
     """Nodes by id, created on access, so that memory does not grow with their number."""
 
-    def __init__(self, num_clients: int):
-        self.num_clients = num_clients
+    def __init__(self, num_clients: int, selection: NodeSelection):
+        every = range(1, num_clients + 1)
+        self.node_ids: Sequence[int] = every
+        if not selection.is_all:
+            self.node_ids = [i for i in every if selection.includes(_name(i), i - 1)]
+        self._selected = self.node_ids if selection.is_all else frozenset(self.node_ids)
 
     def __getitem__(self, node_id: int) -> Participant:
-        if not 0 < node_id <= self.num_clients:
+        if node_id not in self._selected:
             raise KeyError(node_id)
-        return Participant(node_id, f"node-{node_id - 1}", node_id - 1)
+        return Participant(node_id, _name(node_id), node_id - 1)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(1, self.num_clients + 1))
+        return iter(self.node_ids)
 
     def __len__(self) -> int:
-        return self.num_clients
+        return len(self.node_ids)
+
+
+def _name(node_id: int) -> str:
+    return f"node-{node_id - 1}"
 
 
 class SimulatedRoster:
@@ -31,6 +40,7 @@ class SimulatedRoster:
 
     Args:
         num_clients (int): Number of clients.
+        selection (NodeSelection): The clients that take part. Default: all.
 
     Attributes:
         stays (bool): Clients stay whatever they reply, so that faults can be studied.
@@ -38,8 +48,15 @@ class SimulatedRoster:
 
     stays = True
 
-    def __init__(self, num_clients: int):
-        self.nodes = SimulatedNodes(num_clients)
+    def __init__(self, num_clients: int, selection: NodeSelection = NodeSelection()):  # noqa: B008
+        self.nodes = SimulatedNodes(num_clients, selection)
+        names = selection.names and selection.names - {_name(i) for i in self.nodes}
+        beyond = [str(last) for _, last in selection.ranges if last >= num_clients]
+        if missing := [*sorted(names), *beyond, *(f"tag:{tag}" for tag in sorted(selection.tags))]:
+            raise SettingsError(
+                f"select_nodes (--select-nodes): there is no client {missing[0]!r}. "
+                f"Simulated clients have no tags, and are called node-0 to node-{num_clients - 1}."
+            )
 
     def leave_out(self, name: str, why: str) -> bool:
         """Exclusion of a node, which does not happen in a simulation."""

@@ -20,7 +20,7 @@ from ..flower.one_run_grid import ClientFailure
 from ..rounds import checks, messages
 from ..task import Config, Data, TaskSource, make_task
 from ..task_settings import kebab_case
-from ..tracebacks import location, user_traceback
+from ..tracebacks import failure_reason, user_traceback
 from ..training.batches import lengths
 from ..training.client_arrays import state_of_kind
 from ..training.trainer import ClientUpdate, Trainer
@@ -459,7 +459,4 @@ def reason(error: Exception) -> str:
     repeat would not mend."""
     if isinstance(error, FedError) and not isinstance(error, (TypeError, ValueError)):
         return str(error)
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    source = location(error)
-    suffix = f" ({source[0]}, line {source[1]})" if source else ""
-    return f"{type(error).__name__}: {text}{suffix}"
+    return failure_reason(error)

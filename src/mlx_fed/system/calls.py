@@ -27,4 +27,4 @@ def call(what: str, function: Callable[..., Any], *arguments: Any, **settings: A
     except TypeError as error:
         if misfit(function, *arguments, **settings) is None:
             raise
-        raise TaskError(f"{what}{definition(function)}: {error}") from error
+        raise TaskError(f"{what}{definition(function)}: {error}") from None
