@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import mlx_fed as fed
+
 import pytest
 
 MISTAKEN = """
@@ -50,3 +52,30 @@ def test_the_traceback_ends_at_the_users_line(start, tmp_path: Path, workers, ev
     assert text.count("left out of train") == 1
     assert "all 30 nodes failed with the same error: AttributeError" in text
     assert "repeated" not in text
+
+
+CELL = """
+import my_task
+import mlx_fed as fed
+
+fed.simulate(my_task.task, num_clients=3, runs="{runs}", workers=0)  # the cell
+"""
+
+
+def test_a_notebook_shows_the_tasks_traceback_once_and_the_cells_line(
+    tmp_path: Path, monkeypatch, capsys
+):
+    """IPython asks an exception for its traceback."""
+    (tmp_path / "my_task.py").write_text(MISTAKEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    cell = tmp_path / "cell.py"
+    cell.write_text(CELL.format(runs=tmp_path))
+    with pytest.raises(fed.FedError) as error:
+        exec(compile(cell.read_text(), cell, "exec"), {})
+    shown = "\n".join(error.value._render_traceback_())
+    printed = capsys.readouterr().out
+    assert printed.count("# the mistake") == 1
+    assert "# the mistake" not in shown
+    assert shown.count("# the cell") == 1
+    assert "loop.py" not in shown
+    assert "all 3 nodes failed with the same error: AttributeError" in shown.splitlines()[-1]

@@ -19,6 +19,12 @@ class FedError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the lines of its cells, without those of this package."""
+        from .tracebacks import user_traceback
+
+        return user_traceback(self).splitlines()
+
 
 class SettingsError(FedError, ValueError):
     """Settings that a run cannot have."""

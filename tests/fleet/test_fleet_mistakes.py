@@ -126,7 +126,9 @@ def test_each_mistake_is_told_on_its_node_and_by_name_at_the_server(start, folde
         node = nodes[task]
         assert node.ends(300) == 1
         assert all(text in node.text for text in texts), node.text
-        assert node.text.count("Traceback (most recent call last)") == int(task in ("file", "lengths"))
+        assert node.text.count("Traceback (most recent call last)") == int(
+            task in ("file", "lengths")
+        )
     node = join(start, address, 20, "--name", "clinic", task="mistakes:wide")
     assert node.ends(300) == 1
     server.line(r"clinic refused: its model is not the server's: parameter 'bias' has shape \(5,\)")

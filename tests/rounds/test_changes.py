@@ -6,10 +6,12 @@ from typing import Any
 
 import mlx_fed as fed  # before mlx.core
 
+import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
 from mlx_fed.cli.main import app
+from tests.helpers.fleet_commands import FED, assert_same_bits, join, serve
 from tests.helpers.simulated import TASK, simulate, values
 
 
@@ -86,3 +88,27 @@ def test_a_change_on_the_command_line(tmp_path: Path):
     assert ended.exit_code == 0, ended.output
     settings = json.loads((tmp_path / "r" / "settings.json").read_text())
     assert settings["config"]["learning-rate"] == 0.05
+
+
+@pytest.mark.slow
+def test_nodes_of_a_fleet_get_weights_and_a_change_from_the_server(start, tmp_path: Path):
+    task = "tests.helpers.simulated:TASK"
+    weights = simulate(None, tmp_path, TASK, 4, num_rounds=1, name="first").model
+    rate = ("-c", "learning-rate=0")
+    server, address = serve(start, tmp_path, "--rounds", 1, *rate, "--weights", weights, task=task)
+    nodes = [join(start, address, number, task=task) for number in range(2)]
+    assert [process.ends() for process in (server, *nodes)] == [0, 0, 0], server.text
+    assert_same_bits(tmp_path / "run", weights.parent)
+    resume = ("--resume", "run", "--rounds", 2, *rate, "--change", "learning-rate=0.2")
+    server = start(*(*FED, "serve", task, "--port", 0, "--runs", tmp_path, "--wait", 60, *resume))
+    address = server.line(r"Server ready on (\S+)").group(1)
+    nodes = [join(start, address, number, task=task) for number in range(2)]
+    assert [process.ends() for process in (server, *nodes)] == [0, 0, 0], server.text
+    model, initial = (
+        mx.load(str(path / weights.name)) for path in (tmp_path / "run", weights.parent)
+    )
+    assert not any(mx.array_equal(model[name], initial[name]) for name in initial)
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert settings["initial"] == str(weights)
+    (change,) = settings["changes"]
+    assert (change["name"], change["value"], change["from"]) == ("learning-rate", 0.2, 2)

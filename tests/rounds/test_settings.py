@@ -155,7 +155,10 @@ def test_a_number_of_rounds_is_checked_where_another_stands_over_it(value: Any, 
     ("fields", "message"),
     [
         ({"model": TASK.model()}, "Task.model is a function that returns a new model, .* Sequenti"),
-        ({"optimizer": optim.SGD(0.1)}, "Task.optimizer is a function of the settings .* class SGD"),
+        (
+            {"optimizer": optim.SGD(0.1)},
+            "Task.optimizer is a function of the settings .* class SGD",
+        ),
         ({"loss": "mse"}, "Task.loss is a function, not an object of the class str"),
         ({"data": TEST}, "Task.data is a function, not an object of the class tuple"),
         ({"metrics": [TASK.loss]}, "Task.metrics is a dictionary of functions .* this is a list"),

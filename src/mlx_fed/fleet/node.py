@@ -21,6 +21,7 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 
 from .. import clientapp
 from ..arrays import randomness
+from ..arrays import examples
 from ..arrays.flower_records import records_in
 from ..arrays.spool import Spool
 from ..errors import FedError
@@ -205,6 +206,8 @@ def join(
         settings = TracedConfig.of(config)
         built_task = make_task(task, settings)
         data = batches.load(built_task, partition_id, num_partitions)
+        if not callable(data.train) and examples.count(data.train) == 0:
+            raise JoinError(f"Partition {partition_id} has no training examples: see Task.data.")
         check_config(settings, built_task, [] if isinstance(task, Task) else [task])
         servers = (KINDS.keys() | built_task.config.keys()) & dict.keys(
             settings
