@@ -131,7 +131,9 @@ def test_each_mistake_is_told_on_its_node_and_by_name_at_the_server(start, folde
         )
     node = join(start, address, 20, "--name", "clinic", task="mistakes:wide")
     assert node.ends(300) == 1
-    server.line(r"clinic refused: its model is not the server's: parameter 'bias' has shape \(5,\)")
+    server.line(
+        r"clinic refused: its model is not the server's: parameter 'weight' has shape \(5, 8\)"
+    )
     # The node's own text is shown where its owner shares it.
     join(start, address, 21, "--share-errors", task="mistakes:setting")
     server.line(r"node-21 refused: KeyError: no setting lr.*\(mistakes.py, line \d+\)")

@@ -20,8 +20,7 @@ from typing import Any
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
 from .. import clientapp
-from ..arrays import randomness
-from ..arrays import examples
+from ..arrays import examples, randomness
 from ..arrays.flower_records import records_in
 from ..arrays.spool import Spool
 from ..errors import FedError
