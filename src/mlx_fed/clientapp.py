@@ -25,6 +25,7 @@ from .rounds import client_state, coverage, messages
 from .task import Config, Data, Task, TaskSource, fingerprint_of, make_task
 from .task_settings import kebab_case
 from .training import batches
+from .training.step_progress import ProgressFactory
 from .training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def raising_app(
     around: Sequence[Mod] = (),
     around_training: Sequence[Mod] = (),
     note: Callable[[str], None] | None = None,
+    progress: ProgressFactory | None = None,
 ) -> ClientApp:
     """The same without the replies for exceptions, which are raised.
 
@@ -76,10 +78,12 @@ def raising_app(
             updates.
         note (callable, optional): Called with what the trainer notes, such as at which step a
             loss diverged. Default: Flower's log.
+        progress (callable, optional): As ``Trainer.progress``.
     """
     app = ClientApp(mods=[*around])
     client = _Client(task, private=coverage.name_of_private(mods or ()))
     client.note = note or client.note
+    client.progress = progress
 
     @app.query("roll_call")
     def roll_call(message: Message, context: Context) -> Message:
@@ -105,6 +109,8 @@ def raising_app(
 class _Client:
     """What stays between messages: the trainer, and the data of the partitions last used."""
 
+    progress: ProgressFactory | None = None
+
     def __init__(self, source: TaskSource, token: str = "", private: str | None = None):
         self.source, self.private = source, private
         self.token = token or uuid4().hex
@@ -123,6 +129,7 @@ class _Client:
 
     def _make_trainer(self, seed: int, run_config: RunConfig) -> Trainer:
         trainer = Trainer(self.task(run_config), seed)
+        trainer.progress = self.progress
         if self.private:
             coverage.require_covered(self.private, trainer.statistics_spec)
             self.note(coverage.note(self.private, trainer.task))

@@ -289,6 +289,34 @@ class MessageReceived(MessageEvent):
 
 
 @dataclass(frozen=True)
+class TrainingProgress(Event):
+    """Steps of a training that goes on.
+
+    Attributes:
+        round (int): The round.
+        step (int): Steps that have ended.
+        of (int, optional): Steps of the training, if that is known.
+        loss (float, optional): Mean loss of the steps since the last report.
+        steps_per_second (float): In these steps.
+        unit (str, optional): What the task's losses count, such as ``"tokens"``.
+        units_per_second (float, optional): Of these.
+        peak_memory (int): Bytes that MLX has held at most in this training.
+        by_steps (bool): A report for a number of steps, not for a time.
+    """
+
+    name = "steps"
+    round: int
+    step: int
+    of: int | None
+    loss: float | None
+    steps_per_second: float
+    unit: str | None
+    units_per_second: float | None
+    peak_memory: int
+    by_steps: bool
+
+
+@dataclass(frozen=True)
 class MessageFailed(MessageEvent):
     """The node's work on a message failed; ``traceback`` is empty if it was told before."""
 

@@ -40,9 +40,10 @@ from ..helpers.fleet_commands import FED, TASK, assert_same_bits, join, serve
 
 def test_a_run_ends_by_itself_and_leaves_its_folder(start, tmp_path):
     server, address = serve(start, tmp_path)
-    nodes = [join(start, address, number) for number in range(2)]
+    nodes = [join(start, address, number, "--steps-per-report", 2) for number in range(2)]
     assert server.ends() == 0, server.text
     assert [node.ends() for node in nodes] == [0, 0]
+    assert re.search(r"round 3 train: step 2 of \d+   loss \d\.\d+   .* steps/s", nodes[0].text)
     assert "The run is over." in nodes[0].text
     folder = tmp_path / "run"
     assert str(folder / "model.safetensors") in server.text

@@ -417,6 +417,37 @@ def test_a_dataset_is_partitioned(llama, tmp_path):
         task.data(0, None)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_adam_begins_at_the_learning_rate_with_bias_correction(optimizer, llama, data):
+    """Without it the first step of a round is 3.2 times the learning rate: 0.1 / sqrt(0.001)."""
+    for flags, factor in (({}, 3.16), ({"bias_correction": True}, 1.0)):
+        config = configure(llama, data, optimizer=optimizer, local_iters=1, **flags)
+        task = lora_task(config)
+        trainer = Trainer(task)
+        start = trainer.parameters()
+        settings = {**task.config, "seed": 0, "server-round": 1}
+        update = trainer.train(start, {}, task.data(0, 3), settings)
+        steps = [mx.abs(a - start[name]).max().item() for name, a in update.parameters.items()]
+        assert max(steps) == pytest.approx(factor * 1e-2, rel=0.05)
+
+
+def test_an_optimizer_that_goes_on_is_one_training(llama, data, tmp_path):
+    """One client in four rounds of two iterations ends where one round of eight does."""
+
+    def train(rounds: int, keep: bool) -> dict[str, mx.array]:
+        flags = {"rounds": rounds, "local_iters": 8 // rounds, "val_batches": 0}
+        config = configure(llama, data / "anna", keep_optimizer=keep, **flags)
+        name = f"{rounds}-{keep}"
+        return simulate(config, tmp_path, name, clients=1, num_rounds=rounds).parameters
+
+    whole = train(1, False)
+    distances = [
+        max(mx.abs(array - ends[name]).max().item() for name, array in whole.items())
+        for ends in (train(4, True), train(4, False))
+    ]
+    assert 20 * distances[0] < 1e-2 < distances[1]  # Adam makes roundings grow
+
+
 def test_a_schedule_goes_on_from_round_to_round(llama, data):
     schedule = {"name": "linear_schedule", "arguments": [1e-2, 0.0, 12], "warmup": 2}
     config = replace(configure(llama, data, local_iters=6), lr_schedule=schedule)

@@ -68,7 +68,6 @@ def test_defaults_are_mlx_lms():
         "report_to",
         "save_every",
         "steps_per_eval",
-        "steps_per_report",
         "test",
         "test_batches",
         "train",
@@ -81,7 +80,8 @@ def test_a_file_of_mlx_lms_is_taken_with_flags_over_it(tmp_path):
         "model: base\ntrain: true\nlearning_rate: 1e-5\niters: 100\nadapter_path: adapters\n"
         "lora_parameters: {rank: 4}\nfederation: {rounds: 3, nodes: 2}\n",
     )
-    config = load_config(path, {"batch_size": 2, "rounds": 8, "seed": None})
+    with pytest.warns(UserWarning, match="iters 100 becomes 104"):
+        config = load_config(path, {"batch_size": 2, "rounds": 8, "seed": None})
     assert (config.model, config.learning_rate, config.batch_size) == ("base", 1e-5, 2)
     assert config.lora_parameters == {"rank": 4, "dropout": 0.0, "scale": 20.0}
     assert (config.federation.rounds, config.federation.nodes) == (8, 2)
@@ -105,6 +105,11 @@ def test_a_file_of_mlx_lms_is_taken_with_flags_over_it(tmp_path):
         ("optimizer: lion", "optimizer is one of adam, adamw, muon, sgd, adafactor, not 'lion'"),
         ("federation: {fraction: 2.0}", "federation.fraction is above 0 and at most 1, not 2.0"),
         ("lr_schedule: {name: cosine}", "lr_schedule has a name, one of cosine_decay"),
+        (
+            "optimizer: sgd\nfederation: {bias_correction: true}",
+            "federation.bias_correction is Adam's, of adam and adamw, and optimizer is sgd",
+        ),
+        ("steps_per_report: 0", "steps_per_report is 1 or more, not 0"),
         ("grad_accumulation_steps: 0", "grad_accumulation_steps is 1 or more, not 0"),
         ("learning-rate: 1\nlearning_rate: 2", "learning_rate twice, with hyphens and underscores"),
         ("max_seq_len: 512", "unknown key max_seq_len. Did you mean max_seq_length?"),
@@ -199,6 +204,17 @@ OTHERS = [
         "lr_schedule: {name: cosine_decay, warmup: 9, warmup_steps: 5, arguments: [1e-5, 9]}",
         {"lr_schedule": {"name": "cosine_decay", "warmup": 9, "arguments": [1e-5, 9]}},
         ["mlx-lm ignores lr_schedule.warmup_steps, and so does mlx-fed"],
+    ),
+    ("iters: 100\nfederation: {rounds: 8}", {}, ["iters 100 becomes 104: a round has 13 whole"]),
+    (
+        "iters: 100\ngrad_accumulation_steps: 8\nfederation: {rounds: 5}",
+        {"grad_accumulation_steps": 8},
+        ["iters 100 becomes 120: a round has 3 whole steps"],
+    ),
+    (
+        "grad_accumulation_steps: 4\nfederation: {local_iters: 10}",
+        {},
+        ["local_iters 10 becomes 12: a round has 3 whole steps"],
     ),
     ("wandb: {project: x}\ndescription: a test", {}, ["ignores wandb", "ignores description"]),
 ]
@@ -533,6 +549,7 @@ def test_an_adapter_config_that_is_none(llama, tmp_path):
             'its LoRA keys is not the server\'s: ["self_attn.q_proj"], expected ["mlp.down_proj", ',
         ),
         ("freeze_a", "its freeze_a is not the server's: True, expected False"),
+        ("optimizer", "its keep_optimizer is not the server's: True, expected False"),
     ],
 )
 def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path):
@@ -565,6 +582,9 @@ def test_a_node_that_differs_is_turned_away(what, message, llama, data, tmp_path
             config, lora_parameters={**config.lora_parameters, "keys": ["q_proj"]}
         ),
         "freeze_a": lambda: replace(config, federation=replace(config.federation, freeze_a=True)),
+        "optimizer": lambda: replace(
+            config, federation=replace(config.federation, keep_optimizer=True)
+        ),
     }[what]()
     task = lora_task(config)
     apps = [fed.client_app(with_all_texts(lora_task(c))) for c in (config, config, other)]

@@ -220,6 +220,7 @@ def join(
             num_partitions=num_partitions,
             name=name,
             device=_device(gpu),
+            steps_per_report=-(-config.steps_per_report // config.grad_accumulation_steps),
             listener=listener,
             **vars(connection),
         )

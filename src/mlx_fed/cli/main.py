@@ -184,6 +184,9 @@ def join(
     name: Annotated[str | None, option("NAME", "The node's name on the server.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
     config: Settings = None,
+    steps_per_report: Annotated[
+        int | None, count("Report on a training each N steps.", "each second")
+    ] = None,
     connection: JoinOptions,
     output: OutputOptions,
 ) -> None:
@@ -199,6 +202,7 @@ def join(
         name=name,
         device="gpu" if gpu else "cpu",
         config=parse_settings(config),
+        steps_per_report=steps_per_report,
         listener=node_listener(**vars(output)),
         **vars(connection),
     )

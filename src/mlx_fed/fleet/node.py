@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,12 +45,13 @@ from ..monitoring.node_terminal import node_listener_or_terminal
 from ..rounds import coverage, messages
 from ..rounds.roster import LONGEST_NAME, is_name, join_tags
 from ..rounds.settings import with_argument_hints
-from ..settings_check import KINDS, check_config
+from ..settings_check import KINDS, check_config, whole_number
 from ..system import address, devices, memory
 from ..task import Data, Task, TaskSource, make_task
 from ..task_settings import TracedConfig
 from ..tracebacks import failure_reason, location, user_traceback
 from ..training import batches
+from ..training.step_progress import StepProgress
 from . import certificates
 from .identity import Identity, from_files, from_token
 from .model_size import ModelSize
@@ -104,6 +105,7 @@ def join(
     share_errors: bool = False,
     policy: Policy | Path | str | None = None,
     audit: Path | str | None = None,
+    steps_per_report: int | None = None,
     listener: Listener | None = None,
 ) -> None:
     """Runs a federated learning client with this machine's data until the run is over.
@@ -141,6 +143,8 @@ def join(
             has it: see :mod:`mlx_fed.fleet.policy_file`.
         audit (Path, optional): The audit log, to which each request, reply and refusal is appended.
             Default: beside the policy's file, ``policy.audit.jsonl``; none without a policy's file.
+        steps_per_report (int, optional): Steps of a training between two reports on them.
+            Default: a report a second.
         listener (callable, optional): Called with each event of the node (see
             :mod:`mlx_fed.events`), in place of the lines on the terminal.
 
@@ -174,6 +178,8 @@ def join(
             f"The token is for {credentials.name}: leave out the name, or ask for another."
         )
     name = credentials.name if name is None else name
+    if steps_per_report is not None:
+        whole_number(1).check("", "steps_per_report", steps_per_report)
     if partition_id is None:
         partition_id = credentials.number or 0
     clientapp.check_partition(partition_id, num_partitions)
@@ -221,7 +227,12 @@ def join(
         rules.check_data(data)
         gates = [Gate(rules, server, log, ask_at_terminal)] if log or rules != Policy() else []
         app = clientapp.raising_app(
-            _with_data(built_task, data), mods, gates, [gate.clip for gate in gates], note
+            _with_data(built_task, data),
+            mods,
+            gates,
+            [gate.clip for gate in gates],
+            note,
+            progress=partial(StepProgress, notify, steps_per_report),
         )
         if (proxy := credentials.proxy) is not None:
             notify(Notice(f"through the proxy {address.join(proxy.host, proxy.port)}"))

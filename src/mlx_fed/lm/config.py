@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -12,11 +11,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from ..errors import FedError
-
-
-class ConfigError(FedError):
-    """An invalid configuration; the message names the key."""
+from .config_file import ConfigError as ConfigError
+from .config_file import read
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,8 @@ class LoraFederation:
     strategy_options: Annotated[dict, "Its arguments."] = field(default_factory=dict, hash=False)
     weighting: Annotated[str, "Weights of nodes in the average: examples or tokens."] = "examples"
     freeze_a: Annotated[bool, "Train and average B only (FFA-LoRA)."] = False
+    keep_optimizer: Annotated[bool, "Let a node's optimizer go on from round to round."] = False
+    bias_correction: Annotated[bool, "Adam's bias correction, in adam and adamw."] = False
     partitioner: Annotated[str, "Partitioner of a Hugging Face dataset."] = "iid"
     partitioner_options: Annotated[dict, "The partitioner's arguments."] = field(
         default_factory=dict, hash=False
@@ -68,6 +66,7 @@ class LoraConfig:
     lr_schedule: Annotated[dict | None, "A schedule over all iterations."] = field(
         default=None, hash=False
     )
+    steps_per_report: Annotated[int, "Steps between two reports of a node."] = 10
     max_seq_length: Annotated[int, "Maximum number of tokens; longer texts are cut."] = 2048
     mask_prompt: Annotated[bool, "Leave prompts out of the loss."] = False
     grad_checkpoint: Annotated[bool, "Trade time for memory."] = False
@@ -88,6 +87,24 @@ class LoraConfig:
             return None
         iters = self.federation.local_iters or math.ceil(self.iters / self.federation.rounds)
         return math.ceil(iters / self.grad_accumulation_steps)
+
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """Arguments of the optimizer beside the learning rate."""
+        arguments = self.optimizer_config.get(self.optimizer) or {}
+        return (
+            {"bias_correction": True, **arguments} if self.federation.bias_correction else arguments
+        )
+
+    def rounding(self) -> str | None:
+        """A sentence on iterations that are more than the file says; ``None`` if they are not."""
+        steps, federation = self.local_steps(), self.federation
+        name, iters, rounds = "iters", self.iters, federation.rounds
+        if federation.local_iters:
+            name, iters, rounds = "local_iters", federation.local_iters, 1
+        total = (steps or 0) * self.grad_accumulation_steps * rounds
+        if steps is None or total == iters:
+            return None
+        return f"{name} {iters} becomes {total}: a round has {steps} whole steps of the optimizer."
 
     @property
     def texts_per_step(self) -> int:
@@ -110,7 +127,6 @@ IDLE = {
     "report_to",
     "save_every",
     "steps_per_eval",
-    "steps_per_report",
     "test",
     "test_batches",
     "train",
@@ -151,6 +167,7 @@ _POSITIVE = {
     "nodes",
     "sample_every",
     "sample_tokens",
+    "steps_per_report",
     "batch_size",
     "grad_accumulation_steps",
     "iters",
@@ -194,7 +211,7 @@ def load_config(
     """
     where = str(path) if path else "the configuration"
     notes: list[str] = []
-    values = _normalize(_read(Path(path)), where, "") if path else {}
+    values = _normalize(read(Path(path)), where, "") if path else {}
     section = _section(values, where, "federation")
     for key, value in (flags or {}).items():
         if value is not None:
@@ -226,9 +243,17 @@ def load_config(
             f"{where}: federation.freeze_a needs adapters, and fine_tune_type full has none: leave "
             "it out, or use lora or dora."
         )
+    config = LoraConfig(**values, federation=LoraFederation(**section))
+    if section.get("bias_correction") and config.optimizer not in ("adam", "adamw"):
+        raise ConfigError(
+            f"{where}: federation.bias_correction is Adam's, of adam and adamw, and optimizer is "
+            f"{config.optimizer}: leave it out."
+        )
+    if rounding := config.rounding():
+        notes.append(rounding)
     for text in notes:
         note(f"{where}: {text}")
-    return LoraConfig(**values, federation=LoraFederation(**section))
+    return config
 
 
 def _normalize(values: Mapping[Any, Any], where: str, section: str) -> dict[str, Any]:
@@ -281,28 +306,6 @@ def nearest(key: str, names: Iterable[str]) -> str:
 
 def _names(cls: type) -> set[str]:
     return {item.name for item in fields(cls)}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Like mlx-lm's: ``1e-5`` is a number, in YAML 1.1 it is a text."""
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
-        list("-+0123456789"),
-    )
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} has no keys: it is a file such as mlx-lm's lora_config.yaml.")
-    return values
 
 
 def _check(cls: type, values: Mapping[str, Any], where: str, section: str) -> None:

@@ -72,13 +72,14 @@ def lora_task(config: LoraConfig, note: Note = _print) -> Task:
         config={
             "learning-rate": config.learning_rate,
             "optimizer": config.optimizer,
-            "optimizer-config": json.dumps(config.optimizer_config.get(config.optimizer) or {}),
+            "optimizer-config": json.dumps(config.optimizer_arguments()),
             "lr-schedule": json.dumps(config.lr_schedule),
             "num-rounds": config.federation.rounds,
             **length,
         },
         batch_size=config.batch_size,
         gradient_accumulation=config.grad_accumulation_steps,
+        keep_optimizer=config.federation.keep_optimizer,
         weight_unit="tokens",
         derived=perplexity,
         fingerprint=partial(fingerprint, config),
@@ -170,6 +171,7 @@ def fingerprint(config: LoraConfig) -> dict[str, str | Callable[[], str]]:
     Layers and keys are compared after resolution: ``num_layers: -1`` is 16 of 16.
     """
     prints: dict[str, str | Callable[[], str]] = {"fine_tune_type": config.fine_tune_type}
+    prints["keep_optimizer"] = str(config.federation.keep_optimizer)
     if config.fine_tune_type != "full":
         rank, scale = (config.lora_parameters[key] for key in ("rank", "scale"))
         prints |= {"LoRA rank": str(rank), "LoRA scale": str(float(scale))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,10 @@ from ..events import Event, Listener
 from ..system.loading import loading_listeners
 from .loading_bars import LoadingBars
 from .output import RUN_BAR, STYLES, TerminalOutput, print_line, stops_at_failure
+from .units import format_bytes
+
+_LINE_PAUSE = 60.0
+"""Seconds between two lines in a file on the steps of a training."""
 
 
 def node_line(event: Event) -> str:
@@ -41,9 +46,22 @@ def node_line(event: Event) -> str:
             if not metrics:
                 return ""
             return "   ".join([_work(event), *metrics, f"{event.seconds:.2f} s"])
+        case events.TrainingProgress():
+            return f"round {event.round} train: {_steps(event)}"
         case events.NodeFinished():
             return "The run is over."
     return ""
+
+
+def _steps(event: events.TrainingProgress) -> str:
+    """Steps of a training in words: ``"step 40 of 200   loss 1.2345   5.20 steps/s"``."""
+    texts = [f"step {event.step}" + (f" of {event.of}" if event.of else "")]
+    if event.loss is not None:
+        texts.append(f"loss {event.loss:.4f}")
+    texts.append(f"{event.steps_per_second:.3g} steps/s")
+    if event.units_per_second is not None:
+        texts.append(f"{event.units_per_second:.0f} {event.unit}/s")
+    return "   ".join([*texts, f"at most {format_bytes(event.peak_memory)} of memory"])
 
 
 def _work(event: events.MessageEvent) -> str:
@@ -57,6 +75,7 @@ class NodeTerminal(TerminalOutput):
     def __init__(self, console: Console | None = None):
         super().__init__(console)
         self.loading = LoadingBars(self.console, self.bars)
+        self.line_time = -_LINE_PAUSE
 
     @stops_at_failure
     def __call__(self, event: Event) -> None:
@@ -64,6 +83,8 @@ class NodeTerminal(TerminalOutput):
             self.loading(event)
         elif isinstance(event, events.MessageReceived):
             self.bars.update(RUN_BAR, _work(event))
+        elif isinstance(event, events.TrainingProgress) and not self._needs_line(event):
+            self.bars.update(RUN_BAR, node_line(event), event.step, event.of)
         else:
             if isinstance(event, (events.ServerJoined, events.MessageAnswered)):
                 self.bars.update(RUN_BAR, "waiting for the server")
@@ -72,6 +93,16 @@ class NodeTerminal(TerminalOutput):
                     print_line(self.console, line, STYLES["failed"])
             if line := node_line(event):
                 print_line(self.console, line, STYLES.get(event.name, ""))
+
+    def _needs_line(self, event: events.TrainingProgress) -> bool:
+        """Whether a report on steps is a line: each that was asked for, and in a file one a minute
+        of the others."""
+        if event.by_steps:
+            return True
+        if self.bars.is_shown or time.monotonic() < self.line_time + _LINE_PAUSE:
+            return False
+        self.line_time = time.monotonic()
+        return True
 
 
 @contextmanager

@@ -160,6 +160,18 @@ class BatchLoader:
         )
         return islice(chain.from_iterable(epochs), passes.start, passes.stop)
 
+    def num_steps(self, data: Data, config: Config) -> int | None:
+        """Steps of a client in a round; ``None`` for passes over a stream of unknown length."""
+        length = lengths(self.task, config)
+        if length.steps is not None:
+            return length.steps
+        if callable(data.train):
+            num_batches = _num_batches(data.train)
+            return None if num_batches is None else num_batches * length.epochs
+        total = examples.count(self.resident(data.train))
+        bounds = batch_bounds(total, length.batch_size, self.merge_single)
+        return (len(bounds) - 1) * length.epochs
+
     def check_effects(
         self,
         batch: Examples,

@@ -28,6 +28,7 @@ from .evaluation import Evaluator
 from .metrics import Evaluation, count_units, weighted_mean
 from .optimizer_state import STATEFUL_OPTIMIZER, state_of
 from .python_state import PythonState
+from .step_progress import ProgressFactory
 from .steps import StepContext, TrainState
 from .training_programs import ProgramCache
 
@@ -58,6 +59,8 @@ class Trainer:
         spec (dict): Shape and dtype of each parameter that is averaged, by name.
         statistics_spec (dict): The same of the running statistics that are averaged.
         all_statistics_spec (dict): The same of all running statistics.
+        progress (callable, optional): Creates the progress of a training, which is told of its
+            steps: :class:`~mlx_fed.training.step_progress.StepProgress` with a listener.
         notes (dict): Messages for the run's or the node's log, as keys, such as why steps are not
             compiled.
     """
@@ -78,6 +81,7 @@ class Trainer:
         self.statistics_spec = named_arrays.spec(self.statistics())
         self.all_statistics_spec = named_arrays.spec(weights.get(self.slots.statistics))
         self.notes: dict[str, None] = {}
+        self.progress: ProgressFactory | None = None
         self._num_taken = 0
         self._has_diverged = False
         self.takes_config = task.train_step is not None or examples.takes_config(task.loss)
@@ -207,15 +211,21 @@ class Trainer:
         losses: list[mx.array] = []
         step_weights: list[mx.array] = []
         num_examples = 0
+        progress = None
+        if self.progress is not None:
+            num_steps = self.batches.num_steps(data, config)
+            progress = self.progress(seed[1], num_steps, self.task.weight_unit)
         try:
             for step, (arrays, mask, size) in enumerate(chain([batch], batches), 1):
                 context = StepContext(counters, proximal, self.round_and_step(config, step))
                 result = programs.step((*seed, step), state, context, arrays, mask)
                 state, counters = result.state, result.counters
-                mx.async_eval(state, result.loss)
+                mx.async_eval(state, result.loss, result.weight)
                 losses.append(result.loss)
                 step_weights.append(result.weight)
                 num_examples += size
+                if progress:
+                    progress.update(losses, step_weights)
             mx.eval(state, losses, step_weights)
         except Exception:
             if not self.programs.has_changed(programs.optimizer):
