@@ -46,6 +46,8 @@ def test_runs_are_sorted_by_each_column_and_back(visit, tmp_path: Path):
         page.get_by_label("run-10", exact=True).wait_for()
         newest = names(page)
         assert newest[0] == "empty"
+        page.get_by_label("empty", exact=True).click()
+        page.get_by_text("No run is selected.").wait_for()
         page.get_by_label("run-1", exact=True).check()
         accuracy = page.get_by_role("button", name="evaluate accuracy")
         accuracy.click()

@@ -55,6 +55,17 @@ def server_line(event: Event, num_rounds: int = 0) -> str:
     return ""
 
 
+def phase_text(event: events.PhaseProgress) -> str:
+    """The round and phase, the nodes that have replied, the bytes sent and the time left."""
+    texts = [f"round {event.round}/{event.of}", event.phase]
+    if event.nodes:
+        texts.append(f"{event.answered} of {event.nodes} nodes")
+    if event.seconds_left is not None:
+        remaining_time = format_seconds(event.seconds_left)
+        texts += [format_bytes(event.bytes), f"about {remaining_time} left"]
+    return "  ".join(texts)
+
+
 def _round_line(record: dict[str, Any], num_rounds: int) -> str:
     # As wide as the last round's, so that the figures of all rounds are in columns.
     number = f"round {record['round']}".ljust(len(f"round {num_rounds}"))
@@ -135,17 +146,11 @@ class ServerTerminal(TerminalOutput):
             print_line(self.console, line, STYLES.get(event.name, ""))
 
     def _show_phase(self, event: events.PhaseProgress) -> None:
-        texts = [f"round {event.round}/{event.of}", event.phase]
-        if event.nodes:
-            texts.append(f"{event.answered} of {event.nodes} nodes")
-        if event.seconds_left is not None:
-            remaining_time = format_seconds(event.seconds_left)
-            texts += [format_bytes(event.bytes), f"about {remaining_time} left"]
         # Training counts as the first half of a round, evaluation as the second.
         half = 0.0 if event.phase == "train" else 1.0
         share = min(1.0, event.answered / event.nodes) if event.nodes else 1.0
         position = event.round - 1 + (half + share) / 2
-        self.bars.update(RUN_BAR, "  ".join(texts), position, event.of)
+        self.bars.update(RUN_BAR, phase_text(event), position, event.of)
 
     def _print_num_failures(self, record: dict[str, Any]) -> None:
         """Prints how many nodes were left out of a round beyond those with a line."""
@@ -173,7 +178,8 @@ class ServerTerminal(TerminalOutput):
 def listeners_or_terminal(
     listeners: tuple[Listener, ...] | None,
 ) -> Iterator[tuple[Listener, ...]]:
-    """A run's listeners, or the terminal where there are none, until the context ends.
+    """A run's listeners, or the terminal or a notebook's output where there are none, until the
+    context ends.
 
     They get loading events, too.
     """
@@ -182,8 +188,13 @@ def listeners_or_terminal(
             yield tuple(listeners)
         return
     terminal = ServerTerminal()
+    display: Listener = terminal
+    if terminal.console.is_jupyter:
+        from .notebook_display import NotebookDisplay
+
+        display = NotebookDisplay()
     try:
-        with loading_listeners(terminal):
-            yield (terminal,)
+        with loading_listeners(display):
+            yield (display,)
     finally:
         terminal.close()

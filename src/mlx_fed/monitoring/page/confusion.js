@@ -31,7 +31,7 @@ class ConfusionMap extends CellMap {
   paint() {
     const size = this.rows, step = Math.ceil(size / 20);
     const room = this.canvas.parentElement.clientWidth;
-    const side = Math.min(22 * Math.max(size, 6), 480, room - 40);
+    const side = Math.min(32 * Math.max(size, 4), 480, room - 40);
     this.edge = { left: 34, top: 4, bottom: 20 };
     this.canvas.style.maxWidth = `${side + this.edge.left}px`;
     const context = this.open(side + 24, side + this.edge.left);

@@ -80,7 +80,7 @@ function drawNow(focus) {
   now.replaceChildren();
   bar.hidden = true;
   document.title = "mlx-fed";
-  if (!focus) { now.textContent = given.live ? "No run yet: this page shows it as it starts." : "No runs."; return; }
+  if (!focus) { now.textContent = runs.size ? "No run is selected." : given.live ? "No run yet: this page shows it as it starts." : "No runs."; return; }
   const { status } = focus, done = focus.rounds.length ? focus.last().round : 0;
   now.append(make("b", focus.name), make("span", `  ${stateOf(focus)}`));
   if (status.state === "running" || status.state === "waiting") {
