@@ -49,18 +49,19 @@ def main(
     from mlx_fed import join
     from mlx_fed.monitoring.listeners import node_listener
 
-    join(
-        task,
-        token=token,
-        partition_id=node_id,
-        num_partitions=num_partitions,
-        device="gpu" if gpu else "cpu",
-        config=parse_settings(
-            [f"dataset={dataset}", f"partitioner={partitioner}", *(config or ())]
-        ),
-        listener=node_listener(**vars(output)),
-        **vars(connection),
-    )
+    with node_listener(**vars(output)) as listener:
+        join(
+            task,
+            token=token,
+            partition_id=node_id,
+            num_partitions=num_partitions,
+            device="gpu" if gpu else "cpu",
+            config=parse_settings(
+                [f"dataset={dataset}", f"partitioner={partitioner}", *(config or ())]
+            ),
+            listener=listener,
+            **vars(connection),
+        )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from .arrays.named_arrays import Arrays
 from .errors import FedError
 from .flower.error_replies import error_reply
 from .rounds import client_state, coverage, messages
+from .system.versions import versions
 from .task import Config, Data, Task, TaskSource, fingerprint_of, make_task
 from .task_settings import kebab_case
 from .training import batches
@@ -151,7 +152,11 @@ class _Client:
         _, config = messages.config_of(message.content)
         reference = json.loads(str(config.get("fingerprint", "{}")))
         fingerprint = fingerprint_of(self.task(_run_config(context)), reference)
-        answer = {**identity_of(context), "fingerprint": json.dumps(fingerprint)}
+        answer = {
+            **identity_of(context),
+            "fingerprint": json.dumps(fingerprint),
+            "versions": json.dumps(versions()),
+        }
         if reference.items() <= fingerprint.items():  # another's model is not built, nor downloaded
             trainer, _ = self.setting_out(message, context)
             answer["frozen"] = json.dumps(trainer.frozen)

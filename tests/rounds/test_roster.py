@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -24,8 +25,9 @@ from mlx_fed.runs.history import History
 from mlx_fed.rounds.settings import RunSettings
 from mlx_fed.training.trainer import Trainer
 
-from ..helpers.loopback import LoopbackGrid
+from ..helpers.loopback import App, LoopbackGrid
 from ..helpers.federated import CLIENT, SEED, TASK, federate
+from ..helpers.run_folders import read_history
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -247,3 +249,56 @@ def test_an_answer_to_the_roll_call_that_is_no_answer(what: str, answer: str, tm
     loop.run(grid, FedAvg(), Trainer(task, SEED), RunSettings(num_rounds=1, seed=SEED), history)
     assert [event.node for event in told] == ["node-2"]
     assert "unreadable answer" in told[0].reason
+
+
+def with_versions(text: str | None) -> App:
+    """A client whose answer to the roll call has these versions."""
+
+    def app(message: Message, context: Context) -> Message:
+        reply = CLIENT(message, context)
+        if message.metadata.message_type == messages.ROLL_CALL:
+            record = reply.content["node"]
+            if text is None:
+                del record["versions"]
+            else:
+                record["versions"] = json.dumps({**json.loads(record["versions"]), "mlx": text})
+        return reply
+
+    return app
+
+
+def test_other_versions_are_said_once_and_recorded(tmp_path: Path):
+    notes: list[events.Event] = []
+    apps = [CLIENT, with_versions("0.1"), with_versions("0.1"), with_versions(None)]
+    result = federate(
+        FedAvg(),
+        tmp_path,
+        [*apps, with_versions("0.2")],
+        num_rounds=2,
+        min_nodes=5,
+        listener=appending(notes, events.Notice),
+    )
+    texts = [note.text for note in notes if "last bits" in note.text]
+    assert len(texts) == 2, "one for each difference"
+    assert {text.split(",")[0].split(" has ")[1] for text in texts} == {"mlx 0.1", "mlx 0.2"}
+    first, second = read_history(tmp_path)
+    assert first["versions"].keys() == {"node-1", "node-2", "node-4"}
+    assert first["versions"]["node-4"].startswith("mlx 0.2, here ")
+    assert "versions" not in second
+    assert len(result.rounds[0]["train"]["nodes"]) == 5, "nobody is left out for it"
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["versions"]["python"]
+
+
+def test_a_run_that_goes_on_with_other_versions_says_so(tmp_path: Path):
+    federate(FedAvg(), tmp_path, num_rounds=1)
+    path = tmp_path / "settings.json"
+    settings = json.loads(path.read_text())
+    settings["versions"]["numpy"] = "1.0"
+    path.write_text(json.dumps(settings))
+    notes: list[events.Event] = []
+    listener = appending(notes, events.Notice)
+    federate(FedAvg(), tmp_path, num_rounds=2, resume=True, listener=listener)
+    assert [
+        n.text for n in notes if n.text.startswith("before round 2 the run had numpy 1.0, here")
+    ]

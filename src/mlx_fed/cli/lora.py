@@ -206,7 +206,10 @@ def join(
         name = f"{socket.gethostname().split('.')[0]}-{Path(config.data).resolve().name}"[:64]
     if node_id is None:
         node_id = randomness.derive(0, str(name)) % 2**31
-    with node_listener_or_terminal(node_listener(**vars(output))) as listener:
+    with (
+        node_listener(**vars(output)) as output_listener,
+        node_listener_or_terminal(output_listener) as listener,
+    ):
         # The server sends the adapters to start from.
         node_config = replace(config, resume_adapter_file=None)
         task = lora_task(node_config, note=lambda text: listener(Notice(text)))

@@ -194,18 +194,19 @@ def join(
     from ..fleet.node import join
     from ..monitoring.listeners import node_listener
 
-    join(
-        find_task(task),
-        token=token,
-        partition_id=node_id,
-        num_partitions=num_partitions,
-        name=name,
-        device="gpu" if gpu else "cpu",
-        config=parse_settings(config),
-        steps_per_report=steps_per_report,
-        listener=node_listener(**vars(output)),
-        **vars(connection),
-    )
+    with node_listener(**vars(output)) as listener:
+        join(
+            find_task(task),
+            token=token,
+            partition_id=node_id,
+            num_partitions=num_partitions,
+            name=name,
+            device="gpu" if gpu else "cpu",
+            config=parse_settings(config),
+            steps_per_report=steps_per_report,
+            listener=listener,
+            **vars(connection),
+        )
 
 
 app.add_typer(lora_app, name="lora")

@@ -171,6 +171,10 @@ class OutputOptions(OptionGroup):
 
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False
+    log_file: Annotated[
+        Path | None,
+        option("FILE", "Append lines with time and level; JSON if it ends in .jsonl."),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def run_listeners(
     hook: Sequence[str] | None = None,
     quiet: bool = False,
     json: bool = False,
+    log_file: Path | None = None,
 ) -> Iterator[tuple[Listener, ...]]:
     """Listeners of a run, by the options of a command. They are closed with the context.
 
@@ -50,13 +51,15 @@ def run_listeners(
         hook (list, optional): Commands or URLs for events, each ``EVENT=COMMAND`` or ``EVENT=URL``.
         quiet (bool): Print errors only.
         json (bool): Print JSON Lines.
+        log_file (Path, optional): Append lines with time and level to this file.
 
     Raises:
         FedError: If options exclude each other, or a listener cannot start.
     """
     _require_one(quiet, json)
     from .json_lines import JsonLines
-    from .server_terminal import ServerTerminal
+    from .log_file import log_lines
+    from .server_terminal import ServerTerminal, server_line
 
     run = StartedRun()
     listeners: list[Listener] = [run]
@@ -67,6 +70,8 @@ def run_listeners(
             terminal = ServerTerminal()
             stack.callback(terminal.close)
             listeners.append(terminal)
+        if log_file:
+            listeners.append(stack.enter_context(log_lines(log_file, server_line)))
         if track:
             from .trackers import Tracking, find_tracker
 
@@ -97,24 +102,41 @@ def run_listeners(
             raise
 
 
-def node_listener(quiet: bool = False, json: bool = False) -> Listener | None:
-    """The listener of a node, by the options of a command; ``None`` is the terminal.
+@contextmanager
+def node_listener(
+    quiet: bool = False, json: bool = False, log_file: Path | None = None
+) -> Iterator[Listener]:
+    """The listener of a node, by the options of a command. It is closed with the context.
+
+    Args:
+        quiet (bool): Print errors only.
+        json (bool): Print JSON Lines.
+        log_file (Path, optional): Append lines with time and level to this file.
 
     Raises:
-        FedError: If the options exclude each other.
+        FedError: If options exclude each other, or the file cannot be opened.
     """
     _require_one(quiet, json)
-    if quiet:
-        return _ignore
-    if json:
-        from .json_lines import JsonLines
+    from .json_lines import JsonLines
+    from .log_file import log_lines
+    from .node_terminal import NodeTerminal, node_line
 
-        return JsonLines()
-    return None
+    listeners: list[Listener] = []
+    with ExitStack() as stack:
+        if json:
+            listeners.append(JsonLines())
+        elif not quiet:
+            terminal = NodeTerminal()
+            stack.callback(terminal.close)
+            listeners.append(terminal)
+        if log_file:
+            listeners.append(stack.enter_context(log_lines(log_file, node_line)))
 
+        def notify(event: Event) -> None:
+            for listener in listeners:
+                listener(event)
 
-def _ignore(event: Event) -> None:
-    """The listener of a quiet node."""
+        yield notify
 
 
 def _require_one(quiet: bool, json: bool) -> None:

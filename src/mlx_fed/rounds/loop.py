@@ -24,6 +24,7 @@ from ..runs.history import History
 from ..runs.previous import Previous, previous_of
 from ..runs.result import Result
 from ..runs.round_record import RoundRecord
+from ..system import versions
 from ..training.trainer import Trainer
 from ..transforms.run_transform import run_transform
 from . import coverage, strategies, strategy_state
@@ -143,6 +144,7 @@ def _round(run: Run, state: RunState, number: int, snapshot: State | None) -> Ru
     evaluate_centrally(run, model, record)
     # Not earlier: a strategy that needs more nodes than are left would wait for them in a phase.
     _leave_out(run, record)
+    record.versions = run.roster.take_versions()
     run.history.add_round(record.to_dict())
     return state.after(record, model)
 
@@ -293,6 +295,8 @@ def _initial_state(run: Run) -> RunState:
 
 def _write_settings(run: Run, previous: Previous, went_on_after: int, first_round: int) -> None:
     changes = record_changes(previous, run.settings.change, first_round)
+    if before := versions.difference(dict(previous.versions), versions.versions()):
+        run.history.notify(Notice(f"before round {first_round} the run had {before}"))
     run.history.write_settings(
         {
             **run.settings.for_the_record(),
@@ -302,6 +306,7 @@ def _write_settings(run: Run, previous: Previous, went_on_after: int, first_roun
             "config": run.config,
             "strategy": strategies.describe(run.strategy),
             "model": named_arrays.size(run.trainer.spec),
+            "versions": versions.versions(),
         }
     )
 

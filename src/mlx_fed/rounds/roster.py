@@ -20,6 +20,7 @@ from ..arrays.named_arrays import Spec
 from ..errors import FedError, RunError
 from ..events import Listener, NodeJoined, NodeLeft, NodeRefused, NodesAwaited, Notice
 from ..flower.one_run_grid import FlowerGrid, OneRunGrid
+from ..system import versions
 from ..tracebacks import is_exception, is_same_failure
 from . import checks, messages
 from .exchange import POLL, push
@@ -61,6 +62,9 @@ class Participants(Protocol):
 
     def wait_for(self, min_nodes: int, seconds: float) -> None:
         """Waits until that many take part, or raises RunError."""
+
+    def take_versions(self) -> dict[str, str]:
+        """In which versions nodes that joined since the last call differ from the server."""
 
     @property
     def stays(self) -> bool:
@@ -115,6 +119,9 @@ class Roster:
         self.left_out: set[int] = set()
         self.unread: set[str] = set()
         self.reasons: dict[str, str] = {}
+        self.versions = versions.versions()
+        self._other_versions: dict[str, str] = {}
+        self._noted_versions: set[str] = set()
 
     def update(self) -> None:
         """Asks newcomers for their names, takes in answers, drops who has gone."""
@@ -168,6 +175,11 @@ class Roster:
                 self._leave_out(node.id, name, why)
                 return True
         return False
+
+    def take_versions(self) -> dict[str, str]:
+        """In which versions nodes that joined since the last call differ from the server."""
+        differences, self._other_versions = self._other_versions, {}
+        return differences
 
     def _common_failure(self, min_nodes: int) -> str | None:
         """The exception with which all nodes answered the roll call, if they are as many as the
@@ -224,6 +236,7 @@ class Roster:
             self._check_model(record)
             rounding = self._check_frozen(record)
             self._check_free(node)
+            other_versions = self._compare_versions(record)
         except Exception as error:  # whatever a stranger's bytes can bring about
             why = str(error) if isinstance(error, FedError) else f"unreadable answer: {error!r}"
             # JSON has halves of characters, which no message can carry back.
@@ -237,6 +250,20 @@ class Roster:
         self.listener(NodeJoined(node.name, len(self.nodes)))
         if rounding is not None:
             self.listener(Notice(f"{node.name}: its {rounding}, as devices differ"))
+        if other_versions:
+            self._note_versions(node.name, other_versions)
+
+    def _note_versions(self, name: str, difference: str) -> None:
+        """Says once for each difference that a node's results may have other last bits."""
+        self._other_versions[name] = difference
+        if difference not in self._noted_versions and len(self._noted_versions) < _MOST_REASONS:
+            self._noted_versions.add(difference)
+            text = f"{name} has {difference}: the same seeds may give other last bits"
+            self.listener(Notice(text))
+
+    def _compare_versions(self, record: ConfigRecord) -> str:
+        theirs = json.loads(str(record.get("versions", "{}")))
+        return versions.difference(theirs, self.versions)
 
     def _check_name(self, node: Participant) -> None:
         """A node that a grid knows by name has no other one."""

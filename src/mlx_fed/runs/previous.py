@@ -25,6 +25,7 @@ class Previous(NamedTuple):
         went_on_after (int): The round after which it had ended early before.
         changes (list): Changed settings, as :mod:`mlx_fed.rounds.changes` records them.
         initial (str, optional): The initial weights that it was started with, if any.
+        versions (dict): The versions of the server's packages then.
     """
 
     num_rounds: int = 0
@@ -36,6 +37,7 @@ class Previous(NamedTuple):
     went_on_after: int = 0
     initial: str | None = None
     changes: Sequence[dict[str, Any]] = ()
+    versions: Mapping[str, str] = MappingProxyType({})
 
 
 def previous_of(folder: Path) -> Previous:
@@ -60,6 +62,7 @@ def previous_of(folder: Path) -> Previous:
         "stopped": str,
         "initial": str,
         "changes": list,
+        "versions": dict,
     }
     return Previous(
         **{

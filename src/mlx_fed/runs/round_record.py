@@ -71,6 +71,7 @@ class RoundRecord:
         each (dict): By phase and node, the node's metrics, if the phase has few nodes.
         spread (dict): By phase and metric, the quantiles over nodes, if it has many.
         undefined (dict): By phase and metric, the number of nodes for which it is undefined.
+        versions (dict): By node that joined, the versions that differ from the server's.
         central (dict, optional): Metrics of the server's evaluation, if it has one.
     """
 
@@ -85,12 +86,13 @@ class RoundRecord:
     each: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     spread: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     undefined: dict[str, dict[str, int]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     central: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values, as in ``history.jsonl`` and for users."""
         record = {**vars(self), "refused": [refusal.to_dict() for refusal in self.refused]}
-        for key in ("left_out", "repeats", "each", "spread", "undefined"):
+        for key in ("left_out", "repeats", "each", "spread", "undefined", "versions"):
             if not record[key]:
                 del record[key]
         if self.central is None:

@@ -62,6 +62,10 @@ class SimulatedRoster:
         """Exclusion of a node, which does not happen in a simulation."""
         return False
 
+    def take_versions(self) -> dict[str, str]:
+        """Differences of versions, of which a simulation has none."""
+        return {}
+
     def wait_for(self, min_nodes: int, seconds: float) -> None:
         """Wait for nodes, which returns at once.
 

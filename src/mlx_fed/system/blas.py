@@ -18,11 +18,13 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from . import cache
 
+_BUILD_WORDS = ("DYNAMIC_ARCH", "NO_AFFINITY")
 _SCIPY_LIBRARY = "libscipy_openblas.so"
 
 MLX_SYMBOLS = (
@@ -36,10 +38,11 @@ MLX_SYMBOLS = (
 
 
 class Blas(NamedTuple):
-    """The BLAS that MLX uses on the CPU, and a hint if there is a faster one."""
+    """The BLAS that MLX uses on the CPU, a hint if there is a faster one, and its version."""
 
     name: str
     hint: str = ""
+    version: str = ""
 
 
 @functools.cache
@@ -70,9 +73,20 @@ def load_fast_blas() -> Blas:
         except (OSError, AttributeError) as error:
             failures.append(str(error))
         else:
-            return Blas(f"OpenBLAS ({library._name})")
+            return Blas(f"OpenBLAS ({library._name})", version=_version_of(library))
     hint = failures[0] if failures else "OpenBLAS is not installed: mlx-fed's extra cpu brings it"
     return Blas("reference BLAS", hint)
+
+
+def _version_of(library: ctypes.CDLL) -> str:
+    """OpenBLAS' own description, with its version and the kernels that it chose for this CPU."""
+    for name in ("mlx_fed_openblas_get_config", "openblas_get_config"):
+        with suppress(AttributeError):
+            describe = getattr(library, name)
+            describe.restype = ctypes.c_char_p
+            words = describe().decode(errors="replace").split()
+            return " ".join(word for word in words if "=" not in word and word not in _BUILD_WORDS)
+    return "another BLAS"
 
 
 def is_installed() -> bool:
