@@ -20,6 +20,7 @@ from .conftest import command
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+EXAMPLES = ROOT / "examples"
 FILE = re.compile(r'```\w+ title="(?P<name>[\w.-]+)"\n(?P<text>.*?)```', re.S)
 BLOCK = re.compile(r"```bash\n(.*?)```", re.S)
 LINK = re.compile(r"\]\((?!https?://)([^)#]*)(?:#([^)]*))?\)")
@@ -55,6 +56,22 @@ def test_code_of_a_page_runs(page, folder):
             run(line)
 
 
+def test_files_of_the_tutorial_are_among_the_examples():
+    """The pages' files, which the test above runs, and those of the examples are the same."""
+    folders = {"2-csv": "tables", "3-hugging-face": "hugging_face"}
+    for page, folder in folders.items():
+        text = (DOCS / "tutorial" / f"{page}.md").read_text()
+        files = {file["name"]: file["text"] for file in FILE.finditer(text)}
+        assert files == {path.name: path.read_text() for path in (EXAMPLES / folder).glob("*.py")}
+
+
+def test_each_step_of_the_tutorial_is_in_the_list_of_examples():
+    text = (EXAMPLES / "README.md").read_text()
+    assert all(f"tutorial/{page.name})" in text for page in (DOCS / "tutorial").glob("*.md"))
+    listed = set(re.findall(r"^\| \[`(\w+)`\]", text, re.M))
+    assert listed == {path.name for path in EXAMPLES.iterdir() if path.is_dir()} - {"__pycache__"}
+
+
 def run(line: str) -> None:
     program, *words = shlex.split(line)
     if program == "python3":
@@ -83,7 +100,7 @@ def anchors(page: Path) -> set[str]:
 
 def test_links_lead_to_files_and_headings():
     broken = []
-    for page in [*DOCS.rglob("*.md"), *ROOT.glob("*.md")]:
+    for page in [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *EXAMPLES.rglob("*.md")]:
         for link, anchor in LINK.findall(re.sub(r"```.*?```", "", page.read_text(), flags=re.S)):
             target = page.parent / link if link else page
             if not target.exists() or (anchor and anchor not in anchors(target)):
