@@ -120,7 +120,7 @@ def errors_as_messages() -> Iterator[None]:
         raise SystemExit(128 + signal.SIGINT) from None
     except SystemExit as interrupt:
         if interrupt.code == 128 + signal.SIGTERM:
-            typer.echo(_interruption(interrupt), err=True)
+            typer.echo(_interruption(interrupt, "Stopped."), err=True)
         raise
     except (click.ClickException, click.Abort, click.exceptions.Exit):
         raise  # click prints them
@@ -134,12 +134,12 @@ def errors_as_messages() -> Iterator[None]:
         signal.signal(signal.SIGINT, sigint_handler)
 
 
-def _interruption(interrupt: BaseException) -> str:
-    """The line after Ctrl-C: :func:`~mlx_fed.monitoring.listeners.run_listeners` notes the folder
+def _interruption(interrupt: BaseException, word: str = "Interrupted.") -> str:
+    """The line after Ctrl-C, or SIGTERM: :func:`~mlx_fed.monitoring.listeners.run_listeners` notes the folder
     of the run, if it has started."""
     for folder in getattr(interrupt, "__notes__", ()):
-        return f"Interrupted. To resume: {resume_command(folder, sys.argv)}"
-    return "Interrupted."
+        return f"{word} To resume: {resume_command(folder, sys.argv)}"
+    return word
 
 
 def resume_command(folder: str, arguments: Sequence[str]) -> str:

@@ -140,11 +140,7 @@ class RunOptions(OptionGroup):
     runs: RunsFolder = Path("runs")
     select_nodes: Annotated[
         str | None,
-        typer.Option(
-            metavar="NODES",
-            help="Nodes that participate, by name, node id or tag: clinic-a,0-4,tag:hospital.",
-            show_default="all",
-        ),
+        option("NODES", "Nodes that participate: their names, node ids or tags (tag:TAG).", "all"),
     ] = None
     resume: Annotated[
         str | None,
@@ -297,11 +293,7 @@ class JoinOptions(OptionGroup):
     ] = None
     tags: Annotated[
         list[str] | None,
-        typer.Option(
-            "--tag",
-            metavar="TAG",
-            help="A tag that the server may select nodes by; can be repeated.",
-        ),
+        option("TAG", "A tag that the server selects nodes by; can be repeated.", True, "--tag"),
     ] = None
     insecure: Insecure = False
     identity: Annotated[
