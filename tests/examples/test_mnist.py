@@ -165,13 +165,14 @@ def test_wrong_settings_of_the_example_have_one_message(start, tmp_path, argumen
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_settings_and_the_strategys_arguments_reach_server_and_clients(start, tmp_path):
     run = start(
         *("run.py", "--port", free_port(), "--runs", tmp_path, "--name", "run", "--rounds", 1),
         *("-c", "local-epochs=1", "--partitioner", "dirichlet", "-c", "alpha=5"),
         *("--strategy", "FedAdam", "-s", "eta=0.02"),
     )
-    assert run.ends(100) == 0, run.text
+    assert run.ends(300) == 0, run.text
     settings = json.loads((tmp_path / "run/settings.json").read_text())
     assert settings["config"]["local-epochs"] == 1
     assert settings["strategy"]["eta"] == 0.02

@@ -135,8 +135,8 @@ def errors_as_messages() -> Iterator[None]:
 
 
 def _interruption(interrupt: BaseException, word: str = "Interrupted.") -> str:
-    """The line after Ctrl-C, or SIGTERM: :func:`~mlx_fed.monitoring.listeners.run_listeners` notes the folder
-    of the run, if it has started."""
+    """The line after Ctrl-C or SIGTERM; :func:`~mlx_fed.monitoring.listeners.run_listeners` notes
+    the folder of the run, if it has started."""
     for folder in getattr(interrupt, "__notes__", ()):
         return f"{word} To resume: {resume_command(folder, sys.argv)}"
     return word

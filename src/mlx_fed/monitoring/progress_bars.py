@@ -9,6 +9,9 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.segment import ControlType, Segment
 
+_WIDE = 72
+"""Columns of a terminal with room for more than the text."""
+
 
 def _control(text: str) -> Segment:
     return Segment(text, None, [(ControlType.CARRIAGE_RETURN,)])
@@ -63,11 +66,10 @@ class ProgressBars:
 
     def __init__(self, console: Console):
         self.is_shown = console.is_terminal
+        text = TextColumn("{task.description}", style="cyan", markup=False)
+        columns = [SpinnerColumn(), BarColumn(bar_width=24), text, TimeElapsedColumn()]
         self.progress = Progress(
-            SpinnerColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.description}", style="cyan", markup=False),
-            TimeElapsedColumn(),
+            *(columns if console.width >= _WIDE else [text]),
             console=console,
             disable=not self.is_shown,
         )
