@@ -1,5 +1,10 @@
 """Errors whose message is meant for the person at the terminal."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def install_command(extras: str) -> str:
     """How to install extras of this package: from its repository, as there is no release yet.
@@ -44,3 +49,18 @@ class SimulationError(FedError):
 
 class TooFewReplies(RunError):
     """A round with fewer replies that count than it needs; it can be repeated."""
+
+
+@contextmanager
+def os_errors(kind: type[FedError], what: str, advice: str = "") -> Iterator[None]:
+    """Context in which an OSError becomes ``kind``: what failed, the system's reason, the advice.
+
+    Args:
+        kind (type): The exception to raise.
+        what (str): ``"Cannot write FILE"``.
+        advice (str): A sentence on what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}. {advice}".rstrip()) from error

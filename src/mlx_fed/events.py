@@ -8,54 +8,52 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 
-@dataclass(frozen=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 class Event:
-    """Something that a listener is told."""
+    """A frozen dataclass of something that happened: ``class NodeLeft(Event, name="left")``."""
 
     name: ClassVar[str]
 
+    def __init_subclass__(cls, name: str = ""):
+        dataclass(frozen=True)(cls)
+        cls.name = name or getattr(cls, "name", "")
+
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, without copies of their values."""
-        return {attribute.name: getattr(self, attribute.name) for attribute in fields(self)}
+        return {attribute.name: getattr(self, attribute.name) for attribute in fields(self)}  # type: ignore[arg-type]
 
 
 Listener = Callable[[Event], None]
 """Who watches a run or a node. It is called for each event, for loading from another thread too."""
 
 
-@dataclass(frozen=True)
-class Notice(Event):
+class Notice(Event, name="note"):
     """A sentence for whoever runs this process."""
 
-    name = "note"
     text: str
 
 
 # -- what is loaded ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LoadProgress(Event):
+class LoadProgress(Event, name="loading"):
     """How much of a download, a decoding or the like is done.
 
     ``of`` is None where the whole is unknown; ``unit`` is ``"B"`` for bytes, or a plural.
     """
 
-    name = "loading"
     what: str
     done: int
     of: int | None
     unit: str
 
 
-@dataclass(frozen=True)
-class LoadFinished(Event):
+class LoadFinished(Event, name="loaded"):
     """The end of something for which there was a :class:`LoadProgress`."""
 
-    name = "loaded"
     what: str
     seconds: float
 
@@ -63,86 +61,67 @@ class LoadFinished(Event):
 # -- a run ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class DashboardReady(Event):
+class DashboardReady(Event, name="dashboard"):
     """The URL of the dashboard."""
 
-    name = "dashboard"
     address: str
 
 
-@dataclass(frozen=True)
-class ServerReady(Event):
+class ServerReady(Event, name="serving"):
     """The server accepts nodes at ``address``; ``secure`` with TLS and keys."""
 
-    name = "serving"
     address: str
     secure: bool
 
 
-@dataclass(frozen=True)
-class NodeInvited(Event):
+class NodeInvited(Event, name="invited"):
     """The token of a new node, and the command that takes it. Both are secret."""
 
-    name = "invited"
     node: str
     token: str
     command: str
 
 
-@dataclass(frozen=True)
-class RunResumed(Event):
+class RunResumed(Event, name="resumed"):
     """The run continues after this round; 0 if none was finished."""
 
-    name = "resumed"
     round: int
 
 
-@dataclass(frozen=True)
-class RunStarted(Event):
+class RunStarted(Event, name="started"):
     """The run's folder and settings are written."""
 
-    name = "started"
     folder: Path
     settings: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class NodesAwaited(Event):
+class NodesAwaited(Event, name="waiting"):
     """The run waits until ``needed`` nodes participate."""
 
-    name = "waiting"
     nodes: int
     needed: int
 
 
-@dataclass(frozen=True)
-class NodeJoined(Event):
+class NodeJoined(Event, name="joined"):
     """A node participates; ``nodes`` with it."""
 
-    name = "joined"
     node: str
     nodes: int
 
 
-@dataclass(frozen=True)
-class NodeLeft(Event):
+class NodeLeft(Event, name="left"):
     """A node's connection ended."""
 
-    name = "left"
     node: str
 
 
-@dataclass(frozen=True)
-class NodeRefused(Event):
+class NodeRefused(Event, name="refused"):
     """A node does not participate."""
 
-    name = "refused"
     node: str
     reason: str
 
 
-@dataclass(frozen=True)
 class PhaseProgress(Event):
     """How many nodes have answered in a phase of a round.
 
@@ -165,115 +144,88 @@ class PhaseProgress(Event):
     seconds_left: float | None = None
 
 
-@dataclass(frozen=True)
-class PhaseStarted(PhaseProgress):
+class PhaseStarted(PhaseProgress, name="phase"):
     """A phase starts."""
 
-    name = "phase"
 
-
-@dataclass(frozen=True)
-class RepliesArrived(PhaseProgress):
+class RepliesArrived(PhaseProgress, name="replies"):
     """More nodes of the phase have answered."""
 
-    name = "replies"
 
-
-@dataclass(frozen=True)
-class ReplyRefused(Event):
+class ReplyRefused(Event, name="failed"):
     """A node's reply does not count, or there is none."""
 
-    name = "failed"
     node: str
     phase: str
     reason: str
 
 
-@dataclass(frozen=True)
-class ClientTraceback(Event):
+class ClientTraceback(Event, name="traceback"):
     """The traceback of a simulated client's first exception."""
 
-    name = "traceback"
     text: str
 
 
-@dataclass(frozen=True)
-class LabelsCounted(Event):
+class LabelsCounted(Event, name="labels"):
     """For each of some simulated clients, the number of examples by label."""
 
-    name = "labels"
     clients: Mapping[int, Mapping[int, int]]
 
 
-@dataclass(frozen=True)
-class RoundFinished(Event):
+class RoundFinished(Event, name="round"):
     """A round's record, as in ``history.jsonl``."""
 
-    name = "round"
     record: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.record)
 
 
-@dataclass(frozen=True)
-class RunFinished(Event):
+class RunFinished(Event, name="finished"):
     """The run is over; ``stopped`` says why if that was before its last round."""
 
-    name = "finished"
     model: Path
     seconds: float
     stopped: str | None = None
 
 
-@dataclass(frozen=True)
-class RunAborted(Event):
+class RunAborted(Event, name="stopped"):
     """An exception ended the run."""
 
-    name = "stopped"
     reason: str
 
 
 # -- a node --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class NodeReady(Event):
+class NodeReady(Event, name="ready"):
     """The node's partition is loaded."""
 
-    name = "ready"
     device: str
     partition: int
 
 
-@dataclass(frozen=True)
-class ServerAwaited(Event):
+class ServerAwaited(Event, name="waiting"):
     """The server cannot be reached yet; the node tries again for ``wait`` seconds."""
 
-    name = "waiting"
     server: str
     wait: float
     reason: str
 
 
-@dataclass(frozen=True)
-class ServerJoined(Event):
+class ServerJoined(Event, name="joined"):
     """The server has registered the node."""
 
-    name = "joined"
     server: str
 
 
-@dataclass(frozen=True)
-class ServerLost(Event):
+class ServerLost(Event, name="lost"):
     """The server cannot be reached any more; the node tries again."""
 
-    name = "lost"
     server: str
     reason: str
 
 
-@dataclass(frozen=True)
 class MessageEvent(Event):
     """The type and round of a message to the node; ``round`` is None for one of no round."""
 
@@ -281,15 +233,11 @@ class MessageEvent(Event):
     round: int | None
 
 
-@dataclass(frozen=True)
-class MessageReceived(MessageEvent):
+class MessageReceived(MessageEvent, name="working"):
     """The node starts to train or evaluate."""
 
-    name = "working"
 
-
-@dataclass(frozen=True)
-class TrainingProgress(Event):
+class TrainingProgress(Event, name="steps"):
     """Steps of a training that goes on.
 
     Attributes:
@@ -304,7 +252,6 @@ class TrainingProgress(Event):
         by_steps (bool): A report for a number of steps, not for a time.
     """
 
-    name = "steps"
     round: int
     step: int
     of: int | None
@@ -316,26 +263,19 @@ class TrainingProgress(Event):
     by_steps: bool
 
 
-@dataclass(frozen=True)
-class MessageFailed(MessageEvent):
+class MessageFailed(MessageEvent, name="failed"):
     """The node's work on a message failed; ``traceback`` is empty if it was told before."""
 
-    name = "failed"
     reason: str
     traceback: str = ""
 
 
-@dataclass(frozen=True)
-class MessageAnswered(MessageEvent):
+class MessageAnswered(MessageEvent, name="answered"):
     """The server has the node's reply."""
 
-    name = "answered"
     seconds: float
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class NodeFinished(Event):
+class NodeFinished(Event, name="finished"):
     """The run is over, and the node ends."""
-
-    name = "finished"

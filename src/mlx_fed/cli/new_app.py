@@ -7,7 +7,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from ..errors import FedError
+from ..errors import FedError, os_errors
 
 _TEMPLATES = {"app.py": "{name}.py", "pyproject.toml": "pyproject.toml", "README.md": "README.md"}
 _NAME = r"[a-zA-Z]([a-zA-Z0-9_]{0,30}[a-zA-Z0-9])?"  # a module's; a project's with "-" for "_"
@@ -25,10 +25,8 @@ def write_app(name: str, parent: Path) -> Path:
             "letters, digits and, between them, '_', such as my_app."
         )
     folder = parent / name
-    try:
+    with os_errors(FedError, f"Cannot create the folder {folder}"):
         folder.mkdir()
-    except OSError as error:
-        raise FedError(f"Cannot create the folder {folder}: {error.strerror}.") from error
     for template, target in _TEMPLATES.items():
         text = files(__package__).joinpath("templates", template).read_text(encoding="utf-8")
         path = folder / target.format(name=name)

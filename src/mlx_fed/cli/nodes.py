@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import FedError, os_errors
 from .app import App
 from .option_kinds import count, option
 from .options import FederationFolder
@@ -55,7 +56,9 @@ def add(
         token = files.invite(name, node_id, hours * 3600)
         typer.echo(f"{name} joins with:  mlx-fed join MODULE:TASK {token}")
     else:
-        member = files.nodes.add(name, keys.load_public(_read(key), key), node_id)
+        with os_errors(FedError, f"Cannot read {key}"):
+            public_key = key.read_bytes()
+        member = files.nodes.add(name, keys.load_public(public_key, key), node_id)
         typer.echo(f"{name} may join, with node id {member.number}.")
 
 
@@ -125,7 +128,6 @@ def make_key(
 
 
 def _open(folder: Path) -> Federation:
-    from ..errors import FedError
     from ..fleet.federation import Federation
 
     if not (folder / "ca.crt").exists():
@@ -143,12 +145,3 @@ def _state(member: Node) -> str:
 
     expiry = datetime.fromtimestamp(min(member.expires, 2**32))
     return f"invited until {expiry:%Y-%m-%d %H:%M}"
-
-
-def _read(path: Path) -> bytes:
-    from ..errors import FedError
-
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise FedError(f"Cannot read {path}: {error.strerror or error}.") from error

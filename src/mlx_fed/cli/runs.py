@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import FedError
+from ..errors import FedError, os_errors
 from ..system.printable import printable
 from .app import App
 from .option_kinds import option
@@ -192,12 +192,8 @@ def _write(text: str, output: Path | None) -> None:
     if output is None:
         sys.stdout.write(text)
         return
-    try:
+    with os_errors(FedError, f"Cannot write {output}", "Choose another file with -o."):
         output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise FedError(
-            f"Cannot write {output}: {error.strerror or error}. Choose another file with -o."
-        ) from error
     typer.echo(f"Wrote {output}")
 
 

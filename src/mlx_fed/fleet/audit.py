@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import events
-from ..errors import FedError
+from ..errors import FedError, os_errors
 
 _FIRST = "0" * 64
 _LONGEST_LINE = 2**21
@@ -77,7 +77,7 @@ class AuditLog:
         Raises:
             AuditError: If it cannot be written: what is to be audited must not go on then.
         """
-        try:
+        with os_errors(AuditError, f"Cannot write the audit log {self.path}"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
             with os.fdopen(os.open(self.path, flags, 0o600), "r+b", buffering=0) as file:
@@ -94,10 +94,6 @@ class AuditLog:
                 if check is not None:
                     check()
                 self._write(file, event, fields)
-        except OSError as error:
-            raise AuditError(
-                f"Cannot write the audit log {self.path}: {error.strerror or error}."
-            ) from error
 
     def _write(self, file: FileIO, event: str, fields: Mapping[str, Any]) -> None:
         line = _line(self.count + 1, event, fields, self._hash)
@@ -147,19 +143,15 @@ def entries(path: Path) -> Iterator[Entry]:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines that are there now, also while others are appended."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)  # no line is half written
-            size = os.fstat(file.fileno()).st_size
-            fcntl.flock(file, fcntl.LOCK_UN)
-            while (remaining := size - file.tell()) > 0:
-                if not (line := file.readline(min(remaining, _LONGEST_LINE))):
-                    break
-                yield line
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise AuditError(f"Cannot read the audit log {path}: {error.strerror or error}.") from error
+    reading = os_errors(AuditError, f"Cannot read the audit log {path}")
+    with reading, suppress(FileNotFoundError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # no line is half written
+        size = os.fstat(file.fileno()).st_size
+        fcntl.flock(file, fcntl.LOCK_UN)
+        while (remaining := size - file.tell()) > 0:
+            if not (line := file.readline(min(remaining, _LONGEST_LINE))):
+                break
+            yield line
 
 
 def _line(number: int, event: str, fields: Mapping[str, Any], before: str) -> bytes:

@@ -13,13 +13,13 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from ..errors import FedError
+from ..errors import FedError, os_errors
 from ..flower.allowlist import REVOKED, UNKNOWN, AccessDenied
 from . import private_files, tokens
 from .audit import AuditLog
@@ -214,10 +214,8 @@ class NodeList:
     @contextmanager
     def _edit(self) -> Iterator[list[Node]]:
         lock = self.path.with_name(f".{self.path.name}.lock")
-        try:
+        with os_errors(NodeListError, f"Cannot write {self.path}"):
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise NodeListError(f"Cannot write {self.path}: {error.strerror or error}.") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             members = _read(self.path)
@@ -236,13 +234,10 @@ class NodeList:
 
     def _refresh(self) -> None:
         """Reads the file again if it has changed."""
-        try:
+        file_version: tuple[int, ...] = ()
+        with os_errors(NodeListError, f"Cannot read {self.path}"), suppress(FileNotFoundError):
             stat = self.path.stat()
-            file_version: tuple[int, ...] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-        except FileNotFoundError:
-            file_version = ()
-        except OSError as error:
-            raise NodeListError(f"Cannot read {self.path}: {error.strerror or error}.") from error
+            file_version = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if file_version == self._file_version:
             return
         try:
@@ -253,18 +248,17 @@ class NodeList:
             log.warning("%s The nodes known before stay so.", error)  # it was edited by hand
             self._file_version = file_version
             return
-        entries = sorted((member for member in self._members if member.key), key=_is_revoked)
+        entries = sorted(
+            (member for member in self._members if member.key), key=lambda member: member.revoked
+        )
         self._by_key = {member.key.encode(): member for member in entries}  # revoked ones last
         self._file_version = file_version
 
 
 def _read(path: Path) -> list[Node]:
-    try:
+    text = b'{"nodes": []}'
+    with os_errors(NodeListError, f"Cannot read {path}"), suppress(FileNotFoundError):
         text = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise NodeListError(f"Cannot read {path}: {error.strerror or error}.") from error
     try:
         return [_member(record) for record in json.loads(text)["nodes"]]
     except (ValueError, KeyError, TypeError, RecursionError, FedError) as error:
@@ -281,10 +275,6 @@ def _member(record: Any) -> Node:
         raise ValueError(f"{member.name} has a key or a time that cannot be")
     tokens.check_name(member.name)
     return member
-
-
-def _is_revoked(member: Node) -> bool:
-    return member.revoked
 
 
 def _hash(secret: bytes) -> str:

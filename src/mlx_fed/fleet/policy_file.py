@@ -41,7 +41,7 @@ from datetime import datetime, time
 from pathlib import Path
 from typing import Any
 
-from ..errors import FedError
+from ..errors import FedError, os_errors
 from ..settings_check import KINDS
 from ..task_settings import kebab_case, nearest
 from .audit import AuditLog
@@ -66,9 +66,8 @@ def load_policy(path: Path | str) -> Policy:
     """
     path = Path(path).expanduser()
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PolicyError(f"Cannot read the policy {path}: {error.strerror or error}.") from error
+        with os_errors(PolicyError, f"Cannot read the policy {path}"):
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PolicyError(f"{path} is not TOML: {error}.") from error
     reader = _Reader(path, tables)

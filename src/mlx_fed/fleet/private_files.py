@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from ..errors import FedError
+from ..errors import FedError, os_errors
 
 
 class SecretFileError(FedError):
@@ -19,10 +19,8 @@ def make_folder(folder: Path) -> None:
     Raises:
         SecretFileError: If it cannot be made.
     """
-    try:
+    with os_errors(SecretFileError, f"Cannot make {folder}"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise SecretFileError(f"Cannot make {folder}: {error.strerror or error}.") from error
 
 
 def write(path: Path, content: bytes) -> None:
@@ -46,10 +44,9 @@ def publish(path: Path, content: bytes) -> None:
 def replace(path: Path, content: bytes, mode: int) -> None:
     """Replaces a file atomically; the new one has its mode from the first byte."""
     temporary_path = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        descriptor = os.open(
-            temporary_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode
-        )
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os_errors(SecretFileError, f"Cannot write {path}"):
+        descriptor = os.open(temporary_path, flags, mode)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
@@ -58,8 +55,6 @@ def replace(path: Path, content: bytes, mode: int) -> None:
             temporary_path.replace(path)
         finally:
             temporary_path.unlink(missing_ok=True)
-    except OSError as error:
-        raise SecretFileError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def read(path: Path) -> bytes:
@@ -68,11 +63,8 @@ def read(path: Path) -> bytes:
     Raises:
         SecretFileError: If it cannot be read, or others can read it too.
     """
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if mode & (stat.S_IRWXG | stat.S_IRWXO):
-                raise SecretFileError(f"{path} is secret, and others can read it: chmod 600 {path}")
-            return file.read()
-    except OSError as error:
-        raise SecretFileError(f"Cannot read {path}: {error.strerror or error}.") from error
+    with os_errors(SecretFileError, f"Cannot read {path}"), path.open("rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise SecretFileError(f"{path} is secret, and others can read it: chmod 600 {path}")
+        return file.read()

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from flwr.serverapp.strategy import Strategy
 
 from ..arrays import randomness, weights
@@ -265,19 +264,13 @@ def _serving(
     if federation is not None:
         context = federation.context(host)
         secure = {"ssl_context_factory": lambda config, default: context}
-    config = uvicorn.Config(
+    config = http.configuration(
         FleetRoutes(link),
         http=LimitedHttpProtocol,
-        **secure,
-        lifespan="off",
-        log_level="error",
-        access_log=False,
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=1,
-        ws="none",
-        proxy_headers=False,
-        server_header=False,
         date_header=False,
+        **secure,
     )
     start_error = ServeError("The server's HTTP thread ended at its start.")
     try:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import FedError
+from ..errors import FedError, os_errors
 from . import private_files
 
 _FINAL = (2, 3, 4)
@@ -156,11 +156,9 @@ def install_service(
         commands = [f"{scope} daemon-reload", f"{scope} enable --now mlx-fed-{name}"]
         if not system:
             commands.append("loginctl enable-linger    # so that it runs while nobody is logged in")
-    try:
+    with os_errors(ServiceError, f"Cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         private_files.write(path, content)
-    except OSError as error:
-        raise ServiceError(f"Cannot write {path}: {error.strerror or error}.") from error
     return path, commands
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..errors import FedError
+from ..errors import FedError, os_errors
 from ..system.loading import loading
 from .config import LoraConfig
 
@@ -138,10 +138,8 @@ def read_jsonl(path: Path, config: LoraConfig) -> TextRecords:
     """
     records: list[dict[str, Any]] = []
     lines: list[int] = []
-    try:
+    with os_errors(TextError, f"Cannot read {path}"):
         content = path.read_bytes().splitlines()
-    except OSError as error:
-        raise TextError(f"Cannot read {path}: {error.strerror}.") from error
     for number, line in enumerate(content, 1):
         if not line.strip():
             continue

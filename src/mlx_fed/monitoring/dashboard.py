@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -79,17 +78,7 @@ def serving(
         DashboardError: If the port is in use, or the machine does not have the address.
     """
     listener = _listen(host, port, insecure)
-    config = uvicorn.Config(
-        app(folder),
-        http=LimitedHttpProtocol,
-        lifespan="off",
-        log_level="error",
-        access_log=False,
-        timeout_graceful_shutdown=1,
-        ws="none",
-        proxy_headers=False,
-        server_header=False,
-    )
+    config = http.configuration(app(folder), http=LimitedHttpProtocol, timeout_graceful_shutdown=1)
     error = DashboardError("The dashboard's thread ended at its start.")
     with http.serve_in_thread(LimitedServer(config, MAX_PAGE_CONNECTIONS), listener, error):
         yield f"http://{address.join(host, listener.getsockname()[1])}/"

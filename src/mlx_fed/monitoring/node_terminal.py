@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 from rich.console import Console
 
@@ -111,13 +111,7 @@ def node_listener_or_terminal(listener: Listener | None) -> Iterator[Listener]:
 
     It gets loading events, too.
     """
-    if listener is not None:
-        with loading_listeners(listener):
-            yield listener
-        return
-    terminal = NodeTerminal()
-    try:
-        with loading_listeners(terminal):
-            yield terminal
-    finally:
-        terminal.close()
+    with ExitStack() as stack:
+        listener = listener or stack.enter_context(closing(NodeTerminal()))
+        stack.enter_context(loading_listeners(listener))
+        yield listener

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -137,16 +136,7 @@ def serve_metrics(where: str) -> Iterator[PrometheusListener]:
         opened = http.listen(host, port)
     except OSError as error:
         raise FedError(f"Cannot serve metrics on {address.join(host, port)}: {error}") from error
-    config = uvicorn.Config(
-        app,
-        http=LimitedHttpProtocol,
-        lifespan="off",
-        log_level="error",
-        access_log=False,
-        timeout_graceful_shutdown=1,
-        ws="none",
-        proxy_headers=False,
-    )
+    config = http.configuration(app, http=LimitedHttpProtocol, timeout_graceful_shutdown=1)
     start_error = FedError("The server of the metrics ended at its start.")
     with http.serve_in_thread(LimitedServer(config, MAX_PAGE_CONNECTIONS), opened, start_error):
         yield listener

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -183,18 +183,13 @@ def listeners_or_terminal(
 
     They get loading events, too.
     """
-    if listeners is not None:
-        with loading_listeners(*listeners):
-            yield tuple(listeners)
-        return
-    terminal = ServerTerminal()
-    display: Listener = terminal
-    if terminal.console.is_jupyter:
-        from .notebook_display import NotebookDisplay
+    with ExitStack() as stack:
+        if listeners is None:
+            terminal = stack.enter_context(closing(ServerTerminal()))
+            listeners = (terminal,)
+            if terminal.console.is_jupyter:
+                from .notebook_display import NotebookDisplay
 
-        display = NotebookDisplay()
-    try:
-        with loading_listeners(display):
-            yield (display,)
-    finally:
-        terminal.close()
+                listeners = (NotebookDisplay(),)
+        stack.enter_context(loading_listeners(*listeners))
+        yield tuple(listeners)

@@ -6,7 +6,6 @@ Nothing here writes to a run. Lines that a crash left incomplete are skipped and
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import os
 import shutil
@@ -15,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import FedError
-from ..system.atomic_files import read_regular_file
+from ..errors import FedError, os_errors
+from ..system.atomic_files import lock_folder, read_regular_file
 from ..system.printable import printable
 from . import labels, round_record, status
 
@@ -115,11 +114,9 @@ def read(folder: Path, name: str | None = None) -> RunRecord:
     Raises:
         RunsError: If a file cannot be read.
     """
-    try:
+    with os_errors(RunsError, f"Cannot read the run in {folder}"):
         state = read_state(folder)
         rounds, num_damaged = _rounds(folder)
-    except OSError as error:
-        raise RunsError(f"Cannot read the run in {folder}: {error.strerror or error}.") from error
     name = name or folder.resolve().name
     label_counts = labels.read(folder)
     return RunRecord(
@@ -154,12 +151,9 @@ def checkpoints(folder: Path) -> list[int]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "settings.json"
-    try:
-        settings = round_record.from_json(read_regular_file(path))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+    with suppress(FileNotFoundError, ValueError):
+        return round_record.read_settings(folder)
+    return {}
 
 
 def _rounds(folder: Path) -> tuple[list[dict[str, Any]], int]:
@@ -254,18 +248,6 @@ def remove(folder: Path) -> None:
     """
     if not is_run(folder) or folder.is_symlink():
         raise RunsError(f"{folder} is no run's folder: nothing is removed.")
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise RunsError(f"Cannot open {folder}: {error.strerror or error}.") from error
-    try:
-        with suppress(OSError):  # some network drives have no locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunsError(f"The run in {folder} is running: end it first.") from error
+    running = RunsError(f"The run in {folder} is running: end it first.")
+    with os_errors(RunsError, f"Cannot remove {folder}"), lock_folder(folder, running):
         shutil.rmtree(folder)
-    except OSError as error:
-        raise RunsError(f"Cannot remove {folder}: {error.strerror or error}.") from error
-    finally:
-        os.close(descriptor)

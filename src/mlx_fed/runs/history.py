@@ -6,21 +6,20 @@ progress display, a tracker) listens here and keeps no books of its own.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..arrays.named_arrays import Arrays
-from ..errors import FedError
+from ..errors import FedError, os_errors
 from ..events import Event, Listener, RoundFinished, RunAborted, RunResumed, RunStarted
-from ..system.atomic_files import atomic_write, read_regular_file, sync
+from ..system.atomic_files import atomic_write, lock_folder, read_regular_file, sync
 from . import round_record
 from .status import Status
 
@@ -158,24 +157,17 @@ class History:
         Raises:
             HistoryError: If one does.
         """
-        with errors_named(self.folder):
-            folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise HistoryError(
-                    f"The run in {self.folder} is being led by another process: end it first."
-                ) from error
-            except OSError:  # some network drives hold nothing for anyone
-                pass
+        running = HistoryError(
+            f"The run in {self.folder} is being led by another process: end it first."
+        )
+        with ExitStack() as stack:
+            with errors_named(self.folder):
+                stack.enter_context(lock_folder(self.folder, running))
             try:
                 yield
             except BaseException as error:
                 self.notify(RunAborted(str(error) or type(error).__name__))
                 raise
-        finally:
-            os.close(folder)
 
     def save_model(self, arrays: Arrays, name: str = "model.safetensors") -> Path:
         """Writes the whole model, in a file which ``load_weights`` reads.
@@ -215,11 +207,7 @@ def _bytes(record: dict[str, Any]) -> int:
 
 @contextmanager
 def errors_named(path: Path) -> Iterator[None]:
-    """Says of what the system refuses which file it was, and what to do."""
-    try:
+    """Context in which an OSError becomes a HistoryError with the file and what to do."""
+    advice = "Make room or choose another place with --runs; what was written before is kept."
+    with os_errors(HistoryError, f"Cannot write {path}", advice):
         yield
-    except OSError as error:
-        raise HistoryError(
-            f"Cannot write {path}: {error.strerror or error}. Make room or choose another place "
-            "with --runs; what was written before is kept."
-        ) from error

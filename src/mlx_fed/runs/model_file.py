@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ import mlx.core as mx
 from ..arrays import weights
 from ..arrays.named_arrays import Arrays, differences, spec
 from ..errors import FedError
-from ..system.atomic_files import read_regular_file
 from ..task import Task, TaskSource, make_task
 from . import round_record
 
@@ -49,7 +49,9 @@ def load_model(
     if path.is_dir():
         path = path / "model.safetensors"
     arrays = read_arrays(path)
-    settings = _settings_beside(path)
+    settings: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        settings = round_record.read_settings(path.parent)
     task = make_task(task, settings.get("config", {}) if config is None else config)
     module, slots = _build(task, settings.get("seed", 0))
     file_slots = {**slots.parameters, **slots.statistics, **slots.frozen}
@@ -99,11 +101,3 @@ def _build(task: Task, seed: int) -> tuple[nn.Module, weights.Slots]:
     slots = weights.find_slots(module, lambda name: bool(buffer_kind(name)))
     module.eval()
     return module, slots
-
-
-def _settings_beside(path: Path) -> dict[str, Any]:
-    try:
-        settings = round_record.from_json(read_regular_file(path.parent / "settings.json"))
-    except (OSError, ValueError):
-        return {}
-    return settings if isinstance(settings, dict) else {}

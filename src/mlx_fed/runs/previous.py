@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..system.atomic_files import read_regular_file
 from . import round_record
 
 
@@ -44,9 +43,7 @@ def previous_of(folder: Path) -> Previous:
     """What the run in the folder was started with; what cannot be read is as if it was not."""
     settings: Any = {}
     with suppress(OSError, ValueError):
-        settings = round_record.from_json(read_regular_file(folder / "settings.json"))
-    if not isinstance(settings, dict):
-        return Previous()
+        settings = round_record.read_settings(folder)
     stopped = settings.get("stopped")
     settings["stopped"] = stopped.get("reason") if isinstance(stopped, dict) else None
     changes = settings.get("changes")

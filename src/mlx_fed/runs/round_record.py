@@ -12,10 +12,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..system.atomic_files import read_regular_file
 from . import matrices
 
 MANY = 32
@@ -187,6 +189,17 @@ def from_json(text: str | bytes) -> Any:
         if not level:
             return value
     raise ValueError("it is too deep")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a run, of its ``settings.json``; empty if they are no dictionary.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not JSON that we wrote.
+    """
+    settings = from_json(read_regular_file(folder / "settings.json"))
+    return settings if isinstance(settings, dict) else {}
 
 
 def _integer(text: str) -> int:

@@ -84,55 +84,20 @@ def simulate(
             function of ``config`` that returns one; ``fraction_train`` is the share of clients
             that train in a round. Default: ``FedAvg()``, all of them.
         num_clients (int): How many clients there are. Default: ``100``.
-        num_rounds (int, optional): Rounds to train. Default: ``num-rounds`` of ``config`` or
-            else of the task, or 3.
-        config (dict, optional): Settings that clients are sent with every message, over the
-            task's own.
-        seed (int): Decides initial weights, sampling, shuffling and dropout. Default: ``0``.
+        num_rounds (int, optional): As :func:`mlx_fed.serve` has it, and the other settings that
+            are not listed here.
         select_nodes (str or list, optional): Which clients take part, by name or number:
             ``"0-9,node-20"``. Default: all; of a resumed run, those that it had.
-        round_timeout (float): Seconds that a phase may take; later replies are dropped.
-            Default: ``3600``.
-        min_replies (int): Training replies that have to count in a round; with fewer it is
-            repeated. Default: ``1``.
-        max_repeats (int): How often a round is repeated before the run stops, to be resumed when
-            more nodes are well. Default: ``2``.
         max_examples (float, optional): Limit of the number of examples that a reply may report,
             by which it is weighed. Default: any number.
         max_update_norm (float, optional): Limit of an update's norm, in medians of the norms of
             all updates, where there are three or more; ``math.inf`` for none. Default: none.
-        compress (str, optional): Compression of updates, ``"int8"``, ``"int4"``, ``"int2"``,
-            ``"int1"``, ``"topk:0.01"`` or ``"randk:0.01"``, or two as in ``"topk:0.01,int8"``.
-            Default: the setting ``compress``, or none.
-        keep (int): Checkpoints to keep, beside the best; 0 writes none. Default: ``3``.
-        test (tuple, optional): Held-out examples of the server, as ``Data.test``: the task's loss
-            and metrics of the global model on them are recorded each round.
-        evaluate_fn (callable, optional): ``evaluate_fn(round, parameters, statistics)`` returns
-            other metrics of the global model, or text such as a sample of what it writes. As
-            ``evaluate_fn(round, arrays)`` it gets, as from Flower, an ``ArrayRecord`` in float32.
-        patience (int, optional): The run ends after so many rounds without a new lowest loss, the
-            loss by which the best round is chosen; 0 is no limit. Default: no limit.
-        target (str or dict, optional): The run ends when a metric is reached:
-            ``"accuracy=0.95"`` or more, ``"loss=0.1"`` or less, ``"ppl<=12"``, or all of
-            ``{"accuracy": 0.95, "loss": 0.1}``. Default: none.
-        stop (callable, optional): ``stop(rounds)`` gets the records of the rounds so far after
-            each one, and ends the run with a reason, a text, or True.
-        initial (Path, str or dict, optional): Initial weights in place of those that the seed
-            draws: a safetensors file, such as the model of another run, or arrays by name.
         batched (bool): Train clients many at once where that is possible; otherwise, and where
             it is not, one after another. Both give the same. Default: ``True``.
         chunk_size (int, optional): Clients at once. Default: what fits the device's cache.
         workers (int, optional): Processes to use; 0 is this process alone. Default: one for
             each core, on a GPU 0.
         faults (Faults, optional): Clients that fail, straggle or attack. Default: none.
-        name (str, optional): The run's name, of the folder below ``runs``. Default: the time.
-        runs (Path): Where runs are kept. Default: ``"runs"``.
-        resume (str or Path, optional): Go on with the run of this name below ``runs``, or in this
-            folder, from its last whole round; the rest of the arguments are as they were, but for
-            ``num_rounds``, ``patience`` and ``target``, whose default is then what the run was
-            started with.
-        change (dict, optional): With ``resume``, settings of ``config`` that have another value
-            from the next round on: ``{"learning-rate": 0.01}``.
         device (str, optional): ``"cpu"`` or ``"gpu"``. Default: MLX's own choice.
         listeners (tuple, optional): Who is told what happens (see
             :mod:`mlx_fed.events`), in place of the progress display.

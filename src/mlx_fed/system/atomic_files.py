@@ -87,6 +87,29 @@ def commit(temporary: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
+@contextmanager
+def lock_folder(folder: Path, locked: Exception) -> Iterator[None]:
+    """Lock of a folder against other processes within the context.
+
+    Args:
+        folder (Path): The folder.
+        locked (Exception): What is raised if another process has locked it.
+
+    Raises:
+        OSError: If the folder cannot be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network drives have no locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise locked from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def sync(file: IO) -> None:
     """Brings a file from the system's memory to disk (``fsync``)."""
     file.flush()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 
@@ -26,6 +27,13 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def configuration(app: Any, **options: Any) -> uvicorn.Config:
+    """uvicorn's settings for an ASGI app without logs, web sockets and a proxy's headers."""
+    quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "lifespan": "off"}
+    bare: dict[str, Any] = {"ws": "none", "proxy_headers": False, "server_header": False}
+    return uvicorn.Config(app, **quiet, **bare, **options)
 
 
 @contextmanager
