@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_fed.cli.app import run_command
+from mlx_fed.cli.application import run_command
 from mlx_fed.cli.arguments import find_strategy, parse_settings
 from mlx_fed.cli.options import (
     MonitorOptions,

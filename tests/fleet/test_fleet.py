@@ -23,7 +23,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from mlx_fed.rounds import messages
 from mlx_fed.fleet.identity import from_files
 from mlx_fed.fleet.model_size import ModelSize
-from mlx_fed.fleet.node import JoinError, _ResidentNode
+from mlx_fed.fleet.resident_node import JoinError, ResidentNode
 from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower import transport
 from mlx_fed.flower.fleet_client import FleetClient
@@ -259,7 +259,7 @@ def test_a_server_that_answers_now_and_then_is_not_given_up(monkeypatch):
         def tell(event: events.Event) -> None:
             told.append(event.name)
 
-        node = _ResidentNode(
+        node = ResidentNode(
             connection, None, {}, from_files(address, None, None), 0.5, tell, ModelSize(moons({}))
         )
         tries: list[bool] = []

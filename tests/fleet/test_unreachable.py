@@ -19,11 +19,11 @@ from flwr.proto import fleet_pb2, message_pb2
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
 from mlx_fed.rounds import messages
-from mlx_fed.fleet import node, server
+from mlx_fed.fleet import resident_node, server
 from mlx_fed.fleet.federation import Federation
-from mlx_fed.fleet.identity import from_token
+from mlx_fed.fleet.identity import from_files, from_token
 from mlx_fed.fleet.model_size import ModelSize
-from mlx_fed.fleet.node import JoinError, _ResidentNode
+from mlx_fed.fleet.resident_node import JoinError, ResidentNode
 from mlx_fed.fleet.server import _serving, _socket
 from mlx_fed.flower import transport
 from mlx_fed.flower.fleet_client import FleetClient
@@ -109,8 +109,8 @@ def test_a_server_that_only_ever_answers_that_it_cannot_is_given_up(monkeypatch)
     with _socket("127.0.0.1", 0) as listening, _serving(listening) as link:
         connection = FleetClient(*listening.getsockname())
         connection.register()
-        who = node.from_files("127.0.0.1:1", None, None)
-        persisting = _ResidentNode(
+        who = from_files("127.0.0.1:1", None, None)
+        persisting = ResidentNode(
             connection, None, {}, who, 1.0, lambda *_, **__: None, ModelSize(moons({}))
         )
 
@@ -141,7 +141,7 @@ def test_a_forwarder_without_its_server_is_no_stranger(start, proxy, tmp_path):
 
 def test_a_node_whose_activation_is_not_answered_is_not_another_one(tmp_path, monkeypatch):
     """It hears that a node with its key is online until that one counts as gone: it is itself."""
-    monkeypatch.setattr(node, "_CONFLICT_TIME", 2.0)
+    monkeypatch.setattr(resident_node, "_CONFLICT_TIME", 2.0)
     port = free_port()
     federation = Federation(tmp_path / "federation", f"127.0.0.1:{port}")
     who = from_token(federation.invite("node-0"), None, tmp_path / "home")
@@ -150,18 +150,18 @@ def test_a_node_whose_activation_is_not_answered_is_not_another_one(tmp_path, mo
 
     def lose_the_answer(request: object) -> None:
         monkeypatch.undo()
-        monkeypatch.setattr(node, "_CONFLICT_TIME", 2.0)
+        monkeypatch.setattr(resident_node, "_CONFLICT_TIME", 2.0)
         activate(request)
         raise Unreachable("it is lost on the way")
 
     monkeypatch.setattr(connection._transport, "ActivateNode", lose_the_answer)
     told: list[str] = []
-    joining = _ResidentNode(
+    joining = ResidentNode(
         connection, None, {}, who, 60.0, lambda event: told.append(event.name), ModelSize(moons({}))
     )
     thread = threading.Thread(target=joining._register, daemon=True)
     thread.start()
-    time.sleep(node._CONFLICT_TIME + 0.5)  # its server is started later
+    time.sleep(resident_node._CONFLICT_TIME + 0.5)  # its server is started later
     with _socket("127.0.0.1", port) as listening, _serving(listening, federation, "h") as link:
         _wait_until(link.online)
         time.sleep(1.5)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from mlx_fed.rounds.checkpoint import Checkpoint, Checkpoints
-from mlx_fed.rounds.strategy_state import State, StateError, restore, snapshot
+from mlx_fed.rounds.strategy_restore import restore
+from mlx_fed.rounds.strategy_state import State, StateError, snapshot
 
 from ..helpers.strategies import STRATEGIES, Wrapper
 

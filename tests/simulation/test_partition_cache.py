@@ -19,7 +19,8 @@ from mlx_fed.simulation import worker_pool
 from mlx_fed.simulation.faults import Faults
 from mlx_fed.simulation.client_states import ClientStateStore
 from mlx_fed.simulation.partition_cache import Partitions, size_of
-from mlx_fed.simulation.worker import WorkerConfig, WorkRequest, SampledClient, Worker
+from mlx_fed.simulation.worker import Worker
+from mlx_fed.simulation.worker_messages import SampledClient, WorkerConfig, WorkRequest
 from mlx_fed.training.python_state import PythonState
 
 from ..helpers.simulated import SEED, TASK, load

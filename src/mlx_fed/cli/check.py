@@ -23,7 +23,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..fleet.preflight import Finding
+    from ..fleet.findings import Finding
 
 
 @with_options

@@ -17,7 +17,7 @@ from ..events import Notice
 from ..lm.base_model import is_folder, require_mlx_lm
 from ..lm.config import ConfigError, LoraConfig, LoraFederation, load_config
 from ..task_settings import kebab_case
-from .app import App
+from .application import App
 from .arguments import find_strategy
 from .option_kinds import count, option
 from .options import (

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from .app import App
+from .application import App
 from .arguments import find_strategy, find_task, load_test, parse_settings
-from .audit import audit_app
+from .audit_commands import audit_app
 from .check import check
 from .lora import lora_app
 from .nodes import certs_app, nodes_app
@@ -35,7 +35,7 @@ from .options import (
     with_options,
 )
 from .runs import report, runs_app
-from .service import service_app
+from .service_commands import service_app
 
 app = App("Federated learning for MLX models, on Flower's engine.")
 _FAULTS = "Simulated faults"

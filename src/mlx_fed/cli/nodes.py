@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import FedError, os_errors
-from .app import App
+from .application import App
 from .option_kinds import count, option
 from .options import FederationFolder
 

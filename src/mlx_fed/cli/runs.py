@@ -15,7 +15,7 @@ import typer
 
 from ..errors import FedError, os_errors
 from ..system.printable import printable
-from .app import App
+from .application import App
 from .option_kinds import option
 from .options import RunsFolder
 

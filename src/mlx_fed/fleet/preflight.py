@@ -5,67 +5,33 @@
 
 from __future__ import annotations
 
-import math
-import os
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 
-import mlx.core as mx
-import numpy as np
 from cryptography import x509
 
-from ..arrays import examples
-from ..errors import FedError
 from ..flower.allowlist import REVOKED, UNKNOWN
 from ..flower.fleet_client import FleetClient
 from ..flower.transport import ClockDiffers, RequestRefused, Unreachable, UntrustedServer
-from ..settings_check import check_config
 from ..system import address, devices, http
-from ..task import Data, Task, TaskSource, make_task
-from ..task_settings import TracedConfig
-from ..training import batches
+from ..task import Task, TaskSource
 from ..training.trainer import Trainer
 from . import certificates
 from .federation import Federation
+from .findings import Fault, Finding, check
 from .identity import Identity, from_files, from_token
 from .policy_file import load_policy
+from .task_preflight import TASK_ADVICE, build_task, check_task, describe_size
 
 _SPARE_DISK = 256 * 2**20
 _LONGEST_ANSWER = 30.0
 """Seconds for a server's answer."""
-_SPARE_SHARE = 0.1
-"""Of the machine's memory, which should stay free."""
-
-
-class Finding(NamedTuple):
-    """The result of one check.
-
-    Args:
-        name (str): What was checked.
-        text (str): What was found.
-        advice (str): What to do; empty where all is well.
-        is_fault (bool): Whether a run would fail, and not only be slow or in doubt.
-    """
-
-    name: str
-    text: str
-    advice: str = ""
-    is_fault: bool = False
-
-
-class _Fault(Exception):
-    """A fault that ends a check, with advice."""
-
-    def __init__(self, text: str, advice: str):
-        super().__init__(text)
-        self.advice = advice
 
 
 def check_node(
@@ -100,7 +66,7 @@ def check_node(
     """
     identities: list[Identity] = []
     if server or token:
-        yield from _check(
+        yield from check(
             "identity",
             lambda: identities.append(_identity(server, token, identity, root_certificates, key)),
             lambda _: _describe(identities[0]),
@@ -110,7 +76,7 @@ def check_node(
         partition_id = identities[0].number if partition_id is None else partition_id
         yield from _check_server(identities[0])
     if policy is not None:
-        yield from _check(
+        yield from check(
             "policy",
             lambda: load_policy(policy),
             lambda _: f"{policy} can be read",
@@ -118,14 +84,14 @@ def check_node(
         )
     if identities and policy is not None:
         where = address.join(identities[0].host, identities[0].port)
-        yield from _check(
+        yield from check(
             "policy",
             lambda: load_policy(policy).check_server(where),
             lambda _: f"it allows {where}",
             "add the server to `allowed` in [server] of the policy, if it is the right one",
         )
     yield from _check_folder("temporary files", Path(tempfile.gettempdir()), "set TMPDIR")
-    yield from _check_task(task, config, device, partition_id or 0, num_partitions)
+    yield from check_task(task, config, device, partition_id or 0, num_partitions)
 
 
 def check_server(
@@ -151,18 +117,18 @@ def check_server(
         config (dict, optional): Settings that make the task.
         device (str, optional): Where the server aggregates.
     """
-    yield from _check(
+    yield from check(
         "port",
         lambda: http.listen(host, port).close(),
         lambda _: f"{address.join(host, port)} is free",
         "end what listens there, or choose another --host or --port",
     )
     if announce is not None:
-        yield from _check(
+        yield from check(
             "address", lambda: _resolve(announce), str, "announce an address that nodes can reach"
         )
     if (federation / "ca.crt").exists():
-        yield from _check(
+        yield from check(
             "certificates",
             lambda: _certificates(federation),
             str,
@@ -170,89 +136,19 @@ def check_server(
         )
     yield from _check_folder("runs", runs, "name another folder with --runs")
     tasks: list[Task] = []
-    yield from _check(
-        "task", lambda: tasks.append(_make(task, config)), lambda _: "it can be made", _TASK_ADVICE
+    yield from check(
+        "task",
+        lambda: tasks.append(build_task(task, config)),
+        lambda _: "it can be made",
+        TASK_ADVICE,
     )
     if tasks:
-        yield from _check(
+        yield from check(
             "model",
             lambda: Trainer(tasks[0]),
-            lambda trainer: _size(trainer, devices.use(device)),
+            lambda trainer: describe_size(trainer, devices.use(device)),
             "mend Task.model",
         )
-
-
-_TASK_ADVICE = "mend the task at the line that is named"
-
-
-def _check_task(
-    source: Callable[[], TaskSource],
-    config: dict[str, Any] | None,
-    device: str | None,
-    partition_id: int,
-    num_partitions: int | None,
-) -> Iterator[Finding]:
-    steps: dict[str, Any] = {}
-
-    def make() -> None:
-        steps["device"] = devices.use(device)
-        steps["task"] = _make(source, config)
-
-    def load() -> str:
-        data = batches.load(steps["task"], partition_id, num_partitions)
-        schema = _schema(data)
-        steps["data"] = data
-        return schema
-
-    def look() -> str:
-        _check_values(steps["data"])
-        steps["values"] = True
-        return "all are finite"
-
-    def train() -> str:
-        trainer = steps["trainer"] = Trainer(steps["task"])
-        mx.reset_peak_memory()
-        start = time.monotonic()
-        parameters, statistics = trainer.parameters(), trainer.statistics()
-        settings = {**steps["task"].config, "server-round": 1, "local-steps": 1}
-        update = trainer.train(parameters, statistics, steps["data"], settings)
-        seconds = time.monotonic() - start
-        losses = {k: v for k, v in update.metrics.items() if "loss" in k}
-        if not all(math.isfinite(float(loss)) for loss in losses.values()):
-            raise _Fault(
-                f"the loss of the first step is {next(iter(losses.values()))}",
-                "look for values that are not finite in the data, or try a smaller learning rate",
-            )
-        steps["peak"] = mx.get_peak_memory()
-        return f"one step took {seconds:.1f} s on {steps['device']}"
-
-    yield from _check("task", make, lambda _: "it can be made", _TASK_ADVICE)
-    if "task" in steps:
-        yield from _check("data", load, str, "mend Task.data at the line that is named")
-    if "data" in steps:
-        yield from _check("values", look, str, "mend the data")
-    if "values" in steps:
-        yield from _check("training", train, str, _TASK_ADVICE)
-    if "peak" in steps:
-        yield from _check("memory", lambda: _memory(steps["peak"]), str, "end other programs")
-
-
-def _check(
-    name: str, run: Callable[[], Any], describe: Callable[[Any], str], advice: str
-) -> Iterator[Finding]:
-    """The finding of one check; an exception is a fault."""
-    try:
-        result = run()
-        yield Finding(name, describe(result))
-    except _Fault as fault:
-        yield Finding(name, str(fault), fault.advice, True)
-    except Exception as error:
-        from ..tracebacks import location
-
-        prefix = "" if isinstance(error, FedError) else f"{type(error).__name__}: "
-        line = location(error)
-        where = f" ({line[0]}, line {line[1]})" if line else ""
-        yield Finding(name, f"{prefix}{error}{where}", advice, True)
 
 
 def _identity(
@@ -284,26 +180,26 @@ def _check_server(identity: Identity) -> Iterator[Finding]:
         try:
             client.heartbeat()
         except UntrustedServer as error:
-            raise _Fault(
+            raise Fault(
                 f"{where} is not the server that this node trusts: {error}",
                 "ask for a token of the server as it is set up now; or somebody is in between",
             ) from error
         except ClockDiffers as error:
-            raise _Fault(str(error), "turn on the setting of the clock by the network") from error
+            raise Fault(str(error), "turn on the setting of the clock by the network") from error
         except Unreachable as error:
-            raise _Fault(
+            raise Fault(
                 f"no answer from {where}: {error}",
                 "start the server, or mend the address, the firewall or the network between",
             ) from error
         except RequestRefused as refusal:
             if refusal.denial == REVOKED:
-                raise _Fault(str(refusal), "ask the server's operator for a new token") from refusal
+                raise Fault(str(refusal), "ask the server's operator for a new token") from refusal
             if refusal.denial == UNKNOWN and identity.invitation is None:
-                raise _Fault(
+                raise Fault(
                     str(refusal), "have the key added on the server: mlx-fed nodes add NAME --key"
                 ) from refusal
         except certificates.CertificateError as error:
-            raise _Fault(str(error), "ask for a new token") from error
+            raise Fault(str(error), "ask for a new token") from error
         return f"{where} answers"
 
     def ask_in_time() -> str:
@@ -313,7 +209,7 @@ def _check_server(identity: Identity) -> Iterator[Finding]:
         thread.start()
         thread.join(_LONGEST_ANSWER)
         if not results:
-            raise _Fault(
+            raise Fault(
                 f"no whole answer from {where} within {_LONGEST_ANSWER:.0f} seconds",
                 "start the server, or mend the address, the firewall or the network between",
             )
@@ -321,7 +217,7 @@ def _check_server(identity: Identity) -> Iterator[Finding]:
             raise results[0]
         return results[0]
 
-    yield from _check("server", ask_in_time, str, "mend the address or the network")
+    yield from check("server", ask_in_time, str, "mend the address or the network")
 
 
 def _result_of(function: Callable[[], str]) -> str | Exception:
@@ -329,60 +225,6 @@ def _result_of(function: Callable[[], str]) -> str | Exception:
         return function()
     except Exception as error:
         return error
-
-
-def _make(source: Callable[[], TaskSource], config: dict[str, Any] | None) -> Task:
-    task_source = source()
-    settings = TracedConfig.of(config)
-    task = make_task(task_source, settings)
-    check_config(settings, task, [] if isinstance(task_source, Task) else [task_source])
-    return task
-
-
-def _schema(data: Data) -> str:
-    parts = []
-    for name, split in (("train", data.train), ("test", data.test)):
-        if split is None:
-            parts.append(f"{name}: none")
-        elif callable(split):
-            parts.append(f"{name}: a stream")
-        else:
-            count = examples.count(split)
-            if name == "train" and not count:
-                raise _Fault("Data.train has no examples", "choose another partition or dataset")
-            arrays = ", ".join(
-                f"{tuple(array.shape[1:])} {str(array.dtype).removeprefix('mlx.core.')}"
-                for array in examples.leaves(split)
-            )
-            parts.append(f"{name}: {count} examples of {arrays}")
-    return "; ".join(parts)
-
-
-def _check_values(data: Data) -> None:
-    for name, split in (("train", data.train), ("test", data.test)):
-        if split is None or callable(split):
-            continue
-        for path, array in examples.paths(split):
-            if not mx.issubdtype(array.dtype, mx.inexact):
-                continue
-            rows = ~mx.isfinite(array.reshape(len(array), -1)).all(axis=1)
-            wrong = np.flatnonzero(np.asarray(rows))
-            if len(wrong):
-                raise _Fault(
-                    f"Data.{name}, array {path}: {len(wrong)} of {len(array)} examples have "
-                    f"values that are not finite, the first at {wrong[0]}",
-                    "leave these examples out, or fill in their missing values",
-                )
-
-
-def _memory(peak: int) -> str:
-    total = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    if hasattr(mx, "device_info") and mx.default_device().type == mx.gpu:
-        total = int(mx.device_info().get("memory_size", total))
-    text = f"a step needs {peak / 2**20:.1f} MiB of {total / 2**30:.1f} GiB"
-    if peak > (1 - _SPARE_SHARE) * total:
-        raise _Fault(f"{text}, which leaves too little", "choose a smaller batch-size or model")
-    return text
 
 
 def _check_folder(name: str, folder: Path, advice: str) -> Iterator[Finding]:
@@ -395,10 +237,10 @@ def _check_folder(name: str, folder: Path, advice: str) -> Iterator[Finding]:
             file.flush()
         free = shutil.disk_usage(parent).free
         if free < _SPARE_DISK:
-            raise _Fault(f"{parent} has {free / 2**20:.0f} MiB free", f"make room, or {advice}")
+            raise Fault(f"{parent} has {free / 2**20:.0f} MiB free", f"make room, or {advice}")
         return f"{folder} can be written, {free / 2**30:.1f} GiB free"
 
-    yield from _check(name, write, str, advice)
+    yield from check(name, write, str, advice)
 
 
 def _resolve(announce: str) -> str:
@@ -407,7 +249,7 @@ def _resolve(announce: str) -> str:
     local = set(certificates.local_addresses("0.0.0.0"))
     loopback = [entry for entry in addresses if address.is_loopback(entry)]
     if loopback and not address.is_loopback(host):
-        raise _Fault(
+        raise Fault(
             f"{host} is {', '.join(addresses)} here, which other machines cannot reach",
             "announce this machine's address on its network",
         )
@@ -423,13 +265,8 @@ def _certificates(folder: Path) -> str:
     certificate = x509.load_pem_x509_certificate(federation.certificate.read_bytes())
     remaining_time = certificate.not_valid_after_utc - datetime.now(UTC)
     if remaining_time.total_seconds() <= 0:
-        raise _Fault(
+        raise Fault(
             f"the server's certificate ended on {certificate.not_valid_after_utc:%Y-%m-%d}",
             "renew it: mlx-fed certs bring",
         )
     return f"{folder} has an authority, and a certificate for {remaining_time.days} days"
-
-
-def _size(trainer: Trainer, device: str) -> str:
-    size = sum(array.nbytes for array in trainer.parameters().values())
-    return f"{size / 2**20:.1f} MiB of parameters, aggregated on {device}"

@@ -13,6 +13,7 @@ Messages, and the objects that they are sent as
     ``flwr.supercore.task_identity``: the sender of messages that this process makes.
 
 A node's end
+    ``flwr.client``: the base class of clients of the deprecated API.
     ``flwr.supercore.runtime_version_compatibility``: headers with Flower's version.
     ``flwr.supernode.fleet_http_client``: the Fleet API's methods.
 

@@ -41,6 +41,7 @@ from .resume import RunState, identity_of, resume_state
 from .roster import Participants, Roster
 from .settings import RunSettings, require_one_model
 from .stopping import reason_at_start, stopping_of
+from .strategy_restore import restore
 from .strategy_state import State, StateError
 
 __all__ = ["Result", "RunError", "run"]
@@ -209,7 +210,7 @@ def _prepare_repeat(
         run.checkpoints.wait()
         snapshot = run.checkpoints.state_after(record.round - 1)
     if snapshot is not None:
-        strategy_state.restore(run.strategy, snapshot, new=False)
+        restore(run.strategy, snapshot, new=False)
     run.roster.wait_for(run.min_nodes, run.settings.wait)
 
 

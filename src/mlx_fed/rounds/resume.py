@@ -21,6 +21,7 @@ from . import strategies, strategy_state
 from .changes import names_of
 from .checkpoint import Best, Checkpoint, CheckpointError
 from .phase import Model, Run
+from .strategy_restore import restore
 
 _FROZEN = "frozen"
 _SHOWN = 5
@@ -103,7 +104,7 @@ def resume_state(run: Run, identity: dict[str, Any], previous: Previous) -> RunS
         before["setting"] = kebab_case(before["setting"])
     changed = names_of(previous.changes) | kebab_case(run.settings.change or {}).keys()
     _require_same(_without(before, changed), _without(identity, changed), run.history.folder)
-    strategy_state.restore(run.strategy, checkpoint.strategy)
+    restore(run.strategy, checkpoint.strategy)
     run.history.go_on_after(checkpoint.round)
     model = Model(checkpoint.masters, checkpoint.statistics)
     return RunState(checkpoint.round, model, checkpoint.best)

@@ -8,7 +8,7 @@ holds is refused by its name, unless it says itself what to keep, with ``state()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from io import BytesIO
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -21,12 +21,11 @@ from flwr.serverapp.strategy import Strategy
 
 from ..arrays.flower_records import SegmentedArray
 from ..errors import FedError
-from .strategies import LEAST_NODES
 
 _PLAIN = (type(None), bool, int, float, str)
-_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial, type)
-_RECORDS = {kind.__name__: kind for kind in (ArrayRecord, ConfigRecord, MetricRecord)}
-_STATE_METHODS = (("state", "load_state"), ("state_dict", "load_state_dict"))
+FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial, type)
+RECORDS = {kind.__name__: kind for kind in (ArrayRecord, ConfigRecord, MetricRecord)}
+STATE_METHODS = (("state", "load_state"), ("state_dict", "load_state_dict"))
 """How an object says what it keeps; Flower's privacy accountants have the second pair."""
 
 
@@ -57,24 +56,6 @@ def snapshot(strategy: Strategy) -> State:
     return State(walk.of(strategy, type(strategy).__name__), walk.arrays)
 
 
-def restore(strategy: Strategy, state: State, *, new: bool = True) -> None:
-    """Gives a strategy the state of one that was made in the same way.
-
-    Functions and nested strategies stay its own, the latter with their state; so do the numbers
-    of nodes to wait for, which an operator may have to change.
-
-    Args:
-        strategy (Strategy): The one to change.
-        state (State): From :func:`snapshot`.
-        new (bool): Whether it was just made. One that was the same as in the snapshot loses what
-            attributes it has got since.
-
-    Raises:
-        StateError: If the strategy is of another class, or lacks a function that the other had.
-    """
-    _Restoration(state.arrays, new).value(state.tree, strategy, type(strategy).__name__)
-
-
 class _Snapshot:
     """A walk over values. What is met twice is kept once, and is one object again afterwards."""
 
@@ -86,7 +67,7 @@ class _Snapshot:
     def of(self, value: Any, path: str) -> Any:
         if type(value) in _PLAIN:
             return value
-        if isinstance(value, _FUNCTIONS):
+        if isinstance(value, FUNCTIONS):
             return {"function": path}
         if isinstance(value, np.generic) and not value.dtype.hasobject:
             return {"scalar": value.dtype.str, "bytes": value.tobytes().hex()}
@@ -103,18 +84,18 @@ class _Snapshot:
 
     def _object(self, value: Any, path: str) -> Any:
         kind = type(value)
-        for get, load in _STATE_METHODS:
+        for get, load in STATE_METHODS:
             if callable(getattr(value, get, None)) and callable(getattr(value, load, None)):
                 return {"own": self.of(getattr(value, get)(), f"{path}.{get}()"), "at": path}
         if isinstance(value, Strategy):
             attributes = {k: self.of(v, f"{path}.{k}") for k, v in vars(value).items()}
-            return {"strategy": _class_name(value), "attributes": attributes, "at": path}
+            return {"strategy": class_name(value), "attributes": attributes, "at": path}
         if kind in (list, tuple):
             items = [self.of(item, f"{path}[{n}]") for n, item in enumerate(value)]
             return {kind.__name__: items, "at": path}
         if kind is dict:
             return {"dict": self._items(value, path), "at": path}
-        if kind in _RECORDS.values():
+        if kind in RECORDS.values():
             return {"record": kind.__name__, "items": self._items(value, path), "at": path}
         if kind in (Array, SegmentedArray):
             header = [value.dtype, list(value.shape), value.stype]
@@ -128,7 +109,7 @@ class _Snapshot:
             mx.eval(value)
             return {"mlx": self._keep(value, path), "at": path}
         raise StateError(
-            f"{path} is a {_class_name(value)}, which a run cannot keep to go on with later: make "
+            f"{path} is a {class_name(value)}, which a run cannot keep to go on with later: make "
             "it of numbers, text, arrays, lists and dicts, or give the strategy state(), which "
             "returns what to keep, and load_state(kept); or keep no checkpoints with --keep 0."
         )
@@ -144,89 +125,8 @@ class _Snapshot:
         return path
 
 
-class _Restoration:
-    """The walk back. ``current`` is the strategy's value at the same path."""
-
-    def __init__(self, arrays: Mapping[str, mx.array | np.ndarray], new: bool):
-        self.arrays, self.new = arrays, new
-        self.results: dict[str, Any] = {}
-
-    def value(self, node: Any, current: Any, path: str) -> Any:
-        if not isinstance(node, dict):  # all but plain values are kept as one
-            return node
-        if "function" in node:
-            if not isinstance(current, _FUNCTIONS):
-                raise StateError(f"{path} was a function, and the strategy has none there now.")
-            return current
-        if "scalar" in node:
-            dtype, data = np.dtype(node["scalar"]), bytes.fromhex(node["bytes"])
-            return np.frombuffer(data, dtype)[0] if dtype.itemsize else dtype.type()
-        if "bytes" in node:
-            return bytes.fromhex(node["bytes"])
-        if "same" in node:
-            return self.results[node["same"]]
-        return self._object(node, current, path)
-
-    def _object(self, node: dict[str, Any], current: Any, path: str) -> Any:
-        result: Any
-        match node:
-            case {"own": state_node}:
-                result = current
-                _loader(current, path)(self.value(state_node, None, path))
-            case {"strategy": name, "attributes": attributes}:
-                if _class_name(current) != name:
-                    raise StateError(f"{path} was a {name}, and is a {_class_name(current)} now.")
-                result = self.results[node["at"]] = current
-                for key in () if self.new else vars(current).keys() - attributes.keys():
-                    del vars(current)[key]
-                for key, value in attributes.items():
-                    if key not in LEAST_NODES:
-                        # Past what the class may do when an attribute is set.
-                        vars(current)[key] = self.value(
-                            value, vars(current).get(key), f"{path}.{key}"
-                        )
-            case {"list": items}:
-                result = self.results[node["at"]] = []
-                result += self._list(items, current, path)
-            case {"tuple": items}:
-                result = tuple(self._list(items, current, path))
-            case {"dict": items}:
-                result = self.results[node["at"]] = {}
-                result.update(self._items(items, current, path))
-            case {"record": name, "items": items}:
-                result = _RECORDS[name](dict(self._items(items, current, path)))
-            case {"Array": key, "about": [dtype, shape, stype]}:
-                result = Array(dtype, tuple(shape), stype, np.asarray(self.arrays[key]).tobytes())
-            case {"numpy": key, "as_it_is": as_it_is}:
-                result = np.array(self.arrays[key])
-                if not as_it_is:
-                    result = np.load(BytesIO(result.tobytes()), allow_pickle=False)
-            case {"mlx": key}:
-                result = self.arrays[key]
-        self.results[node["at"]] = result
-        return result
-
-    def _list(self, nodes: list[Any], current: Any, path: str) -> Iterator[Any]:
-        have = current if isinstance(current, (list, tuple)) else ()
-        for index, node in enumerate(nodes):
-            old = have[index] if index < len(have) else None
-            yield self.value(node, old, f"{path}[{index}]")
-
-    def _items(self, nodes: list[list[Any]], current: Any, path: str) -> Iterator[tuple[Any, Any]]:
-        have = current if isinstance(current, dict) else {}
-        for key_node, node in nodes:
-            key = self.value(key_node, None, path)
-            yield key, self.value(node, have.get(key), f"{path}[{key!r}]")
-
-
-def _loader(current: Any, path: str) -> Callable[[Any], Any]:
-    for _, load in _STATE_METHODS:
-        if callable(function := getattr(current, load, None)):
-            return function
-    raise StateError(f"{path} had a state of its own, and is a {_class_name(current)} now.")
-
-
-def _class_name(value: Any) -> str:
+def class_name(value: Any) -> str:
+    """The full name of a value's class."""
     kind = type(value)
     return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
 

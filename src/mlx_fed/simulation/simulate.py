@@ -29,7 +29,7 @@ from .client_states import ClientStateStore
 from .faults import Faults
 from .simulated_grid import SimulationGrid
 from .simulated_roster import SimulatedRoster
-from .worker import WorkerConfig
+from .worker_messages import WorkerConfig
 from .worker_pool import InProcessPool, Pool, data_bytes, default_workers
 from .worker_progress import received
 

@@ -13,7 +13,7 @@ from ..events import ClientTraceback, LabelsCounted, Listener, Notice
 from ..flower import one_run_grid
 from ..flower.error_replies import failed_reply
 from . import worker_process
-from .worker import SampledClient, WorkRequest, WorkResult
+from .worker_messages import SampledClient, WorkRequest, WorkResult
 from .worker_pool import InProcessPool, Pool, WorkUnit, by_block
 
 _UNITS_PER_WORKER = 4

@@ -21,7 +21,8 @@ from loky import ProcessPoolExecutor
 from ..errors import SimulationError
 from ..training.trainer import Trainer
 from . import pickling, worker_process
-from .worker import SampledClient, Worker, WorkerConfig, WorkResult
+from .worker import Worker
+from .worker_messages import SampledClient, WorkerConfig, WorkResult
 
 _MAX_QUEUED = 2
 """Units that are submitted to a process, so that it never waits for the next one."""

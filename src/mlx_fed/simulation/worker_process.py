@@ -19,7 +19,8 @@ from ..system import (
     loading,
 )
 from . import worker_progress
-from .worker import SampledClient, Worker, WorkRequest, WorkResult, reason
+from .worker import Worker, reason
+from .worker_messages import SampledClient, WorkRequest, WorkResult
 
 _worker: Worker | None = None
 _failure = "it was not started"

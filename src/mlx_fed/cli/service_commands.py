@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .app import App
+from .application import App
 
 service_app = App("Run a server or a node as a service of this machine.")
 

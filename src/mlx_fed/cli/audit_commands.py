@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .app import App
+from .application import App
 from .option_kinds import option
 
 audit_app = App("Show and verify the audit log of a node or a server.")

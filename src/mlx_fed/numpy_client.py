@@ -11,12 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from flwr.client import NumPyClient
 
-from ..arrays import master_weights, named_arrays, weights
-from ..task import Data, Task
-from ..task_settings import kebab_case
-from .trainer import Trainer
+from .arrays import master_weights, named_arrays, weights
+from .flower.numpy_client_base import NumPyClient
+from .task import Data, Task
+from .task_settings import kebab_case
+from .training.trainer import Trainer
 
 
 class MLXClient(NumPyClient):

@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from mlx_fed.training.numpy_client import MLXClient
+from mlx_fed.numpy_client import MLXClient
 from mlx_fed.arrays.named_arrays import WeightsError
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 CLIENT = """
 import sys
 from tests.training.test_numpy_client import moons_task
-from mlx_fed.training.numpy_client import MLXClient
+from mlx_fed.numpy_client import MLXClient
 from flwr.client import start_client
 task = moons_task()
 number = int(sys.argv[2])

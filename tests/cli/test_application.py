@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_fed.cli.app import resume_command
+from mlx_fed.cli.application import resume_command
 
 from ..conftest import ROOT, command
 
