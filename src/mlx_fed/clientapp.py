@@ -40,7 +40,7 @@ SHARE_ERRORS = "share-errors"
 
 
 class ClientError(FedError):
-    """A node that is not set up for what it was asked."""
+    """A node without the partition or the examples for a request."""
 
 
 def client_app(task: TaskSource, mods: Sequence[Mod] | None = None) -> ClientApp:
@@ -69,7 +69,7 @@ def raising_app(
     note: Callable[[str], None] | None = None,
     progress: ProgressFactory | None = None,
 ) -> ClientApp:
-    """The same without the replies for exceptions, which are raised.
+    """The ClientApp of :func:`client_app`, which raises exceptions instead of replying with them.
 
     Args:
         task (Task or callable): What is trained.
@@ -108,7 +108,7 @@ def raising_app(
 
 
 class _Client:
-    """What stays between messages: the trainer, and the data of the partitions last used."""
+    """State of a client between messages: the trainer, and the data of the last partitions."""
 
     progress: ProgressFactory | None = None
 
@@ -188,7 +188,7 @@ class _Client:
         return reply
 
     def plain_for_mods(self, message: Message, context: Context, call_next: Any) -> Message:
-        """Gives Flower's mods what they can work on: one record, of named float32 arrays.
+        """Converts a message for Flower's mods, which work on one record of named float32 arrays.
 
         They stand in the model's order, as in the reply: mods pair arrays by position.
         Statistics are kept out of their sight in the context, which mods and app share.
@@ -264,7 +264,7 @@ class _Client:
 
 
 def _take_parameters(message: Message, trainer: Trainer) -> tuple[str, bool, Arrays]:
-    """What the record of the parameters is called, whether it is packed, and the parameters.
+    """Name of the record of the parameters, whether it is packed, and the parameters.
 
     They are in memory once: neither the model's last ones nor the message stay beside them. One
     that is not packed is left as it is, for the mods that it came by.
@@ -309,7 +309,7 @@ def named_failure(reply: Message, question: Message, context: Context) -> Messag
 
 
 def partition_of(context: Context) -> tuple[int, int | None]:
-    """The partition that a node holds, and the number of partitions if it was told one.
+    """The partition of a node, and the number of partitions if the node's configuration has it.
 
     Raises:
         ClientError: If the node has no partition, or one outside the partitions.
@@ -336,8 +336,8 @@ def check_partition(partition: int, num_partitions: Any) -> None:
 
 
 def _errors_as_replies(message: Message, context: Context, call_next: Any) -> Message:
-    """The node's log has the traceback; the server is told in a line what went wrong, and what the
-    exception says only where the node's owner shares that."""
+    """Flower mod that replies with an exception's type and line, and logs its traceback on the
+    node. The exception's text is in the reply only if the node's owner shares it."""
     try:
         return call_next(message, context)
     except Exception as error:

@@ -16,7 +16,8 @@ def install_command(extras: str) -> str:
 
 
 class FedError(Exception):
-    """Says what was wrong, where, and what to do; commands print it without a traceback.
+    """Error whose message has the cause, the place and the remedy; commands print it without a
+    traceback.
 
     Attributes:
         exit_code (int): That of a command which ends with it.
@@ -40,11 +41,11 @@ class TaskError(FedError, TypeError):
 
 
 class RunError(FedError):
-    """A run that could not go on. What it has reached is kept in its folder."""
+    """A run that failed. Its finished rounds are kept in its folder."""
 
 
 class SimulationError(FedError):
-    """A simulation that cannot start or go on."""
+    """A simulation that cannot start or continue."""
 
 
 class TooFewReplies(RunError):

@@ -31,7 +31,7 @@ Listener = Callable[[Event], None]
 
 
 class Notice(Event, name="note"):
-    """A sentence for whoever runs this process."""
+    """A note for the person who runs this process."""
 
     text: str
 
@@ -40,7 +40,7 @@ class Notice(Event, name="note"):
 
 
 class LoadProgress(Event, name="loading"):
-    """How much of a download, a decoding or the like is done.
+    """Progress of a download, a decoding or the like.
 
     ``of`` is None where the whole is unknown; ``unit`` is ``"B"`` for bytes, or a plural.
     """
@@ -123,7 +123,7 @@ class NodeRefused(Event, name="refused"):
 
 
 class PhaseProgress(Event):
-    """How many nodes have answered in a phase of a round.
+    """Progress of a phase: the number of nodes that have answered.
 
     Attributes:
         phase (str): ``"train"``, ``"evaluate"`` or ``"central"``.
@@ -182,7 +182,7 @@ class RoundFinished(Event, name="round"):
 
 
 class RunFinished(Event, name="finished"):
-    """The run is over; ``stopped`` says why if that was before its last round."""
+    """The run has ended; ``stopped`` is the reason if that was before its last round."""
 
     model: Path
     seconds: float

@@ -1,4 +1,4 @@
-"""A task as a Flower ServerApp, for ``flwr run``: the same round loop on Flower's own grid."""
+"""A task as a Flower ServerApp, for ``flwr run``: the same round loop on Flower's grid."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def _log(event: Event) -> None:
 
 @contextmanager
 def _own_lines_only() -> Iterator[None]:
-    """Keeps the strategy's four lines a round out of the log, where one of ours says more."""
+    """Context in which the strategy's four lines a round are not logged: one line of ours replaces
+    them."""
 
     def is_wanted(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(("configure_", "aggregate_"))

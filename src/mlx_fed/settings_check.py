@@ -221,7 +221,7 @@ def _names_looked_up_late(
     config: TracedConfig,
     num_clients: int | None,
 ) -> set[str]:
-    """Which of some settings are looked up later than when the task is created."""
+    """Settings, of some, that are looked up after the task is created."""
     late_names = {to_kebab(text) for reader in readers for text in _texts_in(reader)}
     if names <= late_names:
         return late_names

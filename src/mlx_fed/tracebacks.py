@@ -76,13 +76,13 @@ def location(error: BaseException) -> tuple[str, int] | None:
 
 
 def definition(function: Callable[..., Any]) -> str:
-    """Where a function is defined: `` (task.py, line 12)``; empty of one that does not say."""
+    """Place of a function's definition: `` (task.py, line 12)``; empty if it is unknown."""
     code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
     return f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
 
 
 def misfit(function: Callable[..., Any], *arguments: Any, **settings: Any) -> str | None:
-    """Why a function does not take some arguments, or None if it does or does not say."""
+    """Reason why a function does not take some arguments; None if it does, or is built in."""
     try:
         inspect.signature(function).bind(*arguments, **settings)
     except TypeError as error:

@@ -74,7 +74,7 @@ class Spool:
         return SegmentedArray(str(array.dtype), tuple(array.shape), array.stype, (segment,))
 
     def put_values(self, values: np.ndarray) -> Array:
-        """An array of these values, in the bytes of Flower's own; on disk if it is large."""
+        """Array record entry of these values, in the bytes of Flower's; on disk if it is large."""
         if self.folder is not None and values.nbytes >= _SMALL and values.flags.c_contiguous:
             head = BytesIO()
             header = np.lib.format.header_data_from_array_1_0(values)

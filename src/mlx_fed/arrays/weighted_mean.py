@@ -65,7 +65,7 @@ class Mean(NamedTuple):
     counted: list[Counted]
 
     def as_reply(self, like: ArrayRecord, weighted_by: str, spool: Spool) -> RecordDict:
-        """What a client would reply that had the mean and all the weight.
+        """The mean as the reply of one client that has all the weight.
 
         Args:
             like (ArrayRecord): The masters before, whose order the mean's arrays take.
@@ -85,7 +85,7 @@ class Mean(NamedTuple):
 
 
 def block_size(num_places: int) -> int:
-    """How many places make a block: few enough that several workers share a small round."""
+    """Number of places of a block: small enough that several workers share a small round."""
     return max(1, min(LARGEST_BLOCK, num_places // _FEWEST_BLOCKS))
 
 
@@ -115,7 +115,7 @@ def lazy_block(number: int, updates: Iterable[CountedUpdate]) -> Block:
 
 
 class ArraySum(NamedTuple):
-    """What :func:`sum_block` sums of one array."""
+    """Sum of one array over a block, from :func:`sum_block`."""
 
     clients: Sequence[Counted]
     arrays: Sequence[Mapping[str, mx.array]]
@@ -182,7 +182,7 @@ class Total:
         self._next = 0
 
     def add(self, block: Block) -> None:
-        """Takes a block in, whose updates have the same names as those of all others."""
+        """Adds a block, whose updates have the same names as those of all others."""
         self.early[block.number] = block
         while self._next in self.early:
             self.append(self.early.pop(self._next))
@@ -212,7 +212,7 @@ class _Sum:
         self._updates = 0
 
     def take(self, summand: Mapping[str, np.ndarray | ArraySum], updates: int) -> None:
-        """Takes in what comes of so many updates."""
+        """Adds the sums of further updates."""
         if not summand:
             return
         self._waiting.append(summand)
@@ -249,7 +249,7 @@ class _Sum:
         return mean
 
     def _parts(self, name: str) -> list[Iterator[np.ndarray]]:
-        """What has to be added to each piece of an array."""
+        """Summands of each piece of an array."""
         return [pieces(summand[name]) for summand in self._waiting]
 
 

@@ -154,14 +154,14 @@ def get(slots: Mapping[str, Slot]) -> Arrays:
 
 
 def put(slots: Mapping[str, Slot], arrays: Mapping[str, mx.array]) -> None:
-    """Puts arrays into their slots, unchecked: :func:`load` checks them."""
+    """Assignment of arrays to their slots, unchecked: :func:`load` checks them."""
     for name, array in arrays.items():
         slot = slots[name]
         slot.owner[slot.key] = module_state.alias(array)
 
 
 def load(slots: Mapping[str, Slot], arrays: Mapping[str, mx.array]) -> None:
-    """Puts arrays into their slots after checking that every one fits.
+    """Assignment of arrays to their slots after a check that every one fits.
 
     Raises:
         WeightsError: If a name is missing or unknown, or a shape or dtype differs.

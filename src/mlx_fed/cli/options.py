@@ -161,7 +161,7 @@ class RunOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class OutputOptions(OptionGroup):
-    """What a command prints."""
+    """Options of a command's output."""
 
     panel = "Output"
 
@@ -175,7 +175,7 @@ class OutputOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class MonitorOptions(OutputOptions):
-    """What a command prints, and who else listens to the run."""
+    """Options of a run's output and of its other listeners."""
 
     dashboard: Annotated[bool, typer.Option("--dashboard", help="Show the run in a browser.")] = (
         False

@@ -94,7 +94,7 @@ class Federation:
         return certificates.server_context(self.certificate, self.key)
 
     def install_certificates(self, certificate: Path, key: Path, authority: Path) -> None:
-        """Installs certificates of another authority in place of the federation's own.
+        """Installs certificates of another authority in place of the federation's.
 
         Args:
             certificate (Path): The server's, with those between it and the authority's (PEM).

@@ -30,7 +30,7 @@ BY_LIBRARY = {
 
 
 class PolicyRefusal(FedError):
-    """A request that the node's policy does not allow; the message says which rule and value."""
+    """A request that the node's policy does not allow; the message has the rule and the value."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Policy:
-    """What a node's owner allows; see :mod:`mlx_fed.fleet.policy_file` for the file.
+    """Rules of a node's owner; see :mod:`mlx_fed.fleet.policy_file` for the file.
 
     Args:
         servers (tuple, optional): Addresses, ``HOST:PORT``, with ``*`` for any part.

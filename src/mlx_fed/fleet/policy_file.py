@@ -117,7 +117,7 @@ def policy_and_log(
 
 
 class _Reader:
-    """Takes values out of the tables of a policy file; what is left at the end is unknown."""
+    """Reader of a policy file's tables, which removes each known value: the rest is unknown."""
 
     def __init__(self, path: Path, tables: dict[str, Any]):
         self.path, self.tables = path, tables

@@ -1,4 +1,4 @@
-"""Checks of a node or a server before a run: each finds one kind of fault and says what to do.
+"""Checks of a node or a server before a run: each finds one kind of fault and has its remedy.
 
 ``mlx-fed check`` prints them. A check that cannot be made because of an earlier fault is left out.
 """

@@ -56,7 +56,7 @@ class RunStopped(JoinError):
 
 
 class RunFailed(JoinError):
-    """The run cannot go on."""
+    """The run failed on its server."""
 
     exit_code = 4
 

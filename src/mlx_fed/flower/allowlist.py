@@ -1,4 +1,4 @@
-"""The allowlist of nodes' keys: what the Fleet routes ask of it, whoever keeps it."""
+"""Protocol of the allowlist of nodes' keys, as the Fleet routes use it."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ _MAX_BEHIND = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
 
 
 class NodeAuthentication:
-    """Which node a request is from, and whether it is served.
+    """Authentication of a request's node, and authorization of the request.
 
     Args:
         link (Link): The nodes' state, with the allowlist if there is one.
@@ -121,7 +121,7 @@ class NodeAuthentication:
 
 
 def _check_clock(timestamp: str) -> None:
-    """Tells a node by how much its clock is off.
+    """Check of a node's clock, whose error has the difference in seconds.
 
     Raises:
         HTTPException: If Flower would refuse the time.

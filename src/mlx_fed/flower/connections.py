@@ -142,7 +142,7 @@ class Connection:
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def remove(self) -> None:
-        """Takes a connection that has ended off the table."""
+        """Removes a connection that has ended from the table."""
         self.table.remove(self)
 
 

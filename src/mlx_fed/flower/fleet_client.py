@@ -97,7 +97,7 @@ class FleetClient:
 
     @property
     def outcome(self) -> str:
-        """The run's outcome, once the server has said that the run is over."""
+        """The run's outcome, after a response that has it."""
         return self._transport.outcome
 
     @property

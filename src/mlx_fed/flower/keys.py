@@ -18,7 +18,7 @@ class KeyFileError(FedError):
 
 
 def generate() -> ec.EllipticCurvePrivateKey:
-    """A new private key on P-384, the curve of Flower's own."""
+    """A new private key on P-384, Flower's curve."""
     return ec.generate_private_key(ec.SECP384R1())
 
 

@@ -224,7 +224,7 @@ class Link:
             self.notify_grid()
 
     def renew_node_id(self, key: bytes) -> None:
-        """Gives an offline node that is activated again another id.
+        """New id of an offline node that is activated again.
 
         It is another process: messages to the previous one will not be answered, and its state
         does not hold. A node whose connection was down for a while is not activated again.

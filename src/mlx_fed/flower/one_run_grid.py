@@ -31,7 +31,7 @@ def set_message_id(message: Message, message_id: str) -> None:
 
 
 class ClientFailure(NamedTuple):
-    """Why the message at a place has no update; ``missing`` if its node sent nothing."""
+    """Reason why the message at a place has no update; ``missing`` if its node sent nothing."""
 
     place: int
     reason: str
@@ -69,7 +69,7 @@ class OneRunGrid(Grid):
         time.sleep(min(timeout, _POLL))
 
     def withdraw(self, message_ids: Iterable[str]) -> None:
-        """Takes messages back, so that late nodes do not work on rounds that are over."""
+        """Withdraws messages, so that late nodes do not work on rounds that are over."""
 
     def late_replies(self) -> Mapping[str, float]:
         """Withdrawn messages to which replies came since the last call, and the monotonic time of
@@ -114,7 +114,7 @@ class OneRunGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """The same as Flower's ``Message(...)``, which is the way to make one."""
+        """Flower's ``Message(...)``, which new code calls itself."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
 

@@ -272,7 +272,7 @@ class Schedule:
 
 
 def _check_optimizer(config: LoraConfig, settings: Config) -> None:
-    """Takes one step, so that invalid arguments are an error before the first round."""
+    """Check of an optimizer's arguments by one step, before the first round."""
     import mlx.core as mx
 
     constant = {**settings, "lr-schedule": "null"}

@@ -1,4 +1,4 @@
-"""Metrics of a run for Prometheus, and its health, on an HTTP address of their own.
+"""Metrics of a run for Prometheus, and its health, on a separate HTTP address.
 
 ``/metrics`` has Prometheus' text format, version 0.0.4. ``/healthz`` answers 200 while the run goes
 on or has finished, and 503 when an exception has ended it.

@@ -130,7 +130,7 @@ class Tracking:
             self._call(lambda tracker: tracker.log(record["round"], figures(record)))
 
     def close(self) -> None:
-        """Tells the tracker that the run has ended."""
+        """Calls the tracker's ``finish`` at the end of the run."""
         if self.started:
             self._call(lambda tracker: tracker.finish())
 

@@ -19,7 +19,7 @@ from .phase import Model, Phase
 
 
 class Update(NamedTuple):
-    """A node's update that counts: the message, and what was read of it."""
+    """A node's update that counts: the message, and the reply that was read from it."""
 
     node: str
     message: Message

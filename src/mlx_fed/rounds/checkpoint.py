@@ -34,7 +34,7 @@ _KINDS = ("parameters", "statistics", "strategy")
 
 
 class CheckpointError(FedError):
-    """A checkpoint that a run cannot go on from."""
+    """A checkpoint from which no run can be resumed."""
 
 
 class Best(NamedTuple):
@@ -123,7 +123,7 @@ class Checkpoints:
             self._prune(path, checkpoint.best)
 
     def _prune(self, newest: Path, best: Best | None) -> None:
-        """Leaves the newest, those before it, and the best."""
+        """Deletes all checkpoints but the newest, those before it, and the best."""
         paths = self.paths()
         number = _round_of(newest)
         # Those of later rounds are from before the run went on from an earlier one.

@@ -1,4 +1,4 @@
-"""Is this reply fit to count? A reply that is not is refused, with the reason."""
+"""Checks of a reply by itself. A reply that fails one is refused, with the reason."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ZERO = np.zeros((), np.float32)
 
 
 class Refused(FedError):
-    """Why a reply does not count, cut where it quotes more than anyone reads."""
+    """A reply that does not count; the reason is cut where it quotes more than anyone reads."""
 
     def __init__(self, reason: str):
         super().__init__(reason[:_LONGEST])
@@ -358,8 +358,7 @@ Names = frozenset[tuple[str, str]]
 
 
 def odd_names(names: Mapping[str, Names], task_names: Names) -> dict[str, str]:
-    """Why replies do not count whose records or metrics are called otherwise than in most, or are
-    of another kind.
+    """Refusals of replies whose records or metrics differ in name or kind from those of most nodes.
 
     Args:
         names (dict): Of each node, by its name, what :func:`names_in` gives.
@@ -389,8 +388,8 @@ def _why_odd(name: str, node_names: Mapping[str, str], usual: Mapping[str, str])
 
 
 def names_in(content: RecordDict) -> Names:
-    """What a reply's records and metrics are called, and whether a metric is a number or a list of
-    how many; statistics are not a strategy's matter."""
+    """Names of a reply's records and metrics, without statistics, and the kind of each metric: a
+    number, or a list of a length."""
     metric_records = records_in(content, MetricRecord)
     records = (*records_in(content, ArrayRecord), *metric_records)
     metrics = {name: value for record in metric_records.values() for name, value in record.items()}
@@ -398,7 +397,7 @@ def names_in(content: RecordDict) -> Names:
 
 
 def names_of(records: Iterable[str], metrics: Mapping[str, Any]) -> Names:
-    """What records and metrics of these names and values are in a reply."""
+    """Names and kinds of a reply with these records and metrics."""
     return frozenset(
         {(f"record {n!r}", "a record") for n in records}
         | {(f"metric {n!r}", _kind(value)) for n, value in metrics.items()}

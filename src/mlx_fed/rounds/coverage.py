@@ -1,4 +1,4 @@
-"""What leaves a client beside its update, and so has neither an update's clipping nor its noise.
+"""Values that leave a client beside its update, without the update's clipping and noise.
 
 Flower's strategies and mods for differential privacy work on the parameters alone.
 """
@@ -20,7 +20,7 @@ _SHOWN = 4
 
 
 class PrivacyError(FedError):
-    """What a client would send that differential privacy does not cover."""
+    """Values that a client would send, and that differential privacy does not cover."""
 
 
 def name_of_private(mods: Iterable[Any]) -> str | None:
@@ -38,7 +38,7 @@ def name_of_private(mods: Iterable[Any]) -> str | None:
 
 
 def require_covered(private: str, statistics: Spec) -> None:
-    """Says where running statistics would go around differential privacy.
+    """Check that no running statistics go around differential privacy.
 
     Args:
         private (str): The name of the strategy or mod that is to provide it.
@@ -60,7 +60,7 @@ def require_covered(private: str, statistics: Spec) -> None:
 
 
 def note(private: str, task: Task) -> str:
-    """What leaves the clients uncovered in any case, in a line."""
+    """Note on the values that leave clients uncovered in any case."""
     names: Sequence[str] = ("num-examples", "loss", *task.metrics)
     return (
         f"{private} covers the parameters alone: {', '.join(names)} leave each client exactly, "

@@ -104,7 +104,7 @@ def take_late_replies(grid: OneRunGrid, closing: Closing) -> None:
 
 
 def pack(outgoing: list[Message], spec: Spec, statistics: Arrays, config: Config) -> None:
-    """Puts arrays and settings of a strategy's messages into the form in which they travel.
+    """Packs arrays and settings of a strategy's messages for the wire.
 
     Strategies put one content into all messages: each record is converted once, and none is
     changed in place.
@@ -159,7 +159,7 @@ def update_sizes(outgoing: list[Message], transform: UpdateTransform | None) -> 
 
 
 def bytes_to_nodes(grid: OneRunGrid, outgoing: list[Message]) -> Callable[[], int]:
-    """Tells how many bytes went to nodes, from now until it is called.
+    """Counter of the bytes that are sent to nodes from now until it is called.
 
     Where the grid does not count them, they are those of the messages' arrays.
     """

@@ -1,4 +1,4 @@
-"""How a node stands: how often its replies have been refused lately, by the record of a run.
+"""Exclusion of nodes whose replies were refused several times in a row, by the record of a run.
 
 Only training counts: a node that has no examples to evaluate on may train well. So does only what a
 node sent, and not that it was late or gone, nor what is excused: that half of all replies or more
@@ -15,7 +15,7 @@ PATIENCE = 3
 
 
 def refused_running(records: Sequence[Mapping[str, Any]], node: str) -> int:
-    """How many times running a node's training replies were refused, up to now.
+    """Number of refusals in a row of a node's training replies, up to the last round.
 
     Args:
         records (list): Those of the rounds so far, as in ``history.jsonl``.
@@ -31,7 +31,7 @@ def refused_running(records: Sequence[Mapping[str, Any]], node: str) -> int:
 
 
 def to_leave_out(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Why nodes have no part in later rounds that were refused too often, the last time just now.
+    """Reasons of exclusion, by node: of nodes whose last refusal in this round was one too many.
 
     Args:
         records (list): Those of the rounds so far, with the one that is going on.

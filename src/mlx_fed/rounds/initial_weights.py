@@ -20,7 +20,7 @@ InitialWeights = Path | str | Mapping[str, Any]
 
 
 def load_initial_weights(trainer: Trainer, initial: InitialWeights) -> list[str]:
-    """Puts initial weights into a trainer's model, after checking all of them.
+    """Loads initial weights into a trainer's model, after a check of all of them.
 
     Every averaged parameter and running statistic has to be there, with the model's shape and
     dtype. What nodes do not receive has to be as in their model, which the task builds (frozen

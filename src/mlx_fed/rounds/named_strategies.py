@@ -119,7 +119,7 @@ def make(
 
 
 def arguments_of(maker: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """What a strategy is made with, each argument's annotation, and whether any other is taken.
+    """Arguments of a strategy's class with their annotations, and whether it takes any other.
 
     Arguments that a class hands on with ``**kwargs`` are its parents'.
     """
@@ -141,7 +141,7 @@ def arguments_of(maker: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
 
 
 def _kind_of(argument: str, annotation: Any) -> Kind | None:
-    """The values that an argument takes, where that is said."""
+    """Kind of an argument's values, if its name or annotation has one."""
     if argument in strategies.FRACTIONS:
         return SHARE
     if argument in strategies.LEAST_NODES:

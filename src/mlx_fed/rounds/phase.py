@@ -46,7 +46,7 @@ class Model(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What is the same in all rounds of a run.
+    """Parts of a run that are the same in all rounds.
 
     Attributes:
         grid (OneRunGrid): Sends messages to nodes and receives their replies.
@@ -81,7 +81,7 @@ class Run(NamedTuple):
 
     @property
     def averaged(self) -> Spec:
-        """Spec of the running statistics that are averaged; empty if clients keep their own."""
+        """Spec of the running statistics that are averaged; empty if they are local."""
         return self.trainer.statistics_spec
 
     @property
@@ -164,7 +164,7 @@ class Phase:
         return self.run.roster.nodes[message.metadata.dst_node_id].name
 
     def begin(self, outgoing: list[Message]) -> None:
-        """Says that the messages are on their way."""
+        """Notifies listeners that the messages are sent."""
         history, of = self.run.history, self.run.settings.num_rounds
         self.progress = PhaseStarted(
             self.name, self.number, of, len(outgoing), 0, *history.so_far(of - self.number + 1)
@@ -172,7 +172,7 @@ class Phase:
         history.notify(self.progress)
 
     def answered(self, count: int) -> None:
-        """Says that so many more nodes have answered, with an update or without."""
+        """Notifies listeners of further answers, with an update or without."""
         num_answers = self.progress.answered + count
         self.progress = RepliesArrived(**{**self.progress.to_dict(), "answered": num_answers})
         self.run.history.notify(self.progress)
@@ -257,8 +257,8 @@ class Phase:
     def refuse_heavy(
         self, weights: Mapping[str, float], name: str | None = None
     ) -> Collection[str]:
-        """The nodes whose replies would weigh too much beside the others', unless it was said how
-        much is believed.
+        """Refuses replies that would weigh too much beside the others', unless ``max_examples`` is
+        set, and returns their nodes.
 
         Args:
             weights (dict): Each reply's weight, by the name of its node.
@@ -273,7 +273,7 @@ class Phase:
 
     @contextmanager
     def refusing(self, node: str, missing: bool = False) -> Iterator[None]:
-        """Goes on without a reply that is refused."""
+        """Context in which a refusal is recorded, and not raised."""
         try:
             yield
         except checks.NotFinite as error:
@@ -340,7 +340,7 @@ class Phase:
             )
 
     def _explain_refusals(self) -> str:
-        """Why replies of the last attempt do not count: the first reason, and a hint."""
+        """First reason why replies of the last attempt do not count, and a hint."""
         refusals = [each for each in self.record.refused if each.phase == self.name]
         refusals = refusals[-self.num_messages :]
         if not refusals:
@@ -373,7 +373,8 @@ class Phase:
 
     @contextmanager
     def hook(self, name: str, drawn_by: str | None = None) -> Iterator[None]:
-        """What the strategy draws is decided by the seed; what it raises says where."""
+        """Context of a strategy's hook: seeded random numbers, exceptions with the round and the
+        hook."""
         strategy, drawn_by = self.run.strategy, drawn_by or name
         try:
             with (

@@ -1,4 +1,4 @@
-"""Is a reply out of all proportion to the others of its round?
+"""Checks of a reply's size against the other replies of its round.
 
 A node's update or number of examples is believed up to a multiple of what the others have, so that
 none makes the model its own with one huge number. The defaults are far above what honest nodes of
@@ -26,7 +26,7 @@ ENOUGH = 3
 
 
 def explain_norms(norms: Mapping[str, float], times: float) -> dict[str, str]:
-    """Why updates do not count that are larger than was asked for.
+    """Refusals of updates whose norm is above ``max_update_norm`` medians.
 
     Args:
         norms (dict): Each update's, by the name of its node. Of fewer than three none can be told
@@ -47,7 +47,7 @@ def explain_norms(norms: Mapping[str, float], times: float) -> dict[str, str]:
 def explain_huge_norms(
     norms: Mapping[str, float], model: float, what: str = "its update"
 ) -> dict[str, str]:
-    """Why updates do not count that no training gives, by default.
+    """Refusals of updates with norms that no training gives, by default.
 
     One may be as large as the model, or :data:`NORM_TIMES` the median of the others. Of two
     replies it has to be that many times the other's and the model's, or neither is refused.
@@ -69,7 +69,7 @@ def explain_huge_norms(
 
 
 def explain_weights(weights: Mapping[str, float], weighted_by: str) -> dict[str, str]:
-    """Why replies do not count that would weigh far more than the others, by default.
+    """Refusals of replies that would weigh far more than the others, by default.
 
     Args:
         weights (dict): Each reply's, by the name of its node. Of fewer than three none can be told

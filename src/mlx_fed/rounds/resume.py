@@ -1,4 +1,4 @@
-"""How a stopped run goes on: from its last whole checkpoint, if it is still the same run."""
+"""Resumption of a run from its last whole checkpoint, if it is still the same run."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def resume_state(run: Run, identity: dict[str, Any], previous: Previous) -> RunS
 
 
 def identity_of(run: Run) -> dict[str, Any]:
-    """What a run trains and how: all that must not change when it goes on, in JSON's types."""
+    """Identity of a run: all that must not change when it is resumed, in JSON's types."""
     task = run.trainer.task
     fields = (
         *("batch_size", "local_epochs", "local_steps", "eval_batch_size", "max_grad_norm"),
@@ -145,8 +145,8 @@ def _without(identity: dict[str, Any], changed: Collection[str]) -> dict[str, An
 
 
 def _simulated(run: Run) -> dict[str, Any]:
-    """How many clients a simulation has, and what goes wrong with them; empty of a federation,
-    whose nodes come and go."""
+    """Number of clients of a simulation and their faults; empty for a federation, whose nodes come
+    and go."""
     description = run.history.about
     return {key: description[key] for key in ("clients", "faults") if key in description}
 

@@ -40,7 +40,7 @@ _PATIENCE = 60.0
 
 
 def is_name(name: str) -> bool:
-    """Whether a node may be called so: it stands in tables, files and terminals."""
+    """Whether a name of a node is valid: it is shown in tables, files and terminals."""
     return name.isprintable() and 0 < len(name) <= LONGEST_NAME
 
 
@@ -61,17 +61,17 @@ class Participants(Protocol):
         """The nodes by id, in order."""
 
     def wait_for(self, min_nodes: int, seconds: float) -> None:
-        """Waits until that many take part, or raises RunError."""
+        """Waits until that many nodes participate, or raises RunError."""
 
     def take_versions(self) -> dict[str, str]:
         """In which versions nodes that joined since the last call differ from the server."""
 
     @property
     def stays(self) -> bool:
-        """Whether every node takes part to the end, whatever it replies."""
+        """Whether every node participates to the end, whatever it replies."""
 
     def leave_out(self, name: str, why: str) -> bool:
-        """Leaves a node out of later rounds; whether it was there."""
+        """Excludes a node from later rounds, and returns whether it was a participant."""
 
 
 class Roster:
@@ -138,7 +138,7 @@ class Roster:
             self.unread -= {answer.metadata.reply_to_message_id for answer in answers}
 
     def wait_for(self, min_nodes: int, seconds: float) -> None:
-        """Waits until that many nodes take part, and longer while others answer the roll call.
+        """Waits until that many nodes participate, and longer while others answer the roll call.
 
         Raises:
             RunError: If they have not come in time.
@@ -266,13 +266,13 @@ class Roster:
         return versions.difference(theirs, self.versions)
 
     def _check_name(self, node: Participant) -> None:
-        """A node that a grid knows by name has no other one."""
+        """Check that a node has the name that the grid knows."""
         key_name = self.grid.name_of(node.id)
         if key_name not in (None, node.name):
             raise checks.Refused(f"its key is that of {key_name}, whose name it has to have")
 
     def _check_number(self, node: Participant) -> None:
-        """A node that a grid knows by number holds no other part of the data."""
+        """Check that a node has the partition that the grid knows."""
         number = self.grid.number_of(node.id)
         if number not in (None, node.partition):
             raise checks.Refused(
@@ -300,7 +300,7 @@ class Roster:
                 raise checks.Refused(f"its model is not the server's: {error}") from error
 
     def _check_frozen(self, record: ConfigRecord) -> frozen.Difference | None:
-        """What differs by rounding alone, if anything does."""
+        """Difference of frozen arrays by rounding alone, if there is one."""
         theirs = json.loads(str(record.get("frozen", "{}")))
         difference = frozen.difference(self.identities, theirs)
         if difference is not None and not difference.is_rounding:
@@ -321,7 +321,7 @@ class Roster:
                 )
 
     def _leave_out(self, node_id: int, name: str, why: str) -> None:
-        """A node that cannot take part is told so and not asked again."""
+        """Excludes a node, sends it the reason, and asks it no more."""
         self.left_out.add(node_id)
         self.reasons.pop(name, None)
         self.reasons[name] = why
@@ -334,7 +334,7 @@ class Roster:
 
 
 def _node(node_id: int, record: ConfigRecord) -> Participant:
-    """Whom a node says it is.
+    """The participant that an answer to the roll call describes.
 
     Raises:
         Refused: If a node cannot be called so, or cannot have that number.

@@ -122,7 +122,7 @@ def set_up_run(
 
 
 def _hints(strategy: Strategy) -> dict[str, str]:
-    """Where to give a value that is no setting of the task, by its name."""
+    """Hints for names that are no settings of the task: the argument or option to use instead."""
     hints = {field.name: f"a field of the task, Task({field.name}=...)" for field in fields(Task)}
     for layer in strategies.layers(strategy):
         for argument in named_strategies.arguments_of(type(layer))[0]:

@@ -77,7 +77,7 @@ def _target(name: str, sign: str, value: Any) -> Target:
 
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """A round's evaluation of the model, the server's own over that of its nodes."""
+    """Metrics of a round's evaluation, the server's in place of the nodes'."""
     metrics = {**record.get("evaluate", {}), **record.get("central", {})}
     return {
         name: math.nan if value is None else value  # as a record that is read has it
@@ -97,7 +97,7 @@ def _are_reached(targets: Sequence[Target], metrics: Mapping[str, float]) -> boo
 
 
 class Stopping(NamedTuple):
-    """What ends a run early.
+    """Rules that end a run early.
 
     Attributes:
         patience (int): Rounds without a new lowest loss; 0 is no limit.
@@ -120,7 +120,7 @@ class Stopping(NamedTuple):
     strategy_reason: Callable[[], str | None] | None = None
 
     def reason(self, rounds: Sequence[dict[str, Any]], best: Best | None) -> str | None:
-        """Why a run is over after these rounds, or None where it goes on.
+        """Reason why a run is over after these rounds, or None if it continues.
 
         Args:
             rounds (list): The records of all rounds so far.
@@ -191,7 +191,7 @@ class Stopping(NamedTuple):
 
 
 def stopping_of(settings: RunSettings, strategy: Strategy, previous: Previous) -> Stopping:
-    """What ends a run early, by its settings and by those that a run which is resumed had.
+    """Rules of early stopping, from a run's settings and those of the run that is resumed.
 
     Args:
         settings (RunSettings): The run's.
@@ -240,7 +240,7 @@ def reason_at_start(
     settings: RunSettings,
     previous: Previous,
 ) -> tuple[Stopping, str | None]:
-    """Why a run that is resumed is over, None where it goes on, and what ends it then.
+    """Rules of a resumed run, and the reason why it is over; None if it continues.
 
     It goes on with more rounds than it had, and with another patience or target that has not ended
     it yet.

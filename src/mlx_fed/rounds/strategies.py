@@ -1,4 +1,4 @@
-"""What a run has to know of a strategy, whichever of Flower's or of one's own it is."""
+"""Properties of a strategy, Flower's or the user's, that a run depends on."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def is_linear(strategy: Strategy) -> bool:
 def aggregate_mean(
     strategy: Strategy, number: int, mean: RecordDict, metrics: Sequence[Mapping[str, Any]]
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-    """Lets a linear strategy aggregate one reply, the mean, in place of all.
+    """Aggregation of a linear strategy from one reply, the mean, in place of all.
 
     Args:
         strategy (Strategy): One that :func:`is_linear`.
@@ -109,7 +109,7 @@ def aggregate_mean(
 
 
 def mean_metrics(metrics: Sequence[Mapping[str, Any]], weighted_by: str) -> MetricRecord:
-    """What Flower's strategies have as the mean of metrics, without a record for each client."""
+    """Mean of metrics as Flower's strategies compute it, without a record for each client."""
     total = sum(client_metrics[weighted_by] for client_metrics in metrics)
     mean: dict[str, Any] = {}
     for client_metrics in metrics:
@@ -137,7 +137,7 @@ def leaves_evaluation_to_mean(strategy: Strategy) -> bool:
 
 @contextmanager
 def pooling(strategy: Strategy) -> Iterator[None]:
-    """Puts :func:`pooled_metrics` in the place of Flower's mean of evaluation metrics."""
+    """Context in which :func:`pooled_metrics` replaces Flower's mean of evaluation metrics."""
     averaging: list[Any] = [
         layer
         for layer in layers(strategy)
@@ -153,7 +153,7 @@ def pooling(strategy: Strategy) -> Iterator[None]:
 
 
 def pooled_metrics(contents: Sequence[RecordDict], weighted_by: str) -> MetricRecord:
-    """The mean of each metric over the clients for which it is defined, by its own weight.
+    """Mean of each metric over the clients for which it is defined, by the metric's weight.
 
     In the form of Flower's ``evaluate_metrics_aggr_fn``.
 
@@ -192,7 +192,7 @@ def pooled_metrics(contents: Sequence[RecordDict], weighted_by: str) -> MetricRe
 
 
 def wants_same_names(strategy: Strategy) -> bool:
-    """Whether replies with names of their own for records and metrics would end the run."""
+    """Whether replies with different names of records and metrics would end the run."""
     return is_linear(strategy) or any(isinstance(layer, FedAvg) for layer in layers(strategy))
 
 
@@ -211,7 +211,7 @@ def seeded(strategy: Strategy, seed: int, number: int, hook: str) -> Iterator[No
 
 @contextmanager
 def collecting_only_new() -> Iterator[None]:
-    """Leaves what there is already out of garbage collections for a while, and collects the rest.
+    """Context in which garbage collections skip all objects from before it.
 
     Many of Flower's strategies collect after each reply that they unpack, and looking through all
     that a process has imported takes longer than a client's training. Flower's

@@ -16,7 +16,7 @@ from .strategy_state import FUNCTIONS, RECORDS, STATE_METHODS, State, StateError
 
 
 def restore(strategy: Strategy, state: State, *, new: bool = True) -> None:
-    """Gives a strategy the state of one that was made in the same way.
+    """Restores the state of a strategy that was made in the same way.
 
     Functions and nested strategies stay its own, the latter with their state; so do the numbers
     of nodes to wait for, which an operator may have to change.

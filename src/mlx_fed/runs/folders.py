@@ -196,7 +196,8 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
 
 
 def list_problems(run: RunRecord) -> Iterator[str]:
-    """Why a run stopped, which nodes were refused, and which failed in a round without a record."""
+    """Problems of a run: why it stopped, refused nodes, and failures in a round without a
+    record."""
     if run.state == "stopped" and (reason := run.status.get("reason")):
         yield f"Stopped: {reason}"
     if run.state == "finished" and isinstance(stop := run.settings.get("stopped"), dict):

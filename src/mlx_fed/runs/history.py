@@ -120,7 +120,7 @@ class History:
         return self.moved, seconds
 
     def sync(self) -> None:
-        """Brings the rounds so far to disk, past the system's memory.
+        """Writes the rounds so far to disk, past the system's memory.
 
         Raises:
             HistoryError: If they cannot be written.
@@ -130,7 +130,7 @@ class History:
             sync(file)
 
     def go_on_after(self, number: int) -> None:
-        """Takes up the rounds up to that one, and drops what was written after it.
+        """Resumes after a round: reads the rounds up to it, and drops later ones.
 
         Raises:
             HistoryError: If ``history.jsonl`` cannot be read or written.
@@ -152,7 +152,7 @@ class History:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps other processes from leading the same run meanwhile.
+        """Context in which no other process can run the same run.
 
         Raises:
             HistoryError: If one does.
@@ -186,8 +186,8 @@ class History:
         return path
 
     def save_with(self, save: Callable[[Path], Path | None], name: str = "model") -> Path:
-        """Lets ``save(folder)`` write the model in a form of its own, in the run's folder or, what
-        is not the last one, in a folder NAME below it.
+        """Writes the model by ``save(folder)``, in the run's folder or, for another than the last
+        model, in a folder NAME below it.
 
         Returns:
             Path: What ``save`` returns, or the folder where it returns none.

@@ -12,7 +12,7 @@ from . import round_record
 
 
 class Previous(NamedTuple):
-    """What the run that is resumed was last started with, as its ``settings.json`` says.
+    """Settings with which the resumed run was last started, from its ``settings.json``.
 
     Attributes:
         num_rounds (int): Its rounds; 0 if it was never started.
@@ -40,7 +40,7 @@ class Previous(NamedTuple):
 
 
 def previous_of(folder: Path) -> Previous:
-    """What the run in the folder was started with; what cannot be read is as if it was not."""
+    """Previous settings of the run in a folder, without those that cannot be read."""
     settings: Any = {}
     with suppress(OSError, ValueError):
         settings = round_record.read_settings(folder)

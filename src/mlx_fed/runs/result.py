@@ -1,4 +1,4 @@
-"""What a run returns."""
+"""Result of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(repr=False)
 class Result:
-    """What a run ends with.
+    """Result of a run: the global model, the records of its rounds, its files.
 
     Attributes:
         parameters (dict): The global model's parameters, by name.

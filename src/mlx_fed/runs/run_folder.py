@@ -50,7 +50,7 @@ def new_run_folder(runs: Path | str = "runs", name: str | None = None) -> Path:
 
 
 def _folder_to_resume(runs: Path | str, name: Path | str) -> Path:
-    """The folder of a run that goes on: by its name below ``runs``, or by its path.
+    """The folder of a run to resume, by its name below ``runs`` or by its path.
 
     Raises:
         HistoryError: If there is no such run.

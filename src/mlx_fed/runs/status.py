@@ -1,4 +1,4 @@
-"""What a run is doing now, in its folder's ``status.json``, for whoever watches from outside.
+"""Current state of a run, in its folder's ``status.json``, for other processes.
 
 It is a listener of the history like any other. Its file is small and written in place of itself a
 few times a second at most; a run goes on without it.
@@ -112,7 +112,7 @@ class Status:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What the run in the folder is doing; empty if it never said.
+    """Current state of the run in a folder; empty without a readable file.
 
     A run whose process is gone without a word is ``"stopped"``.
     """

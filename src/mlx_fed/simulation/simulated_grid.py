@@ -70,7 +70,7 @@ class SimulationGrid(one_run_grid.OneRunGrid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that come next; whoever pulls gets its messages' work done."""
+        """The next replies: pulling them runs the clients of the messages."""
         pushed_ids = [id for id in message_ids if id in self._pushed]
         if pushed_ids:
             messages = [self._pushed.pop(id) for id in pushed_ids]
@@ -86,7 +86,7 @@ class SimulationGrid(one_run_grid.OneRunGrid):
     # -- the work --------------------------------------------------------------------------
 
     def sum_updates(self, messages: Sequence[Message], weighted_by: str) -> Iterator[WorkResult]:
-        """Lets clients train and sums their updates by block, where they are made.
+        """Training of clients, whose updates are summed by block where they are computed.
 
         Args:
             messages (list): Training messages in the roster's order, which gives clients their

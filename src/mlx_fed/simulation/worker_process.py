@@ -47,7 +47,7 @@ def _end_after(parent: int, folder: Path) -> None:
 
 
 def work(request_path: Path, clients: Sequence[SampledClient]) -> WorkResult:
-    """Local training or evaluation of clients, as a request's file says.
+    """Local training or evaluation of clients, by a request's file.
 
     Raises:
         SimulationError: If the process could not be set up.

@@ -1,4 +1,4 @@
-"""What worker processes are loading, told to those who watch the run."""
+"""Progress of loading in worker processes, for the run's listeners."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS: dict[str, type[Event]] = {kind.name: kind for kind in (LoadProgress, Loa
 
 
 def sender(folder: Path) -> Listener:
-    """A listener of this process that sends what it is told to the run's process.
+    """Listener of this process that sends its events to the run's process.
 
     Args:
         folder (Path): The run's folder for its workers.
@@ -36,7 +36,7 @@ def sender(folder: Path) -> Listener:
 
 @contextmanager
 def received(folder: Path, listeners: Sequence[Listener]) -> Iterator[None]:
-    """Tells listeners what is sent, from a thread, for as long as the context lasts."""
+    """Context in which a thread passes the events that workers send to listeners."""
     path = str(folder / _SOCKET)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as incoming:
         try:

@@ -111,7 +111,7 @@ def lock_folder(folder: Path, locked: Exception) -> Iterator[None]:
 
 
 def sync(file: IO) -> None:
-    """Brings a file from the system's memory to disk (``fsync``)."""
+    """Writes a file from the system's memory to disk (``fsync``)."""
     file.flush()
     # On macOS fsync may leave it in the drive's cache. Not all drives support the full one.
     if full := getattr(fcntl, "F_FULLFSYNC", None):
@@ -122,7 +122,7 @@ def sync(file: IO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings the names of a folder's files to disk."""
+    """Writes the names of a folder's files to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -302,7 +302,7 @@ def passes_of_round(length: Lengths, seed: RoundSeed, num_batches: int | None) -
 
 
 def batch_bounds(num_examples: int, batch_size: int, merge_single: bool = False) -> list[int]:
-    """Where the batches of one pass begin, and the end of the last one.
+    """Starts of the batches of one pass, and the end of the last one.
 
     Args:
         num_examples (int): Number of examples.
@@ -352,7 +352,7 @@ def padded_size(count: int, batch_size: int) -> int:
 
 
 def _num_batches(stream: Callable) -> int | None:
-    """Number of batches of each pass over a stream, if it says so."""
+    """Number of batches of each pass over a stream, if it has one."""
     value = getattr(stream, "num_batches", None)
     if value is not None:
         whole_number(1).check("Data.train", "num_batches of a stream", value)

@@ -97,7 +97,7 @@ def state_of(optimizer: Any) -> Arrays:
 
 
 def set_state(optimizer: optim.Optimizer, path: str, state: Mapping[str, mx.array]) -> None:
-    """Puts the arrays below a path into one optimizer."""
+    """Assignment of the arrays below a path to one optimizer."""
     optimizer.state = tree_unflatten(
         [(name.removeprefix(path), a) for name, a in state.items() if name.startswith(path)]
     )
