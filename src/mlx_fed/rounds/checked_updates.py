@@ -14,7 +14,7 @@ from ..arrays import master_weights, weighted_mean
 from ..arrays.named_arrays import LazyArrays
 from ..arrays.weighted_mean import Mean, Total
 from ..flower.one_run_grid import ClientFailure, SummedUpdates
-from . import checks, exchange, proportion
+from . import checks, exchange, proportion, reply_names
 from .phase import Model, Phase
 
 
@@ -26,9 +26,9 @@ class Update(NamedTuple):
     reply: checks.Reply
 
     @property
-    def names(self) -> checks.Names:
+    def names(self) -> reply_names.Names:
         """The names and kinds of its records and metrics."""
-        return checks.names_in(self.message.content)
+        return reply_names.names_in(self.message.content)
 
     def for_strategy(self) -> Message:
         """The message with float32 masters, as strategies get it."""
@@ -139,11 +139,11 @@ def mean_update(phase: Phase, outgoing: list[Message], model: Model) -> Mean:
     nodes = [phase.node_of(message) for message in outgoing]
     index = {node: position for position, node in enumerate(nodes)}
     size = weighted_mean.block_size(len(nodes))
-    totals: defaultdict[checks.Names, Total] = defaultdict(Total)
-    names: dict[str, checks.Names] = {}
+    totals: defaultdict[reply_names.Names, Total] = defaultdict(Total)
+    names: dict[str, reply_names.Names] = {}
     updates = checked_updates(phase, outgoing, model)
     for number, block in groupby(updates, lambda update: index[update.node] // size):
-        updates_of: defaultdict[checks.Names, list[weighted_mean.CountedUpdate]]
+        updates_of: defaultdict[reply_names.Names, list[weighted_mean.CountedUpdate]]
         updates_of = defaultdict(list)
         for update in block:
             names[update.node] = update.names

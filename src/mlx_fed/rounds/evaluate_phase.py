@@ -15,7 +15,7 @@ from ..runs.round_record import RoundRecord
 from ..tracebacks import definition
 from ..training.confusion_matrix import ConfusionMatrix, to_rows
 from ..training.metrics import Evaluation, derive_metrics, is_defined
-from . import checks, messages, strategies
+from . import checks, messages, reply_names, strategies
 from .phase import Model, Phase, Run
 from .settings import takes_record
 
@@ -51,7 +51,7 @@ def evaluate(run: Run, model: Model, record: RoundRecord) -> None:
                 reply, run.weighted_by, phase.max_examples, must_be_defined, classes
             )
             replies[node] = reply
-    names = {node: checks.names_in(reply.content) for node, reply in replies.items()}
+    names = {node: reply_names.names_in(reply.content) for node, reply in replies.items()}
     for node in phase.refuse_odd_names(names):
         del replies[node], evaluations[node]
     weighed_metrics = dict.fromkeys(

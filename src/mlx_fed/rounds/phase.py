@@ -27,7 +27,7 @@ from ..tracebacks import is_exception, is_same_failure
 from ..training.metrics import placeholder_metrics
 from ..training.trainer import Trainer
 from ..transforms.update_transform import UpdateTransform
-from . import checks, exchange, messages, proportion, strategies
+from . import checks, exchange, messages, proportion, reply_names, strategies
 from .checkpoint import Checkpoints
 from .closing import Closing
 from .roster import Participants, RosterGrid
@@ -227,16 +227,16 @@ class Phase:
             self.refuse(node, reason, missing=True)
         outgoing[:] = [message for message in outgoing if self.node_of(message) not in reasons]
 
-    def refuse_odd_names(self, names: Mapping[str, checks.Names]) -> Collection[str]:
+    def refuse_odd_names(self, names: Mapping[str, reply_names.Names]) -> Collection[str]:
         """The nodes whose replies have things of other names or kinds than most: FedAvg and its
         kin would end the run over them."""
         if not strategies.wants_same_names(self.run.strategy):
             return ()
         training = self.name == "train"
         loss_key = strategies.attribute(self.run.strategy, "train_loss_key") if training else None
-        odd_nodes = checks.odd_names(
+        odd_nodes = reply_names.odd_names(
             names,
-            checks.names_of(
+            reply_names.names_of(
                 [self.record_name, "metrics"] if training else ["metrics"],
                 placeholder_metrics(self.run.trainer.task, self.name, loss_key),
             ),
