@@ -89,7 +89,7 @@ def test_a_terminal_has_a_bar_beside_that_of_the_run(at_once):
         lines = [(task.description, task.total) for task in shown.bars.progress.tasks]
         assert lines == [
             ("round 1/3  train  0 of 4 nodes", 3),
-            ("Downloading  1.5 MB of 3 MB", 3_000_000),
+            ("Downloading  1.5 MB of 3.0 MB", 3_000_000),
         ]
     assert len(shown.bars.progress.tasks) == 1
     shown.close()

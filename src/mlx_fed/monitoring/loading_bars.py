@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich import filesize
 from rich.console import Console
 
 from ..events import Event, LoadFinished, LoadProgress
@@ -12,7 +13,7 @@ from ..system.loading import loading_listeners
 from ..system.printable import printable
 from .output import print_line
 from .progress_bars import ProgressBars
-from .units import format_bytes, format_seconds
+from .units import format_seconds
 
 
 class LoadingBars:
@@ -55,5 +56,5 @@ def _amount(event: LoadProgress) -> str:
     if not count and not of:
         return ""
     if unit == "B":
-        return f"  {format_bytes(count)}" + (f" of {format_bytes(of)}" if of else "")
+        return f"  {filesize.decimal(count)}" + (f" of {filesize.decimal(of)}" if of else "")
     return f"  {count:,}" + (f" of {of:,}" if of else "") + (f" {unit}" if unit else "")

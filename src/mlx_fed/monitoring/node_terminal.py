@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 
+from rich import filesize
 from rich.console import Console
 
 from .. import events
@@ -13,7 +14,6 @@ from ..events import Event, Listener
 from ..system.loading import loading_listeners
 from .loading_bars import LoadingBars
 from .output import RUN_BAR, STYLES, TerminalOutput, print_line, stops_at_failure
-from .units import format_bytes
 
 _LINE_PAUSE = 60.0
 """Seconds between two lines in a file on the steps of a training."""
@@ -61,7 +61,7 @@ def _steps(event: events.TrainingProgress) -> str:
     texts.append(f"{event.steps_per_second:.3g} steps/s")
     if event.units_per_second is not None:
         texts.append(f"{event.units_per_second:.0f} {event.unit}/s")
-    return "   ".join([*texts, f"at most {format_bytes(event.peak_memory)} of memory"])
+    return "   ".join([*texts, f"at most {filesize.decimal(event.peak_memory)} of memory"])
 
 
 def _work(event: events.MessageEvent) -> str:

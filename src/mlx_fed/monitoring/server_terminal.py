@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import filesize
 from rich.console import Console
 
 from .. import events
@@ -17,7 +18,7 @@ from ..system.loading import loading_listeners
 from ..tracebacks import is_exception, is_same_failure
 from .loading_bars import LoadingBars
 from .output import RUN_BAR, STYLES, TerminalOutput, print_line, stops_at_failure
-from .units import format_bytes, format_seconds
+from .units import format_seconds
 
 _MAX_FAILURES = 10
 """Lines about nodes that are left out of a phase; an exception is shown once."""
@@ -62,7 +63,7 @@ def phase_text(event: events.PhaseProgress) -> str:
         texts.append(f"{event.answered} of {event.nodes} nodes")
     if event.seconds_left is not None:
         remaining_time = format_seconds(event.seconds_left)
-        texts += [format_bytes(event.bytes), f"about {remaining_time} left"]
+        texts += [filesize.decimal(event.bytes), f"about {remaining_time} left"]
     return "  ".join(texts)
 
 

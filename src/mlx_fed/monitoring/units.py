@@ -1,15 +1,6 @@
-"""Bytes and seconds as text for people."""
+"""Seconds as text for people."""
 
 from __future__ import annotations
-
-
-def format_bytes(size: float) -> str:
-    """Bytes with a decimal prefix: ``"1.2 MB"``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def format_seconds(duration: float) -> str:
