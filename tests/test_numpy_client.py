@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 
 CLIENT = """
 import sys
-from tests.training.test_numpy_client import moons_task
+from tests.test_numpy_client import moons_task
 from mlx_fed.numpy_client import MLXClient
 from flwr.client import start_client
 task = moons_task()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -113,6 +113,7 @@ HELD = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(HELD)
 def test_whatever_a_strategy_may_hold_comes_back(held: Any):
     assert_same(there_and_back(held), held)
