@@ -45,7 +45,7 @@ def is_name(name: str) -> bool:
 
 
 class Participant(NamedTuple):
-    """A node that takes part; its tags are what its owner says of it."""
+    """A node of the run, with the tags that its owner has given it."""
 
     id: int
     name: str
@@ -379,7 +379,7 @@ def split_tags(text: Any) -> tuple[str, ...]:
 
 
 class RosterGrid(FlowerGrid):
-    """The grid as strategies see it: only nodes that take part, in the roster's order.
+    """The grid for strategies: participants only, in the roster's order.
 
     Attributes:
         nodes (dict): Their names, partitions and tags, by node id.
