@@ -205,6 +205,87 @@ def test_a_loss_that_changes_what_it_reads_is_not_compiled(tmp_path):
         assert any(noted in note for note in run.notes), run.notes
 
 
+class MovingMean:
+    """A loss in units of its moving mean, which is an array in an attribute."""
+
+    def __init__(self) -> None:
+        self.mean = mx.array(1.0)
+
+    def __call__(self, model: nn.Module, x: mx.array, y: mx.array) -> mx.array:
+        values = squares(model, x, y)
+        self.mean = mx.stop_gradient(0.9 * self.mean + 0.1 * values.mean())
+        return values / self.mean
+
+
+def loss_of_a_moving_mean() -> fed.Task:
+    return task(loss=MovingMean())
+
+
+def augment_of_a_last_batch() -> fed.Task:
+    last: dict[str, mx.array] = {}
+
+    def augment(key, x, y):
+        mixed = 0.9 * x + 0.1 * last.get("x", x).mean(axis=0)
+        last["x"] = x
+        return mixed, y
+
+    return task(augment=augment)
+
+
+def loss_of_a_history() -> fed.Task:
+    history: list[mx.array] = []
+
+    def loss(model, x, y):
+        history.append(mx.stop_gradient(squares(model, x, y).mean()))
+        return squares(model, x, y) + 0.1 * history[-1] * squares(model, x, y)
+
+    return task(loss=loss)
+
+
+@pytest.mark.parametrize(
+    "make", [loss_of_a_moving_mean, augment_of_a_last_batch, loss_of_a_history]
+)
+def test_arrays_that_a_step_keeps_in_python_variables_are_those_of_the_plain_loop(make, tmp_path):
+    """To what the calls that look at a loss at first leave in a moving mean."""
+    parameters, _ = plain(make)
+    for batched in (True, False):
+        run = simulate(make, tmp_path, f"batched-{batched}", batched=batched)
+        assert any("not compiled" in note for note in run.notes), run.notes
+        for name, array in parameters.items():
+            np.testing.assert_allclose(run.parameters[name], array, atol=0.05, err_msg=name)
+
+
+def one_optimizer() -> fed.Task:
+    optimizer = optim.Adam(0.01)
+    return task(optimizer=lambda config: optimizer)
+
+
+def one_of_several() -> fed.Task:
+    first = optim.SGD(0.01, momentum=0.9)
+
+    def train_step(model, optimizers, batch, key, config):
+        loss, gradients = nn.value_and_grad(model, lambda: squares(model, *batch).mean())()
+        optimizers["first"].update(model, gradients)
+        return loss
+
+    return task(
+        optimizer=lambda config: {"first": first, "second": optim.SGD(0.1)}, train_step=train_step
+    )
+
+
+def one_of_a_default() -> fed.Task:
+    def optimizer(config, made=optim.SGD(0.01)):  # noqa: B008
+        return made
+
+    return task(optimizer=optimizer)
+
+
+@pytest.mark.parametrize("make", [one_optimizer, one_of_several, one_of_a_default])
+def test_an_optimizer_that_is_returned_again_is_refused(make, tmp_path):
+    with pytest.raises(fed.FedError, match="make a new one in each call"):
+        simulate(make, tmp_path, "run")
+
+
 class Weighed:
     """Scales the loss by a mean of the client that was loaded last."""
 

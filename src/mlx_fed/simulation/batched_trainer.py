@@ -25,7 +25,7 @@ from ..training.steps import StepContext, TrainState
 from ..training.trainer import ClientUpdate, Trainer, proximal_term
 from ..training.training_programs import TrainingPrograms
 from .client_groups import ClientGroup, regroup, stack_arrays
-from .mapped_step import BatchedError, check_step, mapped_step
+from .mapped_step import BatchedError, check_purity, check_step, mapped_step
 from .stacking import Feed, HostStacks, device_feed, host_can_read
 
 
@@ -73,6 +73,7 @@ class BatchedTrainer:
         self._compiled: tuple[Any, TrainingPrograms] | None = None
         self._stacks = HostStacks()
         self._check_periods: dict[Any, int] = {}
+        self._is_pure = False
 
     @staticmethod
     def why_not(task: Task) -> str | None:
@@ -143,6 +144,9 @@ class BatchedTrainer:
             context = StepContext(counters, proximal, trainer.round_and_step(config, number + 1))
             for index, (members, state) in enumerate(groups):
                 batch, mask = _batch(feed, members, [steps[member][number] for member in members])
+                if not self._is_pure:
+                    check_purity(trainer, config, (state, context, batch, mask))
+                    self._is_pure = True
                 result = programs.step(state, context, batch, mask)
                 (mx.eval if by_host else mx.async_eval)(result)
                 shapes = tuple(array.shape[1:] for array in leaves(batch))
@@ -188,6 +192,7 @@ class BatchedTrainer:
             state = compiled(initial_state(optimizer))
             self._compiled = (key, TrainingPrograms(state, step, optimizer))
             self._check_periods.clear()
+            self._is_pure = False
         return self._compiled[1]
 
 

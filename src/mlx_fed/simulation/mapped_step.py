@@ -42,6 +42,30 @@ def mapped_step(trainer: Trainer, optimizer: Any, config: Config) -> Callable[..
     return compose_step(_map_gradient(trainer.model, gradient), _map_update(optimizer))
 
 
+def check_purity(
+    trainer: Trainer, config: Config, arguments: tuple[TrainState, StepContext, Examples, Any]
+) -> None:
+    """Check, before a trace, that a plain step changes no Python state that it reads.
+
+    Args:
+        trainer (Trainer): The task's trainer.
+        config (dict): The settings.
+        arguments (tuple): Those of the mapped step.
+
+    Raises:
+        BatchedError: If it does so at its second call: the first one may fill a cache.
+    """
+    state, context, batch, mask = arguments
+    state, batch, masks = select_clients(0, (state, batch, () if mask is None else (mask,)))
+    gradient = gradient_step(trainer.model, trainer.slots, trainer.task, config)
+    for _ in range(2):
+        before = trainer.programs.python_state.snapshot()
+        mx.eval(gradient(state, context, batch, *(masks or (None,))))
+        if trainer.programs.python_state.snapshot() == before:
+            return
+    raise BatchedError(CHANGES_STATE)
+
+
 def check_step(
     trainer: Trainer,
     optimizer: Any,
@@ -79,10 +103,7 @@ def check_step(
         )
         row = select_clients(1, (state, batch, masks, results, new_arrays[:2]))
         state, batch, masks, result, (parameters, optimizer_state) = row
-        python_state = trainer.programs.python_state.snapshot()
         plain = gradient(state, context, batch, *(masks or (None,)))
-        if trainer.programs.python_state.snapshot() != python_state:
-            raise BatchedError(CHANGES_STATE)
         plain_parameters, plain_optimizer_state, _ = update(
             state.parameters, state.optimizer_state, context.counters, result.grads
         )

@@ -133,6 +133,11 @@ class Evaluator:
         config: Config,
     ) -> tuple[list[Outputs], dict[str, Exception], int]:
         """Outputs of functions on each batch, exceptions by function, number of examples."""
+        state = self._python_state.snapshot()
+        if state != self._last_state:  # a program has the values of its trace
+            self._programs.clear()
+            self._num_changes += 1
+            self._last_state = state
         results: list[Outputs] = []
         errors: dict[str, Exception] = {}
         num_examples = 0
@@ -170,11 +175,6 @@ class Evaluator:
         settings: Any = ()
         if any(examples.takes_config(self._probed(name)) for name in names):
             settings = repr(sorted((k, v) for k, v in config.items() if k != "server-round"))
-        state = self._python_state.snapshot()
-        if state != self._last_state:  # a program has the values of its trace
-            self._programs.clear()
-            self._num_changes += 1
-            self._last_state = state
         while True:
             traceable = tuple(name for name in names if name not in self._uncompiled)
             key = traceable, settings

@@ -70,6 +70,7 @@ class Program:
         self._compared_arrays = compared_arrays
         self._compiled = compiled(pure(step)) if compile else None
         self._calls = 0
+        self._has_changed_state = False
         self._python_state = python_state
         self._raises = raises
 
@@ -82,36 +83,40 @@ class Program:
         """
         if self._compiled is None:
             return self._run_uncompiled(seed, arguments)
-        failure: Exception | None = None
-        result: Any = None
+        number = self._calls + 1
+        plain: Any = None
+        is_compared = not number & (number - 1)
+        if is_compared:  # before a trace, which would leave its arrays in what a step changes
+            state = self._python_state.snapshot()
+            plain = self._run_uncompiled(seed, arguments)  # raises an exception of the task
+            if self._python_state.snapshot() != state:
+                if self._has_changed_state:
+                    self._stop_compiling(CHANGES_STATE)
+                self._has_changed_state = True  # or has filled a cache, once
+                return plain
         try:
             result = self._compiled(*arguments)
-            self._calls += 1
-            if self._calls & (self._calls - 1):
+            self._calls = number
+            if not is_compared:
                 return result
             mx.eval(result)
         except Exception as error:
             if isinstance(error, self._raises):
                 raise
-            failure = error
-        state = self._python_state.snapshot()
-        plain = self._run_uncompiled(seed, arguments)  # raises an exception of the task
-        if failure is None and self._python_state.snapshot() != state:
-            reason = CHANGES_STATE
-        elif failure is None:
-            difference = find_difference(
-                self._compared_arrays(result), self._compared_arrays(plain)
-            )
-            if difference is None:
-                return result
-            reason = f"compiled, {difference}: it may depend on more than its arguments"
-        else:
-            reason = f"{type(failure).__name__}: {failure}"
-            if isinstance(failure, NotPure):
-                reason = str(failure)
+            if not is_compared:
+                plain = self._run_uncompiled(seed, arguments)
+            is_random = isinstance(error, NotPure)
+            self._stop_compiling(str(error) if is_random else f"{type(error).__name__}: {error}")
+            return plain
+        difference = find_difference(self._compared_arrays(result), self._compared_arrays(plain))
+        if difference is None:
+            return result
+        self._stop_compiling(f"compiled, {difference}: it may depend on more than its arguments")
+        return plain
+
+    def _stop_compiling(self, reason: str) -> None:
         self._compiled = None
         self._note(f"{self._name} is not compiled: {reason}")
-        return plain
 
     def _run_uncompiled(self, seed: Seed, arguments: tuple[Any, ...]) -> Any:
         with randomness.seed_generators(*seed):

@@ -86,7 +86,8 @@ class Trainer:
         self._has_diverged = False
         self.takes_config = task.train_step is not None or examples.takes_config(task.loss)
         functions = task.loss, task.augment, task.optimizer, task.train_step
-        self.task_state = PythonState(*functions, *task.metrics.values(), self.model)
+        layers = dict.fromkeys(type(layer) for layer in self.model.modules())
+        self.task_state = PythonState(*functions, *task.metrics.values(), *layers)
         self.batches = BatchLoader(task, self.model, self.slots, self.note)
         self.programs = ProgramCache(task, self.model, self.slots, self.note)
         self._encoder: tuple[Any, UpdateEncoder | None] | None = None

@@ -11,10 +11,11 @@ import mlx.nn as nn
 from ..arrays import examples
 from ..arrays.named_arrays import Arrays
 from ..arrays.weights import Slots
+from ..errors import TaskError
 from ..system import calls
 from ..task import Config, Task
 from ..task_settings import TracedConfig
-from .optimizer_state import initial_state, signature
+from .optimizer_state import initial_state, named_optimizers, signature
 from .programs import Program, compiled, generator_states
 from .python_state import PythonState, Snapshot
 from .steps import StepResult, custom_step, gradient_accumulation, training_step
@@ -55,14 +56,28 @@ class ProgramCache:
         self._last_state: Snapshot | None = None
         self._num_changes = 0
         self._is_for_one_client = False
+        self._last_optimizers: list[Any] = []
 
     def make_optimizer(self, config: Config) -> tuple[Any, bool]:
         """A new optimizer of the task's, and whether making it has changed Python state that
         ``Task.optimizer`` reads, so that the next call may return another one."""
         state, generators = self._optimizer_source.snapshot(), generator_states()
         optimizer = calls.call("Task.optimizer", self.task.optimizer, TracedConfig(config))
+        self._require_new(optimizer)
         changed = state != self._optimizer_source.snapshot() or generators != generator_states()
         return optimizer, changed
+
+    def _require_new(self, optimizer: Any) -> None:
+        """Raises TaskError for an optimizer that has been returned before: it has the state of
+        another client."""
+        children = [child for _, child in named_optimizers(optimizer)]
+        if any(child is other for child in children for other in self._last_optimizers):
+            raise TaskError(
+                "Task.optimizer returned an optimizer that it has returned before, which has the "
+                "state of another round: make a new one in each call. Task(keep_optimizer=True) "
+                "keeps that of each client."
+            )
+        self._last_optimizers = children
 
     def get(self, optimizer: Any, config: Config) -> TrainingPrograms:
         """Programs for an optimizer and the settings."""
