@@ -219,6 +219,72 @@ OTHERS = [
     ("wandb: {project: x}\ndescription: a test", {}, ["ignores wandb", "ignores description"]),
 ]
 """Configuration files as they are written for mlx-lm, with what they mean and what is noted."""
+OTHERS += [
+    # Shapes of files in public repositories, with other names and numbers of their own.
+    (
+        'model: "base"\ndata: "texts"\nadapter_path: "out"\nfine_tune_type: "lora"\ntrain: true\n'
+        "mask_prompt: true\ngrad_checkpoint: true\nbatch_size: 4\niters: 4000\n"
+        "learning_rate: 0.0003\nsteps_per_eval: 400\nsteps_per_report: 40\nsave_every: 800\n"
+        "max_seq_length: 256\nnum_layers: -1\nlora_parameters:\n  rank: 8\n  alpha: 16.0\n"
+        "  dropout: 0.0\n  scale: 2.0\n",
+        {"steps_per_report": 40, "lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 2.0}},
+        ["ignores lora_parameters.alpha"],
+    ),
+    (
+        "model: ./base\ndata: ./texts\ntrain: true\nseed: 7\nlora_layers: 24   # of all\n"
+        "batch_size: 8\niters: 900\nsteps_per_eval: 100\nlearning_rate: 2e-4\nval_batches: 5\n"
+        "lora_parameters:\n  rank: 16   # more\n  alpha: 32\n  dropout: 0.05\n"
+        "adapter_file: ./adapters/out\n",
+        {"num_layers": 24, "lora_parameters": {"rank": 16, "dropout": 0.05, "scale": 2.0}},
+        ["alpha 32 is a scale of 2.0", "lora_layers is num_layers", "ignores adapter_file"],
+    ),
+    (
+        'model: "base"\ntrain: true\nfine_tune_type: lora\ndata: "texts"\nseed: 1\nnum_layers: 8\n'
+        "batch_size: 1\niters: 500\nval_batches: 10\nlearning_rate: 2.0e-5\n"
+        "steps_per_report: 10\nsteps_per_eval: 50\nadapter_path: out\nsave_every: 100\n"
+        "max_seq_length: 1024\ngrad_checkpoint: true\nlora_parameters:\n"
+        '  keys: ["self_attn.q_proj", "self_attn.v_proj"]\n  rank: 4\n  scale: 1.0\n'
+        "  dropout: 0.05\n",
+        {"learning_rate": 2e-5, "grad_checkpoint": True},
+        [],
+    ),
+    (
+        "# one line of comment\nmodel: base\ntrain: true\ndata: texts\niters: 2000   # passes\n"
+        "save_every: 50\nmask_prompt: false   # no prompt\nlearning_rate: 1.0e-4\nseed: 42\n"
+        "lora_parameters:\n  rank: 16\n  scale: 32.0\n  dropout: 0.05\n",
+        {"mask_prompt": False, "seed": 42},
+        [],
+    ),
+    (
+        "model: base\ntrain: true\noptimizer: adam\niters: 200\nval_batches: 64\ntest: false\n"
+        "test_batches: 200\ngrad_checkpoint: false\ngrad_accumulation_steps: 1\n"
+        "clear_cache_threshold: 0\nmask_prompt: true\nlora_parameters:\n  rank: 2\n"
+        "  dropout: 0.0\n  scale: 20.0\n",
+        {"val_batches": 64, "grad_accumulation_steps": 1},
+        [],
+    ),
+    (
+        "model: base\nbatch_size: 1\niters: 1000\nresume_adapter_file: null\n"
+        'adapter_path: "out"\nlora_parameters:\n  keys: ["o_proj","qkv_proj"]\n  rank: 64\n'
+        "  scale: 1\n  dropout: 0.1\n",
+        {
+            "lora_parameters": {
+                "keys": ["o_proj", "qkv_proj"],
+                "rank": 64,
+                "scale": 1,
+                "dropout": 0.1,
+            }
+        },
+        [],
+    ),
+    (
+        "batch_size: 1\niters: 800\ngrad_accumulation_steps: 4\nlr_schedule: null\n"
+        "optimizer: adam\ngrad_checkpoint: true\nmask_prompt: true\nmax_seq_length: 512\n",
+        {"grad_accumulation_steps": 4, "lr_schedule": None},
+        [],
+    ),
+    ("lora_parameters:\n  rank: 8\n  scale: 16\n  dropout: 0\n", {}, []),
+]
 
 
 @pytest.mark.parametrize(("text", "meant", "noted"), OTHERS)
