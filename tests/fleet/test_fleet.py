@@ -131,7 +131,9 @@ def test_a_node_that_raises_in_training_is_left_out_of_that_round(start, tmp_pat
     assert server.ends() == 0, server.text
     assert [node.ends() for node in (*nodes, broken)] == [0, 0, 0]
     assert "round 2 train failed: RuntimeError: the disk of this node is full" in broken.text
-    assert re.search(r"node-2 left out of train: RuntimeError in tasks\.py:\d+; ", server.text)
+    assert re.search(
+        r"node-2 left out of train: RuntimeError \(tasks\.py, line \d+\): ", server.text
+    )
     assert "the disk" not in server.text, "what an exception says is the node's owner's to share"
     rounds = read_history(tmp_path / "run")
     trained = [len(record["train"]["nodes"]) for record in rounds]
