@@ -11,10 +11,14 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
-from flwr.proto import fleet_pb2, message_pb2
+from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import HEAD_BODY_DIVIDER
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_children_ids_from_object_content,
+    get_object_tree,
+)
 
 from mlx_fed.fleet.federation import Federation
 from mlx_fed.fleet.identity import from_token
@@ -141,6 +145,13 @@ class HostileNode(FleetClient):
         wanted = [each for each in contents if each in set(response.objects_to_push)]
         return [self.push(response.session_id, each, contents[each]) for each in wanted]
 
+    def beat(self) -> None:
+        """A heartbeat whose answer the server does not delay."""
+        request = heartbeat_pb2.SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=30)
+        path = "/v1/fleet/send-node-heartbeat"
+        headers = self._transport._signed_headers()
+        self._transport._post(path, request.SerializeToString(), headers)
+
     def asked(self, timeout: float = 30) -> Message:
         """The next message for this node."""
         deadline = time.monotonic() + timeout
@@ -163,7 +174,7 @@ def objects_of(reply: Message) -> tuple[ObjectTree, dict[str, bytes]]:
     return get_object_tree(reply), {each: item.deflate() for each, item in objects.items()}
 
 
-def roll_call_answer(question: Message, name: str, partition: int, **changes: str) -> Message:
+def roll_call_answer(question: Message, name: str, partition: int, /, **changes: object) -> Message:
     """What an honest node of the task answers, but for what is changed."""
     config = next(value for value in question.content.values() if isinstance(value, ConfigRecord))
     sizes = {"0.weight": [16, 2], "0.bias": [16], "2.weight": [2, 16], "2.bias": [2]}
@@ -183,3 +194,28 @@ def as_it_came(question: Message) -> Message:
     records = {k: v for k, v in question.content.items() if isinstance(v, ArrayRecord)}
     metrics = MetricRecord({"num-examples": 160, "loss": 0.5})
     return Message(RecordDict({**records, "metrics": metrics}), reply_to=question)
+
+
+def replaced(contents: dict[str, bytes], old: bytes, new: bytes) -> dict[str, bytes]:
+    """Objects, children first, with one body changed and all parents made to fit."""
+    ids: dict[bytes, bytes] = {}
+    changed: dict[str, bytes] = {}
+    for object_id, content in contents.items():
+        for before, after in ids.items():
+            content = content.replace(before, after)
+        if old in content:
+            head, _, body = content.partition(HEAD_BODY_DIVIDER)
+            body = body.replace(old, new)
+            kind, children, _ = head.split(b" ")
+            head = b" ".join([kind, children, b"%d" % len(body)])
+            content = head + HEAD_BODY_DIVIDER + body
+        changed_id = hashlib.sha256(content).hexdigest()
+        ids[object_id.encode()] = changed_id.encode()
+        changed[changed_id] = content
+    return changed
+
+
+def tree_of(contents: dict[str, bytes], root: str) -> ObjectTree:
+    """The tree that the objects' own heads give."""
+    children = get_object_children_ids_from_object_content(contents[root])
+    return ObjectTree(object_id=root, children=[tree_of(contents, child) for child in children])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -11,23 +10,24 @@ from contextlib import suppress
 import mlx_fed as fed  # noqa: F401  before mlx.core
 
 import pytest
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.constant import HEAD_BODY_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import (
-    get_object_children_ids_from_object_content,
     get_object_tree,
 )
 
 from mlx_fed.flower.transport import RequestRefused
 
+from .acts.object_trees import deep, doubling, empty_reply, hidden, ladder
 from .running import (
     HostileNode,
     Running,
     as_it_came,
     made,
     objects_of,
+    replaced,
     roll_call_answer,
+    tree_of,
 )
 
 
@@ -44,64 +44,6 @@ def node(running: Running, request) -> HostileNode:
     node = running.hostile(name)
     yield node
     node.leave()
-
-
-def empty_reply(question: Message) -> Message:
-    return Message(RecordDict(), reply_to=question)
-
-
-def deep(levels: int) -> tuple[ObjectTree, dict[str, bytes]]:
-    """A chain of objects, announced in pieces that the wire's format takes."""
-    objects = [made([], body=os.urandom(8))]
-    tree = ObjectTree(object_id=objects[0][0])
-    pieces = []
-    for level in range(levels):
-        child = objects[-1][0]
-        objects.append(made([child]))
-        below = tree if level % 60 else ObjectTree(object_id=child)
-        tree = ObjectTree(object_id=objects[-1][0], children=[below])
-        if level % 60 == 59 or level == levels - 1:
-            pieces.append(tree)
-    pieces.insert(0, ObjectTree(object_id=objects[0][0]))
-    objects.append(made([objects[-1][0]], body=b"x"))
-    return ObjectTree(object_id=objects[-1][0], children=pieces), dict(objects)
-
-
-def doubling(levels: int) -> tuple[ObjectTree, dict[str, bytes]]:
-    """Objects that each name the next one twice."""
-    objects = [made([], body=os.urandom(8))]
-    tree = ObjectTree(object_id=objects[0][0])
-    for _ in range(levels):
-        child = objects[-1][0]
-        objects.append(made([child, child]))
-        twice = [tree, ObjectTree(object_id=child)]
-        tree = ObjectTree(object_id=objects[-1][0], children=twice)
-    return tree, dict(objects)
-
-
-def ladder(levels: int) -> tuple[ObjectTree, dict[str, bytes]]:
-    """The same without a child that is named twice: two objects a level, which share children."""
-    objects = [made([], body=os.urandom(8)) for _ in range(2)]
-    below = [each for each, _ in objects]
-    trees = [ObjectTree(object_id=each) for each in below]
-    for _ in range(levels):
-        pair = [made(below, body=os.urandom(8)) for _ in range(2)]
-        stubs = [ObjectTree(object_id=each) for each in below]
-        trees = [
-            ObjectTree(object_id=pair[0][0], children=trees),
-            ObjectTree(object_id=pair[1][0], children=stubs),
-        ]
-        objects += pair
-        below = [each for each, _ in pair]
-    objects.append(made(below, body=b"x"))
-    return ObjectTree(object_id=objects[-1][0], children=trees), dict(objects)
-
-
-def hidden(levels: int) -> tuple[ObjectTree, dict[str, bytes]]:
-    """A chain that is announced as objects beside each other, so that only their heads are deep."""
-    _, objects = deep(levels)
-    *below, root = objects
-    return ObjectTree(object_id=root, children=[ObjectTree(object_id=x) for x in below]), objects
 
 
 @pytest.mark.parametrize(
@@ -252,28 +194,3 @@ def test_an_array_has_the_bytes_that_came(running):
 def repeated(times: int) -> bytes:
     """An array's body that names its first chunk so many times."""
     return b'"arraychunk_ids": [' + b", ".join([b"0"] * times) + b"]"
-
-
-def replaced(contents: dict[str, bytes], old: bytes, new: bytes) -> dict[str, bytes]:
-    """Objects, children first, with one body changed and all parents made to fit."""
-    ids: dict[bytes, bytes] = {}
-    changed: dict[str, bytes] = {}
-    for object_id, content in contents.items():
-        for before, after in ids.items():
-            content = content.replace(before, after)
-        if old in content:
-            head, _, body = content.partition(HEAD_BODY_DIVIDER)
-            body = body.replace(old, new)
-            kind, children, _ = head.split(b" ")
-            head = b" ".join([kind, children, b"%d" % len(body)])
-            content = head + HEAD_BODY_DIVIDER + body
-        changed_id = hashlib.sha256(content).hexdigest()
-        ids[object_id.encode()] = changed_id.encode()
-        changed[changed_id] = content
-    return changed
-
-
-def tree_of(contents: dict[str, bytes], root: str) -> ObjectTree:
-    """The tree that the objects' own heads give."""
-    children = get_object_children_ids_from_object_content(contents[root])
-    return ObjectTree(object_id=root, children=[tree_of(contents, child) for child in children])

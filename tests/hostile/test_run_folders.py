@@ -15,13 +15,8 @@ import pytest
 from mlx_fed.monitoring.dashboard import serving
 
 from ..conftest import python
+from .acts.run_files import ACTS, ROUND
 
-ROUND = {
-    "round": 1,
-    "train": {"loss": 0.5, "nodes": ["a"]},
-    "evaluate": {},
-    "seconds": {"train": 1},
-}
 SECRET = "the words of somebody's letter"
 
 
@@ -86,32 +81,14 @@ def test_only_plain_files_are_read(run, tmp_path, name, kind):
         assert SECRET not in commands(run, *LISTED)
 
 
-LINES = {
-    "many nodes": {**ROUND, "train": {"nodes": {"node-": "0-99999999999999"}}},
-    "many refused": {
-        **ROUND,
-        "refused": [{"phase": "a", "reason": "b", "nodes": {"a": "0-9999999"}}],
-    },
-    "long names": {**ROUND, "train": {"nodes": {"n" * 10**6: "0-999999"}}},
-    "no numbers": {**ROUND, "seconds": {"train": "long"}},
-    "lists": {**ROUND, "train": [1], "bytes": [2]},
-    "texts": {**ROUND, "spread": {"train": {"loss": "abcde"}}, "each": 5},
-    "infinite": '{"round": 1e999, "train": {}}',
-    "huge": '{"round": ' + "9" * 4000 + "}",
-    "deep": '{"round": 1, "a": ' + "[" * 900 + "]" * 900 + "}",
-    "deeper": "[" * 100_000,
-}
-
-
-@pytest.mark.parametrize("what", [*LINES, "settings"])
+@pytest.mark.parametrize("what", [*ACTS, "settings"])
 def test_what_was_changed_by_hand_is_passed_over(run, what):
     if what == "settings":
         for name in ("settings.json", "status.json", "labels.json"):
             (run / name).write_text("[" * 100_000)
     else:
-        line = LINES[what]
         with (run / "history.jsonl").open("a") as file:
-            file.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
+            file.write(ACTS[what]() + "\n")
     shown = commands(run, *LISTED)
     assert "train/loss" in shown
     assert "0.5" in shown

@@ -12,6 +12,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Context, Message
+
 from .. import clientapp
 from ..arrays import examples, randomness
 from ..events import (
@@ -183,14 +185,16 @@ def join(
             note(coverage.note(private, built_task))
         rules.check_data(data)
         gates = [Gate(rules, server, log, ask_at_terminal)] if log or rules != Policy() else []
-        app = clientapp.raising_app(
+        app: Callable[[Message, Context], Message] = clientapp.raising_app(
             _with_data(built_task, data),
             mods,
-            gates,
+            (),
             [gate.clip for gate in gates],
             note,
             progress=partial(StepProgress, notify, steps_per_report),
         )
+        for gate in gates:  # requests that the app does not know are recorded, too
+            app = partial(gate, call_next=app)
         if (proxy := credentials.proxy) is not None:
             notify(Notice(f"through the proxy {address.join(proxy.host, proxy.port)}"))
         model_size = ModelSize(built_task)
