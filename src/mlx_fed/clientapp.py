@@ -170,10 +170,11 @@ class _Client:
     def encode_update(self, message: Message, context: Context, call_next: Any) -> Message:
         """Encodes the update of a reply by the run's transforms, if it has any."""
         trainer, config = self.setting_out(message, context)
-        name, record = messages.parameters_of(message.content)
-        encoder = trainer.update_encoder(config) if messages.is_packed(record) else None
-        if encoder is None:
+        is_packed = messages.is_packed(messages.parameters_of(message.content)[1])
+        encoder = trainer.update_encoder(config) if is_packed else None
+        if encoder is None:  # nothing holds the message, whose parameters training releases
             return call_next(message, context)
+        name, record = messages.parameters_of(message.content)
         before = master_weights.cast(messages.unpack(record), trainer.spec)
         reply = call_next(message, context)
         if reply.has_error():

@@ -179,6 +179,6 @@ def test_an_unknown_compression_is_refused(text):
         parse_compression(f"int8,{text}")
 
 
-@pytest.mark.parametrize("text", ["", " , "])
+@pytest.mark.parametrize("text", ["", " , "], ids=["empty", "a comma"])
 def test_without_a_name_there_is_none(text):
     assert parse_compression(text) is None

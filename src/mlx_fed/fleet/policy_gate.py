@@ -186,10 +186,12 @@ class Gate:
             PolicyRefusal: If one of them is not finite, or statistics leave that did not come.
         """
         max_norm = self.policy.max_update_norm
+        if max_norm is None:  # nothing holds the message, whose parameters training releases
+            return call_next(message, context)
         _, before = messages.parameters_of(message.content)
         statistics_before = records_in(message.content, ArrayRecord).get(messages.STATISTICS)
         reply = call_next(message, context)
-        if max_norm is not None and not reply.has_error():
+        if not reply.has_error():
             name, after = messages.parameters_of(reply.content)
             reply.content[name] = clip_update(before, after, max_norm)
             statistics = records_in(reply.content, ArrayRecord).get(messages.STATISTICS)
