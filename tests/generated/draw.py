@@ -746,8 +746,6 @@ def draw(seed: int) -> Drawn:
         augment=augmented if augment else None,
         **settings,
     )
-    # Micro-batches of a padded batch are of other sizes, by which a half-precision loss rounds.
-    rounds_by_parts = form == "vector half" and "micro-batches" in features
     chunk_size = draw.pick(None, None, 2, 3, 5)
     features["chunk"] = chunk_size
     return Drawn(
@@ -761,7 +759,7 @@ def draw(seed: int) -> Drawn:
         chunk_size=chunk_size,
         config=config,
         features=features,
-        follows=not dropout and augment != "noise" and not rounds_by_parts,
+        follows=not dropout and augment != "noise",
     )
 
 

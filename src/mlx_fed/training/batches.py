@@ -149,8 +149,11 @@ class BatchLoader:
         total = examples.count(arrays)
         if total:
             self.check_effects(arrays, config, forward_effects.sample)
-        pad = self.task.train_step is None and self._can_pad(
-            arrays, self.task.augment, (self.task.loss,), True, config
+        # Micro-batches are of real examples alone: padding would divide a batch at other places.
+        pad = (
+            self.task.train_step is None
+            and gradient_accumulation(self.task, config) == 1
+            and self._can_pad(arrays, self.task.augment, (self.task.loss,), True, config)
         )
         num_batches = len(batch_bounds(total, length.batch_size, self.merge_single)) - 1
         passes = passes_of_round(length, seed, num_batches)
