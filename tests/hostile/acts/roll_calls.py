@@ -8,7 +8,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from ..running import roll_call_answer
+from ..running import HostileNode, roll_call_answer
 
 Answer = Callable[[Message, str, int], Message]
 """Of the question, the node's name and its number."""
@@ -41,7 +41,6 @@ NAMES = {
     "backwards": "a\u202eb",
     "with NUL": "a\0b",
     "with a paragraph": "a\u2029b",
-    "another's": "honest-0",
 }
 NUMBERS = {
     "below 0": "-1",
@@ -68,7 +67,15 @@ SPECS = {
     "of 200,000 arrays": json.dumps({f"a{n}": [[1], "float32"] for n in range(200_000)}),
 }
 
+
+def with_anothers_name(question: Message, name: str, number: int) -> Message:
+    """An answer with the name of an honest node, which is another with TLS."""
+    other = "node-0" if number == HostileNode.number else "honest-0"
+    return roll_call_answer(question, name, number, name=other)
+
+
 ACTS: dict[str, Answer] = {
+    "a name another's": with_anothers_name,
     **{f"a name {what}": with_field("name", name) for what, name in NAMES.items()},
     **{f"a number {what}": with_field("partition-id", n) for what, n in NUMBERS.items()},
     **{f"parameters: {what}": with_field("parameters", spec) for what, spec in SPECS.items()},
