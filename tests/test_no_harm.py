@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import pickle
 import zlib
 from io import BytesIO
@@ -34,7 +35,9 @@ def test_no_room_reads_what_could_run(path):
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            assert not {each.name.split(".")[0] for each in node.names} & RUNS_WHAT_IT_READS
+            used = {each.name.split(".")[0] for each in node.names} & RUNS_WHAT_IT_READS
+            writes_only = not re.search(r"pickle\.load|Unpickler", path.read_text())
+            assert used <= ({"pickle"} if writes_only else set())
         elif isinstance(node, ast.ImportFrom):
             assert (node.module or "").split(".")[0] not in RUNS_WHAT_IT_READS
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":

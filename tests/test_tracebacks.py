@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import mlx_fed as fed
@@ -68,6 +69,7 @@ def test_a_notebook_shows_the_tasks_traceback_once_and_the_cells_line(
     """IPython asks an exception for its traceback."""
     (tmp_path / "my_task.py").write_text(MISTAKEN)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_task", raising=False)
     cell = tmp_path / "cell.py"
     cell.write_text(CELL.format(runs=tmp_path))
     with pytest.raises(fed.FedError) as error:

