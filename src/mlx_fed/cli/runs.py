@@ -218,10 +218,10 @@ def _matches(row: Row, condition: str, rows: Iterable[Row]) -> bool:
         raise FedError(f"--where {condition!r} is not a condition, such as evaluate/loss<0.5.")
     name, symbol, text = (group.strip() for group in match.groups())
     _require_column(name, rows)
-    value, bound = _sort_key(row.get(name)), _sort_key(text)
+    value, limit = _sort_key(row.get(name)), _sort_key(text)
     if symbol in ("=", "!="):
-        return bool(_OPERATORS[symbol](value, bound))
-    return value[0] == bound[0] and bool(_OPERATORS[symbol](value, bound))
+        return bool(_OPERATORS[symbol](value, limit))
+    return value[0] == limit[0] and bool(_OPERATORS[symbol](value, limit))
 
 
 def _sort_key(value: Any) -> tuple[int, float, str]:
@@ -245,8 +245,8 @@ def _metric_names(rows: Sequence[Row], prefixes: Sequence[str]) -> list[str]:
     from ..runs.round_record import is_detail
 
     names = dict.fromkeys(name for row in rows for name in row)
-    hidden = ("/nodes", "examples")
-    metrics = [n for n in names if not n.endswith(hidden) and not is_detail(n)]
+    suffixes = ("/nodes", "examples")
+    metrics = [n for n in names if not n.endswith(suffixes) and not is_detail(n)]
     return [name for prefix in prefixes for name in metrics if name.startswith(prefix)]
 
 

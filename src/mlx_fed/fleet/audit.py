@@ -97,10 +97,10 @@ class AuditLog:
 
     def _write(self, file: FileIO, event: str, fields: Mapping[str, Any]) -> None:
         line = _line(self.count + 1, event, fields, self._hash)
-        written = 0
+        num_bytes = 0
         try:
-            while written < len(line):
-                written += file.write(line[written:])
+            while num_bytes < len(line):
+                num_bytes += file.write(line[num_bytes:])
         except OSError:
             with suppress(OSError):
                 file.truncate(self._end)  # the disk is full: part of a line may be there

@@ -179,7 +179,9 @@ class _Reader:
 
     def _span(self, text: str) -> tuple[time, time]:
         try:
-            start, end = (datetime.strptime(part.strip(), "%H:%M") for part in text.split("-"))
+            start, end = (
+                datetime.strptime(clock_time.strip(), "%H:%M") for clock_time in text.split("-")
+            )
         except ValueError:
             raise PolicyError(
                 f'{self.path}: hours of [limits] are such as "22:00-06:00", not {text!r}.'

@@ -104,7 +104,10 @@ class LinkGrid(OneRunGrid):
     def withdraw(self, message_ids: Iterable[str]) -> None:
         """Deletes messages and their replies, which nodes may be working on."""
         message_ids = set(message_ids)
-        receivers = {each: self._receivers[each] for each in message_ids & self._receivers.keys()}
+        receivers = {
+            message_id: self._receivers[message_id]
+            for message_id in message_ids & self._receivers.keys()
+        }
         self._link.watch_for_late(receivers)
         self._forget(message_ids)
 

@@ -275,8 +275,8 @@ class Link:
     def take_late(self) -> dict[str, float]:
         """The monotonic time of each late reply since the last call, by message."""
         with self.state.lock:
-            late, self._late = self._late, {}
-            return late
+            late_messages, self._late = self._late, {}
+            return late_messages
 
     def is_complete(self, message_id: str) -> bool:
         """Whether all objects of a message's reply have arrived."""

@@ -158,8 +158,8 @@ class FlowerGrid(OneRunGrid):
         self._withdrawn.update(message_ids)
 
     def late_replies(self) -> Mapping[str, float]:
-        late, self._late = self._late, {}
-        return late
+        late_messages, self._late = self._late, {}
+        return late_messages
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -209,22 +209,22 @@ def _check_adapter_config(model: nn.Module, path: Path, config: LoraConfig) -> N
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise AdapterError(f"Cannot read {path}, beside resume_adapter_file: {error}") from error
     parameters = config.lora_parameters
-    expected: dict[str, Any] = {
+    expected_config: dict[str, Any] = {
         "fine_tune_type": config.fine_tune_type,
         "num_layers": config.num_layers,
     }
     if config.fine_tune_type != "full":
-        expected |= {"rank": parameters["rank"], "scale": parameters["scale"]}
+        expected_config |= {"rank": parameters["rank"], "scale": parameters["scale"]}
         if isinstance(
             config_of_file.get("keys"), list
         ):  # mlx-lm passes over those that no layer has
             modules = (module.named_modules() for module in (model, *model.layers))
             module_names = {name for names in modules for name, _ in names}
-            expected["keys"], config_of_file["keys"] = (
+            expected_config["keys"], config_of_file["keys"] = (
                 adapted_modules(model),
                 sorted(module_names & {*config_of_file["keys"]}),
             )
-    for key, value in expected.items():
+    for key, value in expected_config.items():
         file_value = config_of_file.get(key, value)
         if key == "num_layers" and -1 in (file_value, value):
             file_value, value = (len(model.layers) if n == -1 else n for n in (file_value, value))

@@ -191,15 +191,15 @@ class _Summaries:
 
     def _summary(self, folder: Path, is_active: bool) -> dict[str, Any]:
         end, file_id, summary = self.positions.get(folder, (0, "", RunSummary()))
-        more = True
-        while more:
-            part = _read_history(folder / "history.jsonl", end, file_id, is_active)
-            if part["reset"]:
+        has_more = True
+        while has_more:
+            chunk = _read_history(folder / "history.jsonl", end, file_id, is_active)
+            if chunk["reset"]:
                 summary = RunSummary()
-            for line in part["lines"]:
+            for line in chunk["lines"]:
                 with suppress(ValueError):  # damaged: the page counts those of a run it shows
                     summary.add(round_record.from_line(line))
-            end, file_id, more = part["end"], part["file_id"], part["more"]
+            end, file_id, has_more = chunk["end"], chunk["file_id"], chunk["more"]
         self.positions[folder] = end, file_id, summary
         return summary.to_dict()
 

@@ -61,9 +61,9 @@ class NotebookDisplay(Output):
             case _:
                 self.lines.extend(filter(None, [server_line(event)]))
         is_last = isinstance(event, (events.RunFinished, events.RunAborted))
-        now = time.monotonic()
-        if self.drawn is None or is_last or now - self.drawn >= _PAUSE:
-            self._draw(now)
+        current_time = time.monotonic()
+        if self.drawn is None or is_last or current_time - self.drawn >= _PAUSE:
+            self._draw(current_time)
 
     def _draw(self, now: float) -> None:
         from IPython.display import HTML

@@ -95,13 +95,13 @@ class PrometheusListener:
         self._set("last_round_timestamp_seconds", time.time())
         self._set("round", record["round"])
         for name, value in round_record.figures(record).items():
-            phase, _, rest = name.partition("/")
+            phase, _, remainder = name.partition("/")
             if phase == "seconds":
-                self._add("phase_seconds_total", value, phase=rest)
+                self._add("phase_seconds_total", value, phase=remainder)
             elif phase == "bytes":
-                self._add("bytes_total", value, direction=rest)
-            elif rest:
-                self._set("metric", value, phase=phase, name=rest)
+                self._add("bytes_total", value, direction=remainder)
+            elif remainder:
+                self._set("metric", value, phase=phase, name=remainder)
 
     def _set(self, name: str, value: float, /, **labels: str) -> None:
         self._values[name, tuple(labels.items())] = float(value)

@@ -42,7 +42,7 @@ def changed_config(
     for name in values.keys() & _FIXED.keys():
         hint = f" Use {_FIXED[name]}." if _FIXED[name] else ""
         raise SettingsError(f"change: {name} cannot be changed in this way.{hint}")
-    earlier = {each["name"]: each["value"] for each in previous.changes}
+    earlier = {item["name"]: item["value"] for item in previous.changes}
     for name, value in earlier.items():
         known_values = [value, *(e["before"] for e in previous.changes if e["name"] == name)]
         if name in values or name not in dict.keys(config):
@@ -71,4 +71,4 @@ def record_changes(
 
 def names_of(changes: Sequence[Mapping[str, Any]]) -> set[str]:
     """The names of changed settings."""
-    return {str(each["name"]) for each in changes}
+    return {str(item["name"]) for item in changes}

@@ -89,9 +89,13 @@ def exchange(
         if not reasons:
             grid.wait(POLL)
             continue
-        late = {each: node_id for each, node_id in pending.items() if names[node_id] in reasons}
-        grid.withdraw(late)
-        for message_id, node_id in late.items():
+        late_messages = {
+            message_id: node_id
+            for message_id, node_id in pending.items()
+            if names[node_id] in reasons
+        }
+        grid.withdraw(late_messages)
+        for message_id, node_id in late_messages.items():
             closing.withdrawn(message_id, phase, names[node_id], start)
             answers[node_id] = reasons[names[node_id]]
             del pending[message_id]

@@ -51,10 +51,12 @@ def load_initial_weights(trainer: Trainer, initial: InitialWeights) -> list[str]
     kept = {**weights.get(trainer.slots.parameters), **weights.get(trainer.slots.statistics)}
     kept = {name: array for name, array in kept.items() if name not in sent}
     frozen = trainer.slots.frozen
-    expected = {n: a for n, a in sent.items() if n in arrays or not weights.is_private(n)}
-    expected |= {name: array for name, array in kept.items() if name in arrays}
-    expected |= {name: slot.get() for name, slot in frozen.items() if name in arrays}
-    problems = named_arrays.differences(named_arrays.spec(expected), named_arrays.spec(arrays))
+    expected_arrays = {n: a for n, a in sent.items() if n in arrays or not weights.is_private(n)}
+    expected_arrays |= {name: array for name, array in kept.items() if name in arrays}
+    expected_arrays |= {name: slot.get() for name, slot in frozen.items() if name in arrays}
+    problems = named_arrays.differences(
+        named_arrays.spec(expected_arrays), named_arrays.spec(arrays)
+    )
     problems += [f"{name!r} has values that are not finite" for name in _not_finite(arrays)]
     if problems:
         raise SettingsError(f"{source} does not fit the task's model: {'; '.join(problems)}.")

@@ -311,7 +311,7 @@ class Phase:
         if len(refusals) < self.num_messages or refusals[-1].missing:
             return None
         reason, *others = [refusal.reason for refusal in refusals[-self.num_messages :]]
-        is_common = all(is_same_failure(reason, other) for other in others)
+        is_common = all(is_same_failure(reason, reason_of_node) for reason_of_node in others)
         return reason if is_common and is_exception(reason) else None
 
     def require_replies(self, count: int) -> None:
@@ -341,14 +341,14 @@ class Phase:
 
     def _explain_refusals(self) -> str:
         """First reason why replies of the last attempt do not count, and a hint."""
-        refusals = [each for each in self.record.refused if each.phase == self.name]
+        refusals = [item for item in self.record.refused if item.phase == self.name]
         refusals = refusals[-self.num_messages :]
         if not refusals:
             return "No node says why."
         number = len(refusals) - 1
         more = f" (and {number} more)" if number else ""
         text = f"{refusals[0].node}: {refusals[0].reason}{more}."
-        if any("not finite" in each.reason for each in refusals):
+        if any("not finite" in item.reason for item in refusals):
             text += " A smaller learning rate, or max-grad-norm, may help."
         return text
 

@@ -47,7 +47,7 @@ def pack(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pack(matrix: Matrix) -> Matrix | dict[str, Any]:
     counts = [count for row in matrix for count in row]
-    cells = [item for place, count in enumerate(counts) if count for item in (place, count)]
+    cells = [item for position, count in enumerate(counts) if count for item in (position, count)]
     # A place has two digits or more, and a 0 has one.
     return {"classes": len(matrix), "cells": cells} if len(cells) < len(counts) / 2 else matrix
 
@@ -68,8 +68,8 @@ def _unpack(value: Any) -> Any:
     if not 1 < size <= _MOST_CLASSES:
         raise ValueError("too many classes")
     matrix = [[0] * size for _ in range(size)]
-    for place, count in zip(cells[::2], cells[1::2], strict=True):
-        matrix[place // size][place % size] = count
+    for position, count in zip(cells[::2], cells[1::2], strict=True):
+        matrix[position // size][position % size] = count
     return matrix
 
 

@@ -48,9 +48,9 @@ def previous_of(folder: Path) -> Previous:
     settings["stopped"] = stopped.get("reason") if isinstance(stopped, dict) else None
     changes = settings.get("changes")
     settings["changes"] = [
-        each
-        for each in (changes if isinstance(changes, list) else ())
-        if isinstance(each, dict) and {"name", "value", "before", "from"} <= each.keys()
+        item
+        for item in (changes if isinstance(changes, list) else ())
+        if isinstance(item, dict) and {"name", "value", "before", "from"} <= item.keys()
     ]
     kinds: dict[str, Any] = {
         "config": dict,

@@ -45,8 +45,8 @@ def micro_batch_bounds(num_examples: int, number: int, smallest: int = 1) -> lis
         smallest (int): Examples that each has at least.
     """
     number = max(1, min(number, num_examples // smallest))
-    size, rest = divmod(num_examples, number)
-    return [0, *accumulate(size + (index < rest) for index in range(number))]
+    size, remainder = divmod(num_examples, number)
+    return [0, *accumulate(size + (index < remainder) for index in range(number))]
 
 
 def accumulated_gradient(

@@ -50,9 +50,9 @@ class StepProgress:
             losses (list): The loss of each step so far, float32 scalars.
             weights (list): Their weights.
         """
-        ended, now = len(losses) - 1, time.perf_counter()
+        ended, current_time = len(losses) - 1, time.perf_counter()
         if self.steps_per_report is None:
-            is_due = ended > self.reported and now >= self.report_time + _PAUSE
+            is_due = ended > self.reported and current_time >= self.report_time + _PAUSE
         else:
             is_due = ended >= self.reported + self.steps_per_report
         if not is_due:

@@ -59,19 +59,19 @@ class ProgramCache:
         self._last_optimizers: list[Any] = []
 
     def make_optimizer(self, config: Config) -> tuple[Any, bool]:
-        """A new optimizer of the task's, and whether making it has changed Python state that
+        """A new optimizer of the task's, and whether making it has has_changed Python state that
         ``Task.optimizer`` reads, so that the next call may return another one."""
         state, generators = self._optimizer_source.snapshot(), generator_states()
         optimizer = calls.call("Task.optimizer", self.task.optimizer, TracedConfig(config))
         self._require_new(optimizer)
-        changed = state != self._optimizer_source.snapshot() or generators != generator_states()
-        return optimizer, changed
+        has_changed = state != self._optimizer_source.snapshot() or generators != generator_states()
+        return optimizer, has_changed
 
     def _require_new(self, optimizer: Any) -> None:
         """Raises TaskError for an optimizer that has been returned before: it has the state of
         another client."""
         children = [child for _, child in named_optimizers(optimizer)]
-        if any(child is other for child in children for other in self._last_optimizers):
+        if any(child is optimizer for child in children for optimizer in self._last_optimizers):
             raise TaskError(
                 "Task.optimizer returned an optimizer that it has returned before, which has the "
                 "state of another round: make a new one in each call. Task(keep_optimizer=True) "

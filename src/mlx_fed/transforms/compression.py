@@ -162,8 +162,8 @@ def parse_compression(text: Any) -> Transform | None:
     transforms = [_parse(name, text, is_biased) for name in names]
     if not transforms:
         return None
-    whole = chain(*transforms)
-    return with_error_feedback(whole) if is_biased else whole
+    transform = chain(*transforms)
+    return with_error_feedback(transform) if is_biased else transform
 
 
 def _parse(name: str, text: Any, has_feedback: bool) -> Transform:

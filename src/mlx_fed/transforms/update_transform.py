@@ -127,9 +127,9 @@ def array_transform(
             if dtype == "float32" and math.prod(shape) >= min_size:
                 # Nothing is computed: the shapes and dtypes of the graph's arrays are known.
                 parts = encode_array(mx.zeros(shape), mx.zeros(2, mx.uint32))
-                parts_of[name] = {part: f"{name}/{part}" for part in parts}
+                parts_of[name] = {key: f"{name}/{key}" for key in parts}
                 array_spec = named_arrays.spec(parts)
-                part_spec = {f"{name}/{part}": array_spec[part] for part in parts}
+                part_spec = {f"{name}/{key}": array_spec[key] for key in parts}
             else:
                 part_spec = {name: (shape, dtype)}
             if clash := message_spec.keys() & part_spec.keys():
@@ -145,7 +145,9 @@ def array_transform(
             for name, array_key in zip(spec, keys, strict=False):
                 if name in parts_of:
                     parts = encode_array(update[name], array_key)
-                    message |= {parts_of[name][part]: array for part, array in parts.items()}
+                    message |= {
+                        parts_of[name][part_name]: array for part_name, array in parts.items()
+                    }
                 else:
                     message[name] = update[name]
             return message, state
@@ -157,7 +159,9 @@ def array_transform(
                 if not parts and name in message:
                     update[name] = message[name]
                 elif parts and next(iter(parts.values())) in message:
-                    arrays = {part: message[full_name] for part, full_name in parts.items()}
+                    arrays = {
+                        part_name: message[full_name] for part_name, full_name in parts.items()
+                    }
                     update[name] = decode_array(arrays, shape)
             return update
 
@@ -192,8 +196,8 @@ def with_error_feedback(transform: Transform) -> Transform:
                 if name.startswith("inner/")
             }
             message, inner_state = inner.encode(total, inner_state, key)
-            decoded = inner.decode(message)
-            losses = {f"loss/{name}": total[name] - decoded[name] for name in total}
+            update_sent = inner.decode(message)
+            losses = {f"loss/{name}": total[name] - update_sent[name] for name in total}
             return message, losses | {f"inner/{name}": a for name, a in inner_state.items()}
 
         note = "what is lost is added to the client's next update"
@@ -214,7 +218,9 @@ def decode_parameters(
     """
 
     def load(name: str) -> mx.array:
-        update = transform.decode({part: message[part] for part in transform.parts[name]})
+        update = transform.decode(
+            {part_name: message[part_name] for part_name in transform.parts[name]}
+        )
         return before[name].astype(mx.float32) + update[name]
 
     return LazyArrays({name: (tuple(before[name].shape), "float32") for name in before}, load)
