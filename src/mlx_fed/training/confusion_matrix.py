@@ -34,7 +34,8 @@ class ConfusionMatrix(DatasetMetric):
 
     Example:
         >>> metrics = {"confusion": fed.ConfusionMatrix(10)}
-        >>> result.rounds[-1]["evaluate"]["confusion"]  # a list of rows
+        >>> evaluation = result.rounds[-1].get("evaluate")
+        >>> evaluation["confusion"]  # a list of rows
         >>> result.to_pandas()["evaluate/confusion/accuracy-of-3"]
     """
 
