@@ -236,8 +236,12 @@ def test_a_server_gets_nothing_that_the_nodes_policy_forbids(fleet: Fleet, start
         kind, settings = act()
         merged = {k: v for k, v in {**ALLOWED, **settings}.items() if v is not None}
         reply = ask(kind, merged)
-        assert reply.has_error(), name
-        assert re.match("PolicyRefusal|SettingsError", reply.error.reason), (name, reply.error)
+        # A roll call is answered with who the node is, and why it refuses.
+        record = {} if reply.has_error() else dict(reply.content.config_records["node"])
+        assert record.keys() <= {"name", "partition-id", "tags", "failure"}, name
+        assert reply.has_error() or [*reply.content] == ["node"], name
+        reason = reply.error.reason if reply.has_error() else str(record.get("failure"))
+        assert re.match("PolicyRefusal|SettingsError", reason), (name, reason)
         assert "\x1b" not in node.text
     after = ask("train", ALLOWED)
     assert not after.has_error()
