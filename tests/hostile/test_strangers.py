@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -15,6 +14,7 @@ import pytest
 from mlx_fed.monitoring.dashboard import serving
 from mlx_fed.flower.connections import MAX_PAGE_CONNECTIONS
 
+from ..helpers.idle_connections import assert_room_is_made
 from ..helpers.ids import stable_id
 from .running import Running
 
@@ -81,13 +81,4 @@ def test_connections_to_a_page_take_only_so_many_files(tmp_path):
     """It is served by the process that leads the run."""
     with serving(tmp_path, port=0) as page:
         port = int(page.rstrip("/").rpartition(":")[2])
-        idle = [
-            socket.create_connection(("127.0.0.1", port)) for _ in range(MAX_PAGE_CONNECTIONS + 10)
-        ]
-        with urllib.request.urlopen(page, timeout=10) as answer:
-            assert answer.status == 200
-        idle[0].settimeout(10)
-        with suppress(ConnectionError):
-            assert idle[0].recv(1) == b""  # it has made room
-        for connection in idle:
-            connection.close()
+        assert_room_is_made(port, page, MAX_PAGE_CONNECTIONS + 10)

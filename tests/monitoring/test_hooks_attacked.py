@@ -4,7 +4,6 @@ import json
 import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -18,6 +17,7 @@ from mlx_fed.monitoring.hooks import run_hooks
 from mlx_fed.monitoring.prometheus import serve_metrics
 
 from ..conftest import free_port
+from ..helpers.idle_connections import assert_room_is_made
 
 NAMES = {
     "shell": '$(touch owned); `touch owned` | touch owned & "; touch owned #',
@@ -156,15 +156,6 @@ def test_names_that_change_in_each_round_do_not_become_more():
 
 def test_connections_to_the_metrics_take_only_so_many_files():
     where = f"127.0.0.1:{free_port()}"
-    host, port = where.split(":")
+    port = int(where.partition(":")[2])
     with serve_metrics(where):
-        idle = [
-            socket.create_connection((host, int(port))) for _ in range(MAX_PAGE_CONNECTIONS + 9)
-        ]
-        with urllib.request.urlopen(f"http://{where}/healthz", timeout=10) as answer:
-            assert answer.status == 200
-        idle[0].settimeout(10)
-        with suppress(ConnectionError):
-            assert idle[0].recv(1) == b""  # it has made room
-        for connection in idle:
-            connection.close()
+        assert_room_is_made(port, f"http://{where}/healthz", MAX_PAGE_CONNECTIONS + 9)

@@ -250,6 +250,12 @@ def test_an_unknown_name_is_refused_before_the_run(how, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_list_of_something_else_is_refused(tmp_path):
+    task = replace(WIDE, update_transforms=lambda config: ["int8"])
+    with pytest.raises(SettingsError, match=r"Task.update_transforms returns a list of transforms"):
+        simulate(tmp_path / "run", task)
+
+
 def test_no_compression_costs_nothing(tmp_path):
     """The reply is that of a client without a transform, bit for bit."""
     one = federate(FedAvg(), tmp_path / "one", num_rounds=1, compress="")

@@ -65,7 +65,7 @@ def test_a_message_has_the_stated_arrays_and_any_message_decodes(shapes, text, s
         decoded = transform.decode(sent)
         assert named_arrays.spec(decoded) == named_arrays.spec(update)
         for name in update:  # each can be decoded by itself
-            parts = {part: sent[part] for part in transform.parts[name]}
+            parts = {part: sent[part] for part in transform.message_names[name]}
             values = transform.decode(parts)[name]
             np.testing.assert_array_equal(np.asarray(values), np.asarray(decoded[name]))
 

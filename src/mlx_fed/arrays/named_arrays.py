@@ -88,6 +88,21 @@ def differences(expected_spec: Spec, actual_spec: Spec) -> list[str]:
     return problems if more <= 0 else [*problems[:_MOST_DIFFERENCES], f"and {more} more"]
 
 
+def arrays_of_kind(arrays: Mapping[str, mx.array] | None, kind: str) -> Arrays:
+    """Those of some arrays whose names are ``kind/NAME``, by ``NAME``; of None there are none."""
+    prefix = f"{kind}/"
+    return {
+        name.removeprefix(prefix): array
+        for name, array in (arrays or {}).items()
+        if name.startswith(prefix)
+    }
+
+
+def name_by_kind(arrays: Mapping[str, mx.array], kind: str) -> Arrays:
+    """The arrays, named ``kind/NAME``."""
+    return {f"{kind}/{name}": array for name, array in arrays.items()}
+
+
 class StackedRow(Mapping[str, mx.array]):
     """One row of stacked arrays, such as one client's of all that trained together; lazy.
 

@@ -21,7 +21,6 @@ from .options import (
     NodeId,
     NumPartitions,
     OutputOptions,
-    PrivacyOptions,
     Rounds,
     RunOptions,
     SeedOption,
@@ -34,6 +33,7 @@ from .options import (
     TokenArgument,
     with_options,
 )
+from .privacy_options import PrivacyOptions
 from .runs import report, runs_app
 from .service_commands import service_app
 

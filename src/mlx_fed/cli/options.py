@@ -8,16 +8,12 @@ from copy import copy
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 
-from ..errors import SettingsError
 from .arguments import parse_settings
 from .option_kinds import count, option, tcp_port
-
-if TYPE_CHECKING:
-    from flwr.serverapp.strategy import Strategy
 
 _SECURITY = "Security"
 
@@ -111,11 +107,11 @@ class RunOptions(OptionGroup):
     ] = None
     compress: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Compress updates: int8, int4, int2, int1, topk:0.01, randk:0.01, or two as in "
+        option(
+            "NAME",
+            "Compress updates: int8, int4, int2, int1, topk:0.01, randk:0.01, or two as in "
             "topk:0.01,int8.",
-            show_default="off",
+            "off",
         ),
     ] = None
     patience: Annotated[
@@ -195,50 +191,6 @@ class MonitorOptions(OutputOptions):
 
 
 @dataclass(frozen=True)
-class PrivacyOptions(OptionGroup):
-    """Central differential privacy."""
-
-    panel = "Differential privacy"
-
-    dp_clip: Annotated[
-        float | None, option("NORM", "Largest L2 norm of a client's update.", "off")
-    ] = None
-    dp_noise: Annotated[
-        float | None, option("FACTOR", "Noise, in multiples of the norm.", "as the epsilon needs")
-    ] = None
-    dp_epsilon: Annotated[
-        float | None, option("EPSILON", "End the run before it exceeds this epsilon.", "none")
-    ] = None
-    dp_delta: Annotated[float, option("PROBABILITY", "Probability that epsilon does not hold.")] = (
-        1e-5
-    )
-
-    def wrap(self, strategy: Strategy, num_rounds: int | None) -> Strategy:
-        """The strategy with differential privacy, if there is a clipping norm.
-
-        Raises:
-            SettingsError: If there is noise or an epsilon without a norm, or an option is not what
-                it should be.
-        """
-        if self.dp_clip is None:
-            if self.dp_noise is not None or self.dp_epsilon is not None:
-                raise SettingsError("--dp-noise and --dp-epsilon need --dp-clip.")
-            return strategy
-        from ..privacy import Gaussian
-
-        if self.dp_noise is None and self.dp_epsilon is not None and num_rounds is None:
-            raise SettingsError("--dp-epsilon without --dp-noise needs --rounds.")
-        return Gaussian(
-            strategy,
-            self.dp_clip,
-            self.dp_noise,
-            epsilon=self.dp_epsilon,
-            delta=self.dp_delta,
-            num_rounds=num_rounds,
-        )
-
-
-@dataclass(frozen=True)
 class ServerOptions(OptionGroup):
     """Address and security of a federation's server."""
 
@@ -275,11 +227,11 @@ class ServerOptions(OptionGroup):
     wait: Wait = 600.0
     grace: Annotated[
         float | None,
-        typer.Option(
+        option(
+            "SECONDS",
+            "Time to wait for the other nodes once half have replied; inf: to the timeout.",
+            "30, or 3 times what half needed",
             min=0,
-            metavar="SECONDS",
-            help="Time to wait for the other nodes once half have replied; inf: to the timeout.",
-            show_default="30, or 3 times what half needed",
         ),
     ] = None
 

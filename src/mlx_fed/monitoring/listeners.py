@@ -5,13 +5,18 @@ A run knows none of them. They get the events of its history, or read its folder
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import FedError
 from ..events import DashboardReady, Event, Listener, RunStarted
 from ..system.loading import loading_listeners
+
+if TYPE_CHECKING:
+    from .node_terminal import NodeTerminal
+    from .server_terminal import ServerTerminal
 
 
 class StartedRun:
@@ -57,21 +62,13 @@ def run_listeners(
         FedError: If options exclude each other, or a listener cannot start.
     """
     _require_one(quiet, json)
-    from .json_lines import JsonLines
-    from .log_file import log_lines
     from .server_terminal import ServerTerminal, server_line
 
     run = StartedRun()
     listeners: list[Listener] = [run]
     with ExitStack() as stack:
-        if json:
-            listeners.append(JsonLines())
-        elif not quiet:
-            terminal = ServerTerminal()
-            stack.callback(terminal.close)
-            listeners.append(terminal)
-        if log_file:
-            listeners.append(stack.enter_context(log_lines(log_file, server_line)))
+        terminal = None if quiet or json else ServerTerminal()
+        listeners += _output_listeners(stack, terminal, json, log_file, server_line)
         if track:
             from .trackers import Tracking, find_tracker
 
@@ -117,26 +114,39 @@ def node_listener(
         FedError: If options exclude each other, or the file cannot be opened.
     """
     _require_one(quiet, json)
-    from .json_lines import JsonLines
-    from .log_file import log_lines
     from .node_terminal import NodeTerminal, node_line
 
-    listeners: list[Listener] = []
     with ExitStack() as stack:
-        if json:
-            listeners.append(JsonLines())
-        elif not quiet:
-            terminal = NodeTerminal()
-            stack.callback(terminal.close)
-            listeners.append(terminal)
-        if log_file:
-            listeners.append(stack.enter_context(log_lines(log_file, node_line)))
+        terminal = None if quiet or json else NodeTerminal()
+        listeners = _output_listeners(stack, terminal, json, log_file, node_line)
 
         def notify(event: Event) -> None:
             for listener in listeners:
                 listener(event)
 
         yield notify
+
+
+def _output_listeners(
+    stack: ExitStack,
+    terminal: ServerTerminal | NodeTerminal | None,
+    json: bool,
+    log_file: Path | None,
+    to_line: Callable[[Event], str],
+) -> list[Listener]:
+    """Listeners of a command's output and its log file, which the stack closes."""
+    from .json_lines import JsonLines
+    from .log_file import log_lines
+
+    listeners: list[Listener] = []
+    if json:
+        listeners.append(JsonLines())
+    if terminal is not None:
+        stack.callback(terminal.close)
+        listeners.append(terminal)
+    if log_file:
+        listeners.append(stack.enter_context(log_lines(log_file, to_line)))
+    return listeners
 
 
 def _require_one(quiet: bool, json: bool) -> None:

@@ -11,7 +11,7 @@ from flwr.app import MessageType, MetricRecord, RecordDict
 
 from ..arrays import frozen, master_weights, weighted_mean
 from ..arrays.examples import Examples, count, kind, leaves
-from ..arrays.named_arrays import Arrays, is_finite
+from ..arrays.named_arrays import Arrays, arrays_of_kind, is_finite, name_by_kind
 from ..arrays.randomness import round_seed
 from ..arrays.weighted_mean import Block, Counted
 from ..errors import FedError, SimulationError
@@ -21,7 +21,6 @@ from ..task import Data, make_task
 from ..task_settings import kebab_case
 from ..tracebacks import failure_reason, user_traceback
 from ..training.batches import lengths
-from ..training.client_arrays import state_of_kind
 from ..training.trainer import ClientUpdate, Trainer
 from ..transforms.update_transform import decode_parameters
 from .batched_trainer import BatchedTrainer, ClientInput, ImpureOptimizer
@@ -225,14 +224,13 @@ class Worker:
         encoder = self.trainer.update_encoder(request.config)
         if encoder is None:
             return update, {}
-        state = state_of_kind(self._client_state(request, partition), _TRANSFORM)
+        state = arrays_of_kind(self._client_state(request, partition), _TRANSFORM)
         seed = round_seed(request.config, partition)
         arrays, state = encoder.encode(update.parameters, request.parameters, state, seed)
         parameters: Mapping[str, mx.array] = arrays
         if request.request.weighted_by is not None:
             parameters = decode_parameters(encoder.transform, arrays, request.parameters)
-        named_state = {f"{_TRANSFORM}/{name}": array for name, array in state.items()}
-        return update._replace(parameters=parameters), named_state
+        return update._replace(parameters=parameters), name_by_kind(state, _TRANSFORM)
 
     def _chunks(
         self, request: DecodedRequest, window: list[tuple[SampledClient, Data]]

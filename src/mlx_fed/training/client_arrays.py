@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from ..arrays import named_arrays, weights
-from ..arrays.named_arrays import Arrays
+from ..arrays.named_arrays import Arrays, arrays_of_kind, name_by_kind
 from ..task import Task
 from .steps import TrainState
 
@@ -70,8 +70,8 @@ class ClientArrays:
             return parameters, statistics
         personal = {name: self.slots.parameters[name].get() for name in self.personal}
         local = {name: self.slots.statistics[name].get() for name in self.local_statistics}
-        parameters = {**parameters, **personal, **state_of_kind(client_state, "parameters")}
-        statistics = {**statistics, **local, **state_of_kind(client_state, "statistics")}
+        parameters = {**parameters, **personal, **arrays_of_kind(client_state, "parameters")}
+        statistics = {**statistics, **local, **arrays_of_kind(client_state, "statistics")}
         return (
             {name: parameters[name] for name in self.slots.parameters},
             {name: statistics[name] for name in self.slots.statistics},
@@ -82,19 +82,10 @@ class ClientArrays:
         arrays = {f"parameters/{name}": state.parameters[name] for name in self.personal}
         arrays |= {f"statistics/{name}": state.statistics[name] for name in self.local_statistics}
         if self.keep_optimizer:
-            arrays |= {f"counters/{name}": array for name, array in counters.items()}
-            arrays |= {f"state/{name}": array for name, array in state.optimizer_state.items()}
+            arrays |= name_by_kind(counters, "counters")
+            arrays |= name_by_kind(state.optimizer_state, "state")
             mx.eval(arrays)
         return arrays
-
-
-def state_of_kind(client_state: Mapping[str, mx.array] | None, kind: str) -> Arrays:
-    """Arrays of one kind in a client state, by name; empty before there is a state."""
-    return {
-        name.removeprefix(f"{kind}/"): array
-        for name, array in (client_state or {}).items()
-        if name.startswith(f"{kind}/")
-    }
 
 
 def restore_counters(counters: Arrays, client_state: Mapping[str, mx.array] | None) -> Arrays:
@@ -103,7 +94,7 @@ def restore_counters(counters: Arrays, client_state: Mapping[str, mx.array] | No
     The learning rate, which MLX has among them, stays the new one's: settings and tasks may give
     each round another, and a schedule computes it from the steps.
     """
-    items = state_of_kind(client_state, "counters").items()
+    items = arrays_of_kind(client_state, "counters").items()
     return counters | {k: v for k, v in items if k.rpartition(".")[2] != "learning_rate"}
 
 

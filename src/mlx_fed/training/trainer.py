@@ -23,7 +23,7 @@ from ..task import Config, Data, Split, Task, fingerprint_of
 from ..transforms.clipping import SETTING as CLIP
 from ..transforms.run_transform import SETTING, UpdateEncoder, run_transform
 from .batches import BatchLoader
-from .client_arrays import ClientArrays, restore_counters, state_of_kind
+from .client_arrays import ClientArrays, restore_counters
 from .evaluation import Evaluator
 from .metrics import Evaluation, count_units, weighted_mean
 from .optimizer_state import STATEFUL_OPTIMIZER, state_of
@@ -205,7 +205,7 @@ class Trainer:
         programs = self.programs.get(optimizer, config)
         counters = restore_counters(state_of(optimizer), client_state)
         optimizer_state = programs.initial_state(counters, start[0])
-        optimizer_state |= state_of_kind(client_state, "state")
+        optimizer_state |= named_arrays.arrays_of_kind(client_state, "state")
         state = TrainState(*start, optimizer_state, randomness.key(*seed, "layers"))
         proximal = proximal_term(parameters, config)
 

@@ -29,9 +29,9 @@ def clip(max_norm: float) -> Transform:
             scale = mx.where(mx.isfinite(largest), scale, mx.nan)
             return {name: array * scale for name, array in update.items()}, state
 
-        parts = {name: (name,) for name in spec}
+        message_names = {name: (name,) for name in spec}
         return UpdateTransform(
-            spec, parts, dict, encode, dict, (f"clipped to the norm {max_norm:g}",)
+            spec, message_names, dict, encode, dict, (f"clipped to the norm {max_norm:g}",)
         )
 
     return make

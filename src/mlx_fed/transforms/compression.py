@@ -45,9 +45,9 @@ def quantize(bits: int) -> Transform:
         codes = _pack((levels + maximum).astype(mx.uint32), bits)
         return {"codes": codes, "scales": scale.reshape(-1).astype(mx.bfloat16)}
 
-    def decode(parts: Arrays, shape: tuple[int, ...]) -> mx.array:
-        levels = _unpack(parts["codes"], bits).astype(mx.float32) - maximum
-        return _array(_scaled(levels / maximum, parts["scales"]), shape)
+    def decode(components: Arrays, shape: tuple[int, ...]) -> mx.array:
+        levels = _unpack(components["codes"], bits).astype(mx.float32) - maximum
+        return _array(_scaled(levels / maximum, components["scales"]), shape)
 
     return array_transform(encode, decode, f"{bits} bits a value", _MIN_SIZE)
 
@@ -73,9 +73,9 @@ def quantize_coarsely(bits: int) -> Transform:
         codes = _pack(mx.clip(levels, 0, 2 * half - 1).astype(mx.uint32), bits)
         return {"codes": codes, "scales": steps.reshape(-1).astype(mx.bfloat16)}
 
-    def decode(parts: Arrays, shape: tuple[int, ...]) -> mx.array:
-        levels = _unpack(parts["codes"], bits).astype(mx.float32) - (half - 0.5)
-        return _array(_scaled(levels, parts["scales"]), shape)
+    def decode(components: Arrays, shape: tuple[int, ...]) -> mx.array:
+        levels = _unpack(components["codes"], bits).astype(mx.float32) - (half - 0.5)
+        return _array(_scaled(levels, components["scales"]), shape)
 
     return array_transform(encode, decode, f"{bits} bits a value", _MIN_SIZE)
 
@@ -99,10 +99,10 @@ def top_k(fraction: float) -> Transform:
         values = mx.where(mx.all(mx.isfinite(blocks)), values, mx.nan)
         return {"values": values, "positions": positions.astype(mx.uint16)}
 
-    def decode(parts: Arrays, shape: tuple[int, ...]) -> mx.array:
+    def decode(components: Arrays, shape: tuple[int, ...]) -> mx.array:
         width = min(BLOCK, math.prod(shape))
-        positions = mx.minimum(parts["positions"].astype(mx.uint32), width - 1)
-        return _scatter(parts["values"], positions, width, shape)
+        positions = mx.minimum(components["positions"].astype(mx.uint32), width - 1)
+        return _scatter(components["values"], positions, width, shape)
 
     return array_transform(encode, decode, f"the largest {fraction:.3g} of the values", _MIN_SIZE)
 
@@ -136,11 +136,11 @@ def random_k(fraction: float, unbiased: bool = True) -> Transform:
         values = mx.where(mx.all(mx.isfinite(blocks)), values, mx.nan)
         return {"values": values, "key": key}
 
-    def decode(parts: Arrays, shape: tuple[int, ...]) -> mx.array:
+    def decode(components: Arrays, shape: tuple[int, ...]) -> mx.array:
         width = min(BLOCK, math.prod(shape))
-        rows, count = parts["values"].shape
-        positions = draw(parts["key"], (rows, width))[:, :count]
-        return _scatter(parts["values"], positions, width, shape)
+        rows, count = components["values"].shape
+        positions = draw(components["key"], (rows, width))[:, :count]
+        return _scatter(components["values"], positions, width, shape)
 
     return array_transform(encode, decode, f"a random {fraction:.3g} of the values", _MIN_SIZE)
 

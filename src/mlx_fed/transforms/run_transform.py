@@ -49,11 +49,10 @@ def run_transform(task: Task, config: Config, spec: Spec) -> UpdateTransform | N
         transforms.append(compress)
     if not transforms:
         return None
-    updates_spec = {name: (shape, "float32") for name, (shape, _) in spec.items()}
-    transform = chain(*transforms)(updates_spec)
-    if not isinstance(transform, UpdateTransform):
+    if not all(map(callable, transforms)):
         raise SettingsError("Task.update_transforms returns a list of transforms.")
-    return transform
+    updates_spec = {name: (shape, "float32") for name, (shape, _) in spec.items()}
+    return chain(*transforms)(updates_spec)
 
 
 class UpdateEncoder:

@@ -8,13 +8,13 @@ optax, transforms compose: each encodes what the one before it gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..arrays import named_arrays
-from ..arrays.named_arrays import Arrays, LazyArrays, Spec
+from ..arrays.named_arrays import Arrays, LazyArrays, Spec, arrays_of_kind, name_by_kind
 
 State = Arrays
 """A client's state of a transform, arrays by name; empty if it needs none."""
@@ -25,19 +25,19 @@ class UpdateTransform(NamedTuple):
 
     Attributes:
         spec (dict): Shape and dtype of each array of a message, by name.
-        parts (dict): Names of an array's arrays in a message, by the name of the array.
+        message_names (dict): Names of an array's components in a message, by the array's name.
         init (callable): ``init()`` returns a client's first state.
         encode (callable): ``encode(update, state, key)`` returns the message and the client's new
             state, from float32 arrays by name and an MLX random key. It is pure, so that
             ``mx.compile`` and ``mx.vmap`` take it.
         decode (callable): ``decode(message)`` returns the update, float32 arrays by name; of a
-            message with the parts of some arrays, the updates of those. Any values of the right
+            message with the components of some, the updates of those. Any values of the right
             shapes and dtypes decode without an error: a server's messages come from strangers.
         notes (tuple): In words, what it does, for the run's log.
     """
 
     spec: Spec
-    parts: Mapping[str, tuple[str, ...]]
+    message_names: Mapping[str, tuple[str, ...]]
     init: Callable[[], State]
     encode: Callable[[Arrays, State, mx.array], tuple[Arrays, State]]
     decode: Callable[[Mapping[str, mx.array]], Arrays]
@@ -61,11 +61,10 @@ def chain(*transforms: Transform) -> Transform:
             stages.append(transform(stages[-1].spec if stages else spec))
 
         def init() -> State:
-            return {
-                f"{number}/{name}": array
-                for number, stage in enumerate(stages)
-                for name, array in stage.init().items()
-            }
+            state: State = {}
+            for number, stage in enumerate(stages):
+                state |= name_by_kind(stage.init(), str(number))
+            return state
 
         def encode(update: Arrays, state: State, key: mx.array) -> tuple[Arrays, State]:
             new_state: State = {}
@@ -73,14 +72,9 @@ def chain(*transforms: Transform) -> Transform:
             for number, (stage, stage_key) in enumerate(
                 zip(stages, mx.random.split(key, max(1, len(stages))), strict=False)
             ):
-                prefix = f"{number}/"
-                stage_state = {
-                    name.removeprefix(prefix): array
-                    for name, array in state.items()
-                    if name.startswith(prefix)
-                }
+                stage_state = arrays_of_kind(state, str(number))
                 message, stage_state = stage.encode(message, stage_state, stage_key)
-                new_state |= {f"{prefix}{name}": array for name, array in stage_state.items()}
+                new_state |= name_by_kind(stage_state, str(number))
             return message, new_state
 
         def decode(message: Mapping[str, mx.array]) -> Arrays:
@@ -91,7 +85,7 @@ def chain(*transforms: Transform) -> Transform:
 
         return UpdateTransform(
             stages[-1].spec if stages else spec,
-            _join_parts(spec, stages),
+            _join_names(spec, stages),
             init,
             encode,
             decode,
@@ -113,40 +107,40 @@ def array_transform(
     such as the indices of a transform before this one.
 
     Args:
-        encode_array (callable): ``encode_array(array, key)`` returns the parts of an array, by
-            their names.
-        decode_array (callable): ``decode_array(parts, shape)`` returns the float32 array.
+        encode_array (callable): ``encode_array(array, key)`` returns the components of an array,
+            by their names.
+        decode_array (callable): ``decode_array(components, shape)`` returns the float32 array.
         note (str): What it does, in words.
         min_size (int): The least number of values of an array that is encoded.
     """
 
     def make(spec: Spec) -> UpdateTransform:
         message_spec: Spec = {}
-        parts_of: dict[str, dict[str, str]] = {}
+        names_of: dict[str, dict[str, str]] = {}
         for name, (shape, dtype) in spec.items():
             if dtype == "float32" and math.prod(shape) >= min_size:
                 # Nothing is computed: the shapes and dtypes of the graph's arrays are known.
-                parts = encode_array(mx.zeros(shape), mx.zeros(2, mx.uint32))
-                parts_of[name] = {key: f"{name}/{key}" for key in parts}
-                array_spec = named_arrays.spec(parts)
-                part_spec = {f"{name}/{key}": array_spec[key] for key in parts}
+                components = encode_array(mx.zeros(shape), mx.zeros(2, mx.uint32))
+                names_of[name] = {key: f"{name}/{key}" for key in components}
+                array_spec = named_arrays.spec(components)
+                component_spec = {f"{name}/{key}": array_spec[key] for key in components}
             else:
-                part_spec = {name: (shape, dtype)}
-            if clash := message_spec.keys() & part_spec.keys():
+                component_spec = {name: (shape, dtype)}
+            if clash := message_spec.keys() & component_spec.keys():
                 raise named_arrays.WeightsError(
                     f"{min(clash)!r} is the name of two arrays of an encoded update: give the "
                     "model's array another name"
                 )
-            message_spec |= part_spec
+            message_spec |= component_spec
 
         def encode(update: Arrays, state: State, key: mx.array) -> tuple[Arrays, State]:
             message: Arrays = {}
             keys = mx.random.split(key, max(1, len(spec)))
             for name, array_key in zip(spec, keys, strict=False):
-                if name in parts_of:
-                    parts = encode_array(update[name], array_key)
+                if name in names_of:
+                    components = encode_array(update[name], array_key)
                     message |= {
-                        parts_of[name][part_name]: array for part_name, array in parts.items()
+                        names_of[name][component]: array for component, array in components.items()
                     }
                 else:
                     message[name] = update[name]
@@ -155,20 +149,20 @@ def array_transform(
         def decode(message: Mapping[str, mx.array]) -> Arrays:
             update: Arrays = {}
             for name, (shape, _) in spec.items():
-                parts = parts_of.get(name, {})
-                if not parts and name in message:
+                components = names_of.get(name, {})
+                if not components and name in message:
                     update[name] = message[name]
-                elif parts and next(iter(parts.values())) in message:
+                elif components and next(iter(components.values())) in message:
                     arrays = {
-                        part_name: message[full_name] for part_name, full_name in parts.items()
+                        component: message[full_name] for component, full_name in components.items()
                     }
                     update[name] = decode_array(arrays, shape)
             return update
 
-        parts_by_name = {
-            name: tuple(parts_of[name].values()) if name in parts_of else (name,) for name in spec
+        message_names = {
+            name: tuple(names_of[name].values()) if name in names_of else (name,) for name in spec
         }
-        return UpdateTransform(message_spec, parts_by_name, dict, encode, decode, (note,))
+        return UpdateTransform(message_spec, message_names, dict, encode, decode, (note,))
 
     return make
 
@@ -185,20 +179,16 @@ def with_error_feedback(transform: Transform) -> Transform:
         inner = transform(spec)
 
         def init() -> State:
-            losses = {f"loss/{name}": mx.zeros(shape) for name, (shape, _) in spec.items()}
-            return losses | {f"inner/{name}": array for name, array in inner.init().items()}
+            losses = {name: mx.zeros(shape) for name, (shape, _) in spec.items()}
+            return name_by_kind(losses, "loss") | name_by_kind(inner.init(), "inner")
 
         def encode(update: Arrays, state: State, key: mx.array) -> tuple[Arrays, State]:
-            total = {name: array + state[f"loss/{name}"] for name, array in update.items()}
-            inner_state = {
-                name.removeprefix("inner/"): array
-                for name, array in state.items()
-                if name.startswith("inner/")
-            }
-            message, inner_state = inner.encode(total, inner_state, key)
+            losses = arrays_of_kind(state, "loss")
+            total = {name: array + losses[name] for name, array in update.items()}
+            message, inner_state = inner.encode(total, arrays_of_kind(state, "inner"), key)
             update_sent = inner.decode(message)
-            losses = {f"loss/{name}": total[name] - update_sent[name] for name in total}
-            return message, losses | {f"inner/{name}": a for name, a in inner_state.items()}
+            losses = {name: total[name] - update_sent[name] for name in total}
+            return message, name_by_kind(losses, "loss") | name_by_kind(inner_state, "inner")
 
         note = "what is lost is added to the client's next update"
         return inner._replace(init=init, encode=encode, notes=(*inner.notes, note))
@@ -219,7 +209,7 @@ def decode_parameters(
 
     def load(name: str) -> mx.array:
         update = transform.decode(
-            {part_name: message[part_name] for part_name in transform.parts[name]}
+            {component: message[component] for component in transform.message_names[name]}
         )
         return before[name].astype(mx.float32) + update[name]
 
@@ -233,15 +223,11 @@ def update_of(after: Mapping[str, mx.array], before: Mapping[str, mx.array]) -> 
     }
 
 
-def _join_parts(spec: Spec, stages: Sequence[UpdateTransform]) -> Mapping[str, tuple[str, ...]]:
-    parts: dict[str, tuple[str, ...]] = {name: (name,) for name in spec}
+def _join_names(spec: Spec, stages: Sequence[UpdateTransform]) -> Mapping[str, tuple[str, ...]]:
+    message_names: dict[str, tuple[str, ...]] = {name: (name,) for name in spec}
     for stage in stages:
-        parts = {
-            name: tuple(_flatten(stage.parts[n] for n in names)) for name, names in parts.items()
+        message_names = {
+            name: tuple(component for old in names for component in stage.message_names[old])
+            for name, names in message_names.items()
         }
-    return parts
-
-
-def _flatten(names: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    for group in names:
-        yield from group
+    return message_names
